@@ -6,8 +6,6 @@
 // 	protoc        v3.21.12
 // source: api/ca/ca.proto
 
-// Package ca is the wire form of certificate signing, istio.v1.auth.
-
 package ca
 
 import (

@@ -7,8 +7,6 @@
 // - protoc             v3.21.12
 // source: api/node/node.proto
 
-// Package node is the wire form of what a node learns beyond Istio's types and reports back, warren.node.v1.
-
 package node
 
 import (

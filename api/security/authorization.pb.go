@@ -6,8 +6,6 @@
 // 	protoc        v3.21.12
 // source: api/security/authorization.proto
 
-// Package security is the wire form of L4 authorization policies, istio.security.
-
 package security
 
 import (

@@ -7,8 +7,6 @@
 // 	protoc        v3.21.12
 // source: api/workload/workload.proto
 
-// Package workload is the wire form of workloads and services, istio.workload.
-
 package workload
 
 import (

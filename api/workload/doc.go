@@ -1,0 +1,2 @@
+// Package workload is the wire form of workloads and services, istio.workload.
+package workload
