@@ -45,7 +45,8 @@ type Rule struct{ Clauses []Clause }
 type Clause struct{ Matches []Match }
 
 // Match is an AND of its non-empty fields; each field is an OR of its elements, a Not field is true when
-// none of its elements match.
+// none of its elements match. A Match without any field matches nothing. A peer that did not authenticate has
+// no principal and no service account, and the empty namespace.
 type Match struct {
 	Namespaces, NotNamespaces             []StringMatch
 	Principals, NotPrincipals             []StringMatch // without spiffe://
