@@ -1,0 +1,55 @@
+package netns
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Socket makes a socket in the namespace; only the socket call runs there. The socket is close-on-exec and
+// non-blocking, and keeps belonging to the namespace wherever it is used from.
+func (h *Handle) Socket(family, typ, proto int) (fd int, err error) {
+	return h.socket(family, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
+}
+
+// DialTCP connects from inside the namespace. prepare sees the new socket before it is bound or connected;
+// it may run more than once, each time with another socket.
+//
+// The Go runtime makes its own socket, in the wrong namespace, and lets Control see it before it is used.
+// There the right socket takes over its descriptor number: connecting, cancelling and polling stay the
+// runtime's, and nothing has to be duplicated afterwards.
+func (h *Handle) DialTCP(ctx context.Context, dst string, prepare func(fd int) error) (*net.TCPConn, error) {
+	d := net.Dialer{
+		KeepAlive: -1,
+		Control: func(network, _ string, c syscall.RawConn) error {
+			family := unix.AF_INET
+			if network == "tcp6" {
+				family = unix.AF_INET6
+			}
+			s, err := h.Socket(family, unix.SOCK_STREAM, unix.IPPROTO_TCP)
+			if err != nil {
+				return err
+			}
+			defer unix.Close(s)
+			if prepare != nil {
+				if err := prepare(s); err != nil {
+					return err
+				}
+			}
+			var dupErr error
+			if err := c.Control(func(fd uintptr) { dupErr = unix.Dup3(s, int(fd), unix.O_CLOEXEC) }); err != nil {
+				return err
+			}
+			return dupErr
+		},
+	}
+	d.SetMultipathTCP(false)
+	c, err := d.DialContext(ctx, "tcp", dst)
+	if err != nil {
+		return nil, fmt.Errorf("dial %s in network namespace %s: %w", dst, h.name, err)
+	}
+	return c.(*net.TCPConn), nil
+}
