@@ -67,8 +67,9 @@ func NewKeeper(cfg KeeperConfig) *Keeper {
 }
 
 // Restore takes over from the agent before this one and returns what the holder has, with files that are the
-// caller's. The items count as put: those the caller has no use for it must Delete. It is called once, before
-// anything is put. An error means that there is no holder now, and nothing to restore.
+// caller's; blobs are not among the items but there for Blob. What is restored counts as put: the caller deletes
+// what it has no use for. Restore is called once, before anything is put. An error means that there is no holder
+// now, and nothing to restore.
 func (k *Keeper) Restore(ctx context.Context) ([]Item, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -89,8 +90,8 @@ func (k *Keeper) Restore(ctx context.Context) ([]Item, error) {
 		if errors.Is(err, ErrNotFound) {
 			continue
 		}
-		var own fdset
-		if err == nil {
+		own := fds
+		if err == nil && !h.Blob {
 			own, err = fds.dup()
 		}
 		if err != nil {
@@ -104,7 +105,9 @@ func (k *Keeper) Restore(ctx context.Context) ([]Item, error) {
 			return nil, fmt.Errorf("restore %s: %w", l.Key, err)
 		}
 		k.want[h.Key] = &wanted{held: h, fds: own}
-		items = append(items, Item{Key: h.Key, Meta: h.Meta, Names: h.Names, Files: fds.files(h.Names)})
+		if !h.Blob {
+			items = append(items, Item{Key: h.Key, Meta: h.Meta, Names: h.Names, Files: fds.files(h.Names)})
+		}
 	}
 	k.connected(c)
 	return items, nil

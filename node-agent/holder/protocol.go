@@ -125,7 +125,7 @@ type request struct {
 	Version int      `json:"version,omitempty"`
 	Writer  bool     `json:"writer,omitempty"`
 	Born    int64    `json:"born,omitempty"` // hello: when the agent started, ns since boot
-	Key     Key      `json:"key,omitzero"` // list: the last key of the previous page
+	Key     Key      `json:"key,omitzero"`   // list: the last key of the previous page
 	Meta    []byte   `json:"meta,omitempty"`
 	Names   []string `json:"names,omitempty"`
 	Stamp   string   `json:"stamp,omitempty"`

@@ -1,0 +1,113 @@
+package enroll
+
+import (
+	"context"
+	"log/slog"
+	"net/netip"
+	"time"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/netns"
+	"github.com/warrenmesh/warren/node-agent/datapath"
+	"github.com/warrenmesh/warren/node-agent/holder"
+)
+
+// LocalPod is what the control plane says about one pod scheduled to this node.
+type LocalPod struct {
+	UID         string // metadata.uid; empty where the control plane has no LocalPod records: then Addrs identify it
+	Namespace   string
+	Name        string
+	WorkloadUID string
+	Identity    mesh.Identity
+	Addrs       []netip.Addr // empty until the pod has one
+	Enrolled    bool
+	Reason      string // why it is enrolled or not, a stable word
+	Strict      bool   // plaintext from before enrolment must end
+	HostNetwork bool
+	Finished    bool // succeeded or failed: nothing of it runs any more
+}
+
+// Plumber is the kernel side; *datapath.Datapath is one.
+type Plumber interface {
+	Enroll(datapath.Pod) error
+	Release(uid string) error
+	Prune(keep func(uid string) bool) error
+	Audit() ([]datapath.PodState, error)
+}
+
+// Pod is what the accept loops of an enrolled pod need to know about it.
+type Pod struct {
+	UID         string
+	Namespace   string
+	Name        string
+	WorkloadUID string
+	Identity    mesh.Identity
+	Addrs       []netip.Addr
+	NetNS       *netns.Handle // valid until the Accepting is closed
+}
+
+// Acceptor serves a pod's connections; the proxy is one. The listeners stay the caller's: AddPod duplicates
+// them (net.FileListener does).
+type Acceptor interface {
+	AddPod(Pod, datapath.Listeners) (Accepting, error)
+}
+
+// Accepting is a pod's accept loops.
+type Accepting interface {
+	// Update tells what the control plane has changed about the pod.
+	Update(Pod)
+	// Close stops accepting and lets open connections go on until they end by themselves or the drain time is
+	// over. It returns at once.
+	Close() error
+}
+
+// Certs fetches certificates ahead of the first connection.
+type Certs interface {
+	// Warm returns when a valid certificate of id is there.
+	Warm(ctx context.Context, id mesh.Identity) error
+	// Forget says that no pod of this node has the identity any more.
+	Forget(id mesh.Identity)
+}
+
+// Redirection is what the node's kernel does with a pod.
+type Redirection string
+
+const (
+	Enabled  Redirection = "enabled"
+	Pending  Redirection = "pending"  // to be captured, and not yet or not possible: Reason says why
+	Disabled Redirection = "disabled" // not captured and not to be
+)
+
+// PodStatus is the truth about one pod that is, was or should be captured.
+type PodStatus struct {
+	UID             string
+	Namespace       string
+	Name            string
+	Redirection     Redirection
+	Reason          string // in words for the operator; empty when enabled
+	OpenConnections int    // that were open at enrolment and are not captured
+	Since           time.Time
+}
+
+// Config is what a Registry needs.
+type Config struct {
+	Node            string
+	SystemNamespace string   // the agent's own; its pods are never captured and never wait. Default istio-system
+	Exempt          []string // namespaces whose pods never wait for the agent. Default kube-system
+	Plumber         Plumber
+	Acceptor        Acceptor
+	Certs           Certs
+	Keeper          *holder.Keeper
+	Held            []holder.Item // what Keeper.Restore returned; New takes the files over
+	// Report is called with the whole state after each change, never concurrently. Nil: nobody is told.
+	Report func([]PodStatus)
+
+	Socket    string // where the CNI plugin asks. Default cni.DefaultSocket
+	StateFile string // last known state for the plugin. Default cni.DefaultStateFile
+	Proc      string // /proc with the node's processes in it. Default /proc
+	Log       *slog.Logger
+
+	AddWait  time.Duration // how long a CNI ADD waits for the control plane to name the pod: 5 s
+	CertWait time.Duration // how long an enrolment waits for the certificate: 2 s
+	Resync   time.Duration // between two audits of the kernel: 15 s
+}
