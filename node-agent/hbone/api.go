@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -94,12 +95,13 @@ func (p *Pool) Close() error { return nil }
 // several TLS records. The codec works without it, at more system calls a byte.
 func Wire(c net.Conn) net.Conn { return c }
 
-// RelayStats is what Relay copied.
+// RelayStats is what a Relay has delivered so far. It is read while the Relay runs, for the metrics of
+// connections that last for days.
 type RelayStats struct {
-	AtoB, BtoA int64 // bytes delivered
+	AtoB, BtoA atomic.Int64 // bytes
 }
 
 // Relay copies between a and b, each a TCP connection or a *Stream, until both directions have ended or one
 // failed. A FIN becomes END_STREAM and the reverse; a reset on one side resets the other. It closes both.
 // The error is the first that is not an orderly end.
-func Relay(a, b net.Conn) (RelayStats, error) { return RelayStats{}, errors.ErrUnsupported }
+func Relay(a, b net.Conn, st *RelayStats) error { return errors.ErrUnsupported }
