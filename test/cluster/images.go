@@ -1,0 +1,145 @@
+package cluster
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"github.com/warrenmesh/warren/test/cluster/image"
+)
+
+// imagePrefix is where released images live; a cluster gets them from archives.
+const imagePrefix = "ghcr.io/warrenmesh/warren/"
+
+// program is a main package of the root module and its path in an image.
+type program struct{ pkg, path string }
+
+// product is one of Warren's images.
+type product struct {
+	name     string
+	programs []program
+	config   image.Config
+}
+
+// products are Warren's images. The demo's programs are found by listing.
+var products = []product{
+	{"node-agent", []program{{"cmd/node-agent", "node-agent"}, {"cmd/cni", "warren-cni"}}, image.Config{Entrypoint: []string{"/node-agent"}}},
+	{"holder", []program{{"cmd/holder", "holder"}}, image.Config{Entrypoint: []string{"/holder"}}},
+	{"controlplane", []program{{"cmd/controlplane", "controlplane"}}, image.Config{Entrypoint: []string{"/controlplane"}, User: "65532:65532"}},
+	{"cli", []program{{"cmd/warren", "warren"}}, image.Config{Entrypoint: []string{"/warren"}, User: "65532:65532"}},
+}
+
+const (
+	demoImage = "demo"
+	demoDir   = "examples"
+)
+
+// ImageOptions of BuildImages.
+type ImageOptions struct {
+	Out       string // directory for NAME.tar
+	Platforms string // "linux/amd64,linux/arm64"; empty is this machine's
+	Tag       string
+	Log       func(string)
+}
+
+// BuildImages builds Warren's programs from the root module and packs each image
+// into an archive. A program whose source is not there is left out, and said so.
+func BuildImages(ctx context.Context, o ImageOptions) error {
+	platforms, err := image.ParsePlatforms(cmp.Or(o.Platforms, "linux/"+runtime.GOARCH))
+	if err != nil {
+		return err
+	}
+	src, err := source()
+	if err != nil {
+		return err
+	}
+	root := filepath.Dir(filepath.Dir(src))
+	list := products
+	demo, err := demoProduct(ctx, root)
+	if err != nil {
+		return err
+	}
+	list = append(list[:len(list):len(list)], demo)
+	out, err := filepath.Abs(o.Out)
+	if err != nil {
+		return err
+	}
+	if err := os.MkdirAll(out, 0o755); err != nil {
+		return err
+	}
+	tmp, err := os.MkdirTemp("", "warren-images-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	for _, p := range list {
+		im := image.Image{Name: imagePrefix + p.name + ":" + o.Tag, Config: p.config}
+		for _, pf := range platforms {
+			v, err := p.build(ctx, root, filepath.Join(tmp, pf.Arch), pf, o.Log)
+			if err != nil {
+				return err
+			}
+			if len(v.Files) > 0 {
+				im.Variants = append(im.Variants, v)
+			}
+		}
+		if len(im.Variants) == 0 {
+			o.Log("skipped " + im.Name + ": it has no program yet")
+			continue
+		}
+		file := filepath.Join(out, p.name+".tar")
+		digest, err := im.WriteFile(file)
+		if err != nil {
+			return err
+		}
+		o.Log(fmt.Sprintf("%s  %s  %s", im.Name, digest, file))
+	}
+	return nil
+}
+
+// build compiles a product's programs for one platform.
+func (p product) build(ctx context.Context, root, out string, pf image.Platform, log func(string)) (image.Variant, error) {
+	v := image.Variant{Platform: pf, Files: map[string]string{}}
+	for _, pr := range p.programs {
+		if _, err := os.Stat(filepath.Join(root, pr.pkg)); errors.Is(err, fs.ErrNotExist) {
+			log("left out /" + pr.path + ": there is no " + pr.pkg)
+			continue
+		}
+		b := build{".", "./" + pr.pkg, pr.path, []string{"-trimpath", "-ldflags=-s -w -buildid="}}
+		// Fix what the environment could choose differently elsewhere.
+		if err := b.run(ctx, root, out, "GOOS=linux", "GOARCH="+pf.Arch, "GOAMD64=v1", "GOARM64=v8.0"); err != nil {
+			return v, err
+		}
+		v.Files[pr.path] = filepath.Join(out, pr.path)
+	}
+	return v, nil
+}
+
+// demoProduct holds every main package below examples/, each under its
+// directory's name; a pod chooses one by its command.
+func demoProduct(ctx context.Context, root string) (product, error) {
+	p := product{name: demoImage, config: image.Config{User: "65532:65532"}}
+	if _, err := os.Stat(filepath.Join(root, demoDir)); errors.Is(err, fs.ErrNotExist) {
+		return p, nil
+	}
+	cmd := exec.CommandContext(ctx, "go", "list", "-f", `{{if eq .Name "main"}}{{.ImportPath}}{{end}}`, "./"+demoDir+"/...")
+	cmd.Dir = root
+	cmd.Env = append(os.Environ(), "GOWORK=off")
+	list, err := output(cmd)
+	if err != nil {
+		return p, fmt.Errorf("list the demo's programs: %w", err)
+	}
+	for f := range strings.FieldsSeq(list) {
+		_, rel, _ := strings.Cut(f, "/"+demoDir+"/")
+		p.programs = append(p.programs, program{demoDir + "/" + rel, path.Base(f)})
+	}
+	return p, nil
+}
