@@ -1,0 +1,399 @@
+package index
+
+import (
+	"fmt"
+	"net/netip"
+
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Kind is an object kind that the index reads.
+type Kind uint8
+
+const (
+	Pod Kind = iota
+	Namespace
+	Service
+	EndpointSlice
+	Node
+	AuthorizationPolicy
+	PeerAuthentication
+	ServiceEntry
+	WorkloadEntry
+)
+
+var kindNames = [...]string{
+	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
+}
+
+func (k Kind) String() string { return kindNames[k] }
+
+// LocalPod is what the node that runs a pod has to know about it, enrolled or not.
+type LocalPod struct {
+	UID            string // metadata.uid
+	Namespace      string
+	Name           string
+	ServiceAccount string
+	Node           string
+	Addrs          []netip.Addr
+	Enrolled       bool
+	Reason         EnrolReason
+	Strict         bool // PeerAuthentication STRICT holds on every port
+	HostNetwork    bool
+	Phase          PodPhase
+	WorkloadUID    string
+}
+
+// PodPhase is a pod's phase as far as capture cares.
+type PodPhase = podPhase
+
+const (
+	PodPending     = podPending
+	PodRunning     = podRunning
+	PodTerminating = podTerminating
+	PodFinished    = podFinished
+)
+
+// NamespaceState says whether new pods of a namespace are captured unless they say otherwise.
+type NamespaceState struct {
+	Name     string
+	Enrolled bool
+}
+
+// NoticeKey names what a notice is about.
+type NoticeKey struct {
+	Kind            Kind
+	Namespace, Name string // Namespace is empty for a Namespace
+}
+
+// Notice is something an operator should hear about an object, as a Kubernetes event.
+type Notice struct {
+	Reason  string // CamelCase
+	Message string
+}
+
+// Update is what one Commit changed. Maps hold nil (or are without a value) for what is gone.
+type Update struct {
+	Snapshot   *mesh.Snapshot
+	Workloads  []string // UIDs, put or deleted: look them up in Snapshot
+	Services   []mesh.ServiceName
+	Policies   []mesh.PolicyName
+	LocalPods  map[string]*LocalPod // by pod UID
+	Namespaces map[string]*NamespaceState
+	Notices    map[NoticeKey]*Notice
+}
+
+// Empty reports whether nothing changed.
+func (u *Update) Empty() bool {
+	return len(u.Workloads)+len(u.Services)+len(u.Policies)+len(u.LocalPods)+len(u.Namespaces)+len(u.Notices) == 0
+}
+
+// source is an object that workloads are made from.
+type source struct {
+	kind Kind
+	key
+}
+
+// Index holds the facts and derives the Snapshot from them. It is not safe for concurrent use: one
+// goroutine owns it.
+type Index struct {
+	c        compiled
+	snapshot *mesh.Snapshot
+
+	pods       map[string]map[string]*podFact // by namespace and name
+	podsByNode map[string]map[key]struct{}
+	podsByAddr map[netip.Addr]map[key]struct{} // but for those on the host network
+	namespaces map[string]*namespaceFact
+	localities map[string]mesh.Locality
+	services   map[string]map[string]*serviceFact // by namespace and name
+	slices     map[key]*sliceFact
+	slicesOf   map[key]map[key]struct{} // Service → its slices
+	slicesFor  map[key]map[key]struct{} // Pod → the slices that refer to it
+	entries    map[string]map[string]*entryFact
+	endpoints  map[string]map[string]*endpointFact
+	authz      map[string]map[string]*authorizationFact
+	peerAuths  map[string]map[string]*peerAuthFact
+
+	candidates map[mesh.ServiceName]map[owner]*serviceFact // who claims a host
+	winners    map[mesh.ServiceName]*serviceFact           // as of the last Commit
+
+	// What was derived at the last Commit.
+	workloadsOf map[source][]string
+	locals      map[key]*LocalPod
+	nsStates    map[string]*NamespaceState
+	notices     map[NoticeKey]*Notice
+
+	// What has to be derived anew.
+	dirtySources    map[source]struct{}
+	dirtyHosts      map[mesh.ServiceName]struct{}
+	dirtyPolicies   map[mesh.PolicyName]struct{}
+	dirtyNamespaces map[string]struct{}
+}
+
+// New returns an empty index.
+func New(cfg Config) (*Index, error) {
+	c, err := cfg.compile()
+	if err != nil {
+		return nil, err
+	}
+	return &Index{
+		c:               c,
+		snapshot:        &mesh.Snapshot{},
+		pods:            map[string]map[string]*podFact{},
+		podsByNode:      map[string]map[key]struct{}{},
+		podsByAddr:      map[netip.Addr]map[key]struct{}{},
+		namespaces:      map[string]*namespaceFact{},
+		localities:      map[string]mesh.Locality{},
+		services:        map[string]map[string]*serviceFact{},
+		slices:          map[key]*sliceFact{},
+		slicesOf:        map[key]map[key]struct{}{},
+		slicesFor:       map[key]map[key]struct{}{},
+		entries:         map[string]map[string]*entryFact{},
+		endpoints:       map[string]map[string]*endpointFact{},
+		authz:           map[string]map[string]*authorizationFact{},
+		peerAuths:       map[string]map[string]*peerAuthFact{},
+		candidates:      map[mesh.ServiceName]map[owner]*serviceFact{},
+		winners:         map[mesh.ServiceName]*serviceFact{},
+		workloadsOf:     map[source][]string{},
+		locals:          map[key]*LocalPod{},
+		nsStates:        map[string]*NamespaceState{},
+		notices:         map[NoticeKey]*Notice{},
+		dirtySources:    map[source]struct{}{},
+		dirtyHosts:      map[mesh.ServiceName]struct{}{},
+		dirtyPolicies:   map[mesh.PolicyName]struct{}{},
+		dirtyNamespaces: map[string]struct{}{},
+	}, nil
+}
+
+// Set records an object as it is now. Objects of other kinds are a programming error.
+func (x *Index) Set(obj any) {
+	switch o := obj.(type) {
+	case *corev1.Pod:
+		x.setPod(keyOf(o), podFactOf(o))
+	case *corev1.Namespace:
+		x.setNamespace(o.Name, namespaceFactOf(o))
+	case *corev1.Service:
+		x.setService(keyOf(o), x.c.serviceFactOf(o))
+	case *discoveryv1.EndpointSlice:
+		x.setSlice(keyOf(o), sliceFactOf(o))
+	case *corev1.Node:
+		x.setNode(o.Name, localityOf(o))
+	case *securityv1.AuthorizationPolicy:
+		x.setAuthorization(keyOf(o), x.c.authorizationFactOf(o))
+	case *securityv1.PeerAuthentication:
+		x.setPeerAuth(keyOf(o), peerAuthFactOf(o))
+	case *networkingv1.ServiceEntry:
+		x.setEntry(keyOf(o), x.c.entryFactOf(o))
+	case *networkingv1.WorkloadEntry:
+		x.setEndpoint(keyOf(o), x.c.workloadEntryFactOf(o))
+	default:
+		panic(fmt.Sprintf("index: no converter for %T", obj))
+	}
+}
+
+// Delete records that an object is gone. One that was never there is fine.
+func (x *Index) Delete(kind Kind, namespace, name string) {
+	k := key{namespace, name}
+	switch kind {
+	case Pod:
+		x.setPod(k, nil)
+	case Namespace:
+		x.setNamespace(name, nil)
+	case Service:
+		x.setService(k, nil)
+	case EndpointSlice:
+		x.setSlice(k, nil)
+	case Node:
+		x.setNode(name, mesh.Locality{})
+	case AuthorizationPolicy:
+		x.setAuthorization(k, nil)
+	case PeerAuthentication:
+		x.setPeerAuth(k, nil)
+	case ServiceEntry:
+		x.setEntry(k, nil)
+	case WorkloadEntry:
+		x.setEndpoint(k, nil)
+	}
+}
+
+// Snapshot is the result of the last Commit.
+func (x *Index) Snapshot() *mesh.Snapshot { return x.snapshot }
+
+// Commit derives what depends on the changes since the last one.
+func (x *Index) Commit() *Update {
+	b := mesh.NewBuilder(x.snapshot)
+	u := &Update{
+		LocalPods:  map[string]*LocalPod{},
+		Namespaces: map[string]*NamespaceState{},
+		Notices:    map[NoticeKey]*Notice{},
+	}
+	b.SetConfig(x.c.meshConfig())
+	x.commitPolicies(b, u)
+	x.commitServices(b, u) // before workloads: who owns a host decides what backs it
+	x.commitSources(b, u)
+	x.commitNamespaces(u)
+
+	clear(x.dirtyPolicies)
+	clear(x.dirtyHosts)
+	clear(x.dirtySources)
+	clear(x.dirtyNamespaces)
+	if b.Changed() {
+		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
+	}
+	u.Snapshot = x.snapshot
+	return u
+}
+
+func (x *Index) commitPolicies(b *mesh.Builder, u *Update) {
+	for name := range x.dirtyPolicies {
+		p := x.policy(name)
+		old := x.snapshot.Policy(name)
+		if p == nil {
+			if old != nil {
+				b.DeletePolicy(name)
+				u.Policies = append(u.Policies, name)
+			}
+			continue
+		}
+		if old.Equal(p) {
+			continue
+		}
+		next := *p // the fact is kept; the Snapshot has its own copy, with a revision
+		b.PutPolicy(&next)
+		u.Policies = append(u.Policies, name)
+	}
+}
+
+func (x *Index) commitServices(b *mesh.Builder, u *Update) {
+	for name := range x.dirtyHosts {
+		was, is := x.winners[name], winner(x.candidates[name])
+		if was != is {
+			for _, f := range x.candidates[name] {
+				x.touchBackends(f)
+			}
+			if was != nil {
+				x.touchBackends(was)
+			}
+		}
+		old := x.snapshot.Service(name)
+		if is == nil {
+			delete(x.winners, name)
+			if old != nil {
+				b.DeleteService(name)
+				u.Services = append(u.Services, name)
+			}
+			continue
+		}
+		x.winners[name] = is
+		next := is.finish(x.namespaces[name.Namespace])
+		if old.Equal(next) {
+			continue
+		}
+		b.PutService(next)
+		u.Services = append(u.Services, name)
+	}
+}
+
+// winner picks who owns a host that several objects of a namespace claim: the Service, else the ServiceEntry
+// that was made first.
+func winner(candidates map[owner]*serviceFact) *serviceFact {
+	var best *serviceFact
+	for _, f := range candidates {
+		switch {
+		case best == nil:
+			best = f
+		case f.owner.entry != best.owner.entry:
+			if !f.owner.entry {
+				best = f
+			}
+		case !f.created.Equal(&best.created):
+			if f.created.Before(&best.created) {
+				best = f
+			}
+		case compareKeys(f.owner.key, best.owner.key) < 0:
+			best = f
+		}
+	}
+	return best
+}
+
+func (x *Index) commitSources(b *mesh.Builder, u *Update) {
+	type change struct {
+		uid string
+		w   *mesh.Workload
+	}
+	var puts []change
+	gone := map[string]bool{}
+	for src := range x.dirtySources {
+		workloads := x.derive(src, u)
+		uids := make([]string, 0, len(workloads))
+		for _, w := range workloads {
+			uids = append(uids, w.UID)
+			puts = append(puts, change{w.UID, w})
+		}
+		for _, uid := range x.workloadsOf[src] {
+			gone[uid] = true
+		}
+		if len(uids) == 0 {
+			delete(x.workloadsOf, src)
+		} else {
+			x.workloadsOf[src] = uids
+		}
+	}
+	for _, p := range puts {
+		delete(gone, p.uid)
+	}
+	// Deletions first: an address may pass from a workload that goes to one that comes.
+	for uid := range gone {
+		b.DeleteWorkload(uid)
+		u.Workloads = append(u.Workloads, uid)
+	}
+	for _, p := range puts {
+		if x.snapshot.Workload(p.uid).Equal(p.w) {
+			continue
+		}
+		b.PutWorkload(p.w)
+		u.Workloads = append(u.Workloads, p.uid)
+	}
+}
+
+func (x *Index) commitNamespaces(u *Update) {
+	for name := range x.dirtyNamespaces {
+		ns := x.namespaces[name]
+		nk := NoticeKey{Kind: Namespace, Name: name}
+		if ns == nil {
+			if x.nsStates[name] != nil {
+				delete(x.nsStates, name)
+				u.Namespaces[name] = nil
+			}
+			x.notice(u, nk, "", "")
+			continue
+		}
+		next := &NamespaceState{Name: name, Enrolled: x.c.namespaceEnrolled(ns)}
+		if old := x.nsStates[name]; old == nil || *old != *next {
+			x.nsStates[name] = next
+			u.Namespaces[name] = next
+		}
+		reason, message := x.c.namespaceWarning(ns)
+		x.notice(u, nk, reason, message)
+	}
+}
+
+// notice keeps what is to be said about an object; an empty reason takes it back.
+func (x *Index) notice(u *Update, k NoticeKey, reason, message string) {
+	old := x.notices[k]
+	switch {
+	case reason == "" && old != nil:
+		delete(x.notices, k)
+		u.Notices[k] = nil
+	case reason != "" && (old == nil || old.Reason != reason || old.Message != message):
+		n := &Notice{Reason: reason, Message: message}
+		x.notices[k] = n
+		u.Notices[k] = n
+	}
+}
