@@ -10,6 +10,7 @@ import (
 
 	"github.com/warrenmesh/warren/test/cluster/internal/host"
 	"github.com/warrenmesh/warren/test/cluster/internal/plan"
+	"golang.org/x/sys/unix"
 )
 
 // EnterCommand is the hidden command that runs a program on a node:
@@ -62,7 +63,10 @@ func (n *Node) PID() (int, error) {
 // Command prepares a program to run on the node, in all its namespaces and its
 // cgroup, as if started there. The caller may set the standard streams.
 func (n *Node) Command(ctx context.Context, args ...string) *exec.Cmd {
-	return exec.CommandContext(ctx, n.cluster.plan.Launcher, append([]string{EnterCommand, n.cluster.plan.Dir, n.Name()}, args...)...)
+	cmd := exec.CommandContext(ctx, n.cluster.plan.Launcher, append([]string{EnterCommand, n.cluster.plan.Dir, n.Name()}, args...)...)
+	// Killed outright, the helper could not end what it started.
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
+	return cmd
 }
 
 // Exec runs a program on the node and returns its standard output.
