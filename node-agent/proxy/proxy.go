@@ -1,0 +1,329 @@
+package proxy
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/warrenmesh/warren/internal/identity"
+	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/netns"
+	"github.com/warrenmesh/warren/node-agent/hbone"
+)
+
+// The ports of a captured pod's network namespace.
+const (
+	OutboundPort  = 15001
+	PlaintextPort = 15006
+	HBONEPort     = 15008
+)
+
+// Config is what a Proxy needs. Zero durations and counts take the defaults named here.
+type Config struct {
+	Store   *mesh.Store
+	Certs   identity.Source
+	Sockets Sockets
+
+	Metrics *Metrics     // nil: a new one
+	Log     *slog.Logger // what the operator has to know
+	Access  *slog.Logger // a line per connection
+
+	HandshakeTimeout time.Duration // TLS with a peer: 10 s
+	ConnectTimeout   time.Duration // TCP to a peer or an application: 10 s
+	Attempts         int           // endpoints tried for one connection: 3
+	PoolIdle         time.Duration // a tunnel without streams is closed: 5 min
+	MaxStreams       int           // streams of one tunnel: 100
+	// MaxConns bounds the connections of one pod; those beyond it are reset. 0: 65536.
+	MaxConns int
+}
+
+// Pod is a captured pod.
+type Pod struct {
+	UID         string // Kubernetes' uid
+	WorkloadUID string // mesh.Workload.UID
+	Identity    mesh.Identity
+	Network     string
+	Addrs       []netip.Addr
+	NetNS       *netns.Handle
+}
+
+// Listeners are a pod's listening sockets, one per address family and role.
+type Listeners struct{ Outbound, Inbound, HBONE []net.Listener }
+
+// Proxy carries the connections of all pods of the node.
+type Proxy struct {
+	cfg     Config
+	store   *mesh.Store
+	metrics *Metrics
+	log     *slog.Logger
+	access  *slog.Logger
+	conns   *connTable
+	pool    *hbone.Pool
+
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // watch, accept loops, connections
+
+	mu     sync.Mutex
+	pods   map[string]*PodHandle // by Pod.UID
+	closed bool
+}
+
+// PodHandle is a pod that the Proxy serves.
+type PodHandle struct {
+	p   *Proxy
+	uid string
+	pod atomic.Pointer[Pod]
+
+	accepting context.Context // ends when no new connection is to be taken
+	stop      context.CancelFunc
+	listeners []net.Listener
+	loops     sync.WaitGroup
+	open      atomic.Int64
+}
+
+// New returns a Proxy without pods. Close ends it.
+func New(cfg Config) (*Proxy, error) {
+	switch {
+	case cfg.Store == nil:
+		return nil, errors.New("proxy: no mesh state")
+	case cfg.Certs == nil:
+		return nil, errors.New("proxy: no source of certificates")
+	case cfg.Sockets == nil:
+		return nil, errors.New("proxy: no way to make sockets in a pod")
+	}
+	def(&cfg.HandshakeTimeout, 10*time.Second)
+	def(&cfg.ConnectTimeout, 10*time.Second)
+	def(&cfg.Attempts, 3)
+	def(&cfg.MaxConns, 65536)
+	if cfg.Metrics == nil {
+		cfg.Metrics = NewMetrics()
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Access == nil {
+		cfg.Access = slog.New(slog.DiscardHandler)
+	}
+	p := &Proxy{cfg: cfg, store: cfg.Store, metrics: cfg.Metrics, log: cfg.Log, access: cfg.Access,
+		conns: newConnTable(), pods: map[string]*PodHandle{}}
+	p.ctx, p.cancel = context.WithCancel(context.Background())
+	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel, MaxStreams: cfg.MaxStreams, Idle: cfg.PoolIdle})
+	p.wg.Go(p.watch)
+	return p, nil
+}
+
+func def[T comparable](v *T, d T) {
+	var zero T
+	if *v == zero {
+		*v = d
+	}
+}
+
+// AddPod begins to serve a pod. The listeners belong to the Proxy from then on; closing them does not end
+// what listens where somebody else (the holder) has the same sockets.
+func (p *Proxy) AddPod(pod Pod, l Listeners) (*PodHandle, error) {
+	if pod.UID == "" || pod.NetNS == nil || pod.Identity.IsZero() || len(pod.Addrs) == 0 {
+		return nil, fmt.Errorf("serve pod %q: uid, network namespace, identity and an address are needed", pod.UID)
+	}
+	h := &PodHandle{p: p, uid: pod.UID}
+	h.pod.Store(&pod)
+	h.accepting, h.stop = context.WithCancel(p.ctx)
+	p.mu.Lock()
+	if p.closed || p.pods[pod.UID] != nil {
+		p.mu.Unlock()
+		h.stop()
+		return nil, fmt.Errorf("serve pod %s: it is served already or the agent is stopping", pod.UID)
+	}
+	p.pods[pod.UID] = h
+	p.mu.Unlock()
+	for _, role := range []struct {
+		listeners []net.Listener
+		serve     func(*PodHandle, *net.TCPConn)
+	}{
+		{l.Outbound, (*PodHandle).serveOutbound},
+		{l.Inbound, (*PodHandle).servePlaintext},
+		{l.HBONE, (*PodHandle).serveTunnel},
+	} {
+		for _, ln := range role.listeners {
+			h.listeners = append(h.listeners, ln)
+			h.loops.Go(func() { h.accept(ln, role.serve) })
+		}
+	}
+	return h, nil
+}
+
+// Pod returns what is known about the pod.
+func (h *PodHandle) Pod() *Pod { return h.pod.Load() }
+
+// Update replaces what is known about the pod, for new connections. Its UID stays.
+func (h *PodHandle) Update(pod Pod) {
+	pod.UID = h.uid
+	h.pod.Store(&pod)
+}
+
+// Open returns how many connections of the pod are open.
+func (h *PodHandle) Open() int { return int(h.open.Load()) }
+
+// StopAccepting takes no new connections: a successor that has the same listening sockets does. Tunnels are
+// told to bring no new streams. Open connections go on.
+func (h *PodHandle) StopAccepting() {
+	h.stop()
+	for _, l := range h.listeners {
+		l.Close()
+	}
+	h.loops.Wait()
+}
+
+// Close ends the service of a pod: nothing new is accepted, and what is still open when ctx ends is reset.
+func (h *PodHandle) Close(ctx context.Context) {
+	h.StopAccepting()
+	p := h.p
+	p.mu.Lock()
+	if p.pods[h.uid] == h {
+		delete(p.pods, h.uid)
+	}
+	p.mu.Unlock()
+	p.pool.Drain(func(k hbone.Key) bool { return k.Pod == h.uid })
+	t := time.NewTicker(50 * time.Millisecond)
+	defer t.Stop()
+	for h.open.Load() > 0 && ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-t.C:
+		}
+	}
+	p.conns.endAll(func(c *conn) bool { return c.pod == h }, Drained, "the pod left the mesh")
+}
+
+func (p *Proxy) podByUID(uid string) *PodHandle {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.pods[uid]
+}
+
+// Pods returns the pods that are served, by uid.
+func (p *Proxy) Pods() []*PodHandle {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := make([]*PodHandle, 0, len(p.pods))
+	for _, h := range p.pods {
+		out = append(out, h)
+	}
+	slices.SortFunc(out, func(a, b *PodHandle) int {
+		if a.uid < b.uid {
+			return -1
+		}
+		return 1
+	})
+	return out
+}
+
+// Connections lists what is open, oldest first.
+func (p *Proxy) Connections() []ConnInfo {
+	all := p.conns.list(func(*conn) bool { return true })
+	out := make([]ConnInfo, 0, len(all))
+	for _, c := range all {
+		c.mu.Lock()
+		out = append(out, c.info)
+		c.mu.Unlock()
+	}
+	slices.SortFunc(out, func(a, b ConnInfo) int { return a.Since.Compare(b.Since) })
+	return out
+}
+
+// DrainTunnels lets go of the pooled tunnels under an identity, whose certificate was renewed or whose trust
+// changed: new connections make new ones.
+func (p *Proxy) DrainTunnels(id mesh.Identity) int {
+	return p.pool.Drain(func(k hbone.Key) bool { return k.Src == id })
+}
+
+// StopAccepting takes no new connections for any pod.
+func (p *Proxy) StopAccepting() {
+	var wg sync.WaitGroup
+	for _, h := range p.Pods() {
+		wg.Go(h.StopAccepting)
+	}
+	wg.Wait()
+}
+
+// Close takes no new connections, waits for the open ones until ctx ends, resets the rest and returns when
+// every goroutine is gone.
+func (p *Proxy) Close(ctx context.Context) error {
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	p.StopAccepting()
+	if !p.conns.drained(ctx.Done()) {
+		p.log.Info("resetting the connections that are still open", "connections", p.conns.len())
+		p.conns.endAll(func(*conn) bool { return true }, Drained, "the agent stops")
+	}
+	p.cancel()
+	err := p.pool.Close()
+	p.wg.Wait()
+	return err
+}
+
+// watch re-evaluates open connections whenever policies, or what binds them, change.
+func (p *Proxy) watch() {
+	changed := p.store.Watch()
+	defer p.store.Unwatch(changed)
+	last := p.store.Load()
+	for {
+		select {
+		case <-p.ctx.Done():
+			return
+		case <-changed:
+		}
+		s := p.store.Load()
+		if p.concerns(s, last) {
+			p.conns.reevaluate(s)
+		}
+		p.dropVanished(s, last)
+		last = s
+	}
+}
+
+// concerns reports whether s may decide otherwise than last about the pods of this node.
+func (p *Proxy) concerns(s, last *mesh.Snapshot) bool {
+	workloads, _, policies := s.Changes(last)
+	for range policies {
+		return true
+	}
+	local := map[string]bool{}
+	for _, h := range p.Pods() {
+		local[h.Pod().WorkloadUID] = true
+	}
+	for c := range workloads {
+		if c.New != nil && local[c.New.UID] && (c.Old == nil || !slices.Equal(c.Old.Policies, c.New.Policies)) {
+			return true
+		}
+	}
+	return !s.Config().Equal(last.Config())
+}
+
+// dropVanished lets go of tunnels to endpoints that are gone, before somebody else gets their address.
+func (p *Proxy) dropVanished(s, last *mesh.Snapshot) {
+	var gone map[netip.Addr]bool
+	workloads, _, _ := s.Changes(last)
+	for c := range workloads {
+		if c.New == nil {
+			for _, a := range c.Old.Addrs {
+				if gone == nil {
+					gone = map[netip.Addr]bool{}
+				}
+				gone[a] = true
+			}
+		}
+	}
+	if gone != nil {
+		p.pool.Drain(func(k hbone.Key) bool { return gone[k.Addr.Addr()] })
+	}
+}
