@@ -43,7 +43,7 @@ type Pod struct {
 	WorkloadUID string
 	Identity    mesh.Identity
 	Addrs       []netip.Addr
-	NetNS       *netns.Handle // valid until the Accepting is closed
+	NetNS       *netns.Handle // valid until Accepting.Close has returned
 }
 
 // Acceptor serves a pod's connections; the proxy is one. The listeners stay the caller's: AddPod duplicates
@@ -52,13 +52,13 @@ type Acceptor interface {
 	AddPod(Pod, datapath.Listeners) (Accepting, error)
 }
 
-// Accepting is a pod's accept loops.
+// Accepting is a pod's accept loops; *proxy.PodHandle is one.
 type Accepting interface {
-	// Update tells what the control plane has changed about the pod.
-	Update(Pod)
-	// Close stops accepting and lets open connections go on until they end by themselves or the drain time is
-	// over. It returns at once.
-	Close() error
+	// StopAccepting takes no new connections. Open ones go on.
+	StopAccepting()
+	// Close stops accepting and returns when the last connection has ended, those that are left when ctx ends
+	// having been reset.
+	Close(ctx context.Context)
 }
 
 // Certs fetches certificates ahead of the first connection.
@@ -99,6 +99,9 @@ type Config struct {
 	Certs           Certs
 	Keeper          *holder.Keeper
 	Held            []holder.Item // what Keeper.Restore returned; New takes the files over
+	// Captured tells whether connections to an address go through the mesh: of the connections that were open at
+	// enrolment only such outbound ones count. Nil: none do.
+	Captured func(netip.Addr) bool
 	// Report is called with the whole state after each change, never concurrently. Nil: nobody is told.
 	Report func([]PodStatus)
 
@@ -110,4 +113,6 @@ type Config struct {
 	AddWait  time.Duration // how long a CNI ADD waits for the control plane to name the pod: 5 s
 	CertWait time.Duration // how long an enrolment waits for the certificate: 2 s
 	Resync   time.Duration // between two audits of the kernel: 15 s
+	Linger   time.Duration // how long a pod that left the mesh is still served for peers that do not know yet: 10 s
+	Drain    time.Duration // how long open connections of a pod that left may go on: 1 h
 }
