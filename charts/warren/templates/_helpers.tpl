@@ -1,0 +1,26 @@
+{{- define "warren.node" -}}{{ if .Values.compat.istioNames }}ztunnel{{ else }}warren-node{{ end }}{{- end }}
+{{- define "warren.control" -}}{{ if .Values.compat.istioNames }}istiod{{ else }}warren-control{{ end }}{{- end }}
+{{- define "warren.image" -}}
+{{ .root.Values.image.registry }}/{{ .name }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
+{{- end }}
+{{- define "warren.labels" -}}
+app.kubernetes.io/part-of: warren
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+{{- define "warren.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- define "warren.env" -}}
+{{- range $k, $v := . }}
+- name: {{ $k }}
+  value: {{ $v | quote }}
+{{- end }}
+{{- end }}
