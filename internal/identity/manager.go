@@ -117,6 +117,16 @@ func NewManager(cfg Config) *Manager {
 // Bundle returns the current certificate of id. Where there is none it asks for one, before all others, and
 // waits until ctx is done; the error then says what the CA said last.
 func (m *Manager) Bundle(ctx context.Context, id mesh.Identity) (*Bundle, error) {
+	return m.await(ctx, id, realtime)
+}
+
+// Warm returns when there is a valid certificate of id. Its wish comes after those of connections.
+func (m *Manager) Warm(ctx context.Context, id mesh.Identity) error {
+	_, err := m.await(ctx, id, warmup)
+	return err
+}
+
+func (m *Manager) await(ctx context.Context, id mesh.Identity, urgent priority) (*Bundle, error) {
 	if id.IsZero() {
 		return nil, fmt.Errorf("%w: there is none for no identity", ErrBundle)
 	}
@@ -125,7 +135,7 @@ func (m *Manager) Bundle(ctx context.Context, id mesh.Identity) (*Bundle, error)
 		if b != nil {
 			return b, nil
 		}
-		if err := m.send(ctx, command{id: id, urgent: realtime}); err != nil {
+		if err := m.send(ctx, command{id: id, urgent: urgent}); err != nil {
 			return nil, m.explain(id, err)
 		}
 		if ready == nil {
@@ -149,17 +159,9 @@ func (m *Manager) Current(id mesh.Identity) *Bundle {
 	return b
 }
 
-// Warm asks for a certificate of id without waiting for it.
-func (m *Manager) Warm(ctx context.Context, id mesh.Identity) error {
-	if b, _ := m.look(id); b != nil {
-		return nil
-	}
-	return m.send(ctx, command{id: id, urgent: warmup})
-}
-
-// Forget drops an identity and its key: its last pod is gone.
-func (m *Manager) Forget(ctx context.Context, id mesh.Identity) error {
-	return m.send(ctx, command{id: id, forget: true})
+// Forget drops an identity and its key: its last pod is gone. It is for a Manager that runs.
+func (m *Manager) Forget(id mesh.Identity) {
+	_ = m.send(context.Background(), command{id: id, forget: true})
 }
 
 // Stats returns the counters.
