@@ -109,8 +109,8 @@ func BuildImages(ctx context.Context, o ImageOptions) error {
 func (p product) build(ctx context.Context, root, out string, pf image.Platform, log func(string)) (image.Variant, error) {
 	v := image.Variant{Platform: pf, Files: map[string]string{}}
 	for _, pr := range p.programs {
-		if _, err := os.Stat(filepath.Join(root, pr.pkg)); errors.Is(err, fs.ErrNotExist) {
-			log("left out /" + pr.path + ": there is no " + pr.pkg)
+		if l, _ := filepath.Glob(filepath.Join(root, pr.pkg, "*.go")); len(l) == 0 {
+			log("left out /" + pr.path + ": there is no program in " + pr.pkg)
 			continue
 		}
 		b := build{".", "./" + pr.pkg, pr.path, []string{"-trimpath", "-ldflags=-s -w -buildid="}}
