@@ -100,10 +100,25 @@ func runUI(ctx context.Context, args []string) error {
 	})
 }
 
-// shopClient keeps its connections for a short while, so that the demo shows pooled and new ones.
+// shopClient keeps connections between calls, but not for ever: see renewConnections.
 var shopClient = &http.Client{
 	Timeout:   5 * time.Second,
 	Transport: &http.Transport{IdleConnTimeout: 2 * time.Second, MaxIdleConnsPerHost: 16},
+}
+
+// renewConnections closes what is idle every two seconds. A connection that was open when its pod joined the
+// mesh stays in clear for as long as it lives, so one that lived for ever would never be protected.
+func renewConnections(ctx context.Context) {
+	t := time.NewTicker(2 * time.Second)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			shopClient.CloseIdleConnections()
+		}
+	}
 }
 
 func call(ctx context.Context, url string) (reply, error) {
@@ -168,6 +183,7 @@ func serveHTTP(ctx context.Context, addr, service string, h http.Handler) error 
 	srv := &http.Server{Addr: addr, Handler: h, ReadHeaderTimeout: 5 * time.Second}
 	failed := make(chan error, 1)
 	go func() { failed <- srv.ListenAndServe() }()
+	go renewConnections(ctx)
 	slog.Info("listening", "service", service, "version", version, "addr", addr)
 	select {
 	case err := <-failed:
@@ -227,6 +243,7 @@ func runLoad(ctx context.Context, args []string) error {
 	var ok, failed int
 	last := ""
 	say := func() { slog.Info("load", "url", *url, "ok", ok, "failed", failed, "last_error", last) }
+	go renewConnections(ctx)
 	next, tell := time.NewTicker(*every), time.NewTicker(*report)
 	defer next.Stop()
 	defer tell.Stop()

@@ -1,0 +1,13 @@
+module github.com/warrenmesh/warren/test/e2e
+
+go 1.26.0
+
+require github.com/warrenmesh/warren/test/cluster v0.0.0
+
+require (
+	github.com/vishvananda/netlink v1.3.1 // indirect
+	github.com/vishvananda/netns v0.0.5 // indirect
+	golang.org/x/sys v0.49.0 // indirect
+)
+
+replace github.com/warrenmesh/warren/test/cluster => ../cluster
