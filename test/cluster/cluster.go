@@ -168,6 +168,10 @@ func (o *Options) fill(ctx context.Context, p *plan.Cluster) error {
 			return err
 		}
 	}
+	// From here on the directory is recognized as a cluster's.
+	if err := p.Save(); err != nil {
+		return err
+	}
 	own, err := ownImages(ctx)
 	if err != nil {
 		return err
@@ -341,6 +345,17 @@ func output(cmd *exec.Cmd) (string, error) {
 		return string(out), fmt.Errorf("%s: %w: %s", strings.Join(cmd.Args, " "), err, strings.TrimSpace(errOut.String()))
 	}
 	return string(out), nil
+}
+
+// Outside runs f with its thread in the network namespace of the inter-node link,
+// where no node is: sockets made there are clients and servers outside the
+// cluster, at 172.30.0.1 and fd00:172:30::1, with routes to nodes and pods but
+// not to Services.
+func (c *Cluster) Outside(f func() error) error { return host.InNetNS(c.pid, f) }
+
+// OutsideCommand prepares a program of the host to run there.
+func (c *Cluster) OutsideCommand(ctx context.Context, args ...string) *exec.Cmd {
+	return exec.CommandContext(ctx, c.plan.Launcher, append([]string{OutsideCommand, c.plan.Dir}, args...)...)
 }
 
 // WaitReady waits until every running node is Ready and no stopped one is.

@@ -5,7 +5,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -48,6 +50,7 @@ func TestCluster(t *testing.T) {
 
 	t.Run("services answer on both families", s.on((*smoke).services))
 	t.Run("names resolve", s.on((*smoke).names))
+	t.Run("an outside client reaches pods", s.on((*smoke).outside))
 	t.Run("the API server reaches pods", s.on((*smoke).apiToPods))
 	t.Run("a projected token passes TokenReview", s.on((*smoke).tokenReview))
 	t.Run("an agent sees its node", s.on((*smoke).agent))
@@ -166,6 +169,29 @@ func (s *smoke) names() {
 		if !strings.Contains(line, want) {
 			s.Errorf("lookup %d gave %q: want %s...", i, line, want)
 		}
+	}
+}
+
+func (s *smoke) outside() {
+	ips := strings.Fields(s.kubectl("get", "pod", s.echo["node1"], "-o", "jsonpath={.status.podIPs[*].ip}"))
+	for i, from := range []string{"remote=172.30.0.1:", "remote=[fd00:172:30::1]:"} {
+		var body []byte
+		err := s.c.Outside(func() error {
+			conn, err := net.Dial("tcp", net.JoinHostPort(ips[i], "8080"))
+			if err != nil {
+				return err
+			}
+			defer conn.Close()
+			fmt.Fprint(conn, "GET / HTTP/1.0\r\n\r\n")
+			body, err = io.ReadAll(conn)
+			return err
+		})
+		if err != nil || !strings.Contains(string(body), from) {
+			s.Errorf("%s: %q, %v", ips[i], body, err)
+		}
+	}
+	if out, err := output(s.c.OutsideCommand(s.Context(), "ip", "-br", "link", "show", "warren0")); err != nil || !strings.HasPrefix(out, "warren0") {
+		s.Errorf("the link: %q, %v", out, err)
 	}
 }
 

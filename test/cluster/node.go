@@ -13,9 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// EnterCommand is the hidden command that runs a program on a node:
-// EnterCommand DIR NODE PROGRAM [ARGUMENT...].
-const EnterCommand = "__enter"
+// Hidden commands of cmd/cluster: EnterCommand DIR NODE PROGRAM [ARGUMENT...]
+// runs a program on a node, OutsideCommand DIR PROGRAM [ARGUMENT...] beside them.
+const (
+	EnterCommand   = "__enter"
+	OutsideCommand = "__outside"
+)
 
 // Node is one machine of the cluster.
 type Node struct {
@@ -72,6 +75,15 @@ func (n *Node) Command(ctx context.Context, args ...string) *exec.Cmd {
 // Exec runs a program on the node and returns its standard output.
 func (n *Node) Exec(ctx context.Context, args ...string) (string, error) {
 	return output(n.Command(ctx, args...))
+}
+
+// InNetNS runs f with its thread in the node's network namespace.
+func (n *Node) InNetNS(f func() error) error {
+	pid, err := n.PID()
+	if err != nil {
+		return err
+	}
+	return host.InNetNS(pid, f)
 }
 
 // Kill cuts the node's power: its link and every process vanish at once.
@@ -131,4 +143,18 @@ func Enter(dir, name string, args []string) error {
 	os.Setenv("HOME", "/root")
 	os.Setenv("CONTAINERD_NAMESPACE", "k8s.io")
 	return host.RunInside(pid, args, os.Stdin, os.Stdout, os.Stderr)
+}
+
+// EnterOutside becomes a program of the host in the network namespace of the
+// inter-node link.
+func EnterOutside(dir string, args []string) error {
+	c, err := Attach(dir)
+	if err != nil {
+		return err
+	}
+	path, err := exec.LookPath(args[0])
+	if err != nil {
+		return err
+	}
+	return host.InNetNS(c.pid, func() error { return unix.Exec(path, args, os.Environ()) })
 }

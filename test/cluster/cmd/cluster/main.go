@@ -27,6 +27,7 @@ const usage = `usage: cluster COMMAND [argument...]
   kubeconfig                print the path of a kubeconfig that works here
   kubectl|helm ARGUMENT...  run it against the cluster
   node NAME PROGRAM...      run a program on a node, as if started there
+  outside PROGRAM...        run a program on the link between the nodes, in none
   kill-node NAME            cut a node's power
   start-node NAME           boot it again from its disk
   reboot-node NAME          both
@@ -75,6 +76,11 @@ func run(ctx context.Context, verb string, args []string) error {
 			return errors.New("want a directory, a node and a program")
 		}
 		return cluster.Enter(args[0], args[1], args[2:])
+	case cluster.OutsideCommand:
+		if len(args) < 2 {
+			return errors.New("want a directory and a program")
+		}
+		return cluster.EnterOutside(args[0], args[1:])
 	case "help", "-h", "--help":
 		fmt.Print(usage)
 		return nil
@@ -103,6 +109,11 @@ func run(ctx context.Context, verb string, args []string) error {
 			return errors.New("node: want a node and a program")
 		}
 		return cluster.Enter(c.Dir(), args[0], args[1:])
+	case "outside":
+		if len(args) == 0 {
+			return errors.New("outside: want a program")
+		}
+		return cluster.EnterOutside(c.Dir(), args)
 	case "kill-node", "start-node", "reboot-node":
 		if len(args) != 1 {
 			return fmt.Errorf("%s: want one node", verb)
