@@ -1,0 +1,41 @@
+# make demo                      the mesh on a Kubernetes of its own, with an application, proven by figures
+# make demo KUBECONFIG=file      the same on a cluster you have
+# make test                      every test: the house, units with the race detector, kernel, cluster, end to end
+SHELL := /bin/bash
+export GOFLAGS ?= -buildvcs=false
+CLUSTER := cd test/cluster && go run ./cmd/cluster
+ifeq ($(origin KUBECONFIG),command line)
+ON := -kubeconfig $(abspath $(KUBECONFIG))
+endif
+
+.PHONY: demo test lint unit e2e generate images cluster cluster-down deps
+
+demo: deps
+	@cd test/e2e && go run ./cmd/demo $(ON)
+
+test: deps
+	@go run ./test/run
+
+lint: deps                      # format, vet, staticcheck, generated files, chart
+	@go run ./test/run house
+
+unit: deps                      # with the race detector; kernel tests need root
+	@go run ./test/run unit
+
+e2e: deps                       # on the two-node cluster, or with KUBECONFIG=file on that
+	@WARREN_E2E_KUBECONFIG=$(if $(ON),$(abspath $(KUBECONFIG))) go run ./test/run e2e
+
+generate: deps
+	go generate ./...
+
+images: deps                    # archives of all images for amd64 and arm64 in out/images
+	@$(CLUSTER) images --out $(CURDIR)/out/images --platform linux/amd64,linux/arm64
+
+cluster: deps
+	@$(CLUSTER) up
+
+cluster-down:
+	@$(CLUSTER) down
+
+deps:
+	@.ci/deps

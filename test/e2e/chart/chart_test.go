@@ -1,0 +1,98 @@
+// Package chart renders charts/warren with the helm that the test cluster uses, and holds it to what it
+// promises: strict values, no rights for the agent, capabilities by name.
+package chart
+
+import (
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/warrenmesh/warren/test/cluster"
+)
+
+const dir = "../../../charts/warren"
+
+func helm(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	bin, err := cluster.Binaries(t.Context(), func(s string) { t.Log(s) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.CommandContext(t.Context(), filepath.Join(bin, "helm"), args...).CombinedOutput()
+	return string(out), err
+}
+
+func render(t *testing.T, set ...string) string {
+	t.Helper()
+	args := []string{"template", "warren", dir, "-n", "istio-system"}
+	for _, s := range set {
+		args = append(args, "--set", s)
+	}
+	out, err := helm(t, args...)
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	return out
+}
+
+// object returns the document of a kind and name.
+func object(t *testing.T, all, kind, name string) string {
+	t.Helper()
+	for doc := range strings.SplitSeq(all, "\n---\n") {
+		if strings.Contains(doc, "\nkind: "+kind+"\n") && strings.Contains(doc, "\n  name: "+name+"\n") {
+			return doc
+		}
+	}
+	t.Fatalf("no %s %s is rendered", kind, name)
+	return ""
+}
+
+func TestLint(t *testing.T) {
+	if out, err := helm(t, "lint", "--strict", dir); err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+func TestUnknownValuesAreRejected(t *testing.T) {
+	for _, v := range []string{"node.unknown=1", "nodeAgent.x=1", "control.replicas=0", "mesh.sameNode=sometimes", "node.cni.binDir=relative"} {
+		if out, err := helm(t, "template", "warren", dir, "--set", v); err == nil {
+			t.Errorf("%s is accepted: %.200s", v, out)
+		}
+	}
+}
+
+func TestEveryDefinitionIsRendered(t *testing.T) {
+	all := render(t)
+	if n := strings.Count(all, "\nkind: CustomResourceDefinition\n"); n != 25 {
+		t.Errorf("%d CustomResourceDefinitions are rendered, want 15 of Istio and 10 of the Gateway API", n)
+	}
+	if n := strings.Count(render(t, "crds.install=false"), "\nkind: CustomResourceDefinition\n"); n != 0 {
+		t.Errorf("crds.install=false renders %d", n)
+	}
+}
+
+func TestAgentPrivileges(t *testing.T) {
+	all := render(t)
+	agent := object(t, all, "DaemonSet", "warren-node")
+	for _, want := range []string{"drop: [ALL]", "privileged: false", "automountServiceAccountToken: false", "readOnlyRootFilesystem: true"} {
+		if !strings.Contains(agent, want) {
+			t.Errorf("the agent lacks %q", want)
+		}
+	}
+	if strings.Contains(agent, "SYS_RESOURCE") {
+		t.Error("the agent asks for SYS_RESOURCE, which some machines do not have")
+	}
+	for doc := range strings.SplitSeq(all, "\n---\n") {
+		if strings.Contains(doc, "Binding\n") && strings.Contains(doc, "name: warren-node") {
+			t.Errorf("the agent has rights in the API:\n%s", doc)
+		}
+	}
+}
+
+func TestIstioNames(t *testing.T) {
+	all := render(t, "compat.istioNames=true")
+	object(t, all, "DaemonSet", "ztunnel")
+	object(t, all, "Deployment", "istiod")
+	object(t, render(t), "Service", "istiod")
+}

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+)
+
+// modules are the modules of this repository, the root first.
+var modules = []string{".", "test/cluster", "test/e2e"}
+
+func stages() []stage {
+	house := stage{name: "house", about: "format, vet, staticcheck, generated files, chart"}
+	house.steps = append(house.steps,
+		step{name: "gofmt", run: gofmt},
+		step{name: "generated files are current", run: generated, limit: 10 * time.Minute},
+		step{name: "chart", dir: "test/e2e", run: goTest("./chart"), limit: 15 * time.Minute},
+	)
+	for _, m := range modules {
+		house.steps = append(house.steps, step{name: "vet " + m, dir: m, run: program("go", "vet", "./..."), limit: 15 * time.Minute})
+	}
+	house.steps = append(house.steps, step{name: "staticcheck", run: program("go", "tool", "staticcheck", "./..."), limit: 15 * time.Minute})
+	unit := stage{name: "unit", about: "all packages with the race detector", steps: []step{
+		{name: "root module", run: goTest("-race", "-p", "2", "./..."), limit: 25 * time.Minute},
+		{name: "test/e2e/lab", dir: "test/e2e", run: goTest("./lab/...")},
+	}}
+	e2e := stage{name: "e2e", about: "on a cluster of two nodes", steps: []step{
+		{name: "end to end", dir: "test/e2e", run: goTest("-count=1", "-timeout=25m", "."), limit: 30 * time.Minute},
+		{name: "the cluster itself", dir: "test/cluster", run: goTest("-count=1", "-timeout=15m", "./..."), limit: 16 * time.Minute},
+	}}
+	return []stage{house, unit, e2e}
+}
+
+// program is a step that passes when the program exits with 0.
+func program(name string, args ...string) func(context.Context, step) result {
+	return func(ctx context.Context, s step) result {
+		out, err := command(ctx, s.dir, name, args...).CombinedOutput()
+		return verdict(err, string(out))
+	}
+}
+
+func verdict(err error, detail string) result {
+	if err != nil {
+		return result{failed: 1, detail: strings.TrimSpace(detail + "\n" + err.Error())}
+	}
+	return result{passed: 1}
+}
+
+func command(ctx context.Context, dir, name string, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Dir = dir
+	cmd.WaitDelay = 5 * time.Second
+	// An interrupt lets tests clean up; WaitDelay ends those that do not.
+	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
+	return cmd
+}
+
+// goTest runs go test and counts its tests, subtests not.
+func goTest(args ...string) func(context.Context, step) result {
+	return func(ctx context.Context, s step) result {
+		cmd := command(ctx, s.dir, "go", append([]string{"test", "-json"}, args...)...)
+		var errs bytes.Buffer
+		cmd.Stderr = &errs
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			return verdict(err, "")
+		}
+		if err := cmd.Start(); err != nil {
+			return verdict(err, "")
+		}
+		r, detail := count(bufio.NewReader(out))
+		err = cmd.Wait()
+		if err != nil && r.failed == 0 {
+			r.failed = 1
+			detail += errs.String() + err.Error()
+		}
+		r.detail = detail
+		return r
+	}
+}
+
+// event is one line of go test -json.
+type event struct {
+	Action, Package, Test, Output, ImportPath string
+}
+
+// count reads go test's events. The detail is the output of what failed, and why what was skipped was.
+func count(r *bufio.Reader) (result, string) {
+	var (
+		res    result
+		detail strings.Builder
+		output = map[string][]string{}
+		broken = map[string]bool{} // packages with a failed test: their own failure adds nothing
+	)
+	dec := json.NewDecoder(r)
+	for {
+		var e event
+		if err := dec.Decode(&e); err != nil {
+			break
+		}
+		key := e.Package + " " + e.Test
+		top := e.Test != "" && !strings.Contains(e.Test, "/")
+		switch e.Action {
+		case "output", "build-output":
+			if e.Action == "build-output" {
+				key = e.ImportPath + " "
+			}
+			output[key] = append(output[key], e.Output)
+		case "pass":
+			if top {
+				res.passed++
+			}
+		case "skip":
+			if top {
+				res.skipped++
+				fmt.Printf("        skipped %s %s\n", e.Package, e.Test)
+			}
+		case "fail", "build-fail":
+			if e.Test == "" && broken[e.Package] {
+				continue
+			}
+			if e.Test == "" || top {
+				res.failed++
+			}
+			broken[e.Package] = true
+			if e.Action == "build-fail" {
+				key = e.ImportPath + " "
+			}
+			fmt.Fprintf(&detail, "%s %s\n%s", e.Package, e.Test, tail(output[key], 60))
+		}
+	}
+	return res, detail.String()
+}
+
+func tail(lines []string, n int) string {
+	return strings.Join(lines[max(0, len(lines)-n):], "")
+}
+
+func gofmt(ctx context.Context, _ step) result {
+	out, err := command(ctx, "", "gofmt", "-l", ".").CombinedOutput()
+	if err == nil && len(bytes.TrimSpace(out)) > 0 {
+		err = errors.New("not formatted: run gofmt -w on these")
+	}
+	return verdict(err, string(out))
+}
+
+// generated runs go generate and compares what it wrote with what was there.
+func generated(ctx context.Context, _ step) result {
+	before, err := hashes()
+	if err != nil {
+		return verdict(err, "")
+	}
+	if out, err := command(ctx, "", "go", "generate", "./...").CombinedOutput(); err != nil {
+		return verdict(err, string(out))
+	}
+	after, err := hashes()
+	if err != nil {
+		return verdict(err, "")
+	}
+	var changed []string
+	for f, h := range after {
+		if before[f] != h {
+			changed = append(changed, f)
+		}
+	}
+	if len(changed) > 0 {
+		slices.Sort(changed)
+		return verdict(errors.New("make generate changes these: commit the result"), strings.Join(changed, "\n"))
+	}
+	return result{passed: 1}
+}
+
+// hashes returns the hash of every generated file.
+func hashes() (map[string][32]byte, error) {
+	out := map[string][32]byte{}
+	err := filepath.WalkDir(".", func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if d.IsDir() {
+			if n := d.Name(); n == ".git" || n == "out" || n == "bin" {
+				return filepath.SkipDir
+			}
+			return nil
+		}
+		if !isGenerated(filepath.ToSlash(p)) {
+			return nil
+		}
+		b, err := os.ReadFile(p)
+		if err != nil {
+			return err
+		}
+		out[p] = sha256.Sum256(b)
+		return nil
+	})
+	return out, err
+}
+
+func isGenerated(p string) bool {
+	return strings.HasSuffix(p, ".pb.go") || strings.HasPrefix(p, "charts/warren/files/crds/") ||
+		strings.HasPrefix(p, "bpf/") && (strings.HasSuffix(p, ".o") || strings.Contains(p, "_bpfel") || strings.Contains(p, "_x86_") || strings.Contains(p, "_arm64_"))
+}
