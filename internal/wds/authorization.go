@@ -1,6 +1,7 @@
 package wds
 
 import (
+	"fmt"
 	"net/netip"
 
 	"google.golang.org/protobuf/types/known/anypb"
@@ -19,8 +20,12 @@ const (
 	actionAudit     = "AUDIT"
 )
 
-// EncodePolicy writes a policy; its resource name is Name.String().
-func EncodePolicy(p *mesh.Policy) *security.Authorization {
+// EncodePolicy writes a policy; its resource name is Name.String(). An action or scope that the wire cannot
+// say is an error: anything written in its place would mean something else.
+func EncodePolicy(p *mesh.Policy) (*security.Authorization, error) {
+	if p.Action > mesh.Audit || p.Scope > mesh.ScopeWorkload {
+		return nil, fmt.Errorf("encoding the policy %s: there is no action %d or scope %d", p.Name, p.Action, p.Scope)
+	}
 	a := &security.Authorization{
 		Name: p.Name.Name, Namespace: p.Name.Namespace,
 		Scope: security.Scope(p.Scope), DryRun: p.DryRun,
@@ -36,12 +41,12 @@ func EncodePolicy(p *mesh.Policy) *security.Authorization {
 	case mesh.Audit:
 		word, err := anypb.New(wrapperspb.String(actionAudit))
 		if err != nil {
-			panic("wds: encoding a constant: " + err.Error())
+			return nil, fmt.Errorf("encoding the policy %s: %w", p.Name, err)
 		}
 		a.DryRun = true
 		a.Extensions = []*workload.Extension{{Name: actionExtension, Config: word}}
 	}
-	return a
+	return a, nil
 }
 
 func encodeMatch(m mesh.Match) *security.Match {
