@@ -2,14 +2,12 @@ package enroll
 
 import (
 	"context"
-	"log/slog"
 	"net/netip"
 	"time"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/internal/netns"
 	"github.com/warrenmesh/warren/node-agent/datapath"
-	"github.com/warrenmesh/warren/node-agent/holder"
 )
 
 // LocalPod is what the control plane says about one pod scheduled to this node.
@@ -87,32 +85,4 @@ type PodStatus struct {
 	Reason          string // in words for the operator; empty when enabled
 	OpenConnections int    // that were open at enrolment and are not captured
 	Since           time.Time
-}
-
-// Config is what a Registry needs.
-type Config struct {
-	Node            string
-	SystemNamespace string   // the agent's own; its pods are never captured and never wait. Default istio-system
-	Exempt          []string // namespaces whose pods never wait for the agent. Default kube-system
-	Plumber         Plumber
-	Acceptor        Acceptor
-	Certs           Certs
-	Keeper          *holder.Keeper
-	Held            []holder.Item // what Keeper.Restore returned; New takes the files over
-	// Captured tells whether connections to an address go through the mesh: of the connections that were open at
-	// enrolment only such outbound ones count. Nil: none do.
-	Captured func(netip.Addr) bool
-	// Report is called with the whole state after each change, never concurrently. Nil: nobody is told.
-	Report func([]PodStatus)
-
-	Socket    string // where the CNI plugin asks. Default cni.DefaultSocket
-	StateFile string // last known state for the plugin. Default cni.DefaultStateFile
-	Proc      string // /proc with the node's processes in it. Default /proc
-	Log       *slog.Logger
-
-	AddWait  time.Duration // how long a CNI ADD waits for the control plane to name the pod: 5 s
-	CertWait time.Duration // how long an enrolment waits for the certificate: 2 s
-	Resync   time.Duration // between two audits of the kernel: 15 s
-	Linger   time.Duration // how long a pod that left the mesh is still served for peers that do not know yet: 10 s
-	Drain    time.Duration // how long open connections of a pod that left may go on: 1 h
 }

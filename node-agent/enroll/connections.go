@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -186,57 +187,40 @@ func endpoint(family uint8, addr, port []byte) netip.AddrPort {
 	return netip.AddrPortFrom(a, binary.BigEndian.Uint16(port))
 }
 
-// connections are those of a pod that were open when it was enrolled: capture, which happens at connection
-// set-up, never sees them.
-type connections struct {
-	before  map[uint64]bool // cookies of the sockets from before capture
-	ports   map[uint16]bool // on which the pod listened
-	capture func(netip.Addr) bool
-}
-
-// observe notes what is open just before capture is switched on.
-func (d *diag) observe(capture func(netip.Addr) bool) (*connections, error) {
+// uncaptured lists, when capture has just been switched on, the connections that it did not see, because it
+// happens at connection set-up: inbound ones, and outbound ones to addresses that capture would take. Captured
+// ones are told by the mark, which capture sets on a client's socket and the inbound leg hands to the server's,
+// and the agent's own by their ports. Looking afterwards leaves no gap between look and switch.
+func (d *diag) uncaptured(capture func(netip.Addr) bool) ([]tcpSocket, error) {
 	listeners, err := d.list(1 << tcpListen)
 	if err != nil {
 		return nil, err
+	}
+	ports := map[uint16]bool{}
+	for i := range listeners {
+		ports[listeners[i].local.Port()] = true
 	}
 	open, err := d.list(carrying)
 	if err != nil {
 		return nil, err
 	}
-	c := &connections{before: map[uint64]bool{}, ports: map[uint16]bool{}, capture: capture}
-	for i := range listeners {
-		c.ports[listeners[i].local.Port()] = true
-	}
-	for i := range open {
-		c.before[open[i].cookie()] = true
-	}
-	return c, nil
-}
-
-// uncaptured lists, when capture is on, what it did not see: connections from before, and those that were set
-// up between the look and the switch. The latter are told from captured ones by the mark, which capture sets on
-// a client's socket and the inbound leg hands to the server's, and from the agent's own by their ports.
-func (d *diag) uncaptured(c *connections) ([]tcpSocket, error) {
-	now, err := d.list(carrying)
-	if err != nil {
-		return nil, err
-	}
 	var out []tcpSocket
-	for i := range now {
-		s := &now[i]
-		old := c.before[s.cookie()]
-		if !old && (s.mark == datapath.Mark || agentPort(s.local.Port()) || s.remote.Port() == datapath.PortHBONE) {
-			continue
-		}
-		if s.remote.Addr().IsLoopback() || s.remote.Addr() == s.local.Addr() {
-			continue // within the pod
-		}
-		if c.ports[s.local.Port()] || c.capture != nil && c.capture(s.remote.Addr()) {
+	for i := range open {
+		s := &open[i]
+		switch {
+		case s.mark == datapath.Mark, agentPort(s.local.Port()), s.remote.Port() == datapath.PortHBONE:
+		case s.remote.Addr().IsLoopback(), s.remote.Addr() == s.local.Addr(): // within the pod
+		case ports[s.local.Port()], capture != nil && capture(s.remote.Addr()):
 			out = append(out, *s)
 		}
 	}
 	return out, nil
+}
+
+// remaining lists those of the sockets that are still open, by their cookies.
+func (d *diag) remaining(cookies map[uint64]bool) ([]tcpSocket, error) {
+	open, err := d.list(carrying)
+	return slices.DeleteFunc(open, func(s tcpSocket) bool { return !cookies[s.cookie()] }), err
 }
 
 func agentPort(p uint16) bool {

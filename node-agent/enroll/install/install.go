@@ -36,7 +36,9 @@ type Config struct {
 // Installer keeps the plugin installed.
 type Installer struct {
 	cfg Config
-	why string // last complaint, so that each is logged once
+
+	compared bool   // the binary on the node has been compared with ours by content
+	why      string // last complaint, so that each is logged once
 }
 
 // New returns an Installer that has not touched the node yet.
@@ -149,8 +151,9 @@ func (i *Installer) binary() (copied bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("install the CNI plugin: %w", err)
 	}
-	// The copy carries the source's time, so that looking every second costs two stats.
-	if dst, err := os.Stat(i.target()); err == nil && dst.Size() == src.Size() && dst.ModTime().Equal(src.ModTime()) && dst.Mode().Perm()&0o111 != 0 {
+	// The copy carries the source's time, so that looking every second costs two stats. The first look compares the
+	// content: in a reproducible image every version has the same time.
+	if dst, err := os.Stat(i.target()); i.compared && err == nil && dst.Size() == src.Size() && dst.ModTime().Equal(src.ModTime()) && dst.Mode().Perm()&0o111 != 0 {
 		return false, nil
 	}
 	b, err := os.ReadFile(i.cfg.Binary)
@@ -166,5 +169,6 @@ func (i *Installer) binary() (copied bool, err error) {
 	if err := errors.Join(os.Chmod(i.target(), 0o755), os.Chtimes(i.target(), src.ModTime(), src.ModTime())); err != nil {
 		return copied, fmt.Errorf("install the CNI plugin: %w", err)
 	}
+	i.compared = true
 	return copied, nil
 }
