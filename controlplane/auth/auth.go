@@ -41,7 +41,9 @@ type Caller struct {
 }
 
 // ServiceAccount names the caller's service account as namespace/name.
-func (c *Caller) ServiceAccount() string { return c.Identity.Namespace + "/" + c.Identity.ServiceAccount }
+func (c *Caller) ServiceAccount() string {
+	return c.Identity.Namespace + "/" + c.Identity.ServiceAccount
+}
 
 // Error is why a caller was not authenticated.
 type Error struct{ msg string }

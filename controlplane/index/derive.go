@@ -29,16 +29,16 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 	nk := NoticeKey{Kind: Pod, Namespace: k.Namespace, Name: k.Name}
 	if f == nil {
 		x.setLocal(k, nil, u)
-		x.notice(u, nk, "", "")
+		x.notice(u, nk, "", "", "")
 		return nil
 	}
 	policies, strict := x.policiesFor(k.Namespace, f.labels)
 	uid := x.uid("", "Pod", k)
 	d := x.c.decide(x.namespaces[k.Namespace], PodTraits{Labels: f.labels, HostNetwork: f.hostNetwork, Sidecar: f.sidecar})
 	if d.Warning != "" {
-		x.notice(u, nk, "UnknownDataplaneMode", d.Warning)
+		x.notice(u, nk, f.uid, "UnknownDataplaneMode", d.Warning)
 	} else {
-		x.notice(u, nk, "", "")
+		x.notice(u, nk, "", "", "")
 	}
 	if f.node != "" {
 		x.setLocal(k, &LocalPod{

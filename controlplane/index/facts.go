@@ -205,6 +205,7 @@ func first(l map[string]string, otherwise string, keys ...string) string {
 // namespaceFact is what the mesh needs of a Namespace.
 type namespaceFact struct {
 	name                string
+	uid                 string
 	labels              map[string]string
 	trafficDistribution string
 	terminating         bool
@@ -213,6 +214,7 @@ type namespaceFact struct {
 func namespaceFactOf(n *corev1.Namespace) *namespaceFact {
 	return &namespaceFact{
 		name:                n.Name,
+		uid:                 string(n.UID),
 		labels:              n.Labels,
 		trafficDistribution: n.Annotations[annotationTrafficDistribution],
 		terminating:         n.Status.Phase == corev1.NamespaceTerminating,
@@ -223,7 +225,7 @@ func sameNamespace(a, b *namespaceFact) bool {
 	if a == nil || b == nil {
 		return a == b
 	}
-	return maps.Equal(a.labels, b.labels) && a.trafficDistribution == b.trafficDistribution && a.terminating == b.terminating
+	return a.uid == b.uid && maps.Equal(a.labels, b.labels) && a.trafficDistribution == b.trafficDistribution && a.terminating == b.terminating
 }
 
 // localityOf reads the topology labels of a Node.

@@ -73,24 +73,18 @@ type NoticeKey struct {
 
 // Notice is something an operator should hear about an object, as a Kubernetes event.
 type Notice struct {
+	UID     string // of the object
 	Reason  string // CamelCase
 	Message string
 }
 
-// Update is what one Commit changed. Maps hold nil (or are without a value) for what is gone.
+// Update is what one Commit changed: beside the Snapshot, from which the rest is told by
+// [mesh.Snapshot.Changes], what is not in it. Maps hold nil for what is gone.
 type Update struct {
 	Snapshot   *mesh.Snapshot
-	Workloads  []string // UIDs, put or deleted: look them up in Snapshot
-	Services   []mesh.ServiceName
-	Policies   []mesh.PolicyName
 	LocalPods  map[string]*LocalPod // by pod UID
 	Namespaces map[string]*NamespaceState
 	Notices    map[NoticeKey]*Notice
-}
-
-// Empty reports whether nothing changed.
-func (u *Update) Empty() bool {
-	return len(u.Workloads)+len(u.Services)+len(u.Policies)+len(u.LocalPods)+len(u.Namespaces)+len(u.Notices) == 0
 }
 
 // source is an object that workloads are made from.
@@ -234,7 +228,7 @@ func (x *Index) Commit() *Update {
 	}
 	b.SetConfig(x.c.meshConfig())
 	x.commitPolicies(b, u)
-	x.commitServices(b, u) // before workloads: who owns a host decides what backs it
+	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
 	x.commitNamespaces(u)
 
@@ -251,25 +245,23 @@ func (x *Index) Commit() *Update {
 
 func (x *Index) commitPolicies(b *mesh.Builder, u *Update) {
 	for name := range x.dirtyPolicies {
-		p := x.policy(name)
-		old := x.snapshot.Policy(name)
-		if p == nil {
-			if old != nil {
-				b.DeletePolicy(name)
-				u.Policies = append(u.Policies, name)
-			}
-			continue
+		nk := NoticeKey{Kind: AuthorizationPolicy, Namespace: name.Namespace, Name: name.Name}
+		if f := x.authz[name.Namespace][name.Name]; f != nil && f.warning != "" {
+			x.notice(u, nk, f.uid, "PartlyEnforced", f.warning)
+		} else {
+			x.notice(u, nk, "", "", "")
 		}
-		if old.Equal(p) {
+		p := x.policy(name)
+		if p == nil {
+			b.DeletePolicy(name)
 			continue
 		}
 		next := *p // the fact is kept; the Snapshot has its own copy, with a revision
 		b.PutPolicy(&next)
-		u.Policies = append(u.Policies, name)
 	}
 }
 
-func (x *Index) commitServices(b *mesh.Builder, u *Update) {
+func (x *Index) commitServices(b *mesh.Builder) {
 	for name := range x.dirtyHosts {
 		was, is := x.winners[name], winner(x.candidates[name])
 		if was != is {
@@ -280,22 +272,13 @@ func (x *Index) commitServices(b *mesh.Builder, u *Update) {
 				x.touchBackends(was)
 			}
 		}
-		old := x.snapshot.Service(name)
 		if is == nil {
 			delete(x.winners, name)
-			if old != nil {
-				b.DeleteService(name)
-				u.Services = append(u.Services, name)
-			}
+			b.DeleteService(name)
 			continue
 		}
 		x.winners[name] = is
-		next := is.finish(x.namespaces[name.Namespace])
-		if old.Equal(next) {
-			continue
-		}
-		b.PutService(next)
-		u.Services = append(u.Services, name)
+		b.PutService(is.finish(x.namespaces[name.Namespace]))
 	}
 }
 
@@ -323,18 +306,14 @@ func winner(candidates map[owner]*serviceFact) *serviceFact {
 }
 
 func (x *Index) commitSources(b *mesh.Builder, u *Update) {
-	type change struct {
-		uid string
-		w   *mesh.Workload
-	}
-	var puts []change
+	var puts []*mesh.Workload
 	gone := map[string]bool{}
 	for src := range x.dirtySources {
 		workloads := x.derive(src, u)
 		uids := make([]string, 0, len(workloads))
 		for _, w := range workloads {
 			uids = append(uids, w.UID)
-			puts = append(puts, change{w.UID, w})
+			puts = append(puts, w)
 		}
 		for _, uid := range x.workloadsOf[src] {
 			gone[uid] = true
@@ -345,20 +324,15 @@ func (x *Index) commitSources(b *mesh.Builder, u *Update) {
 			x.workloadsOf[src] = uids
 		}
 	}
-	for _, p := range puts {
-		delete(gone, p.uid)
+	for _, w := range puts {
+		delete(gone, w.UID)
 	}
 	// Deletions first: an address may pass from a workload that goes to one that comes.
 	for uid := range gone {
 		b.DeleteWorkload(uid)
-		u.Workloads = append(u.Workloads, uid)
 	}
-	for _, p := range puts {
-		if x.snapshot.Workload(p.uid).Equal(p.w) {
-			continue
-		}
-		b.PutWorkload(p.w)
-		u.Workloads = append(u.Workloads, p.uid)
+	for _, w := range puts {
+		b.PutWorkload(w)
 	}
 }
 
@@ -371,7 +345,7 @@ func (x *Index) commitNamespaces(u *Update) {
 				delete(x.nsStates, name)
 				u.Namespaces[name] = nil
 			}
-			x.notice(u, nk, "", "")
+			x.notice(u, nk, "", "", "")
 			continue
 		}
 		next := &NamespaceState{Name: name, Enrolled: x.c.namespaceEnrolled(ns)}
@@ -380,19 +354,19 @@ func (x *Index) commitNamespaces(u *Update) {
 			u.Namespaces[name] = next
 		}
 		reason, message := x.c.namespaceWarning(ns)
-		x.notice(u, nk, reason, message)
+		x.notice(u, nk, ns.uid, reason, message)
 	}
 }
 
 // notice keeps what is to be said about an object; an empty reason takes it back.
-func (x *Index) notice(u *Update, k NoticeKey, reason, message string) {
+func (x *Index) notice(u *Update, k NoticeKey, uid, reason, message string) {
 	old := x.notices[k]
 	switch {
 	case reason == "" && old != nil:
 		delete(x.notices, k)
 		u.Notices[k] = nil
-	case reason != "" && (old == nil || old.Reason != reason || old.Message != message):
-		n := &Notice{Reason: reason, Message: message}
+	case reason != "" && (old == nil || *old != Notice{uid, reason, message}):
+		n := &Notice{UID: uid, Reason: reason, Message: message}
 		x.notices[k] = n
 		u.Notices[k] = n
 	}

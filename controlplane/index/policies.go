@@ -19,9 +19,10 @@ const annotationDryRun = "istio.io/dry-run"
 // authorizationFact is an AuthorizationPolicy compiled for the nodes.
 type authorizationFact struct {
 	key
+	uid      string
 	selector map[string]string
 	policy   *mesh.Policy // nil where no node can enforce any of it
-	// Warning says what of the policy the nodes cannot enforce, and what they do instead.
+	// warning says what of the policy the nodes cannot enforce, and what they do instead.
 	warning string
 }
 
@@ -33,7 +34,7 @@ func (c *compiled) authorizationFactOf(p *securityv1.AuthorizationPolicy) *autho
 	if len(spec.TargetRefs) > 0 || spec.TargetRef != nil {
 		return nil
 	}
-	f := &authorizationFact{key: keyOf(p)}
+	f := &authorizationFact{key: keyOf(p), uid: string(p.UID)}
 	if spec.Selector != nil {
 		f.selector = spec.Selector.MatchLabels
 	}

@@ -1,0 +1,209 @@
+package controlplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"time"
+
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"sigs.k8s.io/yaml"
+
+	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Config is what a control plane has to be told.
+type Config struct {
+	Namespace string // its own; also the root namespace of the mesh unless the mesh config says otherwise
+	PodName   string // its identity in the leader election
+	Revision  string // istio.io/rev
+	Version   string // of Warren, reported on /version
+
+	Mesh index.Config
+
+	// TrustedNodes are the service accounts of node agents, as namespace/name.
+	TrustedNodes []string
+	// ServiceNames are the Services under which clients reach it, for the serving certificate.
+	ServiceNames   []string
+	ServiceAccount string
+
+	DefaultCertTTL time.Duration
+	MaxCertTTL     time.Duration
+	// CACertsDir is where a plugged-in signing key is mounted, "" for nowhere.
+	CACertsDir string
+
+	// Listeners. An empty address closes the port.
+	XDSAddr        string // xDS and CA, TLS
+	MonitoringAddr string // /metrics /version /ready
+	ReadyAddr      string // /ready
+
+	Log *slog.Logger
+}
+
+// Defaults fills what is empty.
+func (c Config) Defaults() Config {
+	def := func(s *string, v string) {
+		if *s == "" {
+			*s = v
+		}
+	}
+	def(&c.Namespace, "istio-system")
+	def(&c.PodName, "warren-control")
+	def(&c.Revision, "default")
+	def(&c.Version, "unknown")
+	def(&c.ServiceAccount, "warren-control")
+	def(&c.Mesh.ClusterID, "Kubernetes")
+	def(&c.Mesh.ClusterDomain, "cluster.local")
+	def(&c.Mesh.TrustDomain, "cluster.local")
+	def(&c.Mesh.RootNamespace, c.Namespace)
+	def(&c.Mesh.Revision, c.Revision)
+	if len(c.TrustedNodes) == 0 {
+		c.TrustedNodes = []string{c.Namespace + "/warren-node", c.Namespace + "/ztunnel"}
+	}
+	if len(c.ServiceNames) == 0 {
+		c.ServiceNames = []string{"istiod", "warren-control"}
+	}
+	if c.DefaultCertTTL == 0 {
+		c.DefaultCertTTL = 24 * time.Hour
+	}
+	if c.MaxCertTTL == 0 {
+		c.MaxCertTTL = max(24*time.Hour, c.DefaultCertTTL)
+	}
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	return c
+}
+
+// Validate names everything that is wrong.
+func (c Config) Validate() error {
+	var errs []error
+	if err := c.Mesh.Validate(); err != nil {
+		errs = append(errs, err)
+	}
+	for _, a := range c.TrustedNodes {
+		if ns, sa, ok := strings.Cut(a, "/"); !ok || ns == "" || sa == "" || strings.Contains(sa, "/") {
+			errs = append(errs, fmt.Errorf("trusted node account %q is not namespace/service-account", a))
+		}
+	}
+	if c.DefaultCertTTL < time.Minute || c.MaxCertTTL < c.DefaultCertTTL {
+		errs = append(errs, fmt.Errorf("certificate lifetimes: default %s, maximum %s; want 1m <= default <= maximum", c.DefaultCertTTL, c.MaxCertTTL))
+	}
+	for _, a := range []string{c.XDSAddr, c.MonitoringAddr, c.ReadyAddr} {
+		if a == "" || strings.HasPrefix(a, ":") {
+			continue
+		}
+		if _, err := netip.ParseAddrPort(a); err != nil {
+			errs = append(errs, fmt.Errorf("listen address %q: %w", a, err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// dnsNames are the names of the serving certificate.
+func (c Config) dnsNames() []string {
+	var out []string
+	for _, s := range c.ServiceNames {
+		out = append(out, s+"."+c.Namespace+".svc", s+"."+c.Namespace+".svc."+c.Mesh.ClusterDomain, s+"."+c.Namespace, s)
+	}
+	return out
+}
+
+// meshFile is what is read of Istio's MeshConfig (key mesh).
+type meshFile struct {
+	RootNamespace      string   `json:"rootNamespace"`
+	TrustDomain        string   `json:"trustDomain"`
+	TrustDomainAliases []string `json:"trustDomainAliases"`
+}
+
+// warrenFile is what only Warren knows (key warren of the same ConfigMap).
+type warrenFile struct {
+	ClusterID           string             `json:"clusterID"`
+	ClusterDomain       string             `json:"clusterDomain"`
+	Network             string             `json:"network"`
+	SameNode            string             `json:"sameNode"`
+	EnablementSelectors []enablementSource `json:"enablementSelectors"`
+}
+
+// enablementSource is an enablement selector in istio-cni's form, or a bare label selector of namespaces.
+type enablementSource struct {
+	index.EnablementSelector `json:",inline"`
+	metav1.LabelSelector     `json:",inline"`
+}
+
+func (e enablementSource) selector() (index.EnablementSelector, error) {
+	bare := len(e.MatchLabels)+len(e.MatchExpressions) > 0
+	full := len(e.NamespaceSelector.MatchLabels)+len(e.NamespaceSelector.MatchExpressions)+
+		len(e.PodSelector.MatchLabels)+len(e.PodSelector.MatchExpressions) > 0
+	if bare && full {
+		return index.EnablementSelector{}, errors.New("an enablement selector is either a label selector of namespaces or has podSelector and namespaceSelector, not both")
+	}
+	if bare {
+		return index.EnablementSelector{NamespaceSelector: e.LabelSelector}, nil
+	}
+	return e.EnablementSelector, nil
+}
+
+// configMapName is that of Istio's MeshConfig.
+func (c Config) configMapName() string {
+	if c.Revision == "default" {
+		return "istio"
+	}
+	return "istio-" + c.Revision
+}
+
+// withConfigMap adds what the mesh's ConfigMap says; it wins over what was set before. A mesh without one is fine.
+func (c Config) withConfigMap(ctx context.Context, kube kubernetes.Interface) (Config, error) {
+	name := c.configMapName()
+	cm, err := kube.CoreV1().ConfigMaps(c.Namespace).Get(ctx, name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return c, nil
+	}
+	if err != nil {
+		return c, fmt.Errorf("read the mesh configuration from ConfigMap %s/%s: %w", c.Namespace, name, err)
+	}
+	var m meshFile
+	if err := yaml.Unmarshal([]byte(cm.Data["mesh"]), &m); err != nil {
+		return c, fmt.Errorf("ConfigMap %s/%s, key mesh: %w", c.Namespace, name, err)
+	}
+	var w warrenFile
+	if err := yaml.UnmarshalStrict([]byte(cm.Data["warren"]), &w); err != nil {
+		return c, fmt.Errorf("ConfigMap %s/%s, key warren: %w", c.Namespace, name, err)
+	}
+	set := func(dst *string, v string) {
+		if v != "" {
+			*dst = v
+		}
+	}
+	set(&c.Mesh.RootNamespace, m.RootNamespace)
+	set(&c.Mesh.TrustDomain, m.TrustDomain)
+	set(&c.Mesh.ClusterID, w.ClusterID)
+	set(&c.Mesh.ClusterDomain, w.ClusterDomain)
+	set(&c.Mesh.Network, w.Network)
+	if len(m.TrustDomainAliases) > 0 {
+		c.Mesh.TrustDomainAliases = m.TrustDomainAliases
+	}
+	switch w.SameNode {
+	case "":
+	case "kernel":
+		c.Mesh.SameNode = mesh.SameNodeKernel
+	case "encrypt":
+		c.Mesh.SameNode = mesh.SameNodeEncrypt
+	default:
+		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q; use kernel, encrypt or nothing", c.Namespace, name, w.SameNode)
+	}
+	for _, e := range w.EnablementSelectors {
+		sel, err := e.selector()
+		if err != nil {
+			return c, fmt.Errorf("ConfigMap %s/%s: %w", c.Namespace, name, err)
+		}
+		c.Mesh.Enablement = append(c.Mesh.Enablement, sel)
+	}
+	return c, nil
+}

@@ -1,0 +1,327 @@
+package index
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	istio "istio.io/client-go/pkg/clientset/versioned"
+	istioinformers "istio.io/client-go/pkg/informers/externalversions"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/cache"
+)
+
+// Source feeds an Index from a cluster.
+type Source struct {
+	Kube  kubernetes.Interface
+	Istio istio.Interface
+	Log   *slog.Logger
+
+	// Settle is how long after a change others are waited for, so that a burst makes one Update. The first
+	// change of a quiet time waits no longer than that.
+	Settle time.Duration
+	// CRDRetry is how often it is looked whether CRDs that were missing are there; 10 s.
+	CRDRetry time.Duration
+
+	index *Index
+	core  informers.SharedInformerFactory
+	pods  cache.SharedIndexInformer
+
+	mu      sync.Mutex
+	changed map[ref]cache.Store // what changed, and where its state is
+	wake    chan struct{}
+}
+
+// ref names an object.
+type ref struct {
+	kind Kind
+	key
+}
+
+// NewSource returns a Source for an empty index.
+func NewSource(kube kubernetes.Interface, istioClient istio.Interface, cfg Config, log *slog.Logger) (*Source, error) {
+	x, err := New(cfg)
+	if err != nil {
+		return nil, err
+	}
+	s := &Source{
+		Kube: kube, Istio: istioClient, Log: log, Settle: 5 * time.Millisecond, CRDRetry: 10 * time.Second,
+		index: x, core: informers.NewSharedInformerFactory(kube, 0), changed: map[ref]cache.Store{}, wake: make(chan struct{}, 1),
+	}
+	s.pods = s.core.Core().V1().Pods().Informer()
+	if err := s.pods.AddIndexers(cache.Indexers{indexPlacement: placementKeys, indexNode: nodeKeys}); err != nil {
+		return nil, fmt.Errorf("index pods: %w", err)
+	}
+	return s, nil
+}
+
+// crds are the custom resources that are read, which a cluster may not have (yet).
+var crds = []struct {
+	kind     Kind
+	resource schema.GroupVersionResource
+	informer func(istioinformers.SharedInformerFactory) cache.SharedIndexInformer
+}{
+	{AuthorizationPolicy, schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "authorizationpolicies"},
+		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+			return f.Security().V1().AuthorizationPolicies().Informer()
+		}},
+	{PeerAuthentication, schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "peerauthentications"},
+		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+			return f.Security().V1().PeerAuthentications().Informer()
+		}},
+	{ServiceEntry, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "serviceentries"},
+		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+			return f.Networking().V1().ServiceEntries().Informer()
+		}},
+	{WorkloadEntry, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "workloadentries"},
+		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+			return f.Networking().V1().WorkloadEntries().Informer()
+		}},
+}
+
+// Run watches until ctx ends. publish gets the first Update once everything that exists has been read, so that
+// it never shows a mesh without its policies, and then one Update per change. It is called by one goroutine.
+func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
+	inf := istioinformers.NewSharedInformerFactory(s.Istio, 0)
+	var synced []cache.InformerSynced
+	add := func(kind Kind, i cache.SharedIndexInformer) error {
+		if err := i.SetTransform(strip); err != nil {
+			return fmt.Errorf("watch %s: %w", kind, err)
+		}
+		h, err := i.AddEventHandler(s.handler(kind, i.GetStore()))
+		if err != nil {
+			return fmt.Errorf("watch %s: %w", kind, err)
+		}
+		synced = append(synced, h.HasSynced)
+		return nil
+	}
+	for _, k := range []struct {
+		kind Kind
+		i    cache.SharedIndexInformer
+	}{
+		{Pod, s.pods},
+		{Namespace, s.core.Core().V1().Namespaces().Informer()},
+		{Service, s.core.Core().V1().Services().Informer()},
+		{EndpointSlice, s.core.Discovery().V1().EndpointSlices().Informer()},
+		{Node, s.core.Core().V1().Nodes().Informer()},
+	} {
+		if err := add(k.kind, k.i); err != nil {
+			return err
+		}
+	}
+	missing := map[Kind]bool{}
+	for _, c := range crds {
+		missing[c.kind] = true
+	}
+	attach := func() error {
+		for _, c := range crds {
+			if !missing[c.kind] {
+				continue
+			}
+			ok, err := s.served(c.resource)
+			if err != nil {
+				return err
+			}
+			if !ok {
+				continue
+			}
+			if err := add(c.kind, c.informer(inf)); err != nil {
+				return err
+			}
+			delete(missing, c.kind)
+		}
+		inf.Start(ctx.Done())
+		return nil
+	}
+	// Whether the CRDs exist has to be known: without them there are no policies, and without an answer there
+	// may be.
+	for {
+		err := attach()
+		if err == nil {
+			break
+		}
+		s.Log.Warn("cannot tell which custom resources the cluster has", "error", err)
+		if !sleep(ctx, time.Second) {
+			return ctx.Err()
+		}
+	}
+	if len(missing) > 0 {
+		s.Log.Warn("custom resources are not installed and not read until they are", "missing", fmt.Sprint(kindsOf(missing)))
+	}
+	s.core.Start(ctx.Done())
+	defer s.core.Shutdown()
+	defer inf.Shutdown()
+	if !cache.WaitForCacheSync(ctx.Done(), synced...) {
+		return ctx.Err()
+	}
+	publish(s.commit())
+
+	crdCheck := time.NewTicker(s.CRDRetry)
+	defer crdCheck.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-crdCheck.C:
+			if len(missing) == 0 {
+				crdCheck.Stop()
+			} else if err := attach(); err != nil {
+				s.Log.Warn("cannot tell which custom resources the cluster has", "error", err)
+			}
+		case <-s.wake:
+			if !sleep(ctx, s.Settle) {
+				return ctx.Err()
+			}
+			publish(s.commit())
+		}
+	}
+}
+
+func kindsOf(m map[Kind]bool) []string {
+	var out []string
+	for _, c := range crds {
+		if m[c.kind] {
+			out = append(out, c.kind.String())
+		}
+	}
+	return out
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	if d <= 0 {
+		return ctx.Err() == nil
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-ctx.Done():
+		return false
+	case <-t.C:
+		return true
+	}
+}
+
+// served asks the API server whether it has a resource.
+func (s *Source) served(r schema.GroupVersionResource) (bool, error) {
+	list, err := s.Kube.Discovery().ServerResourcesForGroupVersion(r.GroupVersion().String())
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("ask for the resources of %s: %w", r.GroupVersion(), err)
+	}
+	for _, have := range list.APIResources {
+		if have.Name == r.Resource {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+// handler notes which object changed; its state is read when the change is applied, so that a burst about one
+// object costs one conversion.
+func (s *Source) handler(kind Kind, store cache.Store) cache.ResourceEventHandler {
+	note := func(obj any) {
+		name, err := cache.DeletionHandlingObjectToName(obj)
+		if err != nil {
+			s.Log.Error("event without an object", "kind", kind.String(), "error", err)
+			return
+		}
+		s.mu.Lock()
+		s.changed[ref{kind, key{name.Namespace, name.Name}}] = store
+		s.mu.Unlock()
+		select {
+		case s.wake <- struct{}{}:
+		default:
+		}
+	}
+	return cache.ResourceEventHandlerFuncs{
+		AddFunc:    note,
+		UpdateFunc: func(_, obj any) { note(obj) },
+		DeleteFunc: note,
+	}
+}
+
+func (s *Source) commit() *Update {
+	s.mu.Lock()
+	changed := s.changed
+	s.changed = map[ref]cache.Store{}
+	s.mu.Unlock()
+	for r, store := range changed {
+		obj, exists, err := store.GetByKey(cache.NewObjectName(r.Namespace, r.Name).String())
+		if err != nil || !exists {
+			s.index.Delete(r.kind, r.Namespace, r.Name)
+			continue
+		}
+		s.index.Set(obj)
+	}
+	return s.index.Commit()
+}
+
+// strip drops what is not read before an object is kept. It may be handed an object twice.
+func strip(obj any) (any, error) {
+	switch o := obj.(type) {
+	case *corev1.Pod:
+		return stripPod(o), nil
+	case *corev1.Namespace:
+		o.ManagedFields, o.Finalizers, o.Spec = nil, nil, corev1.NamespaceSpec{}
+	case *corev1.Service:
+		o.ManagedFields, o.Finalizers, o.OwnerReferences, o.Status = nil, nil, nil, corev1.ServiceStatus{}
+	case *discoveryv1.EndpointSlice:
+		o.ManagedFields, o.OwnerReferences, o.Annotations = nil, nil, nil
+	case *corev1.Node:
+		o.ManagedFields, o.Annotations, o.Spec, o.Status = nil, nil, corev1.NodeSpec{}, corev1.NodeStatus{}
+	case *securityv1.AuthorizationPolicy:
+		o.ManagedFields = nil
+	case *securityv1.PeerAuthentication:
+		o.ManagedFields = nil
+	case *networkingv1.ServiceEntry:
+		o.ManagedFields = nil
+	case *networkingv1.WorkloadEntry:
+		o.ManagedFields = nil
+	}
+	return obj, nil
+}
+
+// stripPod keeps what podFactOf and the placement read.
+func stripPod(p *corev1.Pod) *corev1.Pod {
+	out := &corev1.Pod{}
+	out.Name, out.Namespace, out.UID, out.ResourceVersion = p.Name, p.Namespace, p.UID, p.ResourceVersion
+	out.Labels, out.GenerateName, out.OwnerReferences = p.Labels, p.GenerateName, p.OwnerReferences
+	out.CreationTimestamp, out.DeletionTimestamp = p.CreationTimestamp, p.DeletionTimestamp
+	for _, k := range []string{annotationSidecar, AnnotationRedirection} {
+		if v, ok := p.Annotations[k]; ok {
+			if out.Annotations == nil {
+				out.Annotations = map[string]string{}
+			}
+			out.Annotations[k] = v
+		}
+	}
+	out.Spec.NodeName, out.Spec.ServiceAccountName, out.Spec.HostNetwork = p.Spec.NodeName, p.Spec.ServiceAccountName, p.Spec.HostNetwork
+	for _, c := range p.Spec.Containers {
+		if len(c.Ports) > 0 {
+			out.Spec.Containers = append(out.Spec.Containers, corev1.Container{Ports: c.Ports})
+		}
+	}
+	for _, c := range p.Spec.InitContainers {
+		if len(c.Ports) > 0 {
+			out.Spec.InitContainers = append(out.Spec.InitContainers, corev1.Container{Ports: c.Ports, RestartPolicy: c.RestartPolicy})
+		}
+	}
+	out.Status.Phase, out.Status.PodIP, out.Status.PodIPs, out.Status.StartTime = p.Status.Phase, p.Status.PodIP, p.Status.PodIPs, p.Status.StartTime
+	for _, c := range p.Status.Conditions {
+		if c.Type == corev1.PodReady {
+			out.Status.Conditions = []corev1.PodCondition{{Type: c.Type, Status: c.Status}}
+		}
+	}
+	return out
+}

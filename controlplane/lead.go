@@ -1,0 +1,93 @@
+package controlplane
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
+	"k8s.io/client-go/informers"
+	"k8s.io/client-go/tools/cache"
+	"k8s.io/client-go/tools/leaderelection"
+	"k8s.io/client-go/tools/leaderelection/resourcelock"
+
+	"github.com/warrenmesh/warren/controlplane/ca"
+)
+
+const leaseName = "warren-control-leader"
+
+// lead takes part in the election until ctx ends, and does the leader's work while it is one.
+func (cp *controlPlane) lead(ctx context.Context) error {
+	lock, err := resourcelock.New(resourcelock.LeasesResourceLock, cp.cfg.Namespace, leaseName,
+		cp.clients.Kube.CoreV1(), cp.clients.Kube.CoordinationV1(), resourcelock.ResourceLockConfig{Identity: cp.cfg.PodName})
+	if err != nil {
+		return fmt.Errorf("leader election: %w", err)
+	}
+	for ctx.Err() == nil { // an election ends with the loss of the lease; there is always another
+		var work sync.Mutex // held while leading: the elector starts the work on a goroutine of its own
+		elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
+			Lock: lock, LeaseDuration: 15 * time.Second, RenewDeadline: 10 * time.Second, RetryPeriod: 2 * time.Second,
+			ReleaseOnCancel: true, Name: leaseName,
+			Callbacks: leaderelection.LeaderCallbacks{
+				OnStartedLeading: func(ctx context.Context) {
+					work.Lock()
+					defer work.Unlock()
+					cp.cfg.Log.Info("this replica leads", "identity", cp.cfg.PodName)
+					cp.leaderWork(ctx)
+				},
+				OnStoppedLeading: func() {},
+			},
+		})
+		if err != nil {
+			return fmt.Errorf("leader election: %w", err)
+		}
+		elector.Run(ctx)
+		work.Lock()
+		work.Unlock()
+	}
+	return nil
+}
+
+// leaderWork is what one replica does for all.
+func (cp *controlPlane) leaderWork(ctx context.Context) {
+	factory := informers.NewSharedInformerFactoryWithOptions(cp.clients.Kube, 0,
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+			o.FieldSelector = fields.OneTermEqualSelector("metadata.name", ca.RootConfigMap).String()
+		}))
+	maps := factory.Core().V1().ConfigMaps().Informer()
+	check := func(obj any) {
+		if name, err := cache.DeletionHandlingObjectToName(obj); err == nil && name.Name == ca.RootConfigMap {
+			cp.roots.Check(name.Namespace)
+		}
+	}
+	if _, err := maps.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		UpdateFunc: func(was, is any) {
+			a, ok1 := was.(*corev1.ConfigMap)
+			b, ok2 := is.(*corev1.ConfigMap)
+			if ok1 && ok2 && a.ResourceVersion != b.ResourceVersion {
+				check(is)
+			}
+		},
+		DeleteFunc: check,
+	}); err != nil {
+		cp.cfg.Log.Error("root certificates are not watched", "error", err)
+	}
+	factory.Start(ctx.Done())
+	defer factory.Shutdown()
+	cp.recheckRoots()
+	var wg sync.WaitGroup
+	wg.Add(2)
+	go func() { defer wg.Done(); cp.roots.Run(ctx) }()
+	go func() { defer wg.Done(); cp.notices.Run(ctx) }()
+	wg.Wait()
+}
+
+// recheckRoots has every namespace looked at.
+func (cp *controlPlane) recheckRoots() {
+	for _, ns := range cp.cache.Names(namespaceType) {
+		cp.roots.Check(ns)
+	}
+}

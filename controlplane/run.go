@@ -1,0 +1,287 @@
+package controlplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+	istio "istio.io/client-go/pkg/clientset/versioned"
+	"k8s.io/client-go/kubernetes"
+
+	caapi "github.com/warrenmesh/warren/api/ca"
+	nodeapi "github.com/warrenmesh/warren/api/node"
+	"github.com/warrenmesh/warren/controlplane/auth"
+	"github.com/warrenmesh/warren/controlplane/ca"
+	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/status"
+	"github.com/warrenmesh/warren/controlplane/xds"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Clients are the ways to the API server.
+type Clients struct {
+	Kube  kubernetes.Interface
+	Istio istio.Interface
+}
+
+// placement shows the index's view of pods to the CA.
+type placement struct{ *index.Source }
+
+func (p placement) PodByName(namespace, name string) (ca.PlacedPod, bool) {
+	f, ok := p.Source.PodByName(namespace, name)
+	return ca.PlacedPod{
+		UID: f.UID, ServiceAccount: f.ServiceAccount, Node: f.Node, Finished: f.Phase == index.PodFinished,
+	}, ok
+}
+
+// controlPlane is one running replica.
+type controlPlane struct {
+	cfg     Config
+	clients Clients
+	metrics *prometheus.Registry
+
+	store   mesh.Store
+	source  *index.Source
+	cache   *xds.Cache
+	xds     *xds.Server
+	ca      *ca.Server
+	keys    *ca.Keys
+	roots   *ca.Roots
+	events  *status.Events
+	notices *status.Notices
+	nodes   *status.Nodes
+	grpc    *grpc.Server
+
+	services prometheus.Gauge
+	ready    atomic.Bool // everything that exists has been read, and there is a key
+}
+
+// Run serves until ctx ends or something fails that a restart has to repair.
+func Run(ctx context.Context, cfg Config, clients Clients) error {
+	cp, err := newControlPlane(ctx, cfg, clients)
+	if err != nil {
+		return err
+	}
+	return cp.run(ctx)
+}
+
+func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*controlPlane, error) {
+	cfg = cfg.Defaults()
+	cfg, err := cfg.withConfigMap(ctx, clients.Kube)
+	if err != nil {
+		return nil, err
+	}
+	if err := cfg.Validate(); err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	log := cfg.Log
+	cp := &controlPlane{cfg: cfg, clients: clients, metrics: newRegistry(cfg)}
+	cp.services = prometheus.NewGauge(prometheus.GaugeOpts{Name: "pilot_services", Help: "Services of the mesh."})
+	cp.metrics.MustRegister(cp.services)
+
+	if cp.source, err = index.NewSource(clients.Kube, clients.Istio, cfg.Mesh, log.With("scope", "index")); err != nil {
+		return nil, err
+	}
+	trusted := map[string]bool{}
+	for _, a := range cfg.TrustedNodes {
+		trusted[a] = true
+	}
+	callers := auth.New(clients.Kube, cfg.Mesh.TrustDomain)
+	authorizer := &ca.Authorizer{
+		TrustDomain: cfg.Mesh.TrustDomain, Nodes: trusted, Pods: placement{cp.source}, Grace: 300 * time.Millisecond,
+	}
+	cp.cache = xds.NewCache()
+	cp.xds = xds.NewServer(xds.Config{
+		Callers: callers, NodeOf: authorizer.NodeOf, Log: log.With("scope", "xds"), Metrics: cp.metrics,
+	}, cp.cache)
+	cp.ca = ca.NewServer(ca.Config{
+		Callers: callers, Authorizer: authorizer, DefaultTTL: cfg.DefaultCertTTL, MaxTTL: cfg.MaxCertTTL,
+		Log: log.With("scope", "ca"), Metrics: cp.metrics,
+	})
+	cp.keys = &ca.Keys{Client: clients.Kube, Namespace: cfg.Namespace, TrustDomain: cfg.Mesh.TrustDomain, Dir: cfg.CACertsDir}
+	cp.roots = ca.NewRoots(clients.Kube, cp.root, log.With("scope", "ca"))
+	cp.events = status.NewEvents(clients.Kube)
+	cp.notices = status.NewNotices(cp.events)
+	cp.nodes = status.NewNodes(status.Config{
+		Kube: clients.Kube, Callers: callers, NodeOf: authorizer.NodeOf, Pods: cp.source, Events: cp.events,
+		Log: log.With("scope", "status"), Metrics: cp.metrics,
+	})
+	serving := &ca.Serving{
+		Names:    cfg.dnsNames(),
+		Identity: mesh.Identity{TrustDomain: cfg.Mesh.TrustDomain, Namespace: cfg.Namespace, ServiceAccount: cfg.ServiceAccount},
+		Signer:   cp.ca.Signer,
+	}
+	cp.grpc = grpc.NewServer(
+		grpc.Creds(credentials.NewTLS(serving.TLS())),
+		grpc.MaxConcurrentStreams(100_000),
+		grpc.MaxRecvMsgSize(16<<20), // a reconnecting node lists what it has
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			Time: 30 * time.Second, Timeout: 10 * time.Second,
+			// Connections are renewed so that a replica which comes gets its share, and a token that was taken
+			// back does not serve for ever.
+			MaxConnectionAge: 30 * time.Minute, MaxConnectionAgeGrace: 10 * time.Second,
+		}),
+	)
+	discovery.RegisterAggregatedDiscoveryServiceServer(cp.grpc, cp.xds)
+	caapi.RegisterIstioCertificateServiceServer(cp.grpc, cp.ca)
+	nodeapi.RegisterNodeStatusServer(cp.grpc, cp.nodes)
+	return cp, nil
+}
+
+func (cp *controlPlane) root() []byte {
+	if s := cp.ca.Signer(); s != nil {
+		return s.RootPEM()
+	}
+	return nil
+}
+
+func (cp *controlPlane) run(ctx context.Context) error {
+	defer cp.events.Close()
+	if err := cp.loadKey(ctx); err != nil {
+		return err
+	}
+	var lc net.ListenConfig
+	var listeners []net.Listener
+	for _, addr := range []string{cp.cfg.XDSAddr, cp.cfg.MonitoringAddr, cp.cfg.ReadyAddr} {
+		if addr == "" {
+			listeners = append(listeners, nil)
+			continue
+		}
+		l, err := lc.Listen(ctx, "tcp", addr)
+		if err != nil {
+			for _, l := range listeners {
+				if l != nil {
+					l.Close()
+				}
+			}
+			return fmt.Errorf("listen on %s: %w", addr, err)
+		}
+		listeners = append(listeners, l)
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	synced := make(chan struct{})
+	g.Go(func() error {
+		err := cp.source.Run(ctx, func(u *index.Update) {
+			cp.publish(u)
+			if !cp.ready.Swap(true) {
+				close(synced)
+				workloads, services, policies := u.Snapshot.Len()
+				cp.cfg.Log.Info("state of the cluster read", "workloads", workloads, "services", services, "policies", policies)
+			}
+		})
+		return ended(ctx, err)
+	})
+	g.Go(func() error { cp.watchKey(ctx); return nil })
+	if l := listeners[0]; l != nil {
+		g.Go(func() error { // only what has been read is served, and only then are pods known to the CA
+			select {
+			case <-ctx.Done():
+				return l.Close()
+			case <-synced:
+			}
+			cp.cfg.Log.Info("serving xDS and certificates", "address", l.Addr().String())
+			return ended(ctx, cp.grpc.Serve(l))
+		})
+		g.Go(func() error { <-ctx.Done(); cp.grpc.Stop(); return nil })
+	}
+	for i, h := range []http.Handler{cp.monitoring(), cp.readiness()} {
+		if l := listeners[i+1]; l != nil {
+			srv := &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second}
+			g.Go(func() error { return ended(ctx, srv.Serve(l)) })
+			g.Go(func() error { <-ctx.Done(); return srv.Close() })
+		}
+	}
+	g.Go(func() error {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-synced:
+		}
+		return cp.lead(ctx)
+	})
+	if err := g.Wait(); err != nil && !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// ended drops the error with which a server says that it was told to end.
+func ended(ctx context.Context, err error) error {
+	if ctx.Err() != nil || errors.Is(err, http.ErrServerClosed) || errors.Is(err, grpc.ErrServerStopped) {
+		return nil
+	}
+	return err
+}
+
+// publish hands one Update to everybody who lives on it.
+func (cp *controlPlane) publish(u *index.Update) {
+	if err := cp.cache.Update(u); err != nil {
+		cp.cfg.Log.Error("objects not published", "error", err)
+	}
+	cp.store.Swap(u.Snapshot)
+	_, services, _ := u.Snapshot.Len()
+	cp.services.Set(float64(services))
+	cp.notices.Take(u.Notices)
+	for name, ns := range u.Namespaces {
+		if ns == nil {
+			cp.roots.Forget(name)
+		} else {
+			cp.roots.Check(name)
+		}
+	}
+}
+
+const keyCheck = time.Minute
+
+// loadKey reads the signing key, waiting for an API server that does not answer yet.
+func (cp *controlPlane) loadKey(ctx context.Context) error {
+	for {
+		s, err := cp.keys.Load(ctx)
+		if err == nil {
+			cp.ca.SetSigner(s)
+			return nil
+		}
+		cp.cfg.Log.Error("no signing key", "error", err)
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// watchKey takes over a key that was exchanged. What cannot be read leaves the old one in use.
+func (cp *controlPlane) watchKey(ctx context.Context) {
+	tick := time.NewTicker(keyCheck)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		s, err := cp.keys.Load(ctx)
+		if err != nil {
+			if ctx.Err() == nil {
+				cp.cfg.Log.Warn("signing key not read, the last one stays in use", "error", err)
+			}
+			continue
+		}
+		if !s.Equal(cp.ca.Signer()) {
+			cp.ca.SetSigner(s)
+			cp.cfg.Log.Info("signing key exchanged", "notAfter", s.NotAfter())
+			cp.recheckRoots()
+		}
+	}
+}
