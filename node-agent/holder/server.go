@@ -140,6 +140,12 @@ func (s *Server) serve(ctx context.Context, c *net.UnixConn) {
 	}
 	if err != nil {
 		s.cfg.Log.Warn("refuse a client", "err", err)
+		// Its first record is read, and thrown away: a socket that closes with something unread resets the peer, which
+		// then would not learn why.
+		c.SetReadDeadline(time.Now().Add(time.Second))
+		var req request
+		in, _ := receive(c, make([]byte, maxRecord), &req)
+		in.close()
 		send(c, response{Code: codeOf(err), Error: err.Error()}, nil)
 		return
 	}
