@@ -196,7 +196,11 @@ type Forwarded struct {
 // String returns the header's value.
 func (f Forwarded) String() string {
 	s := `for="` + f.For.String() + `"`
-	if f.Host != "" {
+	switch {
+	case f.Host == "":
+	case strings.ContainsAny(f.Host, ":[]"):
+		s += `;host="` + f.Host + `"`
+	default:
 		s += ";host=" + f.Host
 	}
 	return s

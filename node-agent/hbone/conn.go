@@ -1,0 +1,469 @@
+package hbone
+
+import (
+	"crypto/tls"
+	"errors"
+	"io"
+	"net"
+	"sync"
+	"time"
+)
+
+const (
+	defaultBufferMax  = 64 << 20
+	outLimit          = 256 << 10 // data waits when more than this is queued
+	outCeiling        = 1 << 20   // control frames beyond it mean that the peer does not read
+	inlineRounds      = 4         // how often a sender writes for others before a goroutine takes over
+	smallRead         = 512
+	quietReads        = 32 // small reads after which the large read buffer is given back
+	closeGrace        = 250 * time.Millisecond
+	handshakeWait     = 10 * time.Second
+	defaultPingEvery  = 2500 * time.Millisecond
+	defaultPingWait   = 4 * time.Second
+	defaultIdle       = 5 * time.Minute
+	defaultMaxStreams = 100
+	tcpUserTimeout    = 10 * time.Second
+)
+
+// conn drives a session over a net.Conn: one goroutine reads, whoever has something to send writes.
+//
+// Lock order: Stream.wmu or Stream.rmu, then conn.mu. Nothing is read, written or called back under mu.
+type conn struct {
+	mu sync.Mutex
+	*session
+	nc   net.Conn
+	cork interface { // nil when the transport is not a Wire
+		cork()
+		uncork() error
+	}
+
+	holder  *outBuffer // what out was borrowed with, nil if it was not
+	writing bool       // somebody writes out, or a goroutine is about to
+	stopped error      // no more reading or writing; every stream has failed
+	waiters int        // streams that wait for room
+	drain   bool       // no new streams; ends after the last
+	closing bool       // GOAWAY with the reason is out; the reader only discards
+
+	reads      uint64 // by the read loop; tells that the peer is alive
+	seenReads  uint64
+	pingOut    bool
+	pingAt     time.Time
+	pingEvery  time.Duration
+	pingWait   time.Duration
+	idleAfter  time.Duration // 0: stays open without streams
+	idleSince  time.Time
+	timer      *time.Timer
+	sleeping   bool // the timer is set for the idle close, not for the next PING
+	done       chan struct{}
+	onStop     func()
+	onReq      func(id uint32, end bool) // server, under mu
+	onTooLarge func(id uint32, end bool) // server, under mu
+}
+
+func newConn(nc net.Conn, client bool, ping, wait, idle time.Duration) *conn {
+	c := &conn{session: newSession(client), nc: nc, done: make(chan struct{}),
+		pingEvery: ping, pingWait: wait, idleAfter: idle}
+	c.session.flood.init()
+	if c.pingEvery == 0 {
+		c.pingEvery = defaultPingEvery
+	}
+	if c.pingWait == 0 {
+		c.pingWait = defaultPingWait
+	}
+	inner := nc
+	if t, ok := nc.(*tls.Conn); ok {
+		inner = t.NetConn()
+	}
+	if w, ok := inner.(*wire); ok {
+		c.cork = w
+		inner = w.Conn
+	}
+	if t, ok := inner.(*net.TCPConn); ok {
+		setUserTimeout(t, tcpUserTimeout)
+	}
+	c.idleSince = time.Now()
+	c.timer = time.AfterFunc(c.pingEvery, c.tick)
+	return c
+}
+
+// fail ends the connection and every stream with err; the peer is told code where the reason is the peer's.
+func (c *conn) fail(err error) {
+	c.mu.Lock()
+	c.failLocked(err)
+	c.mu.Unlock()
+}
+
+func (c *conn) failLocked(err error) {
+	if c.stopped != nil {
+		return
+	}
+	var ce *ConnError
+	if errors.As(err, &ce) && !ce.Remote {
+		c.out = appendGoAway(c.out, c.lastID, ce.Code, ce.Reason)
+		c.closing = true
+	}
+	c.stopped = err
+	c.timer.Stop()
+	for _, st := range c.streams {
+		st.failLocked(err, false)
+	}
+	close(c.done)
+	if c.onStop != nil {
+		go c.onStop()
+	}
+	if !c.closing {
+		go c.nc.Close()
+		return
+	}
+	// What is queued, the GOAWAY last, goes out; then the peer gets a moment to read it.
+	_ = c.nc.SetWriteDeadline(time.Now().Add(closeGrace))
+	if c.closeSent = ce.Code == CodeNo; !c.closeSent || c.writing {
+		time.AfterFunc(2*closeGrace, func() { _ = c.nc.Close() })
+	}
+	c.flush(false)
+}
+
+// flush sees to it that what is queued gets written: by this goroutine if inline (then mu is released
+// meanwhile), else by another. The read loop and timers never write themselves, since a write may block.
+func (c *conn) flush(inline bool) {
+	if c.writing || len(c.out) == 0 {
+		return
+	}
+	c.writing = true
+	if !inline {
+		go c.flushLoop()
+		return
+	}
+	c.writeQueued(inlineRounds)
+}
+
+func (c *conn) flushLoop() {
+	c.mu.Lock()
+	c.writeQueued(-1)
+	c.mu.Unlock()
+}
+
+// writeQueued writes until nothing is queued, or for as many rounds, after which another goroutine goes on.
+// It is called with mu held and writing set; mu is released while it writes.
+func (c *conn) writeQueued(rounds int) {
+	for len(c.out) > 0 && (c.stopped == nil || c.closing) {
+		if rounds == 0 {
+			go c.flushLoop()
+			return
+		}
+		rounds--
+		batch, h := c.out, c.holder
+		c.out, c.holder = nil, nil
+		c.mu.Unlock()
+		err := c.transmit(batch)
+		if h != nil {
+			if cap(batch) <= outCeiling {
+				h.b = batch[:0]
+			}
+			outPool.Put(h)
+		}
+		c.mu.Lock()
+		if !c.wrote(err) {
+			return
+		}
+	}
+	c.writing = false
+	if c.closeSent {
+		go c.nc.Close()
+	}
+}
+
+// wrote follows each write; it reports whether to go on.
+func (c *conn) wrote(err error) bool {
+	if err != nil {
+		c.writing = false
+		c.failLocked(err)
+		return false
+	}
+	c.wakeWriters()
+	return true
+}
+
+// borrowOut makes sure that out has a pooled buffer behind it.
+func (c *conn) borrowOut() {
+	if c.holder == nil {
+		c.holder = outPool.Get().(*outBuffer)
+		c.out = append(c.holder.b[:0], c.out...)
+	}
+}
+
+// transmit writes without mu; the writing flag makes it exclusive.
+func (c *conn) transmit(b []byte) error {
+	if c.cork == nil || len(b) <= minMaxFrame {
+		_, err := c.nc.Write(b)
+		return err
+	}
+	c.cork.cork()
+	_, err := c.nc.Write(b)
+	return errors.Join(err, c.cork.uncork())
+}
+
+func (c *conn) wakeWriters() {
+	if c.waiters == 0 {
+		return
+	}
+	for _, st := range c.streams {
+		if st.waiting {
+			st.wcond.Broadcast()
+		}
+	}
+}
+
+// readLoop reads until the connection ends and returns why.
+func (c *conn) readLoop() error {
+	var small [smallRead]byte
+	var big *[readBuffer]byte
+	defer func() {
+		if big != nil {
+			readPool.Put(big)
+		}
+	}()
+	buf := small[:]
+	quiet, w := 0, 0
+	for {
+		n, err := c.nc.Read(buf[w:])
+		w += n
+		if n > 0 {
+			r, need, e := c.process(buf[:w])
+			if e != nil {
+				c.fail(e)
+				c.discard()
+				return e
+			}
+			rest := copy(buf, buf[r:w])
+			filled := w == len(buf)
+			w = rest
+			switch {
+			case big == nil && (filled || need > smallRead):
+				big = readPool.Get().(*[readBuffer]byte)
+				copy(big[:], buf[:w])
+				buf, quiet = big[:], 0
+			case big != nil && n < smallRead && need <= smallRead && w <= smallRead:
+				if quiet++; quiet > quietReads {
+					copy(small[:], buf[:w])
+					readPool.Put(big)
+					big, buf = nil, small[:]
+				}
+			default:
+				quiet = 0
+			}
+		}
+		if err != nil {
+			return c.readEnded(err)
+		}
+	}
+}
+
+func (c *conn) readEnded(err error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stopped != nil {
+		return c.stopped
+	}
+	if errors.Is(err, io.EOF) {
+		if len(c.streams) == 0 {
+			err = io.EOF
+		} else {
+			err = io.ErrUnexpectedEOF
+		}
+	}
+	c.failLocked(err)
+	return err
+}
+
+// discard reads on after a fatal error, so that the kernel does not answer what is unread with a RST that
+// would overtake our GOAWAY. The timer in failLocked closes the connection.
+func (c *conn) discard() {
+	b := make([]byte, smallRead)
+	for {
+		if _, err := c.nc.Read(b); err != nil {
+			return
+		}
+	}
+}
+
+// process handles the frames in p; it returns how much it used and how much it needs to go on.
+func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.reads++
+	for {
+		if c.stopped != nil {
+			return len(p), 1, nil
+		}
+		n, ev, err := c.next(p[used:])
+		used += n
+		if ev.kind == evBroken {
+			ev.st.failLocked(&ResetError{Code: ev.code}, true)
+		}
+		if err != nil {
+			return used, 0, err
+		}
+		switch ev.kind {
+		case evMore:
+			c.returnConnWindow()
+			if len(c.out) > outCeiling {
+				return used, 0, &ConnError{Code: CodeEnhanceYourCalm, Reason: "peer does not read"}
+			}
+			c.flush(false)
+			return used, c.need, nil
+		case evData:
+			c.deliver(ev.st, ev.data, ev.end)
+			c.returnConnWindow()
+		case evRequest:
+			c.onReq(ev.id, ev.end)
+		case evTooLarge:
+			c.onTooLarge(ev.id, ev.end)
+		case evResponse:
+			ev.st.resp = c.resp
+			ev.st.rcond.Broadcast()
+			if ev.end {
+				c.deliver(ev.st, nil, true)
+			}
+		case evEnd:
+			c.deliver(ev.st, nil, true)
+		case evReset:
+			ev.st.peerReset(ev.code)
+		case evWritable:
+			if ev.st == nil {
+				c.wakeWriters()
+			} else if ev.st.waiting {
+				ev.st.wcond.Broadcast()
+			}
+		case evPong:
+			c.pingOut = false
+		case evGoAway:
+			c.goAwayReceived(ev.id, ev.code)
+		}
+	}
+}
+
+// deliver passes received bytes on: straight into the application's socket where a Relay has attached one
+// and nothing waits before them, else into the stream's queue. Called with mu held, which is released
+// while the socket is written.
+func (c *conn) deliver(st *Stream, p []byte, end bool) {
+	if k := st.sink; k != nil && st.q.head == nil && !st.draining && len(p) > 0 {
+		c.mu.Unlock()
+		n, err := k.tryWrite(p)
+		c.mu.Lock()
+		if st.gone && st.err != nil {
+			return
+		}
+		if err != nil {
+			st.sinkFailed(err)
+			return
+		}
+		c.returnWindow(st, n)
+		p = p[n:]
+	}
+	if len(p) > 0 {
+		c.buffered += len(p)
+		st.q.push(p)
+	}
+	st.eof = st.eof || end
+	if st.sink == nil {
+		if len(p) > 0 || end {
+			st.rcond.Broadcast()
+		}
+	} else if !st.draining {
+		switch {
+		case st.q.head != nil:
+			st.draining = true
+			go st.drainQueue()
+		case end:
+			st.sinkEnd()
+		}
+	}
+	if end {
+		st.maybeFinish()
+	}
+}
+
+func (c *conn) goAwayReceived(last uint32, code Code) {
+	c.drain = true
+	for _, st := range c.streams {
+		if c.client && st.id > last {
+			st.failLocked(&ResetError{Code: CodeRefusedStream, Remote: true}, false)
+		}
+	}
+	if code != CodeNo && len(c.streams) == 0 {
+		c.failLocked(&ConnError{Code: code, Remote: true})
+		return
+	}
+	c.finishIfDrained()
+}
+
+// finishIfDrained closes a draining connection that has no streams left.
+func (c *conn) finishIfDrained() {
+	if c.drain && len(c.streams) == 0 && c.client && c.stopped == nil {
+		c.failLocked(&ConnError{Code: CodeNo, Reason: "drained"})
+	}
+}
+
+// streamOpened keeps the timer at PING pace while there are streams.
+func (c *conn) streamOpened() {
+	if c.sleeping {
+		c.sleeping = false
+		c.timer.Reset(c.pingEvery)
+	}
+}
+
+// streamClosed follows the removal of a stream.
+func (c *conn) streamClosed() {
+	if len(c.streams) == 0 {
+		c.idleSince = time.Now()
+		c.finishIfDrained()
+	}
+}
+
+// tick sends PINGs while there are streams and the peer is silent, and notices a dead peer; without streams
+// it waits for the idle close.
+func (c *conn) tick() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.stopped != nil {
+		return
+	}
+	next := c.pingEvery
+	alive := c.reads != c.seenReads
+	c.seenReads = c.reads
+	switch {
+	case alive:
+		c.pingOut = false
+	case c.pingOut:
+		left := c.pingWait - time.Since(c.pingAt)
+		if left <= 0 {
+			c.failLocked(ErrPeerDead)
+			return
+		}
+		next = min(next, left)
+	case len(c.streams) > 0:
+		c.ping()
+		next = min(next, c.pingWait)
+	case c.idleAfter > 0:
+		left := c.idleAfter - time.Since(c.idleSince)
+		if left <= 0 {
+			c.drain = true
+			c.finishIfDrained()
+			return
+		}
+		c.sleeping = true
+		next = left
+	default:
+		c.sleeping = true
+		return
+	}
+	c.timer.Reset(next)
+}
+
+// ping asks the peer for a sign of life.
+func (c *conn) ping() {
+	c.pingOut, c.pingAt = true, time.Now()
+	c.out = appendPing(c.out, false, [8]byte{'w', 'a', 'r', 'r', 'e', 'n'})
+	c.flush(false)
+}

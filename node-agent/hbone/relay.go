@@ -1,0 +1,252 @@
+package hbone
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync/atomic"
+	"syscall"
+)
+
+// RelayStats is what a Relay has delivered so far. It may be read while the Relay runs: connections last for
+// days, and their metrics do not wait.
+type RelayStats struct {
+	AtoB, BtoA atomic.Int64 // bytes
+}
+
+// Relay copies between a and b, each a *net.TCPConn, a *Stream or another connection with CloseWrite, until
+// both directions have ended or one failed. A FIN becomes END_STREAM and the reverse; a reset on one side
+// resets the other. It closes both. The error is the first that is not an orderly end; one that comes from a
+// reset is an ECONNRESET to errors.Is.
+//
+// To end a relay from outside, close or reset either side.
+func Relay(a, b net.Conn, stats *RelayStats) error {
+	if st, ok := a.(*Stream); ok {
+		if tcp, ok := b.(*net.TCPConn); ok {
+			return relaySocket(st, tcp, &stats.BtoA, &stats.AtoB)
+		}
+	}
+	if tcp, ok := a.(*net.TCPConn); ok {
+		if st, ok := b.(*Stream); ok {
+			return relaySocket(st, tcp, &stats.AtoB, &stats.BtoA)
+		}
+	}
+	return relayAny(a, b, stats)
+}
+
+// relaySocket copies between a stream and an application's socket: the caller's goroutine upwards into the
+// stream, the tunnel's read loop downwards.
+func relaySocket(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
+	k, err := newSink(st, tcp, down)
+	if err == nil {
+		err = st.attach(k)
+	}
+	if err != nil {
+		resetConn(tcp)
+		st.ResetCode(CodeConnect)
+		return err
+	}
+	r := socketReader{rc: k.rc}
+	r.try = r.tryOnce
+	for {
+		var buf *[relayBuffer]byte
+		var n int
+		if buf, n, err = r.read(); err != nil {
+			break
+		}
+		var wrote int
+		wrote, err = st.writeFramed(buf[:frameHeaderLen+n])
+		relayPool.Put(buf)
+		up.Add(int64(wrote))
+		if err != nil {
+			break
+		}
+	}
+	if err == io.EOF {
+		err = st.CloseWrite()
+		if ended := k.stopReading(); err == nil && !ended {
+			err = watchReset(k.rc)
+		}
+	}
+	st.c.mu.Lock()
+	soft := st.soft
+	st.c.mu.Unlock()
+	if err != nil && !soft && !errors.Is(err, os.ErrDeadlineExceeded) {
+		k.finish(err)
+	}
+	<-k.done
+	if k.err != nil {
+		resetConn(tcp)
+		st.ResetCode(CodeConnect)
+		st.waitDrained()
+		return k.err
+	}
+	_ = tcp.Close()
+	_ = st.Close()
+	st.waitDrained()
+	return nil
+}
+
+// waitDrained returns once drainQueue has: its socket is closed.
+func (st *Stream) waitDrained() {
+	st.c.mu.Lock()
+	defer st.c.mu.Unlock()
+	for st.draining {
+		st.rcond.Wait()
+	}
+}
+
+// socketReader reads a socket with a buffer that is borrowed only once there is something to read.
+type socketReader struct {
+	rc  syscall.RawConn
+	buf *[relayBuffer]byte
+	n   int
+	err error
+	try func(fd uintptr) bool
+}
+
+// read returns a buffer from relayPool with n bytes after the room for a frame header.
+func (r *socketReader) read() (*[relayBuffer]byte, int, error) {
+	r.buf, r.n, r.err = nil, 0, nil
+	err := r.rc.Read(r.try)
+	if err == nil {
+		err = r.err
+	}
+	if err == nil && r.n == 0 {
+		err = io.EOF
+	}
+	if err != nil {
+		if r.buf != nil {
+			relayPool.Put(r.buf)
+		}
+		return nil, 0, err
+	}
+	return r.buf, r.n, nil
+}
+
+func (r *socketReader) tryOnce(fd uintptr) bool {
+	buf := relayPool.Get().(*[relayBuffer]byte)
+	for {
+		n, err := syscall.Read(int(fd), buf[frameHeaderLen:])
+		switch {
+		case err == syscall.EINTR:
+			continue
+		case err == syscall.EAGAIN:
+			relayPool.Put(buf)
+			return false
+		case err != nil:
+			r.err = os.NewSyscallError("read", err)
+			n = 0
+		}
+		r.buf, r.n = buf, n
+		return true
+	}
+}
+
+// watchReset waits for the socket to be reset after its FIN, until its read deadline.
+func watchReset(rc syscall.RawConn) error {
+	var reset error
+	err := rc.Read(func(fd uintptr) bool {
+		if e, err := syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ERROR); err == nil && e != 0 {
+			reset = os.NewSyscallError("read", syscall.Errno(e))
+			return true
+		}
+		return false
+	})
+	if reset != nil {
+		return reset
+	}
+	return err
+}
+
+// relayAny copies between two connections of any kind, one goroutine more than the caller's.
+func relayAny(a, b net.Conn, stats *RelayStats) error {
+	first := make(chan error, 2)
+	fail := func(err error) {
+		if err != nil {
+			resetConn(a)
+			resetConn(b)
+		}
+		first <- err
+	}
+	go func() {
+		fail(pump(a, b, &stats.BtoA))
+	}()
+	fail(pump(b, a, &stats.AtoB))
+	err := <-first
+	if e := <-first; err == nil {
+		err = e
+	}
+	_ = a.Close()
+	_ = b.Close()
+	return err
+}
+
+// pump copies src to dst up to src's end, which it passes on.
+func pump(dst, src net.Conn, total *atomic.Int64) error {
+	read := plainReader(src)
+	if tcp, ok := src.(*net.TCPConn); ok {
+		rc, err := tcp.SyscallConn()
+		if err != nil {
+			return err
+		}
+		r := &socketReader{rc: rc}
+		r.try = r.tryOnce
+		read = r.read
+	}
+	st, _ := dst.(*Stream)
+	for {
+		buf, n, err := read()
+		if n > 0 {
+			var wrote int
+			var werr error
+			if st != nil {
+				wrote, werr = st.writeFramed(buf[:frameHeaderLen+n])
+			} else {
+				wrote, werr = dst.Write(buf[frameHeaderLen : frameHeaderLen+n])
+			}
+			total.Add(int64(wrote))
+			if werr != nil {
+				err = werr
+			}
+		}
+		if buf != nil {
+			relayPool.Put(buf)
+		}
+		switch {
+		case err == io.EOF:
+			if h, ok := dst.(interface{ CloseWrite() error }); ok {
+				// A side that has gone after its own FIN is no failure of this direction.
+				if err := h.CloseWrite(); err != nil && !errors.Is(err, syscall.ENOTCONN) && !errors.Is(err, net.ErrClosed) {
+					return err
+				}
+				return nil
+			}
+			return dst.Close()
+		case err != nil:
+			return err
+		}
+	}
+}
+
+func plainReader(c net.Conn) func() (*[relayBuffer]byte, int, error) {
+	return func() (*[relayBuffer]byte, int, error) {
+		buf := relayPool.Get().(*[relayBuffer]byte)
+		n, err := c.Read(buf[frameHeaderLen:])
+		return buf, n, err
+	}
+}
+
+// resetConn ends a connection the hard way.
+func resetConn(c net.Conn) {
+	switch c := c.(type) {
+	case *Stream:
+		c.ResetCode(CodeConnect)
+	case *net.TCPConn:
+		_ = c.SetLinger(0)
+		_ = c.Close()
+	default:
+		_ = c.Close()
+	}
+}

@@ -1,0 +1,225 @@
+package hbone
+
+import (
+	"context"
+	"net"
+	"strconv"
+	"sync"
+	"time"
+)
+
+// ServerConfig is how one inbound tunnel connection is served. Zero durations take defaults.
+type ServerConfig struct {
+	// Handler is called in a goroutine of its own for each request. It must Accept or Reject and returns when it
+	// is done with the stream; one that it leaves unanswered or unfinished is reset. ctx ends when the stream
+	// fails, when the connection does, and when the handler has returned. A panic is not recovered.
+	Handler func(ctx context.Context, s *ServerStream)
+	// DrainTimeout is how long streams may go on once ctx of Serve has ended: 5 s. Then they are reset.
+	DrainTimeout time.Duration
+	// PingEvery and PingWait: a PING after a silence of the first (2.5 s) while there are streams, and the peer is
+	// dead if nothing comes within the second (4 s). Together they notice a dead peer within 10 s.
+	PingEvery, PingWait time.Duration
+}
+
+const defaultDrainTimeout = 5 * time.Second
+
+// ServerStream is a request that awaits the handler's answer.
+type ServerStream struct {
+	Request Request
+	st      *Stream
+}
+
+// Accept answers 200 and returns the stream. It fails when the client has gone meanwhile.
+func (s *ServerStream) Accept(extra ...Field) (*Stream, error) {
+	return s.st, s.respond(200, extra, false)
+}
+
+// Reject answers with status and ends the stream.
+func (s *ServerStream) Reject(status int, extra ...Field) error {
+	return s.respond(status, extra, true)
+}
+
+// Reply answers a request other than CONNECT with a complete response.
+func (s *ServerStream) Reply(status int, body []byte, extra ...Field) error {
+	if err := s.respond(status, append(extra, Field{"content-length", strconv.Itoa(len(body))}), len(body) == 0); err != nil || len(body) == 0 {
+		return err
+	}
+	_, err := s.st.Write(body)
+	if err == nil {
+		err = s.st.CloseWrite()
+	}
+	_ = s.st.Close()
+	return err
+}
+
+// Gone is closed when the client has reset the stream or the connection has ended; a handler that waits for
+// the application may give up then. It is the handler's ctx.Done().
+func (s *ServerStream) respond(status int, extra []Field, end bool) error {
+	st := s.st
+	c := st.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case st.err != nil:
+		return st.err
+	case st.closed || st.answered:
+		return ErrClosed
+	}
+	st.answered = true
+	c.appendResponse(st.id, status, extra, end)
+	if end {
+		st.localEnd = true
+		st.maybeFinish()
+		if !st.gone {
+			st.resetLocked(CodeNo)
+		}
+		st.closeLocked()
+	}
+	c.flush(true)
+	return nil
+}
+
+type server struct {
+	*conn
+	cfg      ServerConfig
+	ctx      context.Context
+	handlers sync.WaitGroup
+	running  int // handlers; a stream that was reset counts until its handler has returned
+}
+
+// Serve serves nc, whose TLS handshake is done, until it ends, and returns after the last handler has. When ctx
+// ends it drains: GOAWAY, no new streams, and the connection closes after the last stream or DrainTimeout. The
+// error says why the connection ended; it is nil after an orderly end.
+func Serve(ctx context.Context, nc net.Conn, cfg ServerConfig) error {
+	if cfg.DrainTimeout == 0 {
+		cfg.DrainTimeout = defaultDrainTimeout
+	}
+	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	s := &server{conn: newConn(nc, false, cfg.PingEvery, cfg.PingWait, 0), cfg: cfg, ctx: streamCtx}
+	s.onReq = s.request
+	s.onTooLarge = s.tooLarge
+	defer s.handlers.Wait()
+
+	s.mu.Lock()
+	s.flush(false)
+	s.mu.Unlock()
+	hello := time.AfterFunc(handshakeWait, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if !s.settings {
+			s.failLocked(&ConnError{Code: CodeSettingsTimeout, Reason: "no preface"})
+		}
+	})
+	defer hello.Stop()
+	stop := context.AfterFunc(ctx, func() { s.shutdown(cfg.DrainTimeout) })
+	defer stop()
+
+	err := s.readLoop()
+	cancel()
+	return orderly(err)
+}
+
+// shutdown drains in the two steps of RFC 9113, section 6.8: first a GOAWAY that refuses nothing, then, when
+// requests under way have arrived, one that names the last stream.
+func (s *server) shutdown(limit time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped != nil {
+		return
+	}
+	s.drain = true
+	s.out = appendGoAway(s.out, maxStreamID, CodeNo, "")
+	s.flush(false)
+	grace := min(closeGrace, limit)
+	deadline := time.Now().Add(limit)
+	time.AfterFunc(grace, func() { s.lastCall(deadline) })
+}
+
+func (s *server) lastCall(deadline time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped != nil {
+		return
+	}
+	if s.accept == maxStreamID {
+		s.accept = s.lastID
+		s.out = appendGoAway(s.out, s.lastID, CodeNo, "")
+		s.flush(false)
+	}
+	left := time.Until(deadline)
+	if len(s.streams) == 0 || left <= 0 {
+		s.failLocked(&ConnError{Code: CodeNo, Reason: "drained"})
+		return
+	}
+	time.AfterFunc(min(left, closeGrace), func() { s.lastCall(deadline) })
+}
+
+// request registers a stream and starts its handler. Called under mu.
+func (s *server) request(id uint32, end bool) {
+	if len(s.streams) >= ownMaxStreams || s.running >= 2*ownMaxStreams {
+		s.out = appendRST(s.out, id, CodeRefusedStream)
+		if err := s.glitch(costRefused); err != nil {
+			s.failLocked(err)
+		}
+		return
+	}
+	st := newStream(s.conn, id)
+	req := s.req
+	if req.Method != "CONNECT" {
+		n, ok := contentLength(req.Header)
+		if !ok || end && n > 0 {
+			s.out = appendRST(s.out, id, CodeProtocol)
+			return
+		}
+		st.bodyLeft = n
+	}
+	st.remoteEnd, st.eof = end, end
+	s.add(st)
+	s.streamOpened()
+	ctx, cancel := context.WithCancel(s.ctx)
+	st.cancel = cancel
+	s.running++
+	s.handlers.Add(1)
+	go s.handle(ctx, &ServerStream{Request: req, st: st})
+}
+
+func (s *server) handle(ctx context.Context, ss *ServerStream) {
+	defer s.handlers.Done()
+	s.cfg.Handler(ctx, ss)
+	st := ss.st
+	st.cancel()
+	st.ResetCode(CodeInternal) // no effect on a stream that has ended
+	s.mu.Lock()
+	s.running--
+	s.mu.Unlock()
+}
+
+// tooLarge answers a request whose header list exceeds the limit. Called under mu.
+func (s *server) tooLarge(id uint32, end bool) {
+	s.appendResponse(id, 431, nil, true)
+	if !end {
+		s.out = appendRST(s.out, id, CodeNo)
+	}
+}
+
+// contentLength is -1 where there is none; ok is false if it is malformed or contradictory.
+func contentLength(h Header) (n int64, ok bool) {
+	n = -1
+	for _, v := range h.Values("content-length") {
+		l, err := strconv.ParseUint(v, 10, 62)
+		if err != nil || n >= 0 && n != int64(l) {
+			return 0, false
+		}
+		n = int64(l)
+	}
+	return n, true
+}
+
+// orderly is nil for ends that are nobody's fault.
+func orderly(err error) error {
+	if isOrderly(err) {
+		return nil
+	}
+	return err
+}
