@@ -37,12 +37,13 @@ type conn struct {
 		uncork() error
 	}
 
-	holder  *outBuffer // what out was borrowed with, nil if it was not
-	writing bool       // somebody writes out, or a goroutine is about to
-	stopped error      // no more reading or writing; every stream has failed
-	waiters int        // streams that wait for room
-	drain   bool       // no new streams; ends after the last
-	closing bool       // GOAWAY with the reason is out; the reader only discards
+	holder    *outBuffer // what out was borrowed with, nil if it was not
+	writing   bool       // somebody writes out, or a goroutine is about to
+	stopped   error      // no more reading or writing; every stream has failed
+	waiters   int        // streams that wait for room
+	drain     bool       // no new streams; ends after the last
+	closing   bool       // GOAWAY with the reason is out; the reader only discards
+	closeSent bool       // an orderly end: close as soon as everything is written
 
 	reads      uint64 // by the read loop; tells that the peer is alive
 	seenReads  uint64
