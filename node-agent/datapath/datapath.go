@@ -3,9 +3,20 @@ package datapath
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/bpf"
 	"github.com/warrenmesh/warren/internal/netns"
 )
 
@@ -27,9 +38,9 @@ type Config struct {
 	// Dir is a directory on a bpffs, which is made if need be. Default /sys/fs/bpf/warren.
 	Dir string
 	// CgroupRoot is where the node's cgroup file system is mounted (cgroup v2, or hybrid with a "unified"
-	// directory). Default /sys/fs/cgroup.
+	// directory). It must be the node's, not that of the agent's container. Default /sys/fs/cgroup.
 	CgroupRoot string
-	// Proc is a writable /proc of the node; the agent's own may have a read-only sys. Default /proc.
+	// Proc is a writable /proc of the node; a container's own has a read-only sys. Default /proc.
 	Proc string
 	// Node is the node's network namespace. Default: the namespace that Open is called in.
 	Node *netns.Handle
@@ -37,50 +48,235 @@ type Config struct {
 	Log *slog.Logger
 }
 
+func (c Config) withDefaults() Config {
+	if c.Dir == "" {
+		c.Dir = "/sys/fs/bpf/warren"
+	}
+	if c.CgroupRoot == "" {
+		c.CgroupRoot = "/sys/fs/cgroup"
+	}
+	if c.Proc == "" {
+		c.Proc = "/proc"
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return c
+}
+
 // Pod is what Enroll captures.
 type Pod struct {
-	UID       string // Kubernetes' UID, at most 63 bytes
-	NetNS     *netns.Handle
-	Addrs     []netip.Addr // one IPv4 address, one IPv6 address or both
-	Listeners Listeners    // where its connections go; they stay the caller's
+	UID       string        // Kubernetes' UID, at most 63 bytes
+	NetNS     *netns.Handle // stays the caller's, and open until Release
+	Addrs     []netip.Addr  // one IPv4 address, one IPv6 address or both
+	Listeners Listeners     // where its connections go; they stay the caller's
 }
 
 // Datapath is the loaded and attached kernel side. Its methods may be called concurrently.
-type Datapath struct{}
+type Datapath struct {
+	cfg      Config
+	dir      string // of this schema, below cfg.Dir
+	lock     *os.File
+	node     *netns.Handle
+	ownsNode bool
+	cgroups  cgroups
+	names    []string // of the outcomes, by number
+	spec     *ebpf.CollectionSpec
+	kernel   bpf.MeshObjects
+
+	mu    sync.Mutex // one writer of the kernel's state; guards what follows
+	pods  map[string]record
+	given map[string]Pod // as last passed to Enroll by this process
+	dest  *Destinations  // what the kernel has, once SetDestinations has read it
+}
+
+// record is a row of the pods map.
+type record struct {
+	cookie uint64
+	pod    bpf.MeshPod
+}
 
 // Open loads the programs, or takes over what an earlier process left pinned without opening a gap, and
 // attaches the cgroup programs. It waits until another writer has gone or ctx is done.
 // A kernel without a needed feature is a *MissingFeatureError.
-func Open(ctx context.Context, cfg Config) (*Datapath, error) { return nil, errors.ErrUnsupported }
+//
+// Taking over: the maps are reused as they are; the new programs refer to the same maps; then each pinned
+// link is pointed at its new program, which is one atomic exchange. Were the links made anew instead, a
+// connection between the old link's end and the new one's beginning would pass uncaptured.
+func Open(ctx context.Context, cfg Config) (*Datapath, error) {
+	d := &Datapath{cfg: cfg.withDefaults(), pods: map[string]record{}, given: map[string]Pod{}}
+	d.dir = filepath.Join(d.cfg.Dir, bpf.Schema)
+	if err := d.open(ctx); err != nil {
+		d.Close()
+		return nil, fmt.Errorf("open the data path: %w", err)
+	}
+	return d, nil
+}
+
+func (d *Datapath) open(ctx context.Context) (err error) {
+	if d.lock, err = lockDir(ctx, d.cfg.Dir); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Join(d.dir, "enrolled"), 0o700); err != nil {
+		return err
+	}
+	if d.node = d.cfg.Node; d.node == nil {
+		if d.node, err = netns.Current(); err != nil {
+			return err
+		}
+		d.ownsNode = true
+	}
+	if d.cgroups, err = findCgroups(d.cfg.CgroupRoot); err != nil {
+		return err
+	}
+	if err := d.load(); err != nil {
+		return err
+	}
+	if err := d.readPods(); err != nil {
+		return err
+	}
+	if err := d.updatePodLinks(); err != nil {
+		return err
+	}
+	return d.attachCgroups()
+}
+
+// load puts programs and maps into the kernel. Maps that are pinned already are reused.
+func (d *Datapath) load() error {
+	spec, err := bpf.LoadMesh()
+	if err != nil {
+		return err
+	}
+	if d.names, err = outcomeNames(spec); err != nil {
+		return err
+	}
+	for name, value := range map[string]any{
+		bpf.MeshVarNodeCookie:  d.node.Cookie(),
+		bpf.MeshVarCaptureMark: uint32(Mark),
+		bpf.MeshVarHookSeesAll: d.cgroups.pods == d.cgroups.root,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	d.spec = spec.Copy()
+	err = spec.LoadAndAssign(&d.kernel, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: d.dir}})
+	if errors.Is(err, ebpf.ErrMapIncompatible) {
+		return fmt.Errorf("maps in %s were made by another build with the same schema name: %w", d.dir, err)
+	}
+	return explain(err)
+}
+
+// outcomeNames reads the names of the counters out of the object's own types.
+func outcomeNames(spec *ebpf.CollectionSpec) ([]string, error) {
+	var enum *btf.Enum
+	if err := spec.Types.TypeByName("outcome", &enum); err != nil {
+		return nil, fmt.Errorf("find the outcomes: %w", err)
+	}
+	names := make([]string, bpf.MeshOutcomeOUTCOMES)
+	for _, v := range enum.Values {
+		if v.Value < uint64(len(names)) {
+			names[v.Value] = strings.ToLower(v.Name)
+		}
+	}
+	return names, nil
+}
+
+// readPods learns which pods are enrolled.
+func (d *Datapath) readPods() error {
+	clear(d.pods)
+	var cookie uint64
+	var pod bpf.MeshPod
+	it := d.kernel.Pods.Iterate()
+	for it.Next(&cookie, &pod) {
+		d.pods[uidOf(&pod)] = record{cookie, pod}
+	}
+	if err := it.Err(); err != nil {
+		return fmt.Errorf("read the enrolled pods: %w", err)
+	}
+	return nil
+}
+
+func uidOf(p *bpf.MeshPod) string {
+	return unix.ByteSliceToString(p.Uid[:])
+}
 
 // Close gives the lock back. Programs, links and pins stay: pods remain captured.
-func (d *Datapath) Close() error { return errors.ErrUnsupported }
+func (d *Datapath) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	err := d.kernel.Close()
+	if d.ownsNode && d.node != nil {
+		err = errors.Join(err, d.node.Close())
+		d.ownsNode = false
+	}
+	if d.lock != nil {
+		err = errors.Join(err, d.lock.Close())
+		d.lock = nil
+	}
+	return err
+}
 
-// Enroll captures a pod's connections, or brings what is there into line with p. A pod that cannot be
-// captured is an *UnsupportedError and is left as it was.
-func (d *Datapath) Enroll(p Pod) error { return errors.ErrUnsupported }
-
-// Release ends capture. Open connections go on: the rule and the route that carry them stay until the
-// namespace ends. Releasing a pod that is unknown or whose namespace is gone is fine.
-func (d *Datapath) Release(uid string) error { return errors.ErrUnsupported }
-
-// Prune releases every enrolled pod that keep does not want. It is called once after a restart, when it is
-// known which pods there are.
-func (d *Datapath) Prune(keep func(uid string) bool) error { return errors.ErrUnsupported }
-
-// SetDestinations makes the addresses whose connections are captured equal to want.
-func (d *Datapath) SetDestinations(want Destinations) error { return errors.ErrUnsupported }
-
-// Enrolled reads from the kernel which pods are enrolled and what of each is in force.
-func (d *Datapath) Enrolled() ([]PodState, error) { return nil, errors.ErrUnsupported }
-
-// Audit compares every enrolled pod with what it should be and repairs it. The states are those found
-// before the repair.
-func (d *Datapath) Audit() ([]PodState, error) { return nil, errors.ErrUnsupported }
+// Yield gives the lock to a successor that waits in Open. The caller changes nothing any more; Dial,
+// DialInbound, Tag and Counters go on to work, for the connections that are still open.
+func (d *Datapath) Yield() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.lock == nil {
+		return nil
+	}
+	err := d.lock.Close()
+	d.lock = nil
+	return err
+}
 
 // Counters returns the outcomes of all programs since they were first loaded, by name.
-func (d *Datapath) Counters() (map[string]uint64, error) { return nil, errors.ErrUnsupported }
+func (d *Datapath) Counters() (map[string]uint64, error) {
+	out := make(map[string]uint64, len(d.names))
+	var perCPU []uint64
+	for i, name := range d.names {
+		if err := d.kernel.Outcomes.Lookup(uint32(i), &perCPU); err != nil {
+			return nil, fmt.Errorf("read counter %s: %w", name, err)
+		}
+		var sum uint64
+		for _, n := range perCPU {
+			sum += n
+		}
+		out[name] = sum
+	}
+	return out, nil
+}
 
-// Tag marks a socket as the agent's own: its connections are not captured, and where it dials the pod's
-// own address it reaches the application. It is for sockets that are not connected yet.
-func (d *Datapath) Tag(fd int) error { return errors.ErrUnsupported }
+// lockDir makes the directory and takes the lock that makes this process the only writer.
+func lockDir(ctx context.Context, dir string) (*os.File, error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, err
+	}
+	var fs unix.Statfs_t
+	if err := unix.Statfs(dir, &fs); err != nil {
+		return nil, fmt.Errorf("look at %s: %w", dir, err)
+	}
+	if fs.Type != unix.BPF_FS_MAGIC {
+		return nil, fmt.Errorf("%s is not on a bpffs; mount one (mount -t bpf bpf /sys/fs/bpf) and share it with the agent", dir)
+	}
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", dir, err)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("another process is the writer of %s: %w", dir, ctx.Err())
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}

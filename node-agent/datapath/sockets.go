@@ -3,12 +3,19 @@ package datapath
 import (
 	"context"
 	"errors"
+	"fmt"
+	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/warrenmesh/warren/internal/netns"
 )
+
+// backlog of the agent's listeners; the kernel cuts it to the namespace's net.core.somaxconn, 4096 by default.
+const backlog = 4096
 
 // Listeners are the agent's three sockets in a pod's namespace: TCP (never MPTCP), transparent, dual-stack
 // where the namespace has IPv6, non-blocking. net.FileListener makes a net.Listener of each.
@@ -19,26 +26,140 @@ type Listeners struct {
 }
 
 // Listen makes the three listeners in a pod's namespace.
-func Listen(ns *netns.Handle) (Listeners, error) { return Listeners{}, errors.ErrUnsupported }
+func Listen(ns *netns.Handle) (l Listeners, err error) {
+	for _, x := range []struct {
+		f    **os.File
+		port uint16
+	}{{&l.Outbound, PortOutbound}, {&l.Inbound, PortInbound}, {&l.HBONE, PortHBONE}} {
+		if *x.f, err = ListenTransparent(ns, x.port); err != nil {
+			l.Close()
+			return Listeners{}, err
+		}
+	}
+	return l, nil
+}
 
 // ListenTransparent makes one listener.
+//
+// Transparent, since it answers under addresses that are not local. Not MPTCP: a client would open further
+// subflows, past the one that was captured. Never marked: with tcp_fwmark_accept off or on, what it accepts
+// would inherit the mark, and answers to clients outside would come back to the pod.
 func ListenTransparent(ns *netns.Handle, port uint16) (*os.File, error) {
-	return nil, errors.ErrUnsupported
+	fd, err := ns.Socket(unix.AF_INET6, unix.SOCK_STREAM, unix.IPPROTO_TCP)
+	dual := err == nil
+	if errors.Is(err, unix.EAFNOSUPPORT) { // booted with ipv6.disable=1
+		fd, err = ns.Socket(unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_TCP)
+	}
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), fmt.Sprintf("listener %d", port))
+	set := []sockopt{{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1}, {unix.SOL_IP, unix.IP_TRANSPARENT, 1}}
+	var addr unix.Sockaddr = &unix.SockaddrInet4{Port: int(port)}
+	if dual {
+		set = append(set, sockopt{unix.SOL_IPV6, unix.IPV6_V6ONLY, 0}, sockopt{unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1})
+		addr = &unix.SockaddrInet6{Port: int(port)}
+	}
+	if err = setAll(fd, set); err == nil {
+		if err = unix.Bind(fd, addr); err == nil {
+			err = unix.Listen(fd, backlog)
+		}
+	}
+	if err != nil {
+		f.Close()
+		return nil, fmt.Errorf("listen on port %d in network namespace %s (the pod itself must not use it): %w", port, ns, err)
+	}
+	return f, nil
 }
 
 // Close closes all three.
-func (l Listeners) Close() error { return errors.ErrUnsupported }
+func (l Listeners) Close() error {
+	var errs []error
+	for _, f := range []*os.File{l.Outbound, l.Inbound, l.HBONE} {
+		if f != nil {
+			errs = append(errs, f.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+type sockopt struct{ level, name, value int }
+
+func setAll(fd int, opts []sockopt) error {
+	for _, o := range opts {
+		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+			return fmt.Errorf("set socket option %d/%d: %w", o.level, o.name, err)
+		}
+	}
+	return nil
+}
+
+// Tag marks a socket as the agent's own: its connections are not captured, and where it dials the pod's
+// own address it reaches the application. It is for sockets that are not connected yet.
+func (d *Datapath) Tag(fd int) error {
+	if err := d.kernel.AgentSockets.Put(uint32(fd), uint32(1)); err != nil {
+		return fmt.Errorf("tag socket: %w", err)
+	}
+	return nil
+}
 
 // Dial connects from inside a pod's namespace as the agent: to a peer's tunnel port or, on passthrough, to
 // the application's destination.
 func (d *Datapath) Dial(ctx context.Context, ns *netns.Handle, dst netip.AddrPort) (*net.TCPConn, error) {
-	return nil, errors.ErrUnsupported
+	return ns.DialTCP(ctx, dst.String(), d.Tag)
 }
+
+// Ports for DialInbound where the client's own cannot be used. Linux clients take theirs from 32768 on: a port
+// below keeps clear of the client's other connections to the same pod, which may be in the same namespace.
+const (
+	firstSparePort = 16384
+	endSparePorts  = 32768
+	portTries      = 16
+)
 
 // DialInbound connects to the application in a pod, dst being the pod's own address, and shows it src as
 // the peer. Where src's port cannot be had, because the application itself listens on it, or src.Port() is
 // 0, another one is taken. For a client that reached the pod in plaintext, src's port must be 0: its own
-// connection to the same dst exists in the same namespace under that very 4-tuple.
+// connection to the same dst exists in the same namespace under that very 4-tuple. A client of the other
+// address family cannot be shown; the application then sees the pod's own address.
 func (d *Datapath) DialInbound(ctx context.Context, ns *netns.Handle, src, dst netip.AddrPort) (*net.TCPConn, error) {
-	return nil, errors.ErrUnsupported
+	from, to := src.Addr().Unmap(), netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
+	if from.Is4() != to.Addr().Is4() {
+		return ns.DialTCP(ctx, to.String(), d.Tag)
+	}
+	port := src.Port()
+	for try := 0; ; try++ {
+		if port == 0 {
+			port = uint16(firstSparePort + rand.IntN(endSparePorts-firstSparePort))
+		}
+		as := netip.AddrPortFrom(from, port)
+		c, err := ns.DialTCP(ctx, to.String(), func(fd int) error { return d.prepareInbound(fd, as) })
+		if err == nil || try == portTries || !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			return c, err
+		}
+		port = 0
+	}
+}
+
+// prepareInbound binds a socket to a client's address, which is not local: the mark brings the answers back
+// over the pod's local route, and the application's end inherits it from the SYN (tcp_fwmark_accept).
+func (d *Datapath) prepareInbound(fd int, as netip.AddrPort) error {
+	transparent := sockopt{unix.SOL_IP, unix.IP_TRANSPARENT, 1}
+	var addr unix.Sockaddr
+	if as.Addr().Is4() {
+		addr = &unix.SockaddrInet4{Port: int(as.Port()), Addr: as.Addr().As4()}
+	} else {
+		transparent = sockopt{unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1}
+		addr = &unix.SockaddrInet6{Port: int(as.Port()), Addr: as.Addr().As16()}
+	}
+	if err := setAll(fd, []sockopt{transparent, {unix.SOL_SOCKET, unix.SO_MARK, Mark}, {unix.SOL_SOCKET, unix.SO_REUSEADDR, 1}}); err != nil {
+		return err
+	}
+	if err := d.Tag(fd); err != nil {
+		return err
+	}
+	if err := unix.Bind(fd, addr); err != nil {
+		return fmt.Errorf("bind to the client's address %s: %w", as, err)
+	}
+	return nil
 }

@@ -1,6 +1,17 @@
 package datapath
 
-import "net/netip"
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/warrenmesh/warren/bpf"
+)
 
 // PodState is what the kernel says about an enrolled pod.
 type PodState struct {
@@ -12,3 +23,209 @@ type PodState struct {
 
 // InForce reports whether nothing can pass around the agent.
 func (s PodState) InForce() bool { return len(s.Problems) == 0 }
+
+// Enrolled reads from the kernel which pods are enrolled and what of each is in force.
+func (d *Datapath) Enrolled() ([]PodState, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.enrolled()
+}
+
+func (d *Datapath) enrolled() ([]PodState, error) {
+	var common []string
+	for _, a := range d.attachments() {
+		if !a.inForce(d.dir) {
+			common = append(common, a.name+" is not attached")
+		}
+	}
+	var out []PodState
+	var cookie uint64
+	var pod bpf.MeshPod
+	it := d.kernel.Pods.Iterate()
+	for it.Next(&cookie, &pod) {
+		s := PodState{UID: uidOf(&pod), Cookie: cookie, Addrs: addrsOf(&pod)}
+		s.Problems = append(slices.Clone(common), d.problems(s, &pod)...)
+		out = append(out, s)
+	}
+	if err := it.Err(); err != nil {
+		return nil, fmt.Errorf("read the enrolled pods: %w", err)
+	}
+	slices.SortFunc(out, func(a, b PodState) int { return cmp.Compare(a.UID, b.UID) })
+	return out, nil
+}
+
+// problems compares one pod's hooks, maps, rule and route with what they should be.
+func (d *Datapath) problems(s PodState, pod *bpf.MeshPod) (out []string) {
+	dir := d.podDir(s.UID)
+	for _, a := range s.Addrs {
+		var o bpf.MeshOwner
+		if err := d.kernel.Owners.Lookup(kernelAddr(a), &o); err != nil || o.Cookie != s.Cookie || o.Slot != pod.Slot {
+			out = append(out, fmt.Sprintf("address %s is not entered for it", a))
+		}
+	}
+	for kind, name := range map[bpf.MeshListener]string{
+		bpf.MeshListenerLISTENER_OUTBOUND: "outbound",
+		bpf.MeshListenerLISTENER_INBOUND:  "inbound",
+		bpf.MeshListenerLISTENER_HBONE:    "HBONE",
+	} {
+		var socket uint64
+		if err := d.kernel.Listeners.Lookup(listenerKey(pod.Slot, kind), &socket); err != nil {
+			out = append(out, fmt.Sprintf("the %s listener is gone", name))
+		}
+	}
+	var g bpf.MeshGuarded
+	if err := d.kernel.Guards.Lookup(pod.Ifindex, &g); err != nil || g.V4 != pod.V4 || g.V6 != pod.V6 {
+		out = append(out, "the guard does not know it")
+	}
+	inForce := false
+	err := d.node.Do(func() error {
+		inForce = guardInForce(dir, int(pod.Ifindex))
+		return nil
+	})
+	if err != nil || !inForce {
+		out = append(out, "the guard is not attached, or not first")
+	}
+	if !d.lookupInForce(s.UID) {
+		out = append(out, "sk_lookup is not attached")
+	}
+	given, ok := d.given[s.UID]
+	if !ok {
+		return append(out, "its network namespace is not known to this process yet")
+	}
+	w, err := d.inspect(given)
+	if err != nil {
+		return append(out, err.Error())
+	}
+	err = given.NetNS.Do(func() error {
+		out = append(out, d.routingProblems(w)...)
+		return nil
+	})
+	if err != nil {
+		out = append(out, err.Error())
+	}
+	slices.Sort(out)
+	return out
+}
+
+func (d *Datapath) lookupInForce(uid string) bool {
+	l, err := link.LoadPinnedLink(lookupPin(d.podDir(uid)), nil)
+	if err != nil {
+		return false
+	}
+	defer l.Close()
+	if p, ok := d.given[uid]; ok {
+		same := false
+		err := p.NetNS.WithFD(func(fd int) (err error) {
+			same, err = sameNetNS(l, fd)
+			return err
+		})
+		return err == nil && same
+	}
+	info, err := l.Info()
+	return err == nil && info.NetNs() != nil && info.NetNs().NetnsInode != 0
+}
+
+// Audit compares every enrolled pod with what it should be and repairs it. The states are those found
+// before the repair.
+func (d *Datapath) Audit() ([]PodState, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	states, err := d.enrolled()
+	if err != nil {
+		return nil, err
+	}
+	var errs []error
+	if err := d.attachCgroups(); err != nil {
+		errs = append(errs, err)
+	}
+	for _, s := range states {
+		p, ok := d.given[s.UID]
+		if s.InForce() || !ok {
+			continue
+		}
+		d.cfg.Log.Warn("repairing the capture of a pod", "uid", s.UID, "problems", s.Problems)
+		if err := d.repair(p); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return states, errors.Join(errs...)
+}
+
+// repair enrols a pod again. A guard that is not the first of its interface is attached anew.
+func (d *Datapath) repair(p Pod) error {
+	w, err := d.inspect(p)
+	if err != nil {
+		return err
+	}
+	r, err := d.assign(p, w)
+	if err != nil {
+		return err
+	}
+	return d.plumb(p, w, r)
+}
+
+// SetDestinations makes the addresses whose connections are captured equal to want.
+//
+// What is new is entered before what is gone is removed: a service that changes its address is at no moment
+// without one. An error means that some of want is not captured.
+func (d *Datapath) SetDestinations(want Destinations) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.dest == nil {
+		have, err := d.readDestinations()
+		if err != nil {
+			return err
+		}
+		d.dest = &have
+	}
+	if err := reconcile(d.dest.Addrs, want.Addrs, d.kernel.Destinations, kernelAddr); err != nil {
+		return fmt.Errorf("set mesh addresses: %w", err)
+	}
+	if err := reconcile(d.dest.Prefixes, want.Prefixes, d.kernel.Prefixes, kernelPrefix); err != nil {
+		return fmt.Errorf("set mesh prefixes: %w", err)
+	}
+	return nil
+}
+
+// readDestinations reads what an earlier process left, so that the first SetDestinations prunes it.
+func (d *Datapath) readDestinations() (Destinations, error) {
+	have := Destinations{Addrs: map[netip.Addr]struct{}{}, Prefixes: map[netip.Prefix]struct{}{}}
+	var a bpf.MeshAddr
+	var p bpf.MeshPrefix
+	var v uint32
+	it := d.kernel.Destinations.Iterate()
+	for it.Next(&a, &v) {
+		have.Addrs[goAddr(a)] = struct{}{}
+	}
+	pit := d.kernel.Prefixes.Iterate()
+	for pit.Next(&p, &v) {
+		have.Prefixes[goPrefix(p)] = struct{}{}
+	}
+	if err := errors.Join(it.Err(), pit.Err()); err != nil {
+		return have, fmt.Errorf("read mesh addresses: %w", err)
+	}
+	return have, nil
+}
+
+// reconcile makes a map's keys equal to want; have follows each step, so that a failure loses no track.
+func reconcile[K comparable, V any](have, want map[K]struct{}, m *ebpf.Map, key func(K) V) error {
+	for k := range want {
+		if _, ok := have[k]; ok {
+			continue
+		}
+		if err := m.Put(key(k), uint32(1)); err != nil {
+			return fmt.Errorf("add %v: %w", k, err)
+		}
+		have[k] = struct{}{}
+	}
+	for k := range have {
+		if _, ok := want[k]; ok {
+			continue
+		}
+		if err := m.Delete(key(k)); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("remove %v: %w", k, err)
+		}
+		delete(have, k)
+	}
+	return nil
+}

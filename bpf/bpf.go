@@ -1,0 +1,12 @@
+// Package bpf holds the kernel side of the data path: the C sources, what the compiler made of them, and the
+// Go types of everything that both sides share. Only node-agent/datapath imports it.
+//
+// It owns the kernel ABI: maps, their keys and values, the outcomes that are counted. It does nothing: loading,
+// attaching and writing maps is datapath's.
+package bpf
+
+//go:generate go tool bpf2go -go-package bpf -no-global-types -type pod -type owner -type guarded -type flow -type ticket -type prefix -type addr -type verdict -type fate -type listener -type outcome -output-stem mesh -target bpfel Mesh mesh.c -- -mcpu=v3 -Wall -Wextra -Werror -Wno-unused-variable
+
+// Schema names the directory that maps and links are pinned in. It changes with any key, value, size or type
+// of a map, so that programs of two versions never meet in one map.
+const Schema = "v1"

@@ -1,0 +1,123 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * connect4, connect6: decides for a pod's socket whether its connection is captured.
+ *
+ *  1. not TCP, not a pod's       -> left alone
+ *  2. the agent's own            -> allowed
+ *  3. loopback or the pod itself -> allowed; it never leaves the pod
+ *  4. a mesh destination         -> marked, so that the pod's rule and route keep it in the pod
+ *  5. anything else              -> vouched for, so that the guard lets it out
+ *
+ * The hook also runs for sendto(MSG_FASTOPEN), for TCP_FASTOPEN_CONNECT (at connect, while the SYN leaves with
+ * the first write: mark and verdict are there by then), for io_uring, and for each subflow of an MPTCP socket.
+ * A raw socket may say IPPROTO_TCP as well: only SOCK_STREAM is ever vouched for.
+ */
+#pragma once
+
+#include "maps.h"
+
+/* The application's own SO_MARK gives way to capture and comes back when the socket is used again for a
+ * destination outside the mesh. Should the application change the mark on a captured connection, its packets
+ * take the ordinary route and the guard drops them. */
+static __always_inline bool set_mark(struct bpf_sock_addr *ctx, __u32 mark)
+{
+	return bpf_setsockopt(ctx, SOL_SOCKET, SO_MARK, &mark, sizeof(mark)) == 0;
+}
+
+static __always_inline int uncapture(struct bpf_sock_addr *ctx, struct verdict *v, enum fate fate)
+{
+	if (v->fate == FATE_CAPTURED && !set_mark(ctx, v->saved_mark)) {
+		count(CONNECT_REFUSED_MARK);
+		return CONNECT_REFUSE;
+	}
+	v->fate = fate;
+	return CONNECT_ALLOW;
+}
+
+/* A socket in the node's own namespace. Only where the hooks sit below the pods' cgroup does running here
+ * mean that it belongs to a pod. */
+static __always_inline int connect_from_node(struct bpf_sock *sk, const struct addr *dst)
+{
+	if (hook_sees_all || !bpf_map_lookup_elem(&owners, dst))
+		return CONNECT_ALLOW;
+	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!v) {
+		count(CONNECT_REFUSED_STORAGE);
+		return CONNECT_REFUSE;
+	}
+	v->fate = FATE_HOST_POD;
+	return CONNECT_ALLOW;
+}
+
+static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct addr *dst)
+{
+	if (ctx->type != SOCK_STREAM || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
+		return CONNECT_ALLOW;
+
+	/* Read once: the compiler must not keep a pointer into the context, which the verifier takes for a
+	 * modified one. */
+	struct bpf_sock *sk = ((volatile struct bpf_sock_addr *)ctx)->sk;
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	if (cookie == node_cookie)
+		return connect_from_node(sk, dst);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod)
+		return CONNECT_ALLOW;
+
+	bool self = addr_eq(dst, &pod->v4) || addr_eq(dst, &pod->v6);
+
+	if (bpf_sk_storage_get(&agent_sockets, sk, 0, 0)) {
+		/* Without a ticket the agent's dial of the application would come back to the agent, for ever. */
+		__u32 slot = pod->slot;
+		__s32 *out = bpf_map_lookup_elem(&handshakes, &slot);
+		if (self && out && *out >= TICKETS_PER_POD) {
+			count(CONNECT_REFUSED_HANDSHAKES);
+			return CONNECT_REFUSE;
+		}
+		count(CONNECT_AGENT);
+		return CONNECT_ALLOW;
+	}
+
+	if (self || addr_is_loopback(dst)) {
+		count(CONNECT_SELF);
+		struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
+		return v ? uncapture(ctx, v, FATE_NONE) : CONNECT_ALLOW;
+	}
+
+	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!v) {
+		count(CONNECT_REFUSED_STORAGE);
+		return CONNECT_REFUSE;
+	}
+
+	if (!is_mesh(dst)) {
+		count(CONNECT_VOUCHED);
+		return uncapture(ctx, v, FATE_VOUCHED);
+	}
+
+	if (v->fate != FATE_CAPTURED)
+		v->saved_mark = sk->mark;
+	v->fate = FATE_CAPTURED; /* before the mark: should that fail, the guard still holds the socket back */
+	if (!set_mark(ctx, capture_mark)) {
+		count(CONNECT_REFUSED_MARK);
+		return CONNECT_REFUSE;
+	}
+	count(CONNECT_CAPTURED);
+	return CONNECT_ALLOW;
+}
+
+SEC("cgroup/connect4")
+int mesh_connect4(struct bpf_sock_addr *ctx)
+{
+	struct addr dst;
+	addr_from_v4(&dst, ctx->user_ip4);
+	return connect_to(ctx, &dst);
+}
+
+SEC("cgroup/connect6")
+int mesh_connect6(struct bpf_sock_addr *ctx)
+{
+	volatile struct bpf_sock_addr *c = ctx; /* four loads: the verifier wants no wider ones merged */
+	struct addr dst = {{c->user_ip6[0], c->user_ip6[1], c->user_ip6[2], c->user_ip6[3]}};
+	return connect_to(ctx, &dst);
+}

@@ -1,0 +1,89 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * sk_lookup, one link per pod's namespace: which socket a TCP SYN that is delivered in the pod goes to.
+ *
+ *  1. to a loopback address, or from an address to itself -> the pod talks to itself: pass
+ *     (15001 and 15006 excepted: nobody dials them)
+ *  2. to an address that is not the pod's                 -> it came by the mark: the agent's outbound listener
+ *  3. to 15008                                            -> the agent's tunnel listener
+ *  4. with a ticket                                       -> pass: kubelet, or the agent itself
+ *  5. any other                                           -> the agent's inbound listener
+ *
+ * A program of this type has neither a netns cookie nor a use for ingress_ifindex, which says eth0 also for
+ * what a pod sends itself; and addresses do not tell the two ends of a connection between two pods of a node
+ * apart. So each pod has an instance of its own, with its slot and addresses as constants.
+ *
+ * Where a pod has no listener the SYN is dropped and the client gets a RST: without its agent it fails closed.
+ */
+#pragma once
+
+#include "maps.h"
+
+/* Set before loading, per pod. */
+volatile const __u32 pod_slot = 0;
+volatile const struct addr pod_v4 = {};
+volatile const struct addr pod_v6 = {};
+
+static __always_inline bool is_own(const struct addr *a)
+{
+	struct addr v4 = {{pod_v4.w[0], pod_v4.w[1], pod_v4.w[2], pod_v4.w[3]}};
+	struct addr v6 = {{pod_v6.w[0], pod_v6.w[1], pod_v6.w[2], pod_v6.w[3]}};
+	return addr_eq(a, &v4) || addr_eq(a, &v6);
+}
+
+static __always_inline int refuse(enum outcome o)
+{
+	count(o);
+	return SK_DROP;
+}
+
+static __always_inline int pass(enum outcome o)
+{
+	count(o);
+	return SK_PASS;
+}
+
+static __always_inline int steer(struct bpf_sk_lookup *ctx, enum listener kind, enum outcome o)
+{
+	__u32 k = pod_slot * LISTENERS + kind;
+	void *sk = bpf_map_lookup_elem(&listeners, &k);
+	if (!sk)
+		return refuse(LOOKUP_DROP_NO_LISTENER);
+	long err = bpf_sk_assign(ctx, sk, 0);
+	bpf_sk_release(sk);
+	if (err) /* e.g. an IPv4-only listener and an IPv6 SYN */
+		return refuse(LOOKUP_DROP_NO_LISTENER);
+	return pass(o);
+}
+
+SEC("sk_lookup")
+int mesh_lookup(struct bpf_sk_lookup *ctx)
+{
+	if (ctx->protocol != IPPROTO_TCP)
+		return SK_PASS;
+
+	volatile struct bpf_sk_lookup *c = ctx;
+	struct flow f = {};
+	READ_ADDR(&f.client, c, remote);
+	READ_ADDR(&f.server, c, local);
+	f.client_port = ntohs(c->remote_port);
+	f.server_port = c->local_port;
+	bool agent_port = f.server_port == PORT_OUTBOUND || f.server_port == PORT_INBOUND;
+
+	bool to_pod = is_own(&f.server);
+
+	if (addr_is_loopback(&f.server) || addr_eq(&f.client, &f.server) || (to_pod && is_own(&f.client)))
+		return agent_port ? refuse(LOOKUP_DROP_AGENT_PORT) : pass(LOOKUP_SELF);
+	if (!to_pod)
+		return steer(ctx, LISTENER_OUTBOUND, LOOKUP_OUTBOUND);
+	if (agent_port)
+		return refuse(LOOKUP_DROP_AGENT_PORT);
+	if (f.server_port == PORT_HBONE)
+		return steer(ctx, LISTENER_HBONE, LOOKUP_HBONE);
+
+	struct ticket *t = bpf_map_lookup_elem(&tickets, &f);
+	if (t && bpf_ktime_get_ns() - t->born < TICKET_LIFETIME_NS)
+		return pass(LOOKUP_TICKET); /* used up when the connection is made: a SYN may come twice */
+
+	return steer(ctx, LISTENER_INBOUND, LOOKUP_INBOUND);
+}

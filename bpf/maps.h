@@ -1,0 +1,167 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* All state. Maps are pinned by name; a change of any key, value, size or type here is a new Schema in bpf.go. */
+#pragma once
+
+#include "types.h"
+
+#define PINNED __uint(pinning, 1)
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u64); /* netns cookie */
+	__type(value, struct pod);
+	PINNED;
+} pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 2 * MAX_PODS);
+	__type(key, struct addr);
+	__type(value, struct owner);
+	PINNED;
+} owners SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32); /* ifindex in the node's namespace */
+	__type(value, struct guarded);
+	PINNED;
+} guards SEC(".maps");
+
+/* slot * LISTENERS + enum listener. A socket leaves the map when it is closed. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKMAP);
+	__uint(max_entries, MAX_PODS *LISTENERS);
+	__type(key, enum listener);
+	__type(value, __u64);
+	PINNED;
+} listeners SEC(".maps");
+
+/* Addresses whose connections are captured. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
+	__type(value, __u32);
+	PINNED;
+} destinations SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 16384);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct prefix);
+	__type(value, __u32);
+	PINNED;
+} prefixes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PODS *TICKETS_PER_POD);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct flow);
+	__type(value, struct ticket);
+	PINNED;
+} tickets SEC(".maps");
+
+/* Tickets out, by slot. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32);
+	__type(value, __s32);
+	PINNED;
+} handshakes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct verdict);
+	PINNED;
+} verdicts SEC(".maps");
+
+/* The agent's own sockets. Written by descriptor from user space, which takes CAP_SYS_ADMIN: unlike a mark,
+ * nothing in an unprivileged pod can forge it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+	PINNED;
+} agent_sockets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, OUTCOMES);
+	__type(key, enum outcome);
+	__type(value, __u64);
+	PINNED;
+} outcomes SEC(".maps");
+
+/* Set before loading. */
+volatile const __u64 node_cookie = 0;   /* of the node's network namespace */
+volatile const __u32 capture_mark = 0;  /* datapath.Mark */
+volatile const bool hook_sees_all = 0;  /* connect hooks sit at the cgroup root: node processes pass them too */
+
+static __always_inline void count(enum outcome o)
+{
+	__u32 k = o;
+	__u64 *n = bpf_map_lookup_elem(&outcomes, &k);
+	if (n)
+		(*n)++; /* per CPU; programs of one CPU do not interrupt each other's increment in a way that matters */
+}
+
+static __always_inline bool addr_is_v4(const struct addr *a)
+{
+	return a->w[0] == 0 && a->w[1] == 0 && a->w[2] == htonl(0xffff);
+}
+
+static __always_inline void addr_from_v4(struct addr *a, __u32 v4)
+{
+	a->w[0] = 0;
+	a->w[1] = 0;
+	a->w[2] = htonl(0xffff);
+	a->w[3] = v4;
+}
+
+static __always_inline bool addr_eq(const struct addr *a, const struct addr *b)
+{
+	return a->w[0] == b->w[0] && a->w[1] == b->w[1] && a->w[2] == b->w[2] && a->w[3] == b->w[3];
+}
+
+/*
+ * Fields of a context are read one by one, without a condition and through volatile: the compiler would else
+ * merge loads, or the loads of two branches into one through a computed pointer, and the verifier takes
+ * neither.
+ */
+static __always_inline void addr_pick(struct addr *a, bool v4, __u32 ip4, __u32 w0, __u32 w1, __u32 w2, __u32 w3)
+{
+	a->w[0] = v4 ? 0 : w0;
+	a->w[1] = v4 ? 0 : w1;
+	a->w[2] = v4 ? htonl(0xffff) : w2;
+	a->w[3] = v4 ? ip4 : w3;
+}
+
+#define READ_ADDR(a, c, which)                                                                                  \
+	addr_pick(a, (c)->family == AF_INET, (c)->which##_ip4, (c)->which##_ip6[0], (c)->which##_ip6[1],        \
+		  (c)->which##_ip6[2], (c)->which##_ip6[3])
+
+/* 127.0.0.0/8 and ::1, and the unspecified address, which connect() takes for them. */
+static __always_inline bool addr_is_loopback(const struct addr *a)
+{
+	if (addr_is_v4(a))
+		return (a->w[3] & htonl(0xff000000)) == htonl(0x7f000000) || a->w[3] == 0;
+	return a->w[0] == 0 && a->w[1] == 0 && a->w[2] == 0 && (a->w[3] == 0 || a->w[3] == htonl(1));
+}
+
+static __always_inline bool is_mesh(const struct addr *a)
+{
+	if (bpf_map_lookup_elem(&destinations, a))
+		return true;
+	struct prefix p = {.bits = 128, .addr = *a};
+	return bpf_map_lookup_elem(&prefixes, &p) != 0;
+}

@@ -1,0 +1,145 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+)
+
+// cgroups are the two cgroup v2 directories that programs are attached to.
+type cgroups struct {
+	root string // sock_ops: sees every socket of the node
+	pods string // connect hooks: kubepods, or root where there is no such cgroup
+}
+
+// findCgroups finds them. Below the pods' cgroup the connect hooks run before a CNI's program at the root, so
+// that they see the address the application asked for; and running there tells a pod's process on the host
+// network from the node's own. In hybrid mode runc keeps the same tree under "unified".
+func findCgroups(mount string) (cgroups, error) {
+	root := ""
+	for _, dir := range []string{mount, filepath.Join(mount, "unified")} {
+		var st unix.Statfs_t
+		if err := unix.Statfs(dir, &st); err == nil && st.Type == unix.CGROUP2_SUPER_MAGIC {
+			root = dir
+			break
+		}
+	}
+	if root == "" {
+		return cgroups{}, fmt.Errorf("neither %s nor %s/unified is a cgroup v2 file system", mount, mount)
+	}
+	found := cgroups{root: root, pods: root}
+	const deepest = 3 // /kubelet.slice/kubelet-kubepods.slice, as kind has it, is at 2
+	err := filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || !e.IsDir() {
+			return nil // a cgroup that went away while we looked
+		}
+		if name := e.Name(); name == "kubepods" || name == "kubepods.slice" || strings.HasSuffix(name, "-kubepods.slice") {
+			found.pods = path
+			return fs.SkipAll
+		}
+		if rel, _ := filepath.Rel(root, path); strings.Count(rel, "/")+1 >= deepest {
+			return fs.SkipDir
+		}
+		return nil
+	})
+	return found, err
+}
+
+// attachment is one program at one cgroup.
+type attachment struct {
+	name    string // of the pin
+	cgroup  string
+	program *ebpf.Program
+	at      ebpf.AttachType
+}
+
+func (d *Datapath) attachments() []attachment {
+	return []attachment{
+		// sock_ops first: a connect that is captured before tickets are written would be one whose inbound
+		// leg comes back to the agent.
+		{"sockops", d.cgroups.root, d.kernel.MeshSockops, ebpf.AttachCGroupSockOps},
+		{"connect4", d.cgroups.pods, d.kernel.MeshConnect4, ebpf.AttachCGroupInet4Connect},
+		{"connect6", d.cgroups.pods, d.kernel.MeshConnect6, ebpf.AttachCGroupInet6Connect},
+	}
+}
+
+func (d *Datapath) attachCgroups() error {
+	for _, a := range d.attachments() {
+		if err := a.ensure(d.dir); err != nil {
+			return fmt.Errorf("attach %s to %s: %w", a.name, a.cgroup, err)
+		}
+	}
+	return nil
+}
+
+// ensure points the pinned link at the program, or attaches it where there is no such link or its cgroup is
+// not the one any more (the pods' cgroup was made anew, or did not exist when the agent first ran).
+func (a attachment) ensure(dir string) error {
+	pin := filepath.Join(dir, a.name)
+	old, err := link.LoadPinnedLink(pin, nil)
+	if err == nil {
+		defer old.Close()
+		same, err := a.sameCgroup(old)
+		if err != nil {
+			return err
+		}
+		if same {
+			return old.Update(a.program)
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	l, err := link.AttachCgroup(link.CgroupOptions{Path: a.cgroup, Attach: a.at, Program: a.program})
+	if err != nil {
+		return explain(err)
+	}
+	defer l.Close()
+	return repin(l, pin)
+}
+
+func (a attachment) sameCgroup(l link.Link) (bool, error) {
+	info, err := l.Info()
+	if err != nil {
+		return false, err
+	}
+	// A cgroup's number is the inode of its directory.
+	var st unix.Stat_t
+	if err := unix.Stat(a.cgroup, &st); err != nil {
+		return false, err
+	}
+	return info.Cgroup() != nil && info.Cgroup().CgroupId == st.Ino, nil
+}
+
+// inForce reports whether the link is attached to its cgroup.
+func (a attachment) inForce(dir string) bool {
+	l, err := link.LoadPinnedLink(filepath.Join(dir, a.name), nil)
+	if err != nil {
+		return false
+	}
+	defer l.Close()
+	same, err := a.sameCgroup(l)
+	return err == nil && same
+}
+
+// repin pins a link in place of what is pinned there. The new one is attached before the old one goes: in
+// between both see a connection, and the second finds that the first has done its work.
+func repin(l link.Link, pin string) error {
+	next := filepath.Join(filepath.Dir(pin), "next_"+filepath.Base(pin)) // bpffs reserves names with a dot
+	if err := os.Remove(next); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := l.Pin(next); err != nil {
+		return err
+	}
+	if err := os.Rename(next, pin); err != nil {
+		return errors.Join(err, os.Remove(next))
+	}
+	return nil
+}

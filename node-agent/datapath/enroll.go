@@ -1,0 +1,362 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/link"
+
+	"github.com/warrenmesh/warren/bpf"
+)
+
+// Enroll captures a pod's connections, or brings what is there into line with p. A pod that cannot be
+// captured is an *UnsupportedError and is left as it was.
+//
+// The order, and what each other one would break:
+//
+//  1. rule, route, sysctls  Nothing is marked yet, so they do nothing. Later than 5, a captured SYN would
+//     leave by the main table.
+//  2. listeners             Before 4, or every connection in between is refused.
+//  3. owner of the address  Before 4: sk_lookup drops what it cannot assign to a pod. From here on kubelet's
+//     connections carry tickets, so that its probes pass step 4 unharmed.
+//  4. sk_lookup             From here on what comes in goes to the agent. Before 5: a marked SYN that finds no
+//     sk_lookup is delivered to whatever the pod itself has on that port.
+//  5. the pod, for connect  From here on what goes out is captured or vouched for.
+//  6. the guard             Last: before 5 it would drop the SYN of every connection that nobody vouched for.
+func (d *Datapath) Enroll(p Pod) error {
+	if len(p.UID) == 0 || len(p.UID) >= len(bpf.MeshPod{}.Uid) {
+		return fmt.Errorf("enrol pod %q: its UID must have 1 to %d bytes", p.UID, len(bpf.MeshPod{}.Uid)-1)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	w, err := d.inspect(p)
+	if err != nil {
+		return err
+	}
+	if old, ok := d.pods[p.UID]; ok && old.cookie != p.NetNS.Cookie() {
+		// The same pod in a new sandbox: nothing of the old namespace is worth keeping.
+		if err := d.release(p.UID); err != nil {
+			return err
+		}
+	}
+	_, known := d.pods[p.UID]
+	r, err := d.assign(p, w)
+	if err != nil {
+		return err
+	}
+	if err := d.plumb(p, w, r); err != nil {
+		err = fmt.Errorf("enrol pod %s: %w", p.UID, err)
+		if !known { // half captured is worse than not captured: the caller reports and tries again
+			d.pods[p.UID] = r
+			err = errors.Join(err, d.release(p.UID))
+		}
+		return err
+	}
+	d.given[p.UID] = p
+	return nil
+}
+
+// assign computes the pod's row. A pod keeps its slot; a new one gets the lowest that is free.
+func (d *Datapath) assign(p Pod, w wiring) (record, error) {
+	r := record{cookie: p.NetNS.Cookie(), pod: bpf.MeshPod{
+		V4: kernelAddr(w.v4), V6: kernelAddr(w.v6), Ifindex: uint32(w.nodeIndex),
+	}}
+	copy(r.pod.Uid[:], p.UID)
+	if old, ok := d.pods[p.UID]; ok {
+		r.pod.Slot = old.pod.Slot
+		return r, nil
+	}
+	taken := make(map[uint32]bool, len(d.pods))
+	for _, other := range d.pods {
+		taken[other.pod.Slot] = true
+	}
+	for slot := range d.kernel.Handshakes.MaxEntries() {
+		if !taken[slot] {
+			r.pod.Slot = slot
+			return r, nil
+		}
+	}
+	return r, &UnsupportedError{p.UID, TooManyPods, fmt.Sprintf("%d pods are captured on this node", len(taken))}
+}
+
+func (d *Datapath) plumb(p Pod, w wiring, r record) error {
+	dir := d.podDir(p.UID)
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return err
+	}
+	if err := p.NetNS.Do(func() error { return d.setRouting(w) }); err != nil { // 1
+		return err
+	}
+	if _, known := d.pods[p.UID]; !known {
+		if err := d.kernel.Handshakes.Put(r.pod.Slot, int32(0)); err != nil {
+			return fmt.Errorf("clear the count of handshakes: %w", err)
+		}
+	}
+	if err := d.setListeners(r.pod.Slot, p.Listeners); err != nil { // 2
+		return err
+	}
+	owner := bpf.MeshOwner{Cookie: r.cookie, Slot: r.pod.Slot}
+	for _, a := range addrsOf(&r.pod) { // 3
+		if err := d.kernel.Owners.Put(kernelAddr(a), owner); err != nil {
+			return fmt.Errorf("enter address %s: %w", a, err)
+		}
+	}
+	if err := d.dropForeignAddrs(p.UID, r); err != nil {
+		return err
+	}
+	if err := d.ensureLookup(p, r, dir); err != nil { // 4
+		return err
+	}
+	if err := d.kernel.Pods.Put(r.cookie, r.pod); err != nil { // 5
+		return fmt.Errorf("enter the pod: %w", err)
+	}
+	d.pods[p.UID] = r
+	if err := d.kernel.Guards.Put(r.pod.Ifindex, bpf.MeshGuarded{V4: r.pod.V4, V6: r.pod.V6}); err != nil { // 6
+		return fmt.Errorf("enter interface %s: %w", w.nodeName, err)
+	}
+	return d.ensureGuard(dir, w.nodeIndex)
+}
+
+// dropForeignAddrs forgets addresses that the pod had before and has no more.
+func (d *Datapath) dropForeignAddrs(uid string, now record) error {
+	old, ok := d.pods[uid]
+	if !ok {
+		return nil
+	}
+	for _, a := range addrsOf(&old.pod) {
+		if k := kernelAddr(a); k != now.pod.V4 && k != now.pod.V6 {
+			if err := d.forgetAddr(a, old.cookie); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+func (d *Datapath) setListeners(slot uint32, l Listeners) error {
+	for kind, f := range map[bpf.MeshListener]*os.File{
+		bpf.MeshListenerLISTENER_OUTBOUND: l.Outbound,
+		bpf.MeshListenerLISTENER_INBOUND:  l.Inbound,
+		bpf.MeshListenerLISTENER_HBONE:    l.HBONE,
+	} {
+		if f == nil {
+			return errors.New("a listener is missing")
+		}
+		c, err := f.SyscallConn() // Fd() would make the socket blocking
+		if err != nil {
+			return err
+		}
+		var put error
+		if err := c.Control(func(fd uintptr) { put = d.kernel.Listeners.Put(listenerKey(slot, kind), uint64(fd)) }); err != nil {
+			return err
+		}
+		if put != nil {
+			return fmt.Errorf("enter %s: %w", f.Name(), put)
+		}
+	}
+	return nil
+}
+
+func listenerKey(slot uint32, kind bpf.MeshListener) uint32 {
+	return slot*uint32(bpf.MeshListenerLISTENERS) + uint32(kind)
+}
+
+func lookupPin(podDir string) string { return filepath.Join(podDir, "lookup") }
+
+func (d *Datapath) podDir(uid string) string { return filepath.Join(d.dir, "enrolled", uid) }
+
+// ensureLookup attaches sk_lookup to the pod's namespace, or points what is attached at a new program.
+func (d *Datapath) ensureLookup(p Pod, r record, dir string) error {
+	program, err := d.loadLookup(&r.pod)
+	if err != nil {
+		return err
+	}
+	defer program.Close()
+	pin := lookupPin(dir)
+	return p.NetNS.WithFD(func(fd int) error {
+		if old, err := link.LoadPinnedLink(pin, nil); err == nil {
+			defer old.Close()
+			if same, err := sameNetNS(old, fd); err != nil {
+				return err
+			} else if same {
+				return old.Update(program)
+			}
+		}
+		l, err := link.AttachNetNs(fd, program)
+		if err != nil {
+			return fmt.Errorf("attach sk_lookup to the pod's network namespace: %w", explain(err))
+		}
+		defer l.Close()
+		return repin(l, pin)
+	})
+}
+
+// loadLookup loads the pod's own instance of sk_lookup, over the maps that all share.
+func (d *Datapath) loadLookup(pod *bpf.MeshPod) (*ebpf.Program, error) {
+	spec := d.spec.Copy()
+	spec.Programs = map[string]*ebpf.ProgramSpec{bpf.MeshProgMeshLookup: spec.Programs[bpf.MeshProgMeshLookup]}
+	for name, value := range map[string]any{
+		bpf.MeshVarPodSlot: pod.Slot, bpf.MeshVarPodV4: pod.V4, bpf.MeshVarPodV6: pod.V6,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return nil, fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	var out struct {
+		Lookup *ebpf.Program `ebpf:"mesh_lookup"`
+	}
+	err := spec.LoadAndAssign(&out, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+		bpf.MeshMapListeners: d.kernel.Listeners,
+		bpf.MeshMapTickets:   d.kernel.Tickets,
+		bpf.MeshMapOutcomes:  d.kernel.Outcomes,
+	}})
+	if err != nil {
+		return nil, fmt.Errorf("load sk_lookup: %w", explain(err))
+	}
+	return out.Lookup, nil
+}
+
+// Release ends capture. Open connections go on: the rule and the route that carry them stay until the
+// namespace ends. Releasing a pod that is unknown or whose namespace is gone is fine.
+//
+// The order is Enroll's backwards: the guard first, or it would drop connections that nobody vouches for any
+// more; sk_lookup only when nothing is captured any more.
+func (d *Datapath) Release(uid string) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.release(uid)
+}
+
+func (d *Datapath) release(uid string) error {
+	dir := d.podDir(uid)
+	r, ok := d.pods[uid]
+	if !ok {
+		return removePins(dir)
+	}
+	if !d.interfaceShared(uid, r.pod.Ifindex) {
+		if err := d.removeGuard(dir, int(r.pod.Ifindex)); err != nil {
+			return fmt.Errorf("release pod %s: %w", uid, err)
+		}
+		if err := d.kernel.Guards.Delete(r.pod.Ifindex); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return fmt.Errorf("release pod %s: forget its interface: %w", uid, err)
+		}
+	}
+	if err := d.kernel.Pods.Delete(r.cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("release pod %s: %w", uid, err)
+	}
+	if err := removePins(dir); err != nil {
+		return fmt.Errorf("release pod %s: %w", uid, err)
+	}
+	for _, a := range addrsOf(&r.pod) {
+		if err := d.forgetAddr(a, r.cookie); err != nil {
+			return fmt.Errorf("release pod %s: %w", uid, err)
+		}
+	}
+	for kind := range bpf.MeshListenerLISTENERS {
+		err := d.kernel.Listeners.Delete(listenerKey(r.pod.Slot, kind))
+		if err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) && !errors.Is(err, os.ErrInvalid) && !noSocket(err) {
+			return fmt.Errorf("release pod %s: forget its listeners: %w", uid, err)
+		}
+	}
+	delete(d.pods, uid)
+	delete(d.given, uid)
+	return nil
+}
+
+// interfaceShared: an interface number may belong to a newer pod by now.
+func (d *Datapath) interfaceShared(uid string, ifindex uint32) bool {
+	for other, r := range d.pods {
+		if other != uid && r.pod.Ifindex == ifindex {
+			return true
+		}
+	}
+	return false
+}
+
+// forgetAddr removes an address unless another pod has it by now.
+func (d *Datapath) forgetAddr(a netip.Addr, cookie uint64) error {
+	var o bpf.MeshOwner
+	k := kernelAddr(a)
+	if err := d.kernel.Owners.Lookup(k, &o); errors.Is(err, ebpf.ErrKeyNotExist) || err == nil && o.Cookie != cookie {
+		return nil
+	}
+	if err := d.kernel.Owners.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+		return fmt.Errorf("forget address %s: %w", a, err)
+	}
+	return nil
+}
+
+// removePins detaches what is pinned for a pod: a link without pin or descriptor is gone.
+func removePins(dir string) error {
+	for _, pin := range []string{guardPin(dir), lookupPin(dir)} {
+		if err := unpin(pin); err != nil {
+			return err
+		}
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove pins: %w", err)
+	}
+	return nil
+}
+
+// Prune releases every enrolled pod that keep does not want. It is called once after a restart, when it is
+// known which pods there are.
+func (d *Datapath) Prune(keep func(uid string) bool) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	var errs []error
+	for uid := range d.pods {
+		if !keep(uid) {
+			errs = append(errs, d.release(uid))
+		}
+	}
+	// Pins of a pod that an earlier process died over between making them and entering the pod.
+	entries, err := os.ReadDir(filepath.Join(d.dir, "enrolled"))
+	errs = append(errs, err)
+	for _, e := range entries {
+		if _, ok := d.pods[e.Name()]; !ok {
+			errs = append(errs, removePins(d.podDir(e.Name())))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// updatePodLinks points the links of all enrolled pods at this process's programs.
+func (d *Datapath) updatePodLinks() error {
+	for uid, r := range d.pods {
+		dir := d.podDir(uid)
+		if l, err := link.LoadPinnedLink(lookupPin(dir), nil); err == nil {
+			var program *ebpf.Program
+			if program, err = d.loadLookup(&r.pod); err == nil {
+				err = l.Update(program)
+				program.Close()
+			}
+			l.Close()
+			if err != nil && !linkDead(err) {
+				return fmt.Errorf("update sk_lookup of pod %s: %w", uid, err)
+			}
+		}
+		if l, err := link.LoadPinnedLink(guardPin(dir), nil); err == nil {
+			err = l.Update(d.kernel.MeshGuard)
+			l.Close()
+			if err != nil && !linkDead(err) {
+				return fmt.Errorf("update the guard of pod %s: %w", uid, err)
+			}
+			continue
+		}
+		err := d.node.Do(func() error {
+			if findFilter(int(r.pod.Ifindex)) == nil {
+				return nil
+			}
+			return d.replaceFilter(int(r.pod.Ifindex))
+		})
+		if err != nil {
+			return fmt.Errorf("update the guard of pod %s: %w", uid, err)
+		}
+	}
+	return nil
+}
