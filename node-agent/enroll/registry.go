@@ -183,22 +183,27 @@ func (r *Registry) Close() {
 	}
 }
 
-// SetPods replaces what the control plane says about this node's pods. The first call ends the time in which
-// only what was restored counts.
-func (r *Registry) SetPods(pods []LocalPod) {
-	desired := make(map[string]LocalPod, len(pods))
-	var unnamed []LocalPod
+// SetPods replaces what the control plane says about this node's pods. Not live is what it said to an earlier
+// process: it adds to what was restored, ends nothing, and is ignored once there was a live word.
+func (r *Registry) SetPods(pods []LocalPod, live bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !live && r.synced {
+		return
+	}
+	r.unnamed = nil
+	if live {
+		r.desired, r.synced = make(map[string]LocalPod, len(pods)), true
+	}
 	for _, p := range pods {
-		if p.UID != "" {
-			desired[p.UID] = p
-		} else if p.Enrolled {
-			unnamed = append(unnamed, p)
+		switch _, restored := r.desired[p.UID]; {
+		case p.UID == "" && p.Enrolled:
+			r.unnamed = append(r.unnamed, p)
+		case p.UID != "" && (live || !restored):
+			r.desired[p.UID] = p
 		}
 	}
-	r.mu.Lock()
-	r.desired, r.unnamed, r.synced = desired, unnamed, true
 	r.wake()
-	r.mu.Unlock()
 	r.poke()
 }
 
