@@ -76,11 +76,11 @@ func relaySocket(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
 		k.finish(err)
 	}
 	<-k.done
-	if k.err != nil {
+	if err := k.failure(); err != nil {
 		resetConn(tcp)
 		st.ResetCode(CodeConnect)
 		st.waitDrained()
-		return k.err
+		return err
 	}
 	_ = tcp.Close()
 	_ = st.Close()
