@@ -1,0 +1,243 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/spf13/cobra"
+	authv1 "k8s.io/api/authorization/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// finding is one line of check.
+type finding struct {
+	Check  string `json:"check"`
+	Result string `json:"result"` // ok, warning, failed
+	What   string `json:"what"`
+	Hint   string `json:"hint,omitempty"`
+}
+
+// The oldest versions that work.
+const (
+	minKubernetesMinor = 29
+	minKernelMajor     = 6
+	minKernelMinor     = 1
+)
+
+func (a *app) checkCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "check", Short: "Check whether Warren can run here and, when it is installed, whether it does",
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.connect(a)
+			if err != nil {
+				return err
+			}
+			findings, err := a.check(cmd.Context(), c)
+			if err != nil {
+				return err
+			}
+			if err := a.print(findings, func(w io.Writer) error { return a.printFindings(w, findings) }); err != nil {
+				return err
+			}
+			if slices.ContainsFunc(findings, func(f finding) bool { return f.Result == "failed" }) {
+				return errFound
+			}
+			return nil
+		},
+	}
+}
+
+func (a *app) printFindings(w io.Writer, list []finding) error {
+	marks := map[string]string{"ok": a.paint(green, "ok     "), "warning": a.paint(yellow, "warning"), "failed": a.paint(red, "failed ")}
+	for _, f := range list {
+		if _, err := fmt.Fprintf(w, "%s  %s: %s\n", marks[f.Result], f.Check, f.What); err != nil {
+			return err
+		}
+		if f.Hint != "" {
+			fmt.Fprintf(w, "         %s\n", a.paint(faint, f.Hint))
+		}
+	}
+	return nil
+}
+
+// check runs every check; those of an installation only when there is one.
+func (a *app) check(ctx context.Context, c *conn) ([]finding, error) {
+	v, err := c.Discovery().ServerVersion()
+	if err != nil {
+		return nil, fmt.Errorf("reaching the cluster: %w", err)
+	}
+	out := []finding{kubernetesVersion(v.Major, v.Minor, v.GitVersion)}
+	nodes, err := c.CoreV1().Nodes().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil, fmt.Errorf("listing nodes: %w", err)
+	}
+	out = append(out, checkNodes(nodes.Items))
+	out = append(out, a.checkOthers(ctx, c)...)
+	s, err := a.status(ctx, c)
+	if err != nil {
+		out = append(out, finding{"installation", "warning", "Warren is not installed in " + a.namespace,
+			"helm install warren charts/warren -n " + a.namespace + " --create-namespace"})
+		return append(out, a.checkRights(ctx, c)), nil
+	}
+	return append(out, a.checkInstallation(ctx, c, s)...), nil
+}
+
+func kubernetesVersion(major, minor, git string) finding {
+	n, err := strconv.Atoi(strings.TrimRight(minor, "+"))
+	if err != nil || major != "1" || n < minKubernetesMinor {
+		return finding{"kubernetes", "failed", git, fmt.Sprintf("1.%d or newer is needed", minKubernetesMinor)}
+	}
+	return finding{"kubernetes", "ok", git, ""}
+}
+
+func checkNodes(nodes []corev1.Node) finding {
+	var bad, kernels []string
+	for _, n := range nodes {
+		info := n.Status.NodeInfo
+		if info.OperatingSystem != "" && info.OperatingSystem != "linux" {
+			continue
+		}
+		if !kernelOK(info.KernelVersion) {
+			bad = append(bad, n.Name+" ("+info.KernelVersion+")")
+		}
+		if !slices.Contains(kernels, info.KernelVersion) {
+			kernels = append(kernels, info.KernelVersion)
+		}
+	}
+	if len(bad) > 0 {
+		return finding{"kernel", "failed", "too old on " + strings.Join(bad, ", "),
+			fmt.Sprintf("Linux %d.%d or newer is needed on every node; keep the agent off others with node.nodeSelector", minKernelMajor, minKernelMinor)}
+	}
+	return finding{"kernel", "ok", strings.Join(kernels, ", ") + " on " + plural(len(nodes), "node"), ""}
+}
+
+func kernelOK(release string) bool {
+	p := strings.SplitN(release, ".", 3)
+	if len(p) < 2 {
+		return false
+	}
+	digits := func(s string) int {
+		n, _ := strconv.Atoi(s[:len(s)-len(strings.TrimLeft(s, "0123456789"))])
+		return n
+	}
+	major, minor := digits(p[0]), digits(p[1])
+	return major > minKernelMajor || major == minKernelMajor && minor >= minKernelMinor
+}
+
+// checkOthers looks for what would be in the way.
+func (a *app) checkOthers(ctx context.Context, c *conn) []finding {
+	var out []finding
+	sets, err := c.AppsV1().DaemonSets("").List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return []finding{{"other meshes", "warning", "cannot tell: " + err.Error(), "this needs the right to list daemonsets"}}
+	}
+	for _, d := range sets.Items {
+		foreign := d.Labels["app.kubernetes.io/part-of"] != "warren"
+		if foreign && (d.Name == "istio-cni-node" || d.Labels["app"] == "ztunnel") {
+			out = append(out, finding{"other meshes", "failed", "Istio ambient captures pods here (" + d.Namespace + "/" + d.Name + ")",
+				"two meshes cannot capture the same pods: remove Istio's ztunnel and istio-cni, or use another cluster"})
+		}
+	}
+	deployments, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: controlSelector})
+	if err == nil {
+		for _, d := range deployments.Items {
+			if d.Labels["app.kubernetes.io/part-of"] != "warren" {
+				out = append(out, finding{"other meshes", "warning", "an Istio control plane runs here (" + d.Namespace + "/" + d.Name + ")",
+					"it writes the same ConfigMap istio-ca-root-cert; run one of the two"})
+			}
+		}
+	}
+	if len(out) == 0 {
+		out = append(out, finding{"other meshes", "ok", "none captures pods", ""})
+	}
+	return out
+}
+
+// checkRights asks whether the user may install.
+func (a *app) checkRights(ctx context.Context, c *conn) finding {
+	var missing []string
+	for _, r := range []authv1.ResourceAttributes{
+		{Verb: "create", Resource: "namespaces"},
+		{Verb: "create", Group: "apiextensions.k8s.io", Resource: "customresourcedefinitions"},
+		{Verb: "create", Group: "rbac.authorization.k8s.io", Resource: "clusterroles"},
+		{Verb: "create", Group: "apps", Resource: "daemonsets", Namespace: a.namespace},
+	} {
+		review, err := c.AuthorizationV1().SelfSubjectAccessReviews().Create(ctx,
+			&authv1.SelfSubjectAccessReview{Spec: authv1.SelfSubjectAccessReviewSpec{ResourceAttributes: &r}}, metav1.CreateOptions{})
+		if err != nil {
+			return finding{"rights", "warning", "cannot tell: " + err.Error(), "kubectl auth can-i create clusterroles"}
+		}
+		if !review.Status.Allowed {
+			missing = append(missing, r.Verb+" "+r.Resource)
+		}
+	}
+	if len(missing) > 0 {
+		return finding{"rights", "failed", "you may not " + strings.Join(missing, ", "), "install as a cluster administrator"}
+	}
+	return finding{"rights", "ok", "you may install", ""}
+}
+
+func (a *app) checkInstallation(ctx context.Context, c *conn, s *meshStatus) []finding {
+	parts := func(name string, r ratio, selector string) finding {
+		if r.complete() {
+			return finding{name, "ok", r.String() + " ready", ""}
+		}
+		return finding{name, "failed", r.String() + " ready",
+			"kubectl -n " + a.namespace + " describe pods -l " + selector}
+	}
+	out := []finding{
+		parts("control plane", s.Control, controlSelector),
+		parts("node agents", s.Agents, agentSelector),
+		parts("holders", s.Holders, holderSelector),
+	}
+	switch _, err := c.CoreV1().ConfigMaps(a.namespace).Get(ctx, "istio-ca-root-cert", metav1.GetOptions{}); {
+	case apierrors.IsNotFound(err):
+		out = append(out, finding{"root certificate", "failed", "ConfigMap istio-ca-root-cert is missing in " + a.namespace,
+			"the control plane writes it: kubectl -n " + a.namespace + " logs -l " + controlSelector})
+	case err != nil:
+		out = append(out, finding{"root certificate", "warning", "cannot tell: " + err.Error(), "this needs the right to get configmaps in " + a.namespace})
+	default:
+		out = append(out, finding{"root certificate", "ok", "published", ""})
+	}
+	out = append(out, a.checkLabels(ctx, c)...)
+	if len(s.Pending) > 0 {
+		p := s.Pending[0]
+		return append(out, finding{"capture", "warning",
+			fmt.Sprintf("%s not captured, among them %s/%s: %s", plural(len(s.Pending), "pod"), p.Namespace, p.Name, p.Why),
+			"all of them: " + a.name() + " status"})
+	}
+	captured := 0
+	for _, n := range s.Namespaces {
+		captured += n.Captured
+	}
+	return append(out, finding{"capture", "ok", plural(captured, "pod") + " captured, none pending", ""})
+}
+
+// checkLabels finds values of the mode label that mean nothing.
+func (a *app) checkLabels(ctx context.Context, c *conn) []finding {
+	var out []finding
+	namespaces, err := c.CoreV1().Namespaces().List(ctx, metav1.ListOptions{})
+	if err != nil {
+		return nil
+	}
+	for _, n := range namespaces.Items {
+		switch v := n.Labels[modeLabel]; v {
+		case "", "ambient", "none":
+		default:
+			out = append(out, finding{"labels", "warning", fmt.Sprintf("namespace %s has %s=%s, which means nothing", n.Name, modeLabel, v),
+				fmt.Sprintf("kubectl label --overwrite namespace %s %s=ambient", n.Name, modeLabel)})
+		}
+		if n.Labels["istio-injection"] == "enabled" && n.Labels[modeLabel] == "" {
+			out = append(out, finding{"labels", "warning", "namespace " + n.Name + " has istio-injection=enabled, which asks for sidecars",
+				fmt.Sprintf("kubectl label namespace %s %s=ambient", n.Name, modeLabel)})
+		}
+	}
+	return out
+}

@@ -1,0 +1,190 @@
+package cli
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/version"
+	fakediscovery "k8s.io/client-go/discovery/fake"
+	"k8s.io/client-go/kubernetes/fake"
+)
+
+const dump = `{
+ "workloads":[{"workloadIps":["10.1.0.5"],"protocol":"HBONE","name":"ui-1","namespace":"shop","node":"node1","status":"Healthy"}],
+ "services":[{"name":"ui","namespace":"shop","vips":["/10.96.0.7"],"ports":{"8080":8080},"endpoints":{"a":{"status":"Healthy"},"b":{"status":"Unhealthy"}}}],
+ "policies":[{"name":"deny","namespace":"shop","action":"Deny","scope":"Namespace","rules":[[]],"dryRun":false}],
+ "certificates":[{"identity":"spiffe://cluster.local/ns/shop/sa/ui","state":"Available","certChain":[{"serialNumber":"7","validFrom":"a","expirationTime":"b"}]}],
+ "workloadState":{"u1":{"state":"up","connections":{"inbound":[],"outbound":[{"src":"10.1.0.5:4000","originalDst":"10.96.0.7:8080","actualDst":"10.1.1.6:15008","protocol":"HBONE","peer":"spiffe://cluster.local/ns/shop/sa/catalog"}]},"info":{"name":"ui-1","namespace":"shop"}}}
+}`
+
+// run runs the command line against objects, with an agent that answers with the dump above.
+func run(t *testing.T, objects []runtime.Object, args ...string) (code int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	a := &app{env: Env{Program: "warren", Args: args, Version: "test", Out: &out, Err: &errs}}
+	a.connect = func(*app) (*conn, error) {
+		k := fake.NewClientset(objects...)
+		k.Discovery().(*fakediscovery.FakeDiscovery).FakedServerVersion = &version.Info{Major: "1", Minor: "36", GitVersion: "v1.36.3"}
+		return &conn{Interface: k, admin: func(_ context.Context, p *corev1.Pod, path string) ([]byte, error) {
+			if path != "/config_dump" {
+				return nil, errors.New("unexpected path " + path)
+			}
+			return []byte(dump), nil
+		}}, nil
+	}
+	code = a.main(t.Context())
+	return code, out.String(), errs.String()
+}
+
+func pod(namespace, name, node string, labels, annotations map[string]string) *corev1.Pod {
+	return &corev1.Pod{
+		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, UID: types.UID(name), Labels: labels, Annotations: annotations},
+		Spec:       corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Image: "r.example:5000/x:v9"}}},
+		Status: corev1.PodStatus{Phase: corev1.PodRunning,
+			Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}},
+	}
+}
+
+func installed() []runtime.Object {
+	ours := func(app string) map[string]string {
+		return map[string]string{"app": app, "app.kubernetes.io/part-of": "warren"}
+	}
+	set := func(name, app string) *appsv1.DaemonSet {
+		return &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: name, Labels: ours(app)},
+			Status: appsv1.DaemonSetStatus{NumberReady: 2, DesiredNumberScheduled: 2}}
+	}
+	return []runtime.Object{
+		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node1"}, Status: corev1.NodeStatus{NodeInfo: corev1.NodeSystemInfo{KernelVersion: "6.1.0-40-amd64", OperatingSystem: "linux"}}},
+		&appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "warren-control", Labels: ours("istiod")},
+			Status: appsv1.DeploymentStatus{Replicas: 1, ReadyReplicas: 1}},
+		set("warren-node", "ztunnel"), set("warren-holder", "warren-holder"),
+		&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "istio-ca-root-cert"}},
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{modeLabel: "ambient"}}},
+		pod("istio-system", "warren-node-a", "node1", map[string]string{"app": "ztunnel"}, nil),
+		pod("istio-system", "warren-node-b", "node2", map[string]string{"app": "ztunnel"}, nil),
+		pod("shop", "ui-1", "node1", nil, map[string]string{redirection: "enabled"}),
+	}
+}
+
+func TestStatus(t *testing.T) {
+	code, out, errs := run(t, installed(), "status")
+	if code != ExitOK || !strings.Contains(out, "node agents     2/2 ready") || !strings.Contains(out, "shop        ambient   1") {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+	if strings.Contains(out, "\x1b") {
+		t.Error("colours, though this is no terminal")
+	}
+
+	waiting := append(installed(), pod("shop", "late", "node2", nil, map[string]string{redirection: "pending"}))
+	code, out, _ = run(t, waiting, "status", "-o", "json")
+	var s meshStatus
+	if err := json.Unmarshal([]byte(out), &s); err != nil {
+		t.Fatal(err)
+	}
+	if code != ExitFound || len(s.Pending) != 1 || s.Pending[0].Name != "late" || s.Pending[0].Why == "" {
+		t.Errorf("code %d, %+v", code, s)
+	}
+}
+
+func TestPodsOutsideTheMeshAreNotPending(t *testing.T) {
+	host := pod("shop", "host", "node1", nil, nil)
+	host.Spec.HostNetwork = true
+	objects := append(installed(), host,
+		pod("shop", "opted-out", "node1", map[string]string{modeLabel: "none"}, nil),
+		pod("shop", "sidecar", "node1", nil, map[string]string{"sidecar.istio.io/status": "{}"}))
+	code, out, errs := run(t, objects, "status")
+	if code != ExitOK || !strings.Contains(out, "shop        ambient   1          0         3") {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+}
+
+func TestCheck(t *testing.T) {
+	code, out, errs := run(t, installed(), "check")
+	if code != ExitOK || strings.Contains(out, "failed") || strings.Contains(out, "warning") {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+	broken := append(installed(),
+		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "old"}, Status: corev1.NodeStatus{NodeInfo: corev1.NodeSystemInfo{KernelVersion: "5.15.0-1", OperatingSystem: "linux"}}},
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "typo", Labels: map[string]string{modeLabel: "ambiant"}}},
+		&appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "other", Name: "ztunnel", Labels: map[string]string{"app": "ztunnel"}}})
+	code, out, _ = run(t, broken, "check")
+	for _, want := range []string{"old (5.15.0-1)", "ambiant, which means nothing", "other/ztunnel"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("check does not mention %q:\n%s", want, out)
+		}
+	}
+	if code != ExitFound {
+		t.Errorf("code %d", code)
+	}
+}
+
+func TestEveryFindingThatIsNotOKSaysWhatToDo(t *testing.T) {
+	_, out, _ := run(t, nil, "check", "-o", "json")
+	var list []finding
+	if err := json.Unmarshal([]byte(out), &list); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	for _, f := range list {
+		if f.Result != "ok" && f.Hint == "" {
+			t.Errorf("%s: %s: no hint", f.Check, f.What)
+		}
+	}
+}
+
+func TestNodeConfig(t *testing.T) {
+	for view, want := range map[string]string{
+		"workloads": "10.1.0.5", "services": "1/2", "policies": "deny", "certificates": "spiffe://cluster.local/ns/shop/sa/ui",
+		"connections": "10.1.1.6:15008",
+	} {
+		code, out, errs := run(t, installed(), "node-config", view)
+		if code != ExitOK || !strings.Contains(out, want) {
+			t.Errorf("%s: code %d\n%s%s", view, code, out, errs)
+		}
+	}
+	// What two nodes know alike is one row.
+	if _, out, _ := run(t, installed(), "node-config", "workloads"); strings.Count(out, "ui-1") != 1 {
+		t.Errorf("rows are repeated:\n%s", out)
+	}
+	code, out, errs := run(t, installed(), "node-config", "workloads", "shop/ui-1", "-o", "json")
+	if code != ExitOK || !strings.Contains(out, `"node": "node1"`) || strings.Contains(out, "node2") {
+		t.Errorf("code %d\n%s%s", code, out, errs)
+	}
+}
+
+func TestErrors(t *testing.T) {
+	for _, c := range []struct {
+		objects []runtime.Object
+		args    []string
+		code    int
+		says    string
+	}{
+		{nil, []string{"status"}, ExitError, "helm install"},
+		{installed(), []string{"node-config", "workloads", "nowhere"}, ExitError, "NAMESPACE/POD"},
+		{nil, []string{"node-config", "policies"}, ExitError, "warren check"},
+		{nil, []string{"status", "-o", "xml"}, ExitUsage, "none of table, json, yaml"},
+		{nil, []string{"stats"}, ExitUsage, "warren --help"},
+		{nil, []string{"check", "extra"}, ExitUsage, "warren --help"},
+	} {
+		code, _, errs := run(t, c.objects, c.args...)
+		if code != c.code || !strings.Contains(errs, c.says) {
+			t.Errorf("warren %s: code %d, want %d, says %q, want %q in it", strings.Join(c.args, " "), code, c.code, errs, c.says)
+		}
+	}
+}
+
+func TestKernelVersions(t *testing.T) {
+	for v, want := range map[string]bool{"6.1.0-40-amd64": true, "6.18.4": true, "7.0": true, "5.15.0": false, "6.0.12": false, "": false, "nonsense": false} {
+		if kernelOK(v) != want {
+			t.Errorf("kernelOK(%q) = %v", v, !want)
+		}
+	}
+}

@@ -1,0 +1,182 @@
+package cli
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
+	"k8s.io/client-go/tools/portforward"
+	"k8s.io/client-go/transport/spdy"
+)
+
+// Labels and annotations that the mesh's objects carry.
+const (
+	agentSelector   = "app=ztunnel"
+	holderSelector  = "app=warren-holder"
+	controlSelector = "app=istiod"
+	modeLabel       = "istio.io/dataplane-mode"
+	redirection     = "ambient.istio.io/redirection"
+	adminPort       = 15000
+)
+
+// conn is a Kubernetes API.
+type conn struct {
+	kubernetes.Interface
+	rest *rest.Config
+	// admin asks the admin port of an agent; a seam for tests.
+	admin func(ctx context.Context, pod *corev1.Pod, path string) ([]byte, error)
+}
+
+func dialCluster(a *app) (*conn, error) {
+	rules := clientcmd.NewDefaultClientConfigLoadingRules()
+	rules.ExplicitPath = a.file
+	cfg, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: a.context}).ClientConfig()
+	if err != nil {
+		return nil, fmt.Errorf("reading the kubeconfig: %w; name one with --kubeconfig or KUBECONFIG", err)
+	}
+	cfg.QPS, cfg.Burst = 50, 100
+	if cfg.Timeout == 0 {
+		cfg.Timeout = 20 * time.Second
+	}
+	k, err := kubernetes.NewForConfig(cfg)
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{Interface: k, rest: cfg}
+	c.admin = c.forward
+	return c, nil
+}
+
+// agents lists the agents' pods, one for each node: of two on one node the ready, younger one.
+func (a *app) agents(ctx context.Context, c *conn) ([]corev1.Pod, error) {
+	list, err := c.CoreV1().Pods(a.namespace).List(ctx, metav1.ListOptions{LabelSelector: agentSelector})
+	if err != nil {
+		return nil, fmt.Errorf("listing the node agents in %s: %w", a.namespace, err)
+	}
+	pods := slices.DeleteFunc(list.Items, func(p corev1.Pod) bool { return p.Spec.NodeName == "" })
+	slices.SortFunc(pods, func(x, y corev1.Pod) int {
+		better := func(p corev1.Pod) int {
+			if ready(&p) && p.DeletionTimestamp == nil {
+				return 0
+			}
+			return 1
+		}
+		return cmp.Or(strings.Compare(x.Spec.NodeName, y.Spec.NodeName), cmp.Compare(better(x), better(y)),
+			y.CreationTimestamp.Compare(x.CreationTimestamp.Time))
+	})
+	return slices.CompactFunc(pods, func(x, y corev1.Pod) bool { return x.Spec.NodeName == y.Spec.NodeName }), nil
+}
+
+func ready(p *corev1.Pod) bool {
+	return slices.ContainsFunc(p.Status.Conditions, func(c corev1.PodCondition) bool {
+		return c.Type == corev1.PodReady && c.Status == corev1.ConditionTrue
+	})
+}
+
+// agentFor finds the agent for a node, an agent's pod, or the node of a pod written NAME, NAME.NAMESPACE or
+// NAMESPACE/NAME.
+func (a *app) agentFor(ctx context.Context, c *conn, target string) (*corev1.Pod, error) {
+	agents, err := a.agents(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	node := target
+	if i := slices.IndexFunc(agents, func(p corev1.Pod) bool { return p.Name == target || p.Spec.NodeName == target }); i >= 0 {
+		return &agents[i], nil
+	}
+	namespace, name := "default", target
+	if before, after, ok := strings.Cut(target, "/"); ok {
+		namespace, name = before, after
+	} else if i := strings.LastIndexByte(target, '.'); i > 0 {
+		name, namespace = target[:i], target[i+1:]
+	}
+	p, err := c.CoreV1().Pods(namespace).Get(ctx, name, metav1.GetOptions{})
+	if err != nil {
+		var nodes []string
+		for _, p := range agents {
+			nodes = append(nodes, p.Spec.NodeName)
+		}
+		return nil, fmt.Errorf("%q is neither a node with an agent (%s) nor a pod (%w); write a pod as NAMESPACE/POD", target, strings.Join(nodes, ", "), err)
+	}
+	node = p.Spec.NodeName
+	for i := range agents {
+		if agents[i].Spec.NodeName == node {
+			return &agents[i], nil
+		}
+	}
+	return nil, fmt.Errorf("no agent runs on node %s: see kubectl -n %s get pods -l %s -o wide", node, a.namespace, agentSelector)
+}
+
+// forward asks an agent's admin port, which listens on the node's loopback, through the API's port forward.
+func (c *conn) forward(ctx context.Context, pod *corev1.Pod, path string) ([]byte, error) {
+	tr, up, err := spdy.RoundTripperFor(c.rest)
+	if err != nil {
+		return nil, err
+	}
+	u := c.CoreV1().RESTClient().Post().Resource("pods").Namespace(pod.Namespace).Name(pod.Name).SubResource("portforward").URL()
+	stop, up2 := make(chan struct{}), make(chan struct{})
+	var errs bytes.Buffer
+	f, err := portforward.NewOnAddresses(spdy.NewDialer(up, &http.Client{Transport: tr}, http.MethodPost, u),
+		[]string{"127.0.0.1"}, []string{fmt.Sprintf("0:%d", adminPort)}, stop, up2, io.Discard, &errs)
+	if err != nil {
+		return nil, err
+	}
+	done := make(chan error, 1)
+	go func() { done <- f.ForwardPorts() }()
+	defer func() { close(stop); <-done }()
+	select {
+	case <-up2:
+	case err := <-done:
+		done <- nil
+		return nil, fmt.Errorf("forwarding a port to %s: %w; this needs the right to create pods/portforward", pod.Name, err)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+	ports, err := f.GetPorts()
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", ports[0].Local, path), nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return nil, fmt.Errorf("asking %s on node %s: %w %s", pod.Name, pod.Spec.NodeName, err, strings.TrimSpace(errs.String()))
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return nil, err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("asking %s for %s: %s", pod.Name, path, resp.Status)
+	}
+	return b, nil
+}
+
+// readDump reads a saved /config_dump.
+func readDump(file string) ([]byte, error) {
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return nil, err
+	}
+	if !json.Valid(b) {
+		return nil, errors.New(file + " is not JSON: save one with curl localhost:15000/config_dump on a node")
+	}
+	return b, nil
+}
