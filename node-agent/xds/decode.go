@@ -190,4 +190,3 @@ func (c *Client) remove(typeURL, name string) {
 		c.dirty.config = true
 	}
 }
-
