@@ -52,8 +52,6 @@ func (p *Proxy) dialTunnel(ctx context.Context, k hbone.Key) (net.Conn, error) {
 	if h == nil {
 		return nil, fail(SourceUnknown, "pod %s is not served any more", k.Pod)
 	}
-	ctx, cancel := context.WithTimeout(ctx, p.cfg.ConnectTimeout+p.cfg.HandshakeTimeout)
-	defer cancel()
 	bundle, err := p.cfg.Certs.Bundle(ctx, k.Src)
 	if err != nil {
 		return nil, fail(IdentityUnavailable, "certificate of %s: %w", k.Src, err)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"time"
 
 	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -19,6 +20,8 @@ import (
 //  2. serveStream: one CONNECT. What is wrong with the request itself is a 400.
 //  3. admit: register, authorize (401), connect to the application (503).
 //  4. 200, relay, and the report when it ends.
+
+const forever = 10 * 365 * 24 * time.Hour
 
 // serveTunnel serves one tunnel connection.
 func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
@@ -48,7 +51,7 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 	}
 	cancel()
 	err = hbone.Serve(h.accepting, tc, hbone.ServerConfig{
-		DrainTimeout: -1, // Proxy.Close and PodHandle.Close say when open streams end
+		DrainTimeout: forever, // Proxy.Close and PodHandle.Close say when open streams end
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
 			h.open.Add(1)
 			defer h.open.Add(-1)

@@ -74,6 +74,8 @@ type Proxy struct {
 	mu     sync.Mutex
 	pods   map[string]*PodHandle // by Pod.UID
 	closed bool
+
+	started, stopped atomic.Uint64 // pods
 }
 
 // PodHandle is a pod that the Proxy serves.
@@ -115,7 +117,9 @@ func New(cfg Config) (*Proxy, error) {
 	p := &Proxy{cfg: cfg, store: cfg.Store, metrics: cfg.Metrics, log: cfg.Log, access: cfg.Access,
 		conns: newConnTable(), pods: map[string]*PodHandle{}}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
-	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel, MaxStreams: cfg.MaxStreams, Idle: cfg.PoolIdle})
+	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel,
+		DialTimeout:  cfg.ConnectTimeout + cfg.HandshakeTimeout,
+		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, Idle: cfg.PoolIdle}})
 	p.wg.Go(p.watch)
 	return p, nil
 }
@@ -144,6 +148,7 @@ func (p *Proxy) AddPod(pod Pod, l Listeners) (*PodHandle, error) {
 	}
 	p.pods[pod.UID] = h
 	p.mu.Unlock()
+	p.started.Add(1)
 	for _, role := range []struct {
 		listeners []net.Listener
 		serve     func(*PodHandle, *net.TCPConn)
@@ -189,6 +194,7 @@ func (h *PodHandle) Close(ctx context.Context) {
 	p.mu.Lock()
 	if p.pods[h.uid] == h {
 		delete(p.pods, h.uid)
+		p.stopped.Add(1)
 	}
 	p.mu.Unlock()
 	p.pool.Drain(func(k hbone.Key) bool { return k.Pod == h.uid })
@@ -224,6 +230,13 @@ func (p *Proxy) Pods() []*PodHandle {
 		return 1
 	})
 	return out
+}
+
+// Served returns how many pods were ever added, how many of them have left, and how many are served now.
+func (p *Proxy) Served() (started, stopped uint64, active int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.started.Load(), p.stopped.Load(), len(p.pods)
 }
 
 // Connections lists what is open, oldest first.
@@ -325,5 +338,14 @@ func (p *Proxy) dropVanished(s, last *mesh.Snapshot) {
 	}
 	if gone != nil {
 		p.pool.Drain(func(k hbone.Key) bool { return gone[k.Addr.Addr()] })
+	}
+}
+
+// Close closes listeners that no pod was added with.
+func (l Listeners) Close() {
+	for _, role := range [][]net.Listener{l.Outbound, l.Inbound, l.HBONE} {
+		for _, ln := range role {
+			ln.Close()
+		}
 	}
 }

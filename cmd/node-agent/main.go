@@ -1,0 +1,53 @@
+// Command node-agent runs Warren's agent on a node.
+//
+//	node-agent            runs it, configured by the environment
+//	node-agent uninstall  takes everything of Warren's off the node: capture, programs, CNI plugin, state
+//	node-agent version    says which it is
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	nodeagent "github.com/warrenmesh/warren/node-agent"
+)
+
+// version is set when the binary is linked.
+var version = "dev"
+
+func main() {
+	if err := run(os.Args[1:]); err != nil {
+		fmt.Fprintln(os.Stderr, "node-agent:", err)
+		os.Exit(1)
+	}
+}
+
+func run(args []string) error {
+	command := "run"
+	if len(args) > 0 {
+		command = args[0]
+	}
+	if command == "version" {
+		fmt.Println(version)
+		return nil
+	}
+	env := &environment{lookup: os.Getenv}
+	cfg := env.config()
+	if err := errors.Join(env.errs...); err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	switch command {
+	case "run":
+		return nodeagent.Run(ctx, cfg)
+	case "uninstall":
+		return nodeagent.Uninstall(ctx, cfg)
+	default:
+		return fmt.Errorf("command %q is none of run, uninstall, version", command)
+	}
+}

@@ -1,0 +1,53 @@
+package nodeagent
+
+import (
+	"context"
+	"time"
+
+	"github.com/warrenmesh/warren/internal/identity"
+)
+
+// certificatesBlob is where the holder keeps the certificates with their keys, in sealed memory: an agent that
+// starts while the control plane is away serves its pods with them. They never touch a disk.
+const certificatesBlob = "certificates"
+
+// adoptCertificates takes the certificates that the agent before this one left with the holder.
+func (a *agent) adoptCertificates() {
+	data, err := a.keeper.Blob(certificatesBlob)
+	if err != nil || len(data) == 0 {
+		return
+	}
+	bundles, err := identity.Unmarshal(data)
+	clear(data)
+	if err != nil {
+		a.cfg.Log.Warn("the certificates that the holder has are of no use; asking for new ones", "error", err)
+		return
+	}
+	a.manager.Adopt(bundles)
+	a.cfg.Log.Info("certificates taken over", "identities", len(bundles))
+}
+
+// keepCertificates has the holder keep the current certificates for a successor.
+func (a *agent) keepCertificates(ctx context.Context) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-a.rotated:
+		}
+		// Pods come in crowds: one write for all that arrive within a moment.
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(200 * time.Millisecond):
+		}
+		data, err := identity.Marshal(a.manager.Bundles())
+		if err == nil {
+			err = a.keeper.PutBlob(ctx, certificatesBlob, data)
+		}
+		clear(data)
+		if err != nil && ctx.Err() == nil {
+			a.cfg.Log.Debug("leaving certificates with the holder", "error", err)
+		}
+	}
+}

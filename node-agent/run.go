@@ -1,0 +1,289 @@
+package nodeagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/warrenmesh/warren/internal/identity"
+	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/node-agent/admin"
+	"github.com/warrenmesh/warren/node-agent/datapath"
+	"github.com/warrenmesh/warren/node-agent/enroll"
+	"github.com/warrenmesh/warren/node-agent/enroll/cni"
+	"github.com/warrenmesh/warren/node-agent/enroll/install"
+	"github.com/warrenmesh/warren/node-agent/holder"
+	"github.com/warrenmesh/warren/node-agent/proxy"
+	"github.com/warrenmesh/warren/node-agent/xds"
+)
+
+// stateFile is the last good state of the mesh, in Config.StateDir.
+const stateFile = "mesh.state"
+
+// agent is the parts of a running node agent. All are set before anything runs.
+type agent struct {
+	cfg       Config
+	store     *mesh.Store
+	keeper    *holder.Keeper
+	datapath  *datapath.Datapath
+	manager   *identity.Manager
+	proxy     *proxy.Proxy
+	registry  *enroll.Registry
+	installer *install.Installer
+	xds       *xds.Client
+	metrics   *prometheus.Registry
+
+	rotated chan struct{} // certificates have changed: what the holder has is old
+
+	mu      sync.Mutex
+	missing map[string]string // what readiness waits for
+}
+
+// Run runs the agent until ctx ends, then lets open connections go on for the grace time and returns.
+// Pods stay captured, and their listeners stay with the holder: a successor takes over at any time, also while
+// this agent still runs.
+func Run(ctx context.Context, cfg Config) error {
+	if err := cfg.Validate(); err != nil {
+		return fmt.Errorf("configuration: %w", err)
+	}
+	log := cfg.Log
+	log.Info("starting", "version", cfg.Version, "node", cfg.Node, "xds", cfg.XDSAddress)
+	a := &agent{cfg: cfg, store: &mesh.Store{}, metrics: prometheus.NewRegistry(),
+		rotated: make(chan struct{}, 1),
+		missing: map[string]string{"datapath": "is not open", "state": "is not there"}}
+
+	// The background outlives ctx: while connections drain, policies and certificates still have to be current.
+	background, stop := context.WithCancel(context.WithoutCancel(ctx))
+	var running sync.WaitGroup
+	defer running.Wait()
+	defer stop()
+
+	if err := a.build(ctx); err != nil {
+		return err
+	}
+	failed := make(chan error, 8)
+	start := func(name string, f func(context.Context) error) {
+		running.Go(func() {
+			if err := f(background); err != nil && background.Err() == nil {
+				failed <- fmt.Errorf("%s: %w", name, err)
+			}
+		})
+	}
+	server, err := a.serveAdmin(ctx)
+	if err != nil {
+		a.datapath.Close()
+		return err
+	}
+	start("admin", server.Serve)
+	start("certificates", a.manager.Run)
+	start("holder", func(ctx context.Context) error { a.keeper.Run(ctx); return nil })
+	start("destinations", a.capture)
+	start("certificates for a successor", a.keepCertificates)
+	start("xds", a.xds.Run)
+	start("state", a.awaitState)
+
+	enrolling, stopEnrolling := context.WithCancel(ctx)
+	defer stopEnrolling()
+	enrolled := make(chan struct{})
+	running.Go(func() {
+		defer close(enrolled)
+		if err := a.registry.Run(enrolling); err != nil {
+			failed <- fmt.Errorf("enrolment: %w", err)
+		}
+	})
+	running.Go(func() { a.install(enrolling) })
+
+	select {
+	case <-ctx.Done():
+		log.Info("stopping: pods stay captured", "grace", cfg.Grace)
+	case err = <-failed:
+		log.Error("stopping", "error", err)
+	}
+	stopEnrolling()
+	<-enrolled
+	grace, cancel := context.WithTimeout(background, cfg.Grace)
+	defer cancel()
+	if e := a.datapath.Close(); e != nil {
+		log.Warn("closing the datapath", "error", e)
+	}
+	return errors.Join(err, a.proxy.Close(grace))
+}
+
+// build puts the parts together, from what does not need the others to what does.
+func (a *agent) build(ctx context.Context) error {
+	cfg, log := &a.cfg, a.cfg.Log
+	if cfg.CNIBinary != "" {
+		a.installer = install.New(install.Config{Binary: cfg.CNIBinary, BinDir: cfg.CNIBinDir, ConfDir: cfg.CNIConfDir, Log: log,
+			Settings: cni.Settings{Socket: cfg.CNISocket, StateFile: filepath.Join(cfg.StateDir, filepath.Base(cni.DefaultStateFile)), SystemNamespace: cfg.PodNamespace, Exempt: cfg.Exempt}})
+		// A configuration that names a missing binary keeps every pod of the node from starting.
+		if err := a.installer.Repair(); err != nil {
+			log.Warn("repairing the CNI plugin", "error", err)
+		}
+	}
+
+	a.keeper = holder.NewKeeper(holder.KeeperConfig{Path: cfg.Holder, Log: log, OnSuperseded: a.superseded})
+	held, err := a.keeper.Restore(ctx)
+	if err != nil {
+		log.Warn("no holder: listeners do not outlive this process until there is one", "error", err)
+	}
+
+	if a.datapath, err = datapath.Open(ctx, datapath.Config{Dir: cfg.BPFDir, CgroupRoot: cfg.CgroupRoot, Proc: cfg.Proc, Log: log}); err != nil {
+		return err
+	}
+	a.found("datapath")
+
+	ca, err := identity.NewCA(identity.CAConfig{Address: cfg.CAAddress, ServerName: cfg.CAServerName, RootFile: cfg.CARoot,
+		TokenFile: cfg.Token, Cluster: cfg.Cluster})
+	if err != nil {
+		return err
+	}
+	a.manager = identity.NewManager(identity.Config{Signer: ca, RootFile: cfg.CARoot, TTL: cfg.SecretTTL, Log: log,
+		OnRotate: func(b *identity.Bundle) { notify(a.rotated) }})
+	a.adoptCertificates()
+
+	a.xds, err = xds.New(xds.Config{
+		Address: cfg.XDSAddress, ServerName: cfg.XDSServerName, RootFile: cfg.XDSRoot, TokenFile: cfg.Token,
+		Node: xds.Node{Name: cfg.Node, Pod: cfg.PodName, Namespace: cfg.PodNamespace, ServiceAccount: cfg.ServiceAccount,
+			IP: cfg.InstanceIP, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, Version: cfg.Version},
+		Store:     a.store,
+		Base:      mesh.Config{TrustDomain: cfg.TrustDomain, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, RootNamespace: cfg.PodNamespace},
+		StateFile: filepath.Join(cfg.StateDir, stateFile), OnLocalPods: a.setPods, OnNamespaces: a.setNamespaces, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+
+	traffic := proxy.NewMetrics()
+	a.proxy, err = proxy.New(proxy.Config{Store: a.store, Certs: a.manager, Sockets: a.datapath, Metrics: traffic,
+		Log: log, Access: cfg.Access, PoolIdle: cfg.PoolIdle, MaxStreams: cfg.MaxStreams})
+	if err != nil {
+		return err
+	}
+	a.registry, err = enroll.New(enroll.Config{
+		SystemNamespace: cfg.PodNamespace, Exempt: cfg.Exempt, Plumber: a.datapath,
+		Acceptor: acceptor{proxy: a.proxy, network: a.network}, Certs: a.manager, Keeper: a.keeper, Held: held,
+		Captured: a.captured, Report: a.reportPods,
+		Socket: cfg.CNISocket, StateFile: cfg.enrolledFile(), Proc: cfg.Proc, Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	a.metrics.MustRegister(traffic, &telemetry{agent: a}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	return nil
+}
+
+// superseded is called when another agent has taken over: this one changes nothing on the node any more, and
+// its connections go on until it is stopped.
+func (a *agent) superseded() {
+	a.cfg.Log.Info("another agent has taken over this node")
+	if a.registry != nil {
+		a.registry.Yield()
+	}
+	if err := a.datapath.Yield(); err != nil {
+		a.cfg.Log.Warn("giving up the datapath", "error", err)
+	}
+}
+
+// install puts the CNI plugin on the node once the plugin has somebody to ask and knows whom to keep waiting.
+func (a *agent) install(ctx context.Context) {
+	if a.installer == nil {
+		return
+	}
+	t := time.NewTicker(200 * time.Millisecond)
+	defer t.Stop()
+	for !a.registry.Synced() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+	t.Stop()
+	a.installer.Run(ctx)
+}
+
+// network is the network that the node is in.
+func (a *agent) network() string {
+	if n := a.store.Load().Config().Network; n != "" {
+		return n
+	}
+	return a.cfg.Network
+}
+
+// capture keeps the kernel's set of captured destinations equal to what the mesh is.
+func (a *agent) capture(ctx context.Context) error {
+	changed := a.store.Watch()
+	defer a.store.Unwatch(changed)
+	for {
+		if s := a.store.Load(); s.Revision() > 0 {
+			if err := a.datapath.SetDestinations(datapath.Desired(s, a.network())); err != nil {
+				a.cfg.Log.Error("telling the kernel which destinations to capture", "error", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-changed:
+		}
+	}
+}
+
+// captured reports whether connections to an address go through the mesh.
+func (a *agent) captured(addr netip.Addr) bool {
+	d := datapath.Desired(a.store.Load(), a.network())
+	if _, ok := d.Addrs[addr]; ok {
+		return true
+	}
+	for p := range d.Prefixes {
+		if p.Contains(addr) {
+			return true
+		}
+	}
+	return false
+}
+
+func (a *agent) serveAdmin(ctx context.Context) (*admin.Server, error) {
+	return admin.Listen(ctx, admin.Config{
+		AdminAddr: a.cfg.AdminAddr, MetricsAddr: a.cfg.MetricsAddr, ReadyAddr: a.cfg.ReadyAddr,
+		Store: a.store, Certificates: a.manager.Bundles, Pods: a.proxy.Pods, Connections: a.proxy.Connections,
+		Gatherer: a.metrics, Missing: a.waiting, Settings: a.cfg.settings(), Version: a.cfg.Version,
+		Level: a.cfg.Level, Log: a.cfg.Log,
+	})
+}
+
+// found says that readiness need not wait for a part any more.
+func (a *agent) found(part string) {
+	a.mu.Lock()
+	delete(a.missing, part)
+	a.mu.Unlock()
+}
+
+// waiting is what keeps the agent from being ready.
+func (a *agent) waiting() []string {
+	a.mu.Lock()
+	var out []string
+	for part, why := range a.missing {
+		out = append(out, part+" "+why)
+	}
+	a.mu.Unlock()
+	slices.Sort(out)
+	if err := a.registry.Ready(); err != nil {
+		out = append(out, err.Error())
+	}
+	return out
+}
+
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

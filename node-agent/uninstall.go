@@ -1,0 +1,44 @@
+package nodeagent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/warrenmesh/warren/node-agent/datapath"
+	"github.com/warrenmesh/warren/node-agent/enroll/install"
+)
+
+// Uninstall takes everything of Warren's off the node, in the order in which nothing breaks: the CNI plugin
+// first, so that no new pod waits for an agent; then capture, pod by pod, and the programs; then the state.
+// The pods go on without a mesh. It waits for an agent that still runs here to end.
+func Uninstall(ctx context.Context, cfg Config) error {
+	if cfg.Node == "" {
+		cfg.Node = "unknown" // nothing here depends on which node it is
+	}
+	if err := cfg.Validate(); err != nil {
+		return fmt.Errorf("configuration: %w", err)
+	}
+	var errs []error
+	plugin := install.New(install.Config{Binary: cfg.CNIBinary, BinDir: cfg.CNIBinDir, ConfDir: cfg.CNIConfDir, Log: cfg.Log})
+	if err := plugin.Uninstall(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("take out the CNI plugin: %w", err))
+	}
+	d, err := datapath.Open(ctx, datapath.Config{Dir: cfg.BPFDir, CgroupRoot: cfg.CgroupRoot, Proc: cfg.Proc, Log: cfg.Log})
+	if err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	errs = append(errs, d.Prune(func(string) bool { return false }), d.Remove())
+	for _, f := range []string{cfg.enrolledFile(), filepath.Join(cfg.StateDir, stateFile), cfg.CNISocket} {
+		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
+			errs = append(errs, err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return err
+	}
+	cfg.Log.Info("nothing of Warren's is left on this node but the holder, which goes with its pod")
+	return nil
+}
