@@ -51,13 +51,14 @@ const briefWait = 300 * time.Millisecond
 
 // Registry makes the node's pods what the control plane says they should be.
 type Registry struct {
-	cfg    Config
-	log    *slog.Logger
-	node   uint64 // cookie of the node's network namespace
-	listen func(*netns.Handle) (datapath.Listeners, error)
-	kick   chan struct{} // something to reconcile
-	tell   chan struct{} // something to report
-	tasks  sync.WaitGroup
+	cfg       Config
+	log       *slog.Logger
+	node      uint64 // cookie of the node's network namespace
+	listen    func(*netns.Handle) (datapath.Listeners, error)
+	goneAfter time.Duration
+	kick      chan struct{} // something to reconcile
+	tell      chan struct{} // something to report
+	tasks     sync.WaitGroup
 
 	drains   sync.WaitGroup // connections of pods that left
 	draining context.Context
@@ -99,7 +100,7 @@ func New(cfg Config) (*Registry, error) {
 	}
 	defer node.Close()
 	r := &Registry{
-		cfg: cfg, log: cfg.Log, node: node.Cookie(), listen: datapath.Listen,
+		cfg: cfg, log: cfg.Log, node: node.Cookie(), listen: datapath.Listen, goneAfter: goneAfter,
 		kick: make(chan struct{}, 1), tell: make(chan struct{}, 1),
 		desired: map[string]LocalPod{}, pods: map[string]*pod{}, changed: make(chan struct{}),
 	}
@@ -445,7 +446,7 @@ func (r *Registry) plan(running processes, now time.Time, audit bool) work {
 			// Between its CNI ADD and its first process a pod has none either, and its record can be late.
 			if p.missing.IsZero() {
 				p.missing = now
-			} else if now.Sub(p.missing) > goneAfter {
+			} else if now.Sub(p.missing) > r.goneAfter {
 				w.gone = append(w.gone, uid)
 			}
 		}
