@@ -26,11 +26,7 @@ func Uninstall(ctx context.Context, cfg Config) error {
 	if err := plugin.Uninstall(ctx); err != nil {
 		errs = append(errs, fmt.Errorf("take out the CNI plugin: %w", err))
 	}
-	d, err := datapath.Open(ctx, datapath.Config{Dir: cfg.BPFDir, CgroupRoot: cfg.CgroupRoot, Proc: cfg.Proc, Log: cfg.Log})
-	if err != nil {
-		return errors.Join(append(errs, err)...)
-	}
-	errs = append(errs, d.Prune(func(string) bool { return false }), d.Remove())
+	errs = append(errs, datapath.Uninstall(ctx, datapath.Config{Dir: cfg.BPFDir, CgroupRoot: cfg.CgroupRoot, Proc: cfg.Proc, Log: cfg.Log}))
 	for _, f := range []string{cfg.enrolledFile(), filepath.Join(cfg.StateDir, stateFile), cfg.CNISocket} {
 		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
