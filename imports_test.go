@@ -180,7 +180,7 @@ var rules = []rule{
 			}
 			discovery := imports(imp, "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3",
 				"github.com/envoyproxy/go-control-plane/envoy/config/core/v3")
-			return !(discovery && within(f.dir, "node-agent/xds"))
+			return !discovery || !within(f.dir, "node-agent/xds", "controlplane")
 		},
 	},
 	{
