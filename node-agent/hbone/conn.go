@@ -339,7 +339,7 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 		case evPong:
 			c.pingOut = false
 		case evGoAway:
-			c.goAwayReceived(ev.id, ev.code)
+			c.goAwayReceived(ev.id)
 		}
 	}
 }
@@ -385,16 +385,17 @@ func (c *conn) deliver(st *Stream, p []byte, end bool) {
 	}
 }
 
-func (c *conn) goAwayReceived(last uint32, code Code) {
+// goAwayReceived: a server that goes away takes no streams after last and finishes the others. A client's
+// GOAWAY forbids only pushes, which there are none of.
+func (c *conn) goAwayReceived(last uint32) {
+	if !c.client {
+		return
+	}
 	c.drain = true
 	for _, st := range c.streams {
-		if c.client && st.id > last {
+		if st.id > last {
 			st.failLocked(&ResetError{Code: CodeRefusedStream, Remote: true}, false)
 		}
-	}
-	if code != CodeNo && len(c.streams) == 0 {
-		c.failLocked(&ConnError{Code: code, Remote: true})
-		return
 	}
 	c.finishIfDrained()
 }
