@@ -35,15 +35,15 @@ func (s *Snapshot) Authorize(c Conn) Verdict {
 	if w == nil {
 		return Verdict{Why: WhyNoWorkload}
 	}
-	e := evaluation{conn: &c}
+	var e evaluation
 	if l, ok := s.byScope.get(""); ok {
 		for _, p := range l.list {
-			e.add(p)
+			e.add(p, &c)
 		}
 	}
 	if l, ok := s.byScope.get(w.Namespace); ok && w.Namespace != "" {
 		for _, p := range l.list {
-			e.add(p)
+			e.add(p, &c)
 		}
 	}
 	for _, n := range w.Policies {
@@ -52,7 +52,7 @@ func (s *Snapshot) Authorize(c Conn) Verdict {
 			return Verdict{By: n, Why: WhyPolicyMissing}
 		}
 		if p.Scope == ScopeWorkload { // the others are counted already
-			e.add(p)
+			e.add(p, &c)
 		}
 	}
 	return e.verdict()
@@ -60,31 +60,30 @@ func (s *Snapshot) Authorize(c Conn) Verdict {
 
 // evaluation gathers what the policies say.
 type evaluation struct {
-	conn        *Conn
 	deny, allow *Policy
 	needAllow   bool
 	audited     []PolicyName
 	dry         []DryRun
 }
 
-func (e *evaluation) add(p *Policy) {
+func (e *evaluation) add(p *Policy, c *Conn) {
 	switch {
 	case p.Action == Audit:
-		if p.matches(e.conn) {
+		if p.matches(c) {
 			e.audited = append(e.audited, p.Name)
 		}
 	case p.DryRun:
 		// What an ALLOW that does not match would have decided: that it is not the one to let the connection in.
-		if m := p.matches(e.conn); m || p.Action == Allow {
+		if m := p.matches(c); m || p.Action == Allow {
 			e.dry = append(e.dry, DryRun{Policy: p.Name, Allow: m && p.Action == Allow})
 		}
 	case p.Action == Deny:
-		if e.deny == nil && p.matches(e.conn) {
+		if e.deny == nil && p.matches(c) {
 			e.deny = p
 		}
 	case p.Action == Allow:
 		e.needAllow = true
-		if e.allow == nil && p.matches(e.conn) {
+		if e.allow == nil && p.matches(c) {
 			e.allow = p
 		}
 	default: // an action of a later version: nobody can tell what it says
