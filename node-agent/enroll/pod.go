@@ -247,7 +247,7 @@ func (r *Registry) locate(p *pod, d LocalPod, sb sandbox) error {
 	var err error
 	switch {
 	case sb.nsPath != "":
-		ns, err = r.openSandbox(sb.nsPath)
+		ns, sb.nsPath, err = r.openSandbox(sb.nsPath)
 		if err == nil && ns.Cookie() == r.node {
 			ns.Close()
 			err = errHostNetwork
@@ -290,18 +290,20 @@ func (r *Registry) locate(p *pod, d LocalPod, sb sandbox) error {
 	return nil
 }
 
-// openSandbox opens a namespace that the container runtime names by a path of the node. Where the agent does not
-// have the directory mounted, the node's first process does. /var/run is an absolute link on most nodes, which
-// would lead out of that process's root again.
-func (r *Registry) openSandbox(path string) (*netns.Handle, error) {
-	ns, err := netns.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		if rest, ok := strings.CutPrefix(path, "/var/run/"); ok {
-			path = "/run/" + rest
-		}
-		ns, err = netns.Open(filepath.Join(r.cfg.Proc, "1/root", path))
+// openSandbox opens a namespace that the container runtime names by a path of the node, and returns the path that
+// it has here. The agent's image has no /var/run, which is a link to /run on nodes; and where the agent does not
+// have the directory mounted at all, the node's first process does.
+func (r *Registry) openSandbox(path string) (ns *netns.Handle, here string, err error) {
+	short := path
+	if rest, ok := strings.CutPrefix(path, "/var/run/"); ok {
+		short = "/run/" + rest
 	}
-	return ns, err
+	for _, here := range []string{path, short, filepath.Join(r.cfg.Proc, "1/root", short)} {
+		if ns, err = netns.Open(here); !errors.Is(err, fs.ErrNotExist) {
+			return ns, here, err
+		}
+	}
+	return nil, "", err
 }
 
 // evict disposes of pods that had one of p's addresses before it and whose CNI DEL was missed: an address belongs

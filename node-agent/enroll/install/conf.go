@@ -29,10 +29,20 @@ type conf struct {
 
 // readConf finds the configuration that libcni takes: the first by name that can be read.
 func readConf(dir string) (*conf, error) {
+	all, err := readConfs(dir)
+	if err != nil {
+		return nil, err
+	}
+	return all[0], nil
+}
+
+// readConfs reads all configurations, in the order of their names; there is at least one.
+func readConfs(dir string) ([]*conf, error) {
 	entries, err := os.ReadDir(dir) // sorted
 	if err != nil {
 		return nil, fmt.Errorf("%w in %s: %w", errNoConf, dir, err)
 	}
+	var all []*conf
 	for _, e := range entries {
 		ext := filepath.Ext(e.Name())
 		if e.IsDir() || ext != ".conf" && ext != ".conflist" && ext != ".json" || strings.HasPrefix(e.Name(), ".") {
@@ -48,13 +58,19 @@ func readConf(dir string) (*conf, error) {
 			continue // half written, or not what the runtime could use either
 		}
 		if _, ok := m["plugins"]; ok {
-			return &conf{path: path, list: m}, nil
-		}
-		if _, ok := m["type"]; ok && ext != ".conflist" {
-			return single(path, m)
+			all = append(all, &conf{path: path, list: m})
+		} else if _, ok := m["type"]; ok && ext != ".conflist" {
+			c, err := single(path, m)
+			if err != nil {
+				return nil, err
+			}
+			all = append(all, c)
 		}
 	}
-	return nil, fmt.Errorf("%w in %s", errNoConf, dir)
+	if len(all) == 0 {
+		return nil, fmt.Errorf("%w in %s", errNoConf, dir)
+	}
+	return all, nil
 }
 
 // single makes a list of a single-plugin configuration. Version and name move up to the list.

@@ -116,19 +116,17 @@ func (i *Installer) Run(ctx context.Context) {
 	}
 }
 
-// Uninstall takes the entry out and then the binary. Between the two it waits: the runtime notices the changed
-// configuration within moments, and a pod that is being torn down by the old one still runs the binary.
+// Uninstall takes the entry out of every configuration, and then removes the binary. Between the two it waits:
+// the runtime notices the changed configuration within moments, and a pod that is being torn down by the old one
+// still runs the binary.
 func (i *Installer) Uninstall(ctx context.Context) error {
-	for {
-		c, err := readConf(i.cfg.ConfDir)
-		if errors.Is(err, errNoConf) {
-			break
-		}
-		if err != nil {
-			return err
-		}
+	all, err := readConfs(i.cfg.ConfDir)
+	if err != nil && !errors.Is(err, errNoConf) {
+		return err
+	}
+	for _, c := range all {
 		if !c.remove() {
-			break
+			continue
 		}
 		if err := c.restore(); err != nil {
 			return err
