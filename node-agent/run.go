@@ -236,18 +236,20 @@ func (a *agent) capture(ctx context.Context) error {
 	}
 }
 
-// captured reports whether connections to an address go through the mesh.
-func (a *agent) captured(addr netip.Addr) bool {
+// captured tells which addresses' connections go through the mesh, as it is now.
+func (a *agent) captured() func(netip.Addr) bool {
 	d := datapath.Desired(a.store.Load(), a.network())
-	if _, ok := d.Addrs[addr]; ok {
-		return true
-	}
-	for p := range d.Prefixes {
-		if p.Contains(addr) {
+	return func(addr netip.Addr) bool {
+		if _, ok := d.Addrs[addr]; ok {
 			return true
 		}
+		for p := range d.Prefixes {
+			if p.Contains(addr) {
+				return true
+			}
+		}
+		return false
 	}
-	return false
 }
 
 func (a *agent) serveAdmin(ctx context.Context) (*admin.Server, error) {

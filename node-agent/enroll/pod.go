@@ -336,7 +336,11 @@ func (r *Registry) findOpen(ns *netns.Handle) (map[uint64]bool, error) {
 		return nil, err
 	}
 	defer dg.close()
-	open, err := dg.uncaptured(r.cfg.Captured)
+	var captured func(netip.Addr) bool
+	if r.cfg.Captured != nil {
+		captured = r.cfg.Captured()
+	}
+	open, err := dg.uncaptured(captured)
 	if err != nil {
 		return nil, err
 	}

@@ -27,9 +27,9 @@ type Config struct {
 	Certs           Certs
 	Keeper          *holder.Keeper
 	Held            []holder.Item // what Keeper.Restore returned; New takes the files over
-	// Captured tells whether connections to an address go through the mesh: of the connections that were open at
-	// enrolment only such outbound ones count. Nil: none do.
-	Captured func(netip.Addr) bool
+	// Captured returns which addresses' connections go through the mesh now: of the connections that were open at
+	// enrolment only outbound ones to such addresses count. Nil: none do.
+	Captured func() func(netip.Addr) bool
 	// Report is called with the whole state after each change, never concurrently. Nil: nobody is told.
 	Report func([]PodStatus)
 
@@ -369,7 +369,7 @@ func (r *Registry) reconcile(ctx context.Context, audit bool) {
 	now := time.Now()
 	todo := r.plan(running, now, audit)
 	// The kernel is asked before anything is changed: what is enrolled meanwhile would look like a stranger.
-	if audit || todo.prune {
+	if todo.audit || todo.prune {
 		r.audit(todo.prune)
 	}
 	slots := make(chan struct{}, 8)
@@ -400,6 +400,7 @@ type work struct {
 	enrol   []LocalPod
 	release []string
 	gone    []string
+	audit   bool // ask the kernel what is in force
 	prune   bool // strangers in the kernel may be released: it is known which pods there are
 }
 
@@ -411,6 +412,7 @@ func (r *Registry) plan(running processes, now time.Time, audit bool) work {
 		return w
 	}
 	r.name(running)
+	w.audit = audit
 	w.prune = r.synced && (audit || !r.pruned)
 	r.pruned = r.pruned || w.prune
 	for uid, d := range r.desired {

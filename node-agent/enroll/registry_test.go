@@ -1,6 +1,7 @@
 package enroll
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -13,9 +14,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containernetworking/cni/pkg/skel"
+
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/node-agent/datapath"
 	"github.com/warrenmesh/warren/node-agent/enroll/cni"
+	"github.com/warrenmesh/warren/node-agent/holder"
 )
 
 var shopEnrolled = map[string]bool{"shop": true, "other": false}
@@ -463,7 +467,9 @@ func TestOpenConnectionsAreCountedAndUnderStrictReset(t *testing.T) {
 	out := connect("pod", "10.78.0.2:9090")
 
 	n := l.start(func(c *Config) {
-		c.Captured = func(a netip.Addr) bool { return a == netip.MustParseAddr("10.78.0.2") }
+		c.Captured = func() func(netip.Addr) bool {
+			return func(a netip.Addr) bool { return a == netip.MustParseAddr("10.78.0.2") }
+		}
 	})
 	l.process(100, d, path)
 	n.SetPods([]LocalPod{d}, true)
@@ -495,6 +501,57 @@ func gone(c net.Conn) bool {
 	c.SetReadDeadline(time.Now().Add(time.Millisecond))
 	_, err := c.Read(make([]byte, 1))
 	return err != nil && !errors.Is(err, os.ErrDeadlineExceeded)
+}
+
+// A reboot leaves the disk and nothing else: no holder, no pins, no processes. The kubelet makes new sandboxes for
+// the pods before the agent is up.
+func TestAfterARebootNoPodOfTheMeshStartsBeforeTheAgent(t *testing.T) {
+	l := newLab(t)
+	n := l.start()
+	n.SetNamespaces(shopEnrolled)
+	d, _, path := l.pod(1)
+	n.SetPods([]LocalPod{d}, true)
+	if _, err := add(n, d, path, "before"); err != nil {
+		t.Fatal(err)
+	}
+	n.stop()
+	os.Remove(n.cfg.Socket)
+	reader := holder.NewKeeper(holder.KeeperConfig{Path: l.dir + "/holder.sock"})
+	held, err := reader.Restore(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range held {
+		reader.Delete(t.Context(), held[i].Key)
+		held[i].Close()
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	reader.Run(gone)
+	l.plumber.Release(d.UID)
+
+	_, _, path2 := l.pod(2)
+	kubelet := func(namespace string) error {
+		conf := fmt.Sprintf(`{"cniVersion":"1.0.0","name":"net","type":"warren-cni","socket":%q,"stateFile":%q,"exemptNamespaces":["kube-system"],
+			"prevResult":{"cniVersion":"1.0.0","ips":[{"address":"%s/24"}]}}`, n.cfg.Socket, n.cfg.StateFile, d.Addrs[0])
+		return cni.Plugin{Stdout: io.Discard, Stderr: io.Discard}.Add(&skel.CmdArgs{
+			ContainerID: "after", Netns: path2, IfName: "eth0", StdinData: []byte(conf),
+			Args: "K8S_POD_NAMESPACE=" + namespace + ";K8S_POD_NAME=" + d.Name + ";K8S_POD_UID=" + d.UID,
+		})
+	}
+	for namespace, starts := range map[string]bool{"shop": false, "other": true, "istio-system": true, "kube-system": true} {
+		if err := kubelet(namespace); (err == nil) != starts {
+			t.Errorf("without the agent, namespace %s: %v", namespace, err)
+		}
+	}
+	n = l.start()
+	if err := kubelet("shop"); err == nil || l.plumber.has(d.UID) {
+		t.Errorf("with an agent that knows only the namespace: %v", err)
+	}
+	n.SetPods([]LocalPod{d}, true)
+	if err := kubelet("shop"); err != nil || !l.plumber.has(d.UID) {
+		t.Errorf("with an agent that knows the pod: %v", err)
+	}
 }
 
 func TestTheStateFileSaysWhatIsEnrolled(t *testing.T) {

@@ -141,7 +141,8 @@ func (p *Proxy) AddPod(pod Pod, l Listeners) (*PodHandle, error) {
 	h.pod.Store(&pod)
 	h.accepting, h.stop = context.WithCancel(p.ctx)
 	p.mu.Lock()
-	if p.closed || p.pods[pod.UID] != nil {
+	// A handle that has stopped accepting only drains, beside its successor.
+	if old := p.pods[pod.UID]; p.closed || old != nil && old.accepting.Err() == nil {
 		p.mu.Unlock()
 		h.stop()
 		return nil, fmt.Errorf("serve pod %s: it is served already or the agent is stopping", pod.UID)
