@@ -57,11 +57,12 @@ var curves = []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256}
 
 func (b *Bundle) config() *tls.Config {
 	return &tls.Config{
-		MinVersion:             tls.VersionTLS13,
-		NextProtos:             []string{"h2"},
-		CurvePreferences:       curves,
-		Certificates:           []tls.Certificate{b.cert},
-		SessionTicketsDisabled: true, // every connection proves itself under the roots of its time
+		MinVersion:                  tls.VersionTLS13,
+		NextProtos:                  []string{"h2"},
+		CurvePreferences:            curves,
+		Certificates:                []tls.Certificate{b.cert},
+		SessionTicketsDisabled:      true, // every connection proves itself under the roots of its time
+		DynamicRecordSizingDisabled: true, // a tunnel is written in batches; small records would only cost
 	}
 }
 
