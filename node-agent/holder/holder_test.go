@@ -296,7 +296,7 @@ func TestListGoesOverManyPages(t *testing.T) {
 
 func TestWeeksOfChurnLeakNoDescriptor(t *testing.T) {
 	var log bytes.Buffer
-	s, _ := start(t, ServerConfig{Log: slog.New(slog.NewTextHandler(&log, nil))})
+	s, stop := start(t, ServerConfig{Log: slog.New(slog.NewTextHandler(&log, nil))})
 	r, w := pipe(t)
 	round := func(i int) {
 		c, err := Dial(ctx, s.cfg.Path, true)
@@ -333,6 +333,7 @@ func TestWeeksOfChurnLeakNoDescriptor(t *testing.T) {
 	if after := settled(); after > before {
 		t.Errorf("%d descriptors after 2,100 rounds, %d before", after, before)
 	}
+	stop()
 	if strings.Contains(log.String(), "marker-in") {
 		t.Error("content was logged")
 	}
