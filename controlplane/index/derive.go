@@ -40,21 +40,25 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 	} else {
 		x.notice(u, nk, "", "", "")
 	}
+	addrs := f.addrs
+	if f.phase == podFinished || !x.ownsAddrs(f) {
+		addrs = nil // the address of a pod that is over may be another's already
+	}
 	if f.node != "" {
 		x.setLocal(k, &LocalPod{
 			UID: f.uid, Namespace: k.Namespace, Name: k.Name, ServiceAccount: f.serviceAccount, Node: f.node,
-			Addrs: f.addrs, Enrolled: d.Enrolled, Reason: d.Reason, Strict: strict, HostNetwork: f.hostNetwork,
+			Addrs: addrs, Enrolled: d.Enrolled, Reason: d.Reason, Strict: strict, HostNetwork: f.hostNetwork,
 			Phase: f.phase, WorkloadUID: uid,
 		}, u)
 	} else {
 		x.setLocal(k, nil, u)
 	}
-	if f.phase == podFinished || len(f.addrs) == 0 || !x.ownsAddrs(f) {
-		return nil // the address of a pod that is over may be another's already
+	if len(addrs) == 0 {
+		return nil
 	}
 	w := &mesh.Workload{
 		UID: uid, Name: k.Name, Namespace: k.Namespace, Cluster: x.c.ClusterID, Network: x.c.Network,
-		Addrs:        f.addrs,
+		Addrs:        addrs,
 		Identity:     mesh.Identity{TrustDomain: x.c.TrustDomain, Namespace: k.Namespace, ServiceAccount: f.serviceAccount},
 		HostNetwork:  f.hostNetwork,
 		Node:         f.node,

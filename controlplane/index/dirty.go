@@ -257,6 +257,7 @@ func (x *Index) setPeerAuth(k key, f *peerAuthFact) {
 		return
 	}
 	x.dirtyPolicies[x.c.strictName()] = struct{}{}
+	x.dirtyPolicies[mesh.PolicyName{Namespace: k.Namespace, Name: peerPolicyPrefix + k.Name}] = struct{}{}
 	if k.Namespace != x.c.RootNamespace {
 		x.touchNamespace(k.Namespace)
 		return

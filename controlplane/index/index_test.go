@@ -1,0 +1,389 @@
+package index
+
+import (
+	"cmp"
+	"flag"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	gocmp "github.com/google/go-cmp/cmp"
+	"golang.org/x/tools/txtar"
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"pgregory.net/rapid"
+	"sigs.k8s.io/yaml"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+var update = flag.Bool("update", false, "write what the scenarios give as what they are to give")
+
+var testConfig = Config{
+	ClusterID: "Kubernetes", ClusterDomain: "cluster.local", TrustDomain: "cluster.local", RootNamespace: "istio-system",
+	Enablement: []EnablementSelector{{NamespaceSelector: metav1.LabelSelector{MatchLabels: map[string]string{"team": "meshed"}}}},
+}
+
+// dump writes everything that was derived, in an order of its own and without revisions.
+func dump(x *Index) string {
+	var b strings.Builder
+	s := x.Snapshot()
+	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
+	for _, w := range slices.SortedFunc(s.Workloads(), func(a, b *mesh.Workload) int { return cmp.Compare(a.UID, b.UID) }) {
+		line("workload %s", w.UID)
+		line("  addrs %v%s net %q node %q host-network %t", w.Addrs, w.Hostname, w.Network, w.Node, w.HostNetwork)
+		line("  identity %q tunnel %d native %t healthy %t", w.Identity, w.Tunnel, w.NativeTunnel, w.Healthy)
+		line("  of %s (kind %d), canonical %s/%s, locality %+v, capacity %d", w.WorkloadName, w.Kind, w.CanonicalName, w.CanonicalRevision, w.Locality, w.Capacity)
+		for _, n := range slices.SortedFunc(maps.Keys(w.Services), mesh.ServiceName.Compare) {
+			line("  backs %s %v", n, w.Services[n])
+		}
+		if len(w.Policies) > 0 {
+			line("  policies %v", w.Policies)
+		}
+	}
+	for _, v := range slices.SortedFunc(s.Services(), func(a, b *mesh.Service) int { return a.Name.Compare(b.Name) }) {
+		line("service %s", v.Name)
+		line("  vips %v%v ports %v lb %+v sans %v canonical %t", v.VIPs, v.VIPNets, v.Ports, v.LB, v.SANs, v.Canonical)
+	}
+	for _, p := range slices.SortedFunc(s.Policies(), func(a, b *mesh.Policy) int { return a.Name.Compare(b.Name) }) {
+		line("policy %s scope %d action %d dry-run %t", p.Name, p.Scope, p.Action, p.DryRun)
+		for _, r := range p.Rules {
+			line("  rule")
+			for _, c := range r.Clauses {
+				for i, m := range c.Matches {
+					line("    %s %s", map[bool]string{true: "and", false: "or "}[i == 0], matchText(m))
+				}
+			}
+		}
+	}
+	for _, k := range sortedKeys(keySet(x.locals)) {
+		p := x.locals[k]
+		line("pod %s/%s %s on %s: enrolled %t (%s) strict %t phase %d", p.Namespace, p.Name, p.UID, p.Node, p.Enrolled, p.Reason, p.Strict, p.Phase)
+	}
+	for _, n := range slices.Sorted(maps.Keys(x.nsStates)) {
+		line("namespace %s enrolled %t", n, x.nsStates[n].Enrolled)
+	}
+	for _, k := range slices.SortedFunc(maps.Keys(x.notices), func(a, b NoticeKey) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	}) {
+		line("notice %s %s/%s: %s: %s", k.Kind, k.Namespace, k.Name, x.notices[k].Reason, x.notices[k].Message)
+	}
+	return b.String()
+}
+
+func keySet[V any](m map[key]V) map[key]struct{} {
+	out := map[key]struct{}{}
+	for k := range m {
+		out[k] = struct{}{}
+	}
+	return out
+}
+
+func matchText(m mesh.Match) string {
+	var out []string
+	add := func(name string, n int, v any) {
+		if n > 0 {
+			out = append(out, fmt.Sprintf("%s %v", name, v))
+		}
+	}
+	add("ns", len(m.Namespaces), m.Namespaces)
+	add("not-ns", len(m.NotNamespaces), m.NotNamespaces)
+	add("principal", len(m.Principals), m.Principals)
+	add("not-principal", len(m.NotPrincipals), m.NotPrincipals)
+	add("sa", len(m.ServiceAccounts), m.ServiceAccounts)
+	add("not-sa", len(m.NotServiceAccounts), m.NotServiceAccounts)
+	add("src", len(m.SourceIPs), m.SourceIPs)
+	add("not-src", len(m.NotSourceIPs), m.NotSourceIPs)
+	add("dst", len(m.DestinationIPs), m.DestinationIPs)
+	add("not-dst", len(m.NotDestinationIPs), m.NotDestinationIPs)
+	add("port", len(m.DestinationPorts), m.DestinationPorts)
+	add("not-port", len(m.NotDestinationPorts), m.NotDestinationPorts)
+	return strings.Join(out, ", ")
+}
+
+// decode reads one YAML document.
+func decode(t testing.TB, doc string) any {
+	t.Helper()
+	var meta metav1.TypeMeta
+	if err := yaml.Unmarshal([]byte(doc), &meta); err != nil {
+		t.Fatal(err)
+	}
+	var obj any
+	switch meta.Kind {
+	case "Pod":
+		obj = &corev1.Pod{}
+	case "Namespace":
+		obj = &corev1.Namespace{}
+	case "Service":
+		obj = &corev1.Service{}
+	case "EndpointSlice":
+		obj = &discoveryv1.EndpointSlice{}
+	case "Node":
+		obj = &corev1.Node{}
+	case "AuthorizationPolicy":
+		obj = &securityv1.AuthorizationPolicy{}
+	case "PeerAuthentication":
+		obj = &securityv1.PeerAuthentication{}
+	case "ServiceEntry":
+		obj = &networkingv1.ServiceEntry{}
+	case "WorkloadEntry":
+		obj = &networkingv1.WorkloadEntry{}
+	default:
+		t.Fatalf("kind %q", meta.Kind)
+	}
+	if err := yaml.Unmarshal([]byte(doc), obj); err != nil {
+		t.Fatalf("%s: %v", meta.Kind, err)
+	}
+	return obj
+}
+
+// TestScenarios reads clusters as YAML and compares what the index makes of them.
+func TestScenarios(t *testing.T) {
+	files, err := filepath.Glob("testdata/*.txtar")
+	if err != nil || len(files) == 0 {
+		t.Fatal("no scenarios", err)
+	}
+	for _, file := range files {
+		t.Run(strings.TrimSuffix(filepath.Base(file), ".txtar"), func(t *testing.T) {
+			ar, err := txtar.ParseFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			x, err := New(testConfig)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := -1
+			for i, f := range ar.Files {
+				if f.Name == "want" {
+					want = i
+					continue
+				}
+				for _, doc := range strings.Split(string(f.Data), "\n---\n") {
+					x.Set(decode(t, doc))
+				}
+			}
+			x.Commit()
+			got := dump(x)
+			if *update {
+				if want < 0 {
+					ar.Files = append(ar.Files, txtar.File{Name: "want"})
+					want = len(ar.Files) - 1
+				}
+				ar.Files[want].Data = []byte(got)
+				if err := os.WriteFile(file, txtar.Format(ar), 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			if want < 0 {
+				t.Fatal("the scenario does not say what it wants")
+			}
+			if d := gocmp.Diff(string(ar.Files[want].Data), got); d != "" {
+				t.Errorf("-want +got:\n%s", d)
+			}
+		})
+	}
+}
+
+// world is a set of objects by kind and name.
+type world map[ref]any
+
+// TestIncrementalEqualsFromScratch: whatever happened, and however it was cut into commits, the index is what one
+// built from the objects that are left would be; and the Updates add up to it.
+func TestIncrementalEqualsFromScratch(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		x, err := New(testConfig)
+		if err != nil {
+			t.Fatal(err)
+		}
+		objects := world{}
+		seen := seenUpdates{map[string]*LocalPod{}, map[string]*NamespaceState{}, map[NoticeKey]*Notice{}}
+		for range rapid.IntRange(1, 40).Draw(t, "events") {
+			r, obj := drawObject(t)
+			switch _, exists := objects[r]; {
+			case exists && rapid.IntRange(0, 2).Draw(t, "delete") == 0:
+				delete(objects, r)
+				x.Delete(r.kind, r.Namespace, r.Name)
+			default:
+				objects[r] = obj
+				x.Set(obj)
+			}
+			if rapid.Bool().Draw(t, "commit") {
+				seen.take(x.Commit())
+			}
+		}
+		seen.take(x.Commit())
+
+		fresh, _ := New(testConfig)
+		order := slices.Collect(maps.Keys(objects))
+		slices.SortFunc(order, func(a, b ref) int { return cmp.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
+		for _, r := range rapid.Permutation(order).Draw(t, "order") {
+			fresh.Set(objects[r])
+		}
+		fresh.Commit()
+		if d := gocmp.Diff(dump(fresh), dump(x)); d != "" {
+			t.Fatalf("-from scratch +incremental:\n%s", d)
+		}
+		if d := gocmp.Diff(byUID(x.locals), seen.pods, gocmp.Comparer(func(a, b *LocalPod) bool { return fmt.Sprint(*a) == fmt.Sprint(*b) })); d != "" {
+			t.Fatalf("the Updates do not add up to the local pods: %s", d)
+		}
+		if d := gocmp.Diff(x.nsStates, seen.namespaces); d != "" {
+			t.Fatalf("the Updates do not add up to the namespaces: %s", d)
+		}
+		if d := gocmp.Diff(x.notices, seen.notices); d != "" {
+			t.Fatalf("the Updates do not add up to the notices: %s", d)
+		}
+	})
+}
+
+type seenUpdates struct {
+	pods       map[string]*LocalPod
+	namespaces map[string]*NamespaceState
+	notices    map[NoticeKey]*Notice
+}
+
+func (s *seenUpdates) take(u *Update) {
+	overlay(s.pods, u.LocalPods)
+	overlay(s.namespaces, u.Namespaces)
+	overlay(s.notices, u.Notices)
+}
+
+func overlay[K comparable, V any](dst, src map[K]*V) {
+	for k, v := range src {
+		if v == nil {
+			delete(dst, k)
+		} else {
+			dst[k] = v
+		}
+	}
+}
+
+func byUID(m map[key]*LocalPod) map[string]*LocalPod {
+	out := map[string]*LocalPod{}
+	for _, p := range m {
+		out[p.UID] = p
+	}
+	return out
+}
+
+func pick[T any](t *rapid.T, name string, of ...T) T { return rapid.SampledFrom(of).Draw(t, name) }
+
+func drawMeta(t *rapid.T, name string, names ...string) metav1.ObjectMeta {
+	ns := pick(t, "namespace", "a", "b", "istio-system")
+	m := metav1.ObjectMeta{Namespace: ns, Name: pick(t, name, names...)}
+	m.CreationTimestamp = metav1.NewTime(time.Unix(rapid.Int64Range(1, 3).Draw(t, "created"), 0))
+	return m
+}
+
+var podLabels = []map[string]string{
+	nil, {"app": "x"}, {"app": "z"}, {"app": "x", labelMode: "none"}, {"app": "x", labelMode: "ambient"}, {labelMode: "odd"}, {"app": "z", labelTunnel: "http"},
+}
+
+// drawObject draws one of few objects, so that they meet.
+func drawObject(t *rapid.T) (ref, any) {
+	switch kind := Kind(rapid.IntRange(0, int(WorkloadEntry)).Draw(t, "kind")); kind {
+	case Pod:
+		p := &corev1.Pod{ObjectMeta: drawMeta(t, "pod", "p0", "p1", "p2")}
+		p.UID = types.UID(pick(t, "uid", "u0-", "u1-") + p.Namespace + "-" + p.Name)
+		p.Labels = pick(t, "labels", podLabels...)
+		p.Spec.NodeName = pick(t, "node", "", "n0", "n1")
+		p.Spec.ServiceAccountName = pick(t, "sa", "", "s")
+		p.Spec.HostNetwork = rapid.IntRange(0, 5).Draw(t, "host") == 0
+		p.Spec.Containers = []corev1.Container{{Ports: pick(t, "ports", nil, []corev1.ContainerPort{{Name: "web", ContainerPort: 8080}})}}
+		p.Status.Phase = pick(t, "phase", corev1.PodPending, corev1.PodRunning, corev1.PodSucceeded)
+		p.Status.PodIP = pick(t, "ip", "", "10.0.0.1", "10.0.0.2")
+		if rapid.Bool().Draw(t, "ready") {
+			p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}
+		}
+		if rapid.IntRange(0, 3).Draw(t, "terminating") == 0 {
+			p.DeletionTimestamp = &metav1.Time{Time: time.Unix(9, 0)}
+		}
+		p.Annotations = pick(t, "annotations", nil, map[string]string{AnnotationRedirection: "enabled"}, map[string]string{annotationSidecar: "{}"})
+		return ref{kind, keyOf(p)}, p
+	case Namespace:
+		n := &corev1.Namespace{}
+		n.Name = pick(t, "namespace", "a", "b", "istio-system")
+		n.Labels = pick(t, "labels", nil, map[string]string{labelMode: "ambient"}, map[string]string{labelMode: "odd"},
+			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"})
+		n.Annotations = pick(t, "annotations", nil, map[string]string{annotationTrafficDistribution: "PreferClose"})
+		return ref{kind, key{"", n.Name}}, n
+	case Service:
+		s := &corev1.Service{ObjectMeta: drawMeta(t, "service", "s0", "s1")}
+		s.Spec.Selector = pick(t, "selector", nil, map[string]string{"app": "x"}, map[string]string{"app": "z"})
+		s.Spec.ClusterIP = pick(t, "vip", "None", "10.96.0.1", "10.96.0.2")
+		s.Spec.Type = pick(t, "type", corev1.ServiceTypeClusterIP, corev1.ServiceTypeClusterIP, corev1.ServiceTypeExternalName)
+		s.Spec.Ports = pick(t, "ports",
+			[]corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromString("web")}},
+			[]corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(8080)}, {Name: "dns", Port: 53, Protocol: corev1.ProtocolUDP}})
+		return ref{kind, keyOf(s)}, s
+	case EndpointSlice:
+		e := &discoveryv1.EndpointSlice{ObjectMeta: drawMeta(t, "slice", "e0", "e1"), AddressType: discoveryv1.AddressTypeIPv4}
+		e.Labels = map[string]string{discoveryv1.LabelServiceName: pick(t, "of", "s0", "s1")}
+		name, port := "http", int32(8080)
+		e.Ports = []discoveryv1.EndpointPort{{Name: &name, Port: &port}}
+		if rapid.Bool().Draw(t, "pod") {
+			e.Endpoints = []discoveryv1.Endpoint{{Addresses: []string{"10.0.0.1"}, TargetRef: &corev1.ObjectReference{Kind: "Pod", Name: pick(t, "of pod", "p0", "p1")}}}
+		} else {
+			e.Endpoints = []discoveryv1.Endpoint{{Addresses: []string{pick(t, "address", "192.0.2.1", "192.0.2.2")}}}
+		}
+		return ref{kind, keyOf(e)}, e
+	case Node:
+		n := &corev1.Node{}
+		n.Name = pick(t, "node", "n0", "n1")
+		n.Labels = pick(t, "labels", nil, map[string]string{corev1.LabelTopologyZone: "z"})
+		return ref{kind, key{"", n.Name}}, n
+	case AuthorizationPolicy:
+		p := &securityv1.AuthorizationPolicy{}
+		mustYAML(t, pick(t, "policy",
+			`spec: {}`,
+			`spec: {selector: {matchLabels: {app: x}}, action: DENY, rules: [{from: [{source: {namespaces: [b]}}]}]}`,
+			`spec: {action: ALLOW, rules: [{to: [{operation: {methods: [GET]}}]}]}`,
+			`spec: {action: AUDIT, rules: [{}]}`,
+			`spec: {targetRefs: [{kind: Gateway, name: w}], rules: [{}]}`), p)
+		p.ObjectMeta = drawMeta(t, "name", "ap0", "ap1")
+		return ref{kind, keyOf(p)}, p
+	case PeerAuthentication:
+		p := &securityv1.PeerAuthentication{}
+		mustYAML(t, pick(t, "peers",
+			`spec: {mtls: {mode: STRICT}}`,
+			`spec: {mtls: {mode: PERMISSIVE}}`,
+			`spec: {selector: {matchLabels: {app: x}}, mtls: {mode: STRICT}, portLevelMtls: {"8080": {mode: PERMISSIVE}}}`,
+			`spec: {selector: {matchLabels: {app: x}}, portLevelMtls: {"8080": {mode: STRICT}}}`,
+			`spec: {selector: {matchLabels: {app: z}}, mtls: {mode: DISABLE}}`), p)
+		p.ObjectMeta = drawMeta(t, "name", "pa0", "pa1")
+		return ref{kind, keyOf(p)}, p
+	case ServiceEntry:
+		e := &networkingv1.ServiceEntry{}
+		mustYAML(t, pick(t, "entry",
+			`spec: {hosts: [db.example], ports: [{number: 5432, name: pg, protocol: TCP}], resolution: DNS}`,
+			`spec: {hosts: [db.example, s0.a.svc.cluster.local], addresses: [240.0.0.1], ports: [{number: 80, name: web, protocol: HTTP}], resolution: STATIC, endpoints: [{address: 192.0.2.9}]}`,
+			`spec: {hosts: [api.example], ports: [{number: 443, name: tls, protocol: TLS}], resolution: STATIC, workloadSelector: {labels: {app: x}}}`,
+			`spec: {hosts: ["*.example"], addresses: [203.0.113.0/24], ports: [{number: 443, name: tls, protocol: TLS}], resolution: NONE}`), e)
+		e.ObjectMeta = drawMeta(t, "name", "se0", "se1")
+		return ref{kind, keyOf(e)}, e
+	default:
+		e := &networkingv1.WorkloadEntry{}
+		mustYAML(t, pick(t, "endpoint",
+			`spec: {address: 198.51.100.1, labels: {app: x}, serviceAccount: vm}`,
+			`spec: {address: vm.example, labels: {app: z}, ports: {web: 9090}, locality: r/z/s, weight: 3}`), e)
+		e.ObjectMeta = drawMeta(t, "name", "we0", "we1")
+		return ref{WorkloadEntry, keyOf(e)}, e
+	}
+}
+
+func mustYAML(t *rapid.T, text string, into any) {
+	if err := yaml.Unmarshal([]byte(text), into); err != nil {
+		t.Fatal(err)
+	}
+}
