@@ -195,7 +195,7 @@ func ownImages(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	args := []string{"-trimpath", "-ldflags=-s -w -buildid="}
+	args := []string{"-trimpath", "-ldflags=-s -w"}
 	builds := []build{{"images", "./pause", "pause", args}, {"images", "./probe", "probe", args}}
 	key, err := inputKey(root, []string{"images", "image"}, builds)
 	if err != nil {

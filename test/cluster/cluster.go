@@ -42,6 +42,9 @@ const (
 	// A Unix socket's path has 108 bytes; the longest below the directory is
 	// nodes/nodeNNN/init.sock.
 	maxDir = 80
+
+	// Generous: with an emulated or very busy processor a boot takes minutes.
+	readyPatience = 5 * time.Minute
 )
 
 // Dir is where the cluster lives: $WARREN_CLUSTER_DIR, or the default. Clusters
@@ -364,7 +367,7 @@ func (c *Cluster) WaitReady(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	ctx, cancel := context.WithTimeout(ctx, readyPatience)
 	defer cancel()
 	for {
 		missing, err := c.unready(ctx, api)

@@ -3,6 +3,8 @@ package cluster
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -75,15 +77,17 @@ func BuildImages(ctx context.Context, o ImageOptions) error {
 	if err := os.MkdirAll(out, 0o755); err != nil {
 		return err
 	}
-	tmp, err := os.MkdirTemp("", "warren-images-")
+	// Kept, per checkout: the go command links a program again only if it changed.
+	cache, err := cacheDir()
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(tmp)
+	sum := sha256.Sum256([]byte(root))
+	kept := filepath.Join(cache, "programs-"+hex.EncodeToString(sum[:4]))
 	for _, p := range list {
 		im := image.Image{Name: imagePrefix + p.name + ":" + o.Tag, Config: p.config}
 		for _, pf := range platforms {
-			v, err := p.build(ctx, root, filepath.Join(tmp, pf.Arch), pf, o.Log)
+			v, err := p.build(ctx, root, filepath.Join(kept, pf.Arch), pf, o.Log)
 			if err != nil {
 				return err
 			}
@@ -113,7 +117,7 @@ func (p product) build(ctx context.Context, root, out string, pf image.Platform,
 			log("left out /" + pr.path + ": there is no program in " + pr.pkg)
 			continue
 		}
-		b := build{".", "./" + pr.pkg, pr.path, []string{"-trimpath", "-ldflags=-s -w -buildid="}}
+		b := build{".", "./" + pr.pkg, pr.path, []string{"-trimpath", "-ldflags=-s -w"}}
 		// Fix what the environment could choose differently elsewhere.
 		if err := b.run(ctx, root, out, "GOOS=linux", "GOARCH="+pf.Arch, "GOAMD64=v1", "GOARM64=v8.0"); err != nil {
 			return v, err
