@@ -10,7 +10,7 @@ import (
 )
 
 const (
-	defaultBufferMax  = 64 << 20
+	defaultBufferMax  = 128 << 20
 	outLimit          = 256 << 10 // data waits when more than this is queued
 	outCeiling        = 1 << 20   // control frames beyond it mean that the peer does not read
 	inlineRounds      = 4         // how often a sender writes for others before a goroutine takes over
@@ -61,6 +61,7 @@ type conn struct {
 	onTooLarge func(id uint32, end bool) // server, under mu
 }
 
+// newConn starts the timers of a connection; reading is up to the caller.
 func newConn(nc net.Conn, client bool, ping, wait, idle time.Duration) *conn {
 	c := &conn{session: newSession(client), nc: nc, done: make(chan struct{}),
 		pingEvery: ping, pingWait: wait, idleAfter: idle}

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"math"
 	"strconv"
+	"time"
 )
 
 // session is the protocol state of one connection: bytes in become events ([session.next]), what is to be
@@ -32,9 +33,13 @@ type session struct {
 
 	// What we allow the peer.
 	recvWin    int64
-	recvCredit int // received, not yet given back
-	buffered   int // bytes in stream queues
-	bufferMax  int // above it the connection window is not given back
+	recvCredit int     // received, not yet given back
+	buffered   int     // bytes in stream queues
+	bufferMax  int     // above it the connection window is not given back
+	window     int64   // stream window announced last
+	granted    int64   // stream window that the peer may be using: lowered only once it has acknowledged
+	unacked    []int64 // by SETTINGS frame sent: by how much its acknowledgement lowers granted
+	windowedAt int64   // when window was announced
 
 	// The input that is being read.
 	preface  string // bytes of the client's preface still to come
@@ -104,6 +109,9 @@ func newSession(client bool) *session {
 		peerMaxStreams: math.MaxUint32,
 		recvWin:        ownConnWindow,
 		bufferMax:      defaultBufferMax,
+		window:         ownStreamWindow,
+		granted:        ownStreamWindow,
+		unacked:        []int64{0},
 	}
 	limit := ownClientHeaderList
 	if !client {
@@ -560,7 +568,12 @@ func (s *session) settingsFrame(h frameHeader, p []byte) (event, *ConnError) {
 		if len(p) != 0 {
 			return event{}, &ConnError{Code: CodeFrameSize, Reason: "SETTINGS acknowledgement with payload"}
 		}
-		return event{}, s.glitch(costPing)
+		if len(s.unacked) == 0 {
+			return event{}, protocolError("acknowledgement of SETTINGS that were not sent")
+		}
+		s.lowerWindows(s.unacked[0])
+		s.unacked = s.unacked[1:]
+		return event{}, nil
 	}
 	if len(p)%6 != 0 {
 		return event{}, &ConnError{Code: CodeFrameSize, Reason: "SETTINGS"}
@@ -608,20 +621,54 @@ func (s *session) settingsFrame(h frameHeader, p []byte) (event, *ConnError) {
 }
 
 // returnConnWindow gives the connection window back on receipt, not on consumption: a stalled stream is
-// held by its own window, its neighbours go on. Only when the queues of all streams together hold more
-// than bufferMax does the whole connection wait.
+// held by its own window, its neighbours go on. When the queues of all streams together hold much, the
+// streams' windows shrink for as long as that lasts; only beyond bufferMax does the whole connection wait.
 func (s *session) returnConnWindow() {
 	if s.recvCredit >= ownConnWindow/4 && s.buffered < s.bufferMax {
 		s.out = appendWindowUpdate(s.out, 0, s.recvCredit)
 		s.recvWin += int64(s.recvCredit)
 		s.recvCredit = 0
 	}
+	switch {
+	case s.buffered > pressureHigh && s.window == ownStreamWindow:
+		s.announceWindow(tightStreamWindow)
+	case s.buffered < pressureLow && s.window != ownStreamWindow && len(s.unacked) == 0 && s.now()-s.windowedAt > int64(time.Second):
+		s.announceWindow(ownStreamWindow)
+	}
+}
+
+const (
+	pressureHigh      = 16 << 20
+	pressureLow       = 4 << 20
+	tightStreamWindow = 256 << 10
+)
+
+func (s *session) announceWindow(w int64) {
+	delta := w - s.window
+	s.window, s.windowedAt = w, s.now()
+	s.out = appendFrameHeader(s.out, 6, frameSettings, 0, 0)
+	s.out = appendSetting(s.out, settingInitialWindowSize, uint32(w))
+	if delta > 0 {
+		s.lowerWindows(-delta)
+		delta = 0
+	}
+	s.unacked = append(s.unacked, -delta)
+}
+
+func (s *session) lowerWindows(by int64) {
+	if by == 0 {
+		return
+	}
+	s.granted -= by
+	for _, st := range s.streams {
+		st.recvWin -= by
+	}
 }
 
 // returnWindow gives st's window back once a quarter of it was consumed.
 func (s *session) returnWindow(st *Stream, n int) {
 	st.recvCredit += n
-	if st.recvCredit >= ownStreamWindow/4 && !st.remoteEnd && !st.gone {
+	if int64(st.recvCredit) >= s.window/4 && !st.remoteEnd && !st.gone {
 		s.out = appendWindowUpdate(s.out, st.id, st.recvCredit)
 		st.recvWin += int64(st.recvCredit)
 		st.recvCredit = 0

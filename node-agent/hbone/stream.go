@@ -47,7 +47,7 @@ type Stream struct {
 }
 
 func newStream(c *conn, id uint32) *Stream {
-	st := &Stream{id: id, c: c, sendWin: c.peerWindow, recvWin: ownStreamWindow, bodyLeft: -1}
+	st := &Stream{id: id, c: c, sendWin: c.peerWindow, recvWin: c.granted, bodyLeft: -1}
 	st.rcond.L, st.wcond.L = &c.mu, &c.mu
 	return st
 }
