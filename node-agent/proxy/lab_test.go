@@ -139,9 +139,19 @@ func (l *lab) commit() {
 	l.store.Swap(l.builder.Commit(l.rev))
 }
 
+// namespace makes a network namespace whose IPv6 addresses can be used at once.
+func (l *lab) namespace() *netns.Handle {
+	ns := must(netns.New())
+	l.t.Cleanup(func() { ns.Close() })
+	check(l.t, ns.Do(func() error {
+		return errors.Join(os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0),
+			os.WriteFile("/proc/sys/net/ipv6/conf/all/accept_dad", []byte("0"), 0))
+	}))
+	return ns
+}
+
 func (l *lab) addNode(name string) *labNode {
-	n := &labNode{lab: l, name: name, ns: must(netns.New()), log: &logLines{}}
-	l.t.Cleanup(func() { n.ns.Close() })
+	n := &labNode{lab: l, name: name, ns: l.namespace(), log: &logLines{}}
 	check(l.t, n.ns.Do(func() error {
 		return errors.Join(os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0),
 			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0), up("lo"))
@@ -187,9 +197,8 @@ func (n *labNode) start() {
 }
 
 func (l *lab) addPod(n *labNode, name, v4, v6 string) *labPod {
-	p := &labPod{node: n, name: name, ns: must(netns.New()), v4: netip.MustParseAddr(v4), v6: netip.MustParseAddr(v6),
+	p := &labPod{node: n, name: name, ns: l.namespace(), v4: netip.MustParseAddr(v4), v6: netip.MustParseAddr(v6),
 		id: mesh.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: strings.Split(name, "-")[0]}}
-	l.t.Cleanup(func() { p.ns.Close() })
 	check(l.t, n.ns.Do(func() error {
 		return p.ns.WithFD(func(fd int) error {
 			return errors.Join(
