@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -39,7 +40,8 @@ type lab struct {
 	root             string // cgroup
 	cfg              Config
 	dp               *Datapath
-	agents           sync.WaitGroup
+	agents           *sync.WaitGroup
+	conns            *conns // of servers and agents
 }
 
 // host is a namespace with one address of each family on eth0.
@@ -50,6 +52,7 @@ type host struct {
 	v4, v6    netip.Addr
 	nodeIndex int
 	listeners Listeners
+	accepting []net.Listener
 }
 
 var gateway4, gateway6 = netip.MustParseAddr("10.77.0.1"), netip.MustParseAddr("fd77::1")
@@ -66,13 +69,14 @@ func newLab(t *testing.T) *lab {
 	if os.Getuid() != 0 {
 		t.Skip("needs root: network namespaces, cgroups and BPF")
 	}
-	l := &lab{t: t}
+	l := &lab{t: t, agents: new(sync.WaitGroup), conns: new(conns)}
 	l.node = must(netns.New())
 	t.Cleanup(func() { l.node.Close() })
 	l.makeCgroups()
 	check(t, l.node.Do(func() error {
 		writeProc(t, "/proc/sys/net/ipv4/ip_forward", "1")
 		writeProc(t, "/proc/sys/net/ipv6/conf/all/forwarding", "1")
+		noDAD(t)
 		return linkUp("lo")
 	}))
 	l.ui = l.addHost("ui", "10.77.0.2", "fd77::2")
@@ -89,9 +93,31 @@ func newLab(t *testing.T) *lab {
 		}
 		l.dp.Close()
 		check(t, Uninstall(context.Background(), l.cfg))
+		l.conns.reset()
 		l.agents.Wait()
 	})
 	return l
+}
+
+// conns are connections that a test may leave hanging.
+type conns struct {
+	mu   sync.Mutex
+	open []*net.TCPConn
+}
+
+func (s *conns) add(c ...*net.TCPConn) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.open = append(s.open, c...)
+}
+
+func (s *conns) reset() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, c := range s.open {
+		c.SetLinger(0)
+		c.Close()
+	}
 }
 
 func (l *lab) open() {
@@ -147,6 +173,7 @@ func (l *lab) addHost(name, v4, v6 string) *host {
 	l.t.Helper()
 	h := &host{lab: l, name: name, v4: netip.MustParseAddr(v4), v6: netip.MustParseAddr(v6), ns: must(netns.New())}
 	l.t.Cleanup(func() { h.ns.Close() })
+	check(l.t, h.ns.Do(func() error { noDAD(l.t); return nil }))
 	check(l.t, l.node.Do(func() error {
 		return h.ns.WithFD(func(fd int) error {
 			veth := &netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "v" + name}, PeerName: "eth0", PeerNamespace: netlink.NsFd(fd)}
@@ -210,6 +237,12 @@ func addAddr(l netlink.Link, a netip.Addr) error {
 		addr.Flags = unix.IFA_F_NODAD
 	}
 	return netlink.AddrAdd(l, addr)
+}
+
+// noDAD spares new interfaces the second that a link-local address is tentative.
+func noDAD(t *testing.T) {
+	writeProc(t, "/proc/sys/net/ipv6/conf/all/accept_dad", "0")
+	writeProc(t, "/proc/sys/net/ipv6/conf/default/accept_dad", "0")
 }
 
 func linkUp(name string) error {
@@ -292,6 +325,7 @@ func (h *host) serve(port uint16) {
 			go func() {
 				defer h.lab.agents.Done()
 				defer c.Close()
+				h.lab.conns.add(c.(*net.TCPConn))
 				fmt.Fprintf(c, "%s %s\n", addrOf(c.LocalAddr()), addrOf(c.RemoteAddr()))
 				io.Copy(c, c)
 			}()
@@ -316,6 +350,13 @@ func seen(c net.Conn) (local, remote netip.AddrPort, err error) {
 	return netip.MustParseAddrPort(l), netip.MustParseAddrPort(r), nil
 }
 
+// in is the lab with another test's log, for a subtest.
+func (l *lab) in(t *testing.T) *lab {
+	c := *l
+	c.t = t
+	return &c
+}
+
 // pod is the host as Enroll takes it.
 func (h *host) pod() Pod {
 	return Pod{UID: "uid-" + h.name, NetNS: h.ns, Addrs: []netip.Addr{h.v4, h.v6}, Listeners: h.listeners}
@@ -335,16 +376,25 @@ func (h *host) listen() {
 	var err error
 	h.listeners, err = Listen(h.ns)
 	check(h.lab.t, err)
-	h.lab.t.Cleanup(func() { h.listeners.Close() })
+	h.lab.t.Cleanup(h.closeListeners)
 	h.accept(h.listeners.Outbound, h.lab.outbound)
 	h.accept(h.listeners.Inbound, h.lab.inbound)
+}
+
+// closeListeners is the end of the agent and of the holder.
+func (h *host) closeListeners() {
+	for _, ln := range h.accepting {
+		ln.Close()
+	}
+	h.accepting = nil
+	h.listeners.Close()
 }
 
 func (h *host) accept(f *os.File, carry func(from *host, c *net.TCPConn) (*net.TCPConn, error)) {
 	h.lab.t.Helper()
 	ln, err := net.FileListener(f)
 	check(h.lab.t, err)
-	h.lab.t.Cleanup(func() { ln.Close() })
+	h.accepting = append(h.accepting, ln)
 	h.lab.agents.Add(1)
 	go func() {
 		defer h.lab.agents.Done()
@@ -363,6 +413,7 @@ func (h *host) accept(f *os.File, carry func(from *host, c *net.TCPConn) (*net.T
 					in.Close()
 					return
 				}
+				h.lab.conns.add(in, out)
 				relay(in, out)
 			}()
 		}
@@ -454,6 +505,11 @@ func (l *lab) counted(want map[string]int, f func()) {
 	l.t.Errorf("counters did not rise as they should")
 }
 
+func timedOut(err error) bool {
+	var n net.Error
+	return errors.As(err, &n) && n.Timeout()
+}
+
 func must[T any](v T, err error) T {
 	if err != nil {
 		panic(err)
@@ -475,16 +531,18 @@ func writeProc(t *testing.T, path, value string) {
 
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
-	for range 200 {
+	for range 500 {
 		if f() {
 			return
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	t.Errorf("not within 2 s: %s", what)
+	t.Errorf("not within 5 s: %s", what)
 }
 
 func TestMain(m *testing.M) {
 	runtime.LockOSThread() // the main thread leads the cgroup
 	os.Exit(m.Run())
 }
+
+func ptr(b *[16]byte) unsafe.Pointer { return unsafe.Pointer(b) }

@@ -1,0 +1,280 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/bpf"
+)
+
+// enrolled is a lab with both pods captured and servers everywhere.
+func enrolled(t *testing.T) *lab {
+	l := newLab(t)
+	l.cat.serve(appPort)
+	l.ui.serve(appPort)
+	l.outside.serve(appPort)
+	l.ui.enroll()
+	l.cat.enroll()
+	check(t, l.dp.SetDestinations(l.destinations()))
+	return l
+}
+
+func (h *host) addrs(port uint16) []netip.AddrPort {
+	return []netip.AddrPort{netip.AddrPortFrom(h.v4, port), netip.AddrPortFrom(h.v6, port)}
+}
+
+// ticketsLeft counts the tickets in the kernel.
+func (l *lab) ticketsLeft() (n int) {
+	var f bpf.MeshFlow
+	var k bpf.MeshTicket
+	it := l.dp.kernel.Tickets.Iterate()
+	for it.Next(&f, &k) {
+		n++
+	}
+	check(l.t, it.Err())
+	return n
+}
+
+func TestPlaintextFromOutsideReachesTheAgent(t *testing.T) {
+	l := enrolled(t)
+	for _, dst := range l.cat.addrs(appPort) {
+		l.counted(map[string]int{"lookup_inbound": -1, "ticket_agent": 1, "ticket_used": 1, "lookup_ticket": -1}, func() {
+			c, err := l.outside.dial(dst)
+			check(t, err)
+			defer c.Close()
+			local, remote, err := seen(c)
+			check(t, err)
+			if me := addrOf(c.LocalAddr()); remote.Addr() != me.Addr() || remote.Port() == me.Port() || local != dst {
+				t.Errorf("server sees %s as the client and %s as itself; client is %s, dialled %s", remote, local, me, dst)
+			}
+		})
+	}
+}
+
+// kubelet's probes go straight to the application, under their own address and whatever the agent does.
+func TestNodeProcessReachesTheApplication(t *testing.T) {
+	l := enrolled(t)
+	l.cat.listeners.Inbound.Close()
+	for _, dst := range l.cat.addrs(appPort) {
+		l.counted(map[string]int{"ticket_node": 1, "lookup_ticket": -1, "ticket_used": 1, "lookup_inbound": 0}, func() {
+			c, err := l.dialFromNode(dst)
+			check(t, err)
+			defer c.Close()
+			if _, remote, err := seen(c); err != nil || remote != addrOf(c.LocalAddr()) {
+				t.Errorf("server sees %s, want %s (%v)", remote, addrOf(c.LocalAddr()), err)
+			}
+		})
+	}
+	if n := l.ticketsLeft(); n != 0 {
+		t.Errorf("%d tickets are left", n)
+	}
+}
+
+// A pod on the host network is in the node's namespace as kubelet is, and gets no free pass.
+func TestHostNetworkPodGetsNoTicket(t *testing.T) {
+	l := enrolled(t)
+	for _, dst := range l.cat.addrs(appPort) {
+		l.counted(map[string]int{"ticket_denied_host_pod": 1, "ticket_node": 0, "lookup_inbound": -1}, func() {
+			check(t, l.node.Do(func() error {
+				return l.asPodProcess(func() error {
+					c, err := dialHere(dst)
+					if err == nil {
+						c.Close()
+					}
+					return err
+				})
+			}))
+		})
+	}
+}
+
+func TestAgentPortsCannotBeDialled(t *testing.T) {
+	l := enrolled(t)
+	for _, port := range []uint16{PortOutbound, PortInbound} {
+		for _, from := range []struct {
+			name string
+			dial func(netip.AddrPort) (*net.TCPConn, error)
+			to   []netip.AddrPort
+		}{
+			{"outside", func(d netip.AddrPort) (*net.TCPConn, error) { return l.outside.dial(d) }, l.cat.addrs(port)},
+			{"the node", l.dialFromNode, l.cat.addrs(port)},
+			{"the pod itself", func(d netip.AddrPort) (*net.TCPConn, error) { return l.cat.dial(d) }, l.cat.addrs(port)},
+			{"the pod's loopback", func(d netip.AddrPort) (*net.TCPConn, error) { return l.cat.dial(d) },
+				[]netip.AddrPort{netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), port), netip.AddrPortFrom(netip.IPv6Loopback(), port)}},
+		} {
+			for _, dst := range from.to {
+				l.counted(map[string]int{"lookup_drop_agent_port": -1, "lookup_outbound": 0, "lookup_inbound": 0}, func() {
+					if c, err := from.dial(dst); err == nil {
+						c.Close()
+						t.Errorf("%s reached %s", from.name, dst)
+					} else if !errors.Is(err, unix.ECONNREFUSED) {
+						t.Errorf("%s to %s: %v, want a refusal", from.name, dst, err)
+					}
+				})
+			}
+		}
+	}
+}
+
+func TestTunnelPortReachesTheTunnelListener(t *testing.T) {
+	l := enrolled(t)
+	for _, dst := range l.cat.addrs(PortHBONE) {
+		l.counted(map[string]int{"lookup_hbone": -1}, func() {
+			c, err := l.outside.dial(dst)
+			check(t, err)
+			c.Close()
+		})
+	}
+}
+
+// The pod talks to itself without the agent.
+func TestPodReachesItself(t *testing.T) {
+	l := enrolled(t)
+	for _, dst := range append(l.cat.addrs(appPort),
+		netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), appPort), netip.AddrPortFrom(netip.IPv6Loopback(), appPort)) {
+		l.counted(map[string]int{"connect_self": 1, "lookup_self": -1, "lookup_outbound": 0, "lookup_inbound": 0}, func() {
+			c, err := l.cat.dial(dst)
+			check(t, err)
+			defer c.Close()
+			if local, remote, err := seen(c); err != nil || local != dst || remote != addrOf(c.LocalAddr()) {
+				t.Errorf("dial %s: %s %s %v", dst, local, remote, err)
+			}
+		})
+	}
+}
+
+// A port nobody listens on answers at once, not after a time-out: the RST comes back over the local route.
+func TestClosedPortIsRefusedAtOnce(t *testing.T) {
+	l := enrolled(t)
+	for _, src := range l.outside.addrs(34567) {
+		dst := netip.AddrPortFrom(l.cat.v4, 9)
+		if src.Addr().Is6() {
+			dst = netip.AddrPortFrom(l.cat.v6, 9)
+		}
+		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		start := time.Now()
+		l.counted(map[string]int{"ticket_agent": 1, "ticket_unused": 1}, func() {
+			if _, err := l.dp.DialInbound(ctx, l.cat.ns, src, dst); !errors.Is(err, unix.ECONNREFUSED) {
+				t.Errorf("%s to %s: %v after %v", src, dst, err, time.Since(start))
+			}
+		})
+		cancel()
+	}
+	if n := l.ticketsLeft(); n != 0 {
+		t.Errorf("%d tickets are left", n)
+	}
+}
+
+// The client's port is one that the application listens on: another is taken, the address stays.
+func TestInboundPortInUse(t *testing.T) {
+	l := enrolled(t)
+	for _, src := range l.outside.addrs(appPort) {
+		dst := l.cat.addrs(appPort)[0]
+		if src.Addr().Is6() {
+			dst = l.cat.addrs(appPort)[1]
+		}
+		c, err := l.dp.DialInbound(context.Background(), l.cat.ns, src, dst)
+		check(t, err)
+		if _, remote, err := seen(c); err != nil || remote.Addr() != src.Addr() {
+			t.Errorf("server sees %s, want %s (%v)", remote, src.Addr(), err)
+		}
+		c.Close()
+	}
+}
+
+// One pod's flood of half-open connections uses up its own tickets, not its neighbour's.
+func TestTicketsAreBoundedPerPod(t *testing.T) {
+	l := enrolled(t)
+	// A listener that accepts nothing: its queue fills, and the SYNs behind it stay without an answer.
+	var ln int
+	check(t, l.cat.as(func() (err error) {
+		if ln, err = unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0); err != nil {
+			return err
+		}
+		return errors.Join(unix.Bind(ln, &unix.SockaddrInet4{Port: 9000}), unix.Listen(ln, 0))
+	}))
+	defer unix.Close(ln)
+	var fds []int
+	l.counted(map[string]int{"ticket_denied_quota": -10}, func() {
+		check(t, l.node.Do(func() error {
+			for range 300 {
+				fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_NONBLOCK, 0)
+				if err != nil {
+					return err
+				}
+				fds = append(fds, fd)
+				if err := unix.Connect(fd, sockaddr(netip.AddrPortFrom(l.cat.v4, 9000))); err != nil && err != unix.EINPROGRESS {
+					return err
+				}
+			}
+			return nil
+		}))
+	})
+	c, err := l.dialFromNode(l.ui.addrs(appPort)[0])
+	check(t, err)
+	if _, remote, err := seen(c); err != nil || remote != addrOf(c.LocalAddr()) {
+		t.Errorf("a neighbour's probe came as %s (%v)", remote, err)
+	}
+	c.Close()
+	for _, fd := range fds {
+		unix.Close(fd)
+	}
+	eventually(t, "every ticket is gone with its connection, and off the pod's account", func() bool {
+		var out int32
+		check(t, l.dp.kernel.Handshakes.Lookup(l.dp.pods["uid-catalog"].pod.Slot, &out))
+		return out == 0 && l.ticketsLeft() == 0
+	})
+}
+
+func TestHalfCloseAndReset(t *testing.T) {
+	l := enrolled(t)
+	c, err := l.ui.dial(netip.AddrPortFrom(vip4, servicePort))
+	check(t, err)
+	defer c.Close()
+	_, _, err = seen(c)
+	check(t, err)
+	go func() {
+		c.Write(make([]byte, 1<<20))
+		c.CloseWrite()
+	}()
+	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if n, err := io.Copy(io.Discard, c); n != 1<<20 || err != nil {
+		t.Errorf("after our half-close the server still sent %d bytes (%v), want %d", n, err, 1<<20)
+	}
+}
+
+// Without listeners nothing passes. A client outside is refused; a captured one waits, since the RST would
+// have a source that is not local: its SYN is sent again, and answered should the listener come back.
+func TestListenersGoneFailsClosed(t *testing.T) {
+	l := enrolled(t)
+	for _, h := range []*host{l.ui, l.cat} {
+		h.closeListeners()
+	}
+	for _, try := range []struct {
+		name string
+		dial func() (*net.TCPConn, error)
+		want error // nil: a time-out
+	}{
+		{"a captured client", func() (*net.TCPConn, error) { return l.ui.dial(netip.AddrPortFrom(l.cat.v4, appPort)) }, nil},
+		{"a client outside", func() (*net.TCPConn, error) { return l.outside.dial(netip.AddrPortFrom(l.cat.v4, appPort)) }, unix.ECONNREFUSED},
+	} {
+		l.counted(map[string]int{"lookup_drop_no_listener": -1}, func() {
+			if c, err := try.dial(); err == nil {
+				c.Close()
+				t.Errorf("%s got through", try.name)
+			} else if !errors.Is(err, try.want) && !(try.want == nil && timedOut(err)) {
+				t.Errorf("%s: %v, want %v", try.name, err, try.want)
+			}
+		})
+	}
+	c, err := l.ui.dial(netip.AddrPortFrom(l.outside.v4, appPort))
+	check(t, err) // a destination outside the mesh needs no agent
+	c.Close()
+}
