@@ -134,8 +134,12 @@ func (l *Lab) run(ctx context.Context, in io.Reader, program string, args ...str
 
 // BuildImages builds Warren's images and the demo's, and loads them into our own cluster.
 func (l *Lab) BuildImages(ctx context.Context) error {
-	out := filepath.Join(l.root, "out", "images")
-	err := cluster.BuildImages(ctx, cluster.ImageOptions{Out: out, Tag: "dev", Log: func(string) {}})
+	out, err := os.MkdirTemp("", "warren-images-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(out)
+	err = cluster.BuildImages(ctx, cluster.ImageOptions{Out: out, Tag: "dev", Log: func(string) {}})
 	if err != nil {
 		return err
 	}
