@@ -52,6 +52,7 @@ func TestCluster(t *testing.T) {
 	t.Run("names resolve", s.on((*smoke).names))
 	t.Run("an outside client reaches pods", s.on((*smoke).outside))
 	t.Run("the API server reaches pods", s.on((*smoke).apiToPods))
+	t.Run("webhooks and aggregated APIs are called", s.on((*smoke).extensions))
 	t.Run("a projected token passes TokenReview", s.on((*smoke).tokenReview))
 	t.Run("an agent sees its node", s.on((*smoke).agent))
 	t.Run("frames between nodes are captured", s.on((*smoke).capture))
@@ -195,8 +196,26 @@ func (s *smoke) outside() {
 	}
 }
 
+func (s *smoke) extensions() {
+	const complaint = "server gave HTTP response to HTTPS client"
+	s.kubectl("apply", "-f", "testdata/extensions.yaml")
+	deadline := time.Now().Add(20 * time.Second)
+	var webhook error
+	var api string
+	for time.Now().Before(deadline) {
+		_, webhook = s.c.Kubectl(s.Context(), "create", "configmap", "refused")
+		api = s.kubectl("get", "apiservice", "v1.echo.example.com", "-o", "jsonpath={.status.conditions[*].message}")
+		if webhook != nil && strings.Contains(webhook.Error(), complaint) && strings.Contains(api, complaint) {
+			s.kubectl("delete", "-f", "testdata/extensions.yaml")
+			return
+		}
+		s.kubectl("delete", "configmap", "refused", "--ignore-not-found")
+		time.Sleep(200 * time.Millisecond)
+	}
+	s.Errorf("webhook: %v; aggregated API: %q; want each to say %q", webhook, api, complaint)
+}
+
 func (s *smoke) apiToPods() {
-	// The way of webhooks and aggregated APIs: endpoints of a Service.
 	if out := s.kubectl("get", "--raw", "/api/v1/namespaces/default/services/echo:80/proxy/"); !strings.HasPrefix(out, "host=echo-") {
 		s.Errorf("through the API server: %q", out)
 	}
