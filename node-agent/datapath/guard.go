@@ -98,7 +98,20 @@ func (d *Datapath) removeGuard(podDir string, ifindex int) error {
 	})
 }
 
+// unpin detaches a pinned link and removes the pin. Removing the pin alone detaches too, but some time later:
+// the kernel ends a link in the background.
 func unpin(pin string) error {
+	l, err := link.LoadPinnedLink(pin, nil)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err == nil {
+		err = l.Detach()
+		l.Close()
+		if err != nil && !linkDead(err) && !errors.Is(err, ebpf.ErrNotSupported) {
+			return fmt.Errorf("detach %s: %w", filepath.Base(pin), err)
+		}
+	}
 	if err := os.Remove(pin); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("unpin: %w", err)
 	}

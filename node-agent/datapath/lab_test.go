@@ -39,6 +39,7 @@ type lab struct {
 	ui, cat, outside *host
 	root             string // cgroup
 	cfg              Config
+	up               *sync.RWMutex // held by the agent's dials; for writing while there is no agent
 	dp               *Datapath
 	agents           *sync.WaitGroup
 	conns            *conns // of servers and agents
@@ -69,7 +70,7 @@ func newLab(t *testing.T) *lab {
 	if os.Getuid() != 0 {
 		t.Skip("needs root: network namespaces, cgroups and BPF")
 	}
-	l := &lab{t: t, agents: new(sync.WaitGroup), conns: new(conns)}
+	l := &lab{t: t, up: new(sync.RWMutex), agents: new(sync.WaitGroup), conns: new(conns)}
 	l.node = must(netns.New())
 	t.Cleanup(func() { l.node.Close() })
 	l.makeCgroups()
@@ -422,6 +423,8 @@ func (h *host) accept(f *os.File, carry func(from *host, c *net.TCPConn) (*net.T
 
 // outbound stands in for resolve, tunnel and the peer's agent: a service's address is the catalog's.
 func (l *lab) outbound(from *host, c *net.TCPConn) (*net.TCPConn, error) {
+	l.up.RLock()
+	defer l.up.RUnlock()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	dst, src := addrOf(c.LocalAddr()), addrOf(c.RemoteAddr())
@@ -440,6 +443,8 @@ func (l *lab) outbound(from *host, c *net.TCPConn) (*net.TCPConn, error) {
 }
 
 func (l *lab) inbound(to *host, c *net.TCPConn) (*net.TCPConn, error) {
+	l.up.RLock()
+	defer l.up.RUnlock()
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 	defer cancel()
 	src := netip.AddrPortFrom(addrOf(c.RemoteAddr()).Addr(), 0)

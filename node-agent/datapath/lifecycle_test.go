@@ -1,0 +1,449 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/internal/netns"
+)
+
+// load dials dst from a pod until it is stopped, and reports what the server saw.
+type load struct {
+	stop, done  chan struct{}
+	made, wrong atomic.Int64
+	mu          sync.Mutex
+	first       error
+}
+
+func (h *host) load(dst netip.AddrPort, right func(c *net.TCPConn) error) *load {
+	l := &load{stop: make(chan struct{}), done: make(chan struct{})}
+	go func() {
+		defer close(l.done)
+		for {
+			select {
+			case <-l.stop:
+				return
+			default:
+			}
+			c, err := h.dial(dst)
+			if err == nil {
+				err = right(c)
+				c.Close()
+			}
+			l.made.Add(1)
+			if err != nil {
+				l.wrong.Add(1)
+				l.mu.Lock()
+				if l.first == nil {
+					l.first = err
+				}
+				l.mu.Unlock()
+			}
+		}
+	}()
+	return l
+}
+
+func (l *load) end() {
+	close(l.stop)
+	<-l.done
+}
+
+func clientIsSeen(c *net.TCPConn) error {
+	_, remote, err := seen(c)
+	if err == nil && remote != addrOf(c.LocalAddr()) {
+		err = fmt.Errorf("server sees %s, want %s", remote, addrOf(c.LocalAddr()))
+	}
+	return err
+}
+
+// The agent is replaced again and again under load: every connection is captured and none fails.
+func TestRestartOpensNoGap(t *testing.T) {
+	l := enrolled(t)
+	load := l.ui.load(netip.AddrPortFrom(vip4, servicePort), clientIsSeen)
+	restarts := 20
+	for range restarts {
+		l.up.Lock()
+		check(t, l.dp.Close())
+		time.Sleep(5 * time.Millisecond)
+		l.open()
+		l.up.Unlock()
+		for _, s := range must(l.dp.Enrolled()) {
+			if len(s.Problems) != 1 || !strings.Contains(s.Problems[0], "not known to this process") {
+				t.Errorf("after the restart: %+v", s)
+			}
+		}
+		check(t, l.dp.Enroll(l.ui.pod()))
+		check(t, l.dp.Enroll(l.cat.pod()))
+		check(t, l.dp.SetDestinations(l.destinations()))
+		time.Sleep(10 * time.Millisecond)
+	}
+	load.end()
+	c, err := l.dp.Counters()
+	check(t, err)
+	if load.wrong.Load() != 0 || c["connect_captured"] != uint64(load.made.Load()) || c["connect_vouched"] != 0 {
+		t.Errorf("%d of %d connections failed (first: %v), %d were captured, %d passed by", load.wrong.Load(), load.made.Load(),
+			load.first, c["connect_captured"], c["connect_vouched"])
+	}
+	t.Logf("%d connections over %d restarts", load.made.Load(), restarts)
+	for _, s := range must(l.dp.Enrolled()) {
+		if !s.InForce() {
+			t.Errorf("at the end: %+v", s)
+		}
+	}
+}
+
+// While no process has the data path open, pods stay captured.
+func TestCaptureOutlivesTheProcess(t *testing.T) {
+	l := enrolled(t)
+	check(t, l.dp.Close())
+	defer l.open()
+	l.ui.closeListeners()
+	if c, err := l.ui.dial(l.cat.addrs(appPort)[0]); err == nil {
+		c.Close()
+		t.Error("connected past the agent")
+	}
+}
+
+func TestOnlyOneWriter(t *testing.T) {
+	l := newLab(t)
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if d, err := Open(ctx, l.cfg); err == nil {
+		d.Close()
+		t.Error("two writers")
+	} else if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "another process is the writer") {
+		t.Error(err)
+	}
+}
+
+// Release ends capture, and open connections do not notice.
+func TestReleaseKeepsOpenConnections(t *testing.T) {
+	l := enrolled(t)
+	out, err := l.ui.dial(netip.AddrPortFrom(vip4, servicePort))
+	check(t, err)
+	in, err := l.outside.dial(l.ui.addrs(appPort)[1])
+	check(t, err)
+	for _, c := range []*net.TCPConn{out, in} {
+		_, _, err = seen(c)
+		check(t, err)
+		defer c.Close()
+	}
+	check(t, l.dp.Release("uid-ui"))
+	check(t, l.dp.Release("uid-ui"))
+	for _, c := range []*net.TCPConn{out, in} {
+		echoes(t, c)
+	}
+	// From now on it is an ordinary pod.
+	l.counted(map[string]int{"connect_captured": 0, "connect_vouched": 0, "guard_drop_unvouched": 0, "lookup_inbound": 0}, func() {
+		c, err := l.ui.dial(netip.AddrPortFrom(l.outside.v4, appPort))
+		check(t, err)
+		c.Close()
+		c, err = l.outside.dial(l.ui.addrs(appPort)[0])
+		check(t, err)
+		check(t, clientIsSeen(c))
+		c.Close()
+	})
+	if s := must(l.dp.Enrolled()); len(s) != 1 || s[0].UID != "uid-catalog" || !s[0].InForce() {
+		t.Errorf("%+v", s)
+	}
+}
+
+func echoes(t *testing.T, c *net.TCPConn) {
+	t.Helper()
+	c.SetDeadline(time.Now().Add(2 * time.Second))
+	b := make([]byte, 4)
+	if _, err := c.Write([]byte("ping")); err != nil {
+		t.Error(err)
+	} else if _, err := c.Read(b); err != nil || string(b) != "ping" {
+		t.Errorf("read %q, %v", b, err)
+	}
+}
+
+// Connections from before enrolment go on through it.
+func TestEnrolKeepsOpenConnections(t *testing.T) {
+	l := newLab(t)
+	l.ui.serve(appPort)
+	l.cat.serve(appPort)
+	l.outside.serve(appPort)
+	out, err := l.ui.dial(l.outside.addrs(appPort)[0])
+	check(t, err)
+	in, err := l.outside.dial(l.ui.addrs(appPort)[1])
+	check(t, err)
+	for _, c := range []*net.TCPConn{out, in} {
+		_, _, err = seen(c)
+		check(t, err)
+		defer c.Close()
+	}
+	l.ui.enroll()
+	for _, c := range []*net.TCPConn{out, in} {
+		echoes(t, c)
+	}
+}
+
+// Load runs through enrolment and release; nothing fails on either side of them.
+func TestEnrolAndReleaseUnderLoad(t *testing.T) {
+	l := newLab(t)
+	l.cat.serve(appPort)
+	l.cat.enroll()
+	l.ui.listen()
+	check(t, l.dp.SetDestinations(l.destinations()))
+	load := l.ui.load(l.cat.addrs(appPort)[0], func(c *net.TCPConn) error { _, _, err := seen(c); return err })
+	in := l.outside.load(l.cat.addrs(appPort)[1], func(c *net.TCPConn) error { _, _, err := seen(c); return err })
+	var worst time.Duration
+	for range 30 {
+		start := time.Now()
+		check(t, l.dp.Enroll(l.ui.pod()))
+		worst = max(worst, time.Since(start))
+		time.Sleep(5 * time.Millisecond)
+		check(t, l.dp.Release("uid-ui"))
+	}
+	load.end()
+	in.end()
+	if load.wrong.Load() != 0 || in.wrong.Load() != 0 {
+		t.Errorf("%d of %d connections out failed (%v), %d of %d in (%v)", load.wrong.Load(), load.made.Load(), load.first,
+			in.wrong.Load(), in.made.Load(), in.first)
+	}
+	t.Logf("%d connections; the slowest enrolment took %v", load.made.Load()+in.made.Load(), worst)
+}
+
+// A pod's address comes back at once with another pod: the old one's end does not touch the new one.
+func TestAddressReuse(t *testing.T) {
+	l := enrolled(t)
+	old := l.dp.pods["uid-ui"]
+	next := &host{lab: l, name: "next", v4: l.ui.v4, v6: l.ui.v6}
+	check(t, l.node.Do(func() error {
+		peer, err := netlink.LinkByIndex(l.ui.nodeIndex)
+		if err != nil {
+			return err
+		}
+		return netlink.LinkDel(peer)
+	}))
+	*next = *l.addHost("next", "10.77.0.2", "fd77::2")
+	next.serve(appPort)
+	next.enroll()
+	check(t, l.dp.Release("uid-ui"))
+	if l.dp.pods["uid-next"].pod.Slot == old.pod.Slot {
+		t.Error("the new pod has the old one's slot while that is enrolled")
+	}
+	for _, s := range must(l.dp.Enrolled()) {
+		if !s.InForce() {
+			t.Errorf("%+v", s)
+		}
+	}
+	c, err := l.outside.dial(next.addrs(appPort)[0])
+	check(t, err)
+	_, _, err = seen(c)
+	check(t, err)
+	c.Close()
+}
+
+// Pods that went while no agent ran are pruned; the others are not touched.
+func TestPrune(t *testing.T) {
+	l := enrolled(t)
+	check(t, l.dp.Close())
+	l.open()
+	check(t, l.dp.Enroll(l.cat.pod()))
+	check(t, l.dp.Prune(func(uid string) bool { return uid == "uid-catalog" }))
+	if s := must(l.dp.Enrolled()); len(s) != 1 || s[0].UID != "uid-catalog" || !s[0].InForce() {
+		t.Errorf("%+v", s)
+	}
+}
+
+// Audit finds each piece that is taken away and puts it back.
+func TestAuditRepairs(t *testing.T) {
+	l := enrolled(t)
+	dir := l.dp.podDir("uid-ui")
+	for _, damage := range []struct {
+		problem string
+		do      func() error
+	}{
+		{"sk_lookup is not attached", func() error { return os.Remove(lookupPin(dir)) }},
+		{"the guard is not attached, or not first", func() error { return l.dp.removeGuard(dir, l.ui.nodeIndex) }},
+		{"connect4 is not attached", func() error { return os.Remove(filepath.Join(l.dp.dir, "connect4")) }},
+		{"sockops is not attached", func() error { return os.Remove(filepath.Join(l.dp.dir, "sockops")) }},
+		{"the guard does not know it", func() error { return l.dp.kernel.Guards.Delete(uint32(l.ui.nodeIndex)) }},
+		{"the inbound listener is gone", func() error {
+			return l.dp.kernel.Listeners.Delete(listenerKey(l.dp.pods["uid-ui"].pod.Slot, 1))
+		}},
+		{"address 10.77.0.2 is not entered for it", func() error { return l.dp.kernel.Owners.Delete(kernelAddr(l.ui.v4)) }},
+		{"tcp_fwmark_accept is off", func() error {
+			return l.ui.ns.Do(func() error { return writeSysctl("/proc", "net/ipv4/tcp_fwmark_accept", "0") })
+		}},
+	} {
+		check(t, damage.do())
+		found, err := l.dp.Audit()
+		check(t, err)
+		i := slices.IndexFunc(found, func(s PodState) bool { return s.UID == "uid-ui" })
+		if !slices.Equal(found[i].Problems, []string{damage.problem}) {
+			t.Errorf("found %q, want %q", found[i].Problems, damage.problem)
+		}
+		for _, s := range must(l.dp.Enrolled()) {
+			if !s.InForce() {
+				t.Errorf("after repairing %q: %+v", damage.problem, s)
+			}
+		}
+	}
+}
+
+// What no socket hook sees whole is refused with a reason and left alone.
+func TestUnsupportedPods(t *testing.T) {
+	l := newLab(t)
+	before := l.traces(t)
+	l.ui.listen()
+	add := func(link netlink.Link) func() error {
+		return func() error {
+			return l.ui.ns.Do(func() error {
+				if err := netlink.LinkAdd(link); err != nil {
+					return err
+				}
+				return netlink.LinkSetUp(link)
+			})
+		}
+	}
+	for _, c := range []struct {
+		want Unsupported
+		pod  func(p *Pod)
+		do   func() error
+		undo string
+	}{
+		{want: NoAddress, pod: func(p *Pod) { p.Addrs = []netip.Addr{netip.MustParseAddr("10.77.0.99")} }},
+		{want: NestedNetwork, do: add(&netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "docker0"}}), undo: "docker0"},
+		{want: SecondInterface, do: add(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "net1"}, PeerName: "net1p"}), undo: "net1"},
+	} {
+		t.Run(string(c.want), func(t *testing.T) {
+			if c.do != nil {
+				if err := c.do(); errors.Is(err, unix.EOPNOTSUPP) {
+					t.Skip("this kernel has no such interface")
+				} else {
+					check(t, err)
+				}
+			}
+			p := l.ui.pod()
+			if c.pod != nil {
+				c.pod(&p)
+			}
+			err := l.dp.Enroll(p)
+			var u *UnsupportedError
+			if !errors.As(err, &u) || u.Reason != c.want || u.UID != p.UID {
+				t.Errorf("enrol: %v, want %s", err, c.want)
+			}
+			if c.undo != "" {
+				check(t, l.ui.ns.Do(func() error {
+					link, err := netlink.LinkByName(c.undo)
+					if err != nil {
+						return err
+					}
+					return netlink.LinkDel(link)
+				}))
+			}
+		})
+	}
+	if after := l.traces(t); after != before {
+		t.Errorf("refusals left traces: before\n%s\nafter\n%s", before, after)
+	}
+	check(t, l.dp.Enroll(l.ui.pod()))
+}
+
+// Uninstall leaves the machine as it was: no pin, link, rule, route, sysctl or filter.
+func TestUninstallLeavesNothing(t *testing.T) {
+	l := newLab(t)
+	before := l.traces(t)
+	l.ui.enroll()
+	l.cat.enroll()
+	check(t, l.dp.SetDestinations(l.destinations()))
+	if during := l.traces(t); during == before {
+		t.Error("enrolment left no traces to look for")
+	}
+	check(t, l.dp.Close())
+	check(t, Uninstall(context.Background(), l.cfg))
+	if _, err := os.Stat(l.cfg.Dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s is still there (%v)", l.cfg.Dir, err)
+	}
+	l.open()
+	if after := l.traces(t); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+}
+
+// traces lists what capture changes in the pods' and the node's namespaces.
+func (l *lab) traces(t *testing.T) string {
+	var b strings.Builder
+	for _, h := range []*host{l.ui, l.cat} {
+		check(t, h.ns.Do(func() error { return podTraces(&b) }))
+	}
+	check(t, l.node.Do(func() error {
+		links, err := netlink.LinkList()
+		for _, link := range links {
+			q, _ := netlink.QdiscList(link)
+			f, _ := netlink.FilterList(link, netlink.HANDLE_MIN_INGRESS)
+			fmt.Fprintln(&b, link.Attrs().Name, len(q), len(f))
+		}
+		return err
+	}))
+	return b.String()
+}
+
+func podTraces(b *strings.Builder) error {
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		rules, err := netlink.RuleList(family)
+		if err != nil {
+			return err
+		}
+		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: Table}, netlink.RT_FILTER_TABLE)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintln(b, rules, routes)
+	}
+	for _, s := range sysctls {
+		v, err := os.ReadFile(filepath.Join("/proc/sys", s.path))
+		if err != nil {
+			return err
+		}
+		fmt.Fprint(b, s.path, "=", string(v))
+	}
+	return nil
+}
+
+// A namespace that ended before its pod was released is no obstacle.
+func TestReleaseOfADeadPod(t *testing.T) {
+	l := enrolled(t)
+	l.ui.closeListeners()
+	check(t, l.ui.ns.Close())
+	check(t, l.node.Do(func() error {
+		peer, err := netlink.LinkByIndex(l.ui.nodeIndex)
+		if err != nil {
+			return err
+		}
+		return netlink.LinkDel(peer)
+	}))
+	check(t, l.dp.Close())
+	l.open()
+	check(t, l.dp.Release("uid-ui"))
+	if s := must(l.dp.Enrolled()); len(s) != 1 {
+		t.Errorf("%+v", s)
+	}
+}
+
+func BenchmarkSocketInNamespace(b *testing.B) {
+	ns := must(netns.New())
+	defer ns.Close()
+	for b.Loop() {
+		unix.Close(must(ns.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)))
+	}
+}
