@@ -232,15 +232,24 @@ func (x *Index) Commit() *Update {
 	x.commitSources(b, u)
 	x.commitNamespaces(u)
 
-	clear(x.dirtyPolicies)
-	clear(x.dirtyHosts)
-	clear(x.dirtySources)
-	clear(x.dirtyNamespaces)
+	x.dirtyPolicies = emptied(x.dirtyPolicies)
+	x.dirtyHosts = emptied(x.dirtyHosts)
+	x.dirtySources = emptied(x.dirtySources)
+	x.dirtyNamespaces = emptied(x.dirtyNamespaces)
 	if b.Changed() {
 		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
 	}
 	u.Snapshot = x.snapshot
 	return u
+}
+
+// emptied clears a set. One that was large is dropped instead: clearing costs what a map once held.
+func emptied[K comparable](m map[K]struct{}) map[K]struct{} {
+	if len(m) > 64 {
+		return map[K]struct{}{}
+	}
+	clear(m)
+	return m
 }
 
 func (x *Index) commitPolicies(b *mesh.Builder, u *Update) {
