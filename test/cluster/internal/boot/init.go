@@ -98,8 +98,12 @@ func (p *initProcess) run(c plan.Process) error {
 	return nil
 }
 
+// patience is how long a step waits for the one before it. Whoever started the
+// cluster gives up earlier; a very slow machine still gets there.
+const patience = 15 * time.Minute
+
 // until polls f every 50 ms.
-func until(patience time.Duration, what string, f func() error) error {
+func until(what string, f func() error) error {
 	deadline := time.Now().Add(patience)
 	for {
 		err := f()

@@ -15,7 +15,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"github.com/warrenmesh/warren/test/cluster/internal/host"
 	"github.com/warrenmesh/warren/test/cluster/internal/kubeapi"
@@ -384,7 +383,7 @@ func copyFile(src, dst string) error {
 // other.
 func (m *machine) services() {
 	m.keep(m.c.Containerd())
-	err := until(time.Minute, "containerd", func() error {
+	err := until("containerd", func() error {
 		c, err := net.Dial("unix", plan.ContainerdSocket)
 		if err == nil {
 			c.Close()
@@ -397,7 +396,7 @@ func (m *machine) services() {
 	m.importImages()
 	api, err := kubeapi.New(plan.NodeMount+"/pki", m.c.APIAddr().String())
 	if err == nil {
-		err = until(2*time.Minute, "this node's object", func() error {
+		err = until("this node's object", func() error {
 			return api.Get(context.Background(), "/api/v1/nodes/"+m.n.Name, new(struct{}))
 		})
 	}

@@ -216,14 +216,14 @@ func (s *supervisor) controlPlane() {
 		if err != nil {
 			return err
 		}
-		if err := until(2*time.Minute, "the API server", func() error { return api.Ready(context.Background()) }); err != nil {
+		if err := until("the API server", func() error { return api.Ready(context.Background()) }); err != nil {
 			return err
 		}
 		s.keep(s.c.ControllerManager())
 		s.keep(s.c.Scheduler())
 		s.keep(s.c.CoreDNS())
 		for _, o := range s.c.Objects() {
-			err := until(time.Minute, "creation below "+o.Path, func() error {
+			err := until("creation below "+o.Path, func() error {
 				return api.Create(context.Background(), o.Path, o.Body)
 			})
 			if err != nil {
