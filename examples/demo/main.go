@@ -35,6 +35,7 @@ var commands = []command{
 	{"tcp-echo", "print both addresses of each connection on its first line, then echo", runEcho},
 	{"tcp-dial", "connect, print getsockname and getpeername, exchange a line", runDial},
 	{"tcp-greet", "a server that speaks first", runGreet},
+	{"tcp-hello", "wait for the server's greeting, answer, print both its lines", runHello},
 	{"tcp-halfclose", "send, shut down the sending side, then read to the end", runHalfClose},
 	{"tcp-storm", "open many connections and compare the addresses that each side saw", runStorm},
 	{"sleep", "do nothing until told to stop", runSleep},

@@ -84,6 +84,34 @@ func runGreet(ctx context.Context, args []string) error {
 	})
 }
 
+// runHello is the client of runGreet: it says nothing before it was greeted.
+func runHello(ctx context.Context, args []string) error {
+	if len(args) != 1 {
+		return errors.New("usage: demo tcp-hello HOST:PORT")
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "tcp", args[0])
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	deadline, _ := ctx.Deadline()
+	conn.SetDeadline(deadline)
+	r := bufio.NewReader(conn)
+	greeting, err := r.ReadString('\n')
+	if err != nil {
+		return fmt.Errorf("waiting for the greeting: %w", err)
+	}
+	if _, err := fmt.Fprintf(conn, "%s\n", marker); err != nil {
+		return err
+	}
+	answer, err := r.ReadString('\n')
+	fmt.Print(greeting, answer)
+	return err
+}
+
 // observation is what one connection looked like from both of its ends.
 type observation struct {
 	Dialled       string `json:"dialled"`

@@ -1,0 +1,133 @@
+package lab
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// Image is the demo's, which holds the TCP programs of the tests too.
+const Image = "ghcr.io/warrenmesh/warren/demo:dev"
+
+// PodSpec is a pod of one of the demo's programs.
+type PodSpec struct {
+	Namespace, Name string
+	Node            string // "" is any
+	Labels          map[string]string
+	Account         string         // service account, made with the pod; "" is default
+	Args            []string       // of /demo
+	Init            []string       // of /demo in an init container
+	Probes          map[string]any // merged into the container
+	Once            bool           // runs to its end
+	HostNetwork     bool
+	Port            int // 0: no Service
+	ServiceType     string
+	Headless        bool
+}
+
+type object = map[string]any
+
+// Run creates pods with their accounts and Services, and does not wait.
+func (l *Lab) Run(ctx context.Context, specs ...PodSpec) error {
+	var items []any
+	for _, s := range specs {
+		account := s.Account
+		if account == "" {
+			account = "default"
+		} else {
+			items = append(items, object{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": object{"name": account, "namespace": s.Namespace}})
+		}
+		labels := map[string]string{"app": s.Name}
+		for k, v := range s.Labels {
+			labels[k] = v
+		}
+		security := object{"allowPrivilegeEscalation": false, "capabilities": object{"drop": []string{"ALL"}},
+			"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": object{"type": "RuntimeDefault"}}
+		container := func(name string, args []string) object {
+			return object{"name": name, "image": Image, "imagePullPolicy": "IfNotPresent",
+				"command": append([]string{"/demo"}, args...), "securityContext": security}
+		}
+		main := container("demo", s.Args)
+		for k, v := range s.Probes {
+			main[k] = v
+		}
+		spec := object{"serviceAccountName": account, "terminationGracePeriodSeconds": 1, "containers": []any{main},
+			"hostNetwork": s.HostNetwork, "enableServiceLinks": false}
+		if s.Node != "" {
+			spec["nodeSelector"] = object{"kubernetes.io/hostname": s.Node}
+		}
+		if s.Init != nil {
+			spec["initContainers"] = []any{container("first", s.Init)}
+		}
+		if s.Once {
+			spec["restartPolicy"] = "Never"
+		}
+		items = append(items, object{"apiVersion": "v1", "kind": "Pod",
+			"metadata": object{"name": s.Name, "namespace": s.Namespace, "labels": labels}, "spec": spec})
+		if s.Port != 0 {
+			service := object{"selector": object{"app": s.Name}, "ipFamilyPolicy": "PreferDualStack",
+				"ports": []any{object{"name": "tcp", "port": s.Port, "targetPort": s.Port}}}
+			if s.ServiceType != "" {
+				service["type"] = s.ServiceType
+			}
+			if s.Headless {
+				service["clusterIP"] = "None"
+			}
+			items = append(items, object{"apiVersion": "v1", "kind": "Service",
+				"metadata": object{"name": s.Name, "namespace": s.Namespace}, "spec": service})
+		}
+	}
+	b, err := json.Marshal(object{"apiVersion": "v1", "kind": "List", "items": items})
+	if err != nil {
+		return err
+	}
+	return l.Apply(ctx, string(b))
+}
+
+// AwaitReady waits until every pod of the namespace is ready or has succeeded.
+func (l *Lab) AwaitReady(ctx context.Context, namespace string, limit time.Duration) error {
+	return Eventually(ctx, limit, func() error {
+		pods, err := l.Pods(ctx, namespace, "")
+		if err != nil {
+			return err
+		}
+		var wait []string
+		for _, p := range pods {
+			if !p.Ready && p.Phase != "Succeeded" {
+				wait = append(wait, p.Name+" is "+p.Phase)
+			}
+		}
+		if len(wait) > 0 {
+			return fmt.Errorf("not ready in %s: %s", namespace, strings.Join(wait, ", "))
+		}
+		return nil
+	})
+}
+
+// Pod reads one pod.
+func (l *Lab) Pod(ctx context.Context, namespace, name string) (Pod, error) {
+	pods, err := l.Pods(ctx, namespace, "")
+	if err != nil {
+		return Pod{}, err
+	}
+	for _, p := range pods {
+		if p.Name == name {
+			return p, nil
+		}
+	}
+	return Pod{}, fmt.Errorf("no pod %s/%s", namespace, name)
+}
+
+// NodeNames lists the nodes.
+func (l *Lab) NodeNames(ctx context.Context) ([]string, error) {
+	out, err := l.Kubectl(ctx, "get", "nodes", "-o", "jsonpath={.items[*].metadata.name}")
+	return strings.Fields(out), err
+}
+
+// ServiceAddrs returns a Service's cluster IPs.
+func (l *Lab) ServiceAddrs(ctx context.Context, namespace, name string) ([]string, error) {
+	out, err := l.Kubectl(ctx, "-n", namespace, "get", "service", name, "-o", "jsonpath={.spec.clusterIPs[*]}")
+	return strings.Fields(out), err
+}

@@ -1,0 +1,208 @@
+// Package e2e tests Warren as its users have it: the chart on a real Kubernetes of two nodes, pods that know
+// nothing of the mesh, and what can be seen from outside: addresses, logs, metrics, and the link between the
+// nodes.
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/cluster"
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+var (
+	mesh  *lab.Lab
+	nodes []string // names of two nodes
+	long  = flag.Bool("long", false, "the numbers of a soak instead of those of a check")
+)
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	fail := func(err error) int {
+		fmt.Fprintln(os.Stderr, "preparing the cluster:", err)
+		return 1
+	}
+	start := time.Now()
+	log := func(format string, args ...any) {
+		fmt.Fprintf(os.Stderr, "%6.1f s  %s\n", time.Since(start).Seconds(), fmt.Sprintf(format, args...))
+	}
+	_, attachErr := cluster.Attach("")
+	l, err := lab.Open(ctx, os.Getenv("WARREN_E2E_KUBECONFIG"), log)
+	if err != nil {
+		return fail(err)
+	}
+	mesh = l
+	if l.Cluster != nil {
+		if attachErr != nil { // we started it, we end it
+			defer func() {
+				if err := l.Cluster.Down(context.WithoutCancel(ctx)); err != nil {
+					fmt.Fprintln(os.Stderr, "ending the cluster:", err)
+				}
+			}()
+		}
+		if err := l.BuildImages(ctx); err != nil {
+			return fail(err)
+		}
+	}
+	if err := l.Install(ctx); err != nil {
+		return fail(err)
+	}
+	log("the chart is installed")
+	if nodes, err = l.NodeNames(ctx); err != nil {
+		return fail(err)
+	}
+	if len(nodes) < 2 {
+		return fail(fmt.Errorf("two nodes are needed, there is %v", nodes))
+	}
+	code := m.Run()
+	if err := writeResults(); err != nil {
+		return fail(err)
+	}
+	return code
+}
+
+// row is one line of results/<suite>.json.
+type row struct {
+	Name     string  `json:"name"`
+	Inputs   int     `json:"inputs"`
+	Failures int     `json:"failures"`
+	Figure   float64 `json:"figure"`
+	Unit     string  `json:"unit"`
+	Commit   string  `json:"commit"`
+}
+
+var (
+	resultsMu sync.Mutex
+	results   = map[string][]row{}
+)
+
+// record keeps a figure for results/<suite>.json.
+func record(suite, name string, inputs, failures int, figure float64, unit string) {
+	resultsMu.Lock()
+	defer resultsMu.Unlock()
+	results[suite] = append(results[suite], row{Name: name, Inputs: inputs, Failures: failures, Figure: figure, Unit: unit})
+}
+
+// writeResults replaces, in each suite's file, the rows that this run has measured.
+func writeResults() error {
+	commit := "unknown"
+	if out, err := exec.Command("git", "-C", mesh.Root(), "rev-parse", "--short", "HEAD").Output(); err == nil {
+		commit = strings.TrimSpace(string(out))
+	}
+	dir := filepath.Join(mesh.Root(), "results")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	for suite, rows := range results {
+		file := filepath.Join(dir, suite+".json")
+		var all []row
+		if b, err := os.ReadFile(file); err == nil {
+			if err := json.Unmarshal(b, &all); err != nil {
+				return fmt.Errorf("%s: %w", file, err)
+			}
+		}
+	next:
+		for _, r := range rows {
+			r.Commit = commit
+			for i := range all {
+				if all[i].Name == r.Name {
+					all[i] = r
+					continue next
+				}
+			}
+			all = append(all, r)
+		}
+		b, err := json.MarshalIndent(all, "", "  ")
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(file, append(b, '\n'), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// namespace makes a namespace for one test, in the mesh or not, and removes it in the end.
+func namespace(t *testing.T, name string, labels ...string) string {
+	t.Helper()
+	ctx := t.Context()
+	must(t, deleteNamespace(ctx, name))
+	if _, err := mesh.Kubectl(ctx, "create", "namespace", name); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(ctx)
+		if t.Failed() {
+			t.Log(mesh.Diagnose(ctx))
+		}
+		if _, err := mesh.Kubectl(ctx, "delete", "namespace", name, "--wait=false"); err != nil {
+			t.Error(err)
+		}
+	})
+	for _, label := range labels {
+		if _, err := mesh.Kubectl(ctx, "label", "namespace", name, label); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return name
+}
+
+func deleteNamespace(ctx context.Context, name string) error {
+	_, err := mesh.Kubectl(ctx, "delete", "namespace", name, "--ignore-not-found", "--wait", "--timeout=60s")
+	return err
+}
+
+const ambient = lab.Label + "=ambient"
+
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// pod reads a pod that has to be there.
+func pod(t *testing.T, namespace, name string) lab.Pod {
+	t.Helper()
+	p, err := mesh.Pod(t.Context(), namespace, name)
+	must(t, err)
+	return p
+}
+
+// ownCluster skips a test that does what only our own cluster lets us do.
+func ownCluster(t *testing.T) {
+	t.Helper()
+	if mesh.Cluster == nil {
+		t.Skip("needs the cluster that this suite starts itself")
+	}
+}
+
+// strict makes a namespace refuse everything that is not mutual TLS.
+func strict(t *testing.T, namespace string) {
+	t.Helper()
+	must(t, mesh.Apply(t.Context(), fmt.Sprintf(`
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: %s}
+spec: {mtls: {mode: STRICT}}
+`, namespace)))
+}
