@@ -109,7 +109,7 @@ func (a *app) root() *cobra.Command {
 	f.StringVar(&a.context, "context", "", "context of the kubeconfig")
 	f.StringVarP(&a.output, "output", "o", "table", "table, json or yaml")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
-	root.AddCommand(a.checkCommand(), a.statusCommand(), a.nodeConfigCommand(), a.versionCommand())
+	root.AddCommand(a.checkCommand(), a.statusCommand(), a.nodeConfigCommand(), a.versionCommand(), a.cleanCommand())
 	return root
 }
 

@@ -188,3 +188,18 @@ func TestKernelVersions(t *testing.T) {
 		}
 	}
 }
+
+// The cleaner is the agent with another argument, or it would not find what the agent left.
+func TestCleanerIsTheAgentToldToUninstall(t *testing.T) {
+	agent := &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "warren-node"}}
+	agent.Spec.Template.Spec = corev1.PodSpec{HostPID: true, Containers: []corev1.Container{{
+		Name: "node-agent", Image: "x", Env: []corev1.EnvVar{{Name: "A", Value: "b"}}, ReadinessProbe: &corev1.Probe{}}}}
+	c := cleaner(agent).Spec.Template.Spec
+	if len(c.InitContainers) != 1 || len(c.InitContainers[0].Args) != 1 || c.InitContainers[0].Args[0] != "uninstall" ||
+		len(c.InitContainers[0].Env) != 1 || c.InitContainers[0].ReadinessProbe != nil || !c.HostPID {
+		t.Errorf("%+v", c)
+	}
+	if agent.Spec.Template.Spec.InitContainers != nil || agent.Spec.Template.Spec.Containers[0].Name != "node-agent" {
+		t.Error("the agent's own template was changed")
+	}
+}

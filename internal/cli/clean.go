@@ -1,0 +1,147 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+)
+
+// cleanName is the DaemonSet that cleans the nodes, and its pods' label.
+const cleanName = "warren-uninstall"
+
+// cleanCommand is what the chart runs before it is uninstalled. Capture outlives the agent on purpose, so
+// somebody has to say that it is to end.
+func (a *app) cleanCommand() *cobra.Command {
+	limit := 90 * time.Second
+	cmd := &cobra.Command{
+		Use: "clean-nodes", Hidden: true, Short: "Stop the node agents and take everything of theirs off the nodes",
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.connect(a)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), limit)
+			defer cancel()
+			return a.clean(ctx, c)
+		},
+	}
+	cmd.Flags().DurationVar(&limit, "timeout", limit, "give up after this long")
+	return cmd
+}
+
+func (a *app) clean(ctx context.Context, c *conn) error {
+	sets := c.AppsV1().DaemonSets(a.namespace)
+	list, err := sets.List(ctx, metav1.ListOptions{LabelSelector: agentSelector})
+	if err != nil {
+		return fmt.Errorf("finding the node agents: %w", err)
+	}
+	if len(list.Items) == 0 {
+		fmt.Fprintln(a.env.Out, "no node agents in "+a.namespace+", nothing to clean")
+		return nil
+	}
+	agent := list.Items[0]
+	if err := sets.Delete(ctx, agent.Name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("deleting DaemonSet %s: %w", agent.Name, err)
+	}
+	// An agent that still runs would capture again what is released.
+	if err := a.poll(ctx, "waiting for the agents to end", func() (string, error) {
+		pods, err := c.CoreV1().Pods(a.namespace).List(ctx, metav1.ListOptions{LabelSelector: agentSelector})
+		if err != nil || len(pods.Items) == 0 {
+			return "", err
+		}
+		return plural(len(pods.Items), "agent") + " still running", nil
+	}); err != nil {
+		return err
+	}
+	if _, err := sets.Create(ctx, cleaner(&agent), metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+		return fmt.Errorf("creating DaemonSet %s: %w", cleanName, err)
+	}
+	defer func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
+		defer cancel()
+		if err := sets.Delete(ctx, cleanName, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+			fmt.Fprintf(a.env.Err, "deleting DaemonSet %s: %v\n", cleanName, err)
+		}
+	}()
+	return a.poll(ctx, "waiting for the nodes to be clean", func() (string, error) {
+		ds, err := sets.Get(ctx, cleanName, metav1.GetOptions{})
+		if err != nil {
+			return "", err
+		}
+		pods, err := c.CoreV1().Pods(a.namespace).List(ctx, metav1.ListOptions{LabelSelector: "app=" + cleanName})
+		if err != nil {
+			return "", err
+		}
+		var dirty []string
+		for i := range pods.Items {
+			if !cleaned(&pods.Items[i]) {
+				dirty = append(dirty, pods.Items[i].Spec.NodeName)
+			}
+		}
+		switch {
+		case ds.Status.ObservedGeneration == 0 || len(pods.Items) < int(ds.Status.DesiredNumberScheduled):
+			return "not every node has been visited", nil
+		case len(dirty) > 0:
+			slices.Sort(dirty)
+			return "not clean yet: " + strings.Join(dirty, ", "), nil
+		}
+		fmt.Fprintf(a.env.Out, "%s clean\n", plural(len(pods.Items), "node"))
+		return "", nil
+	})
+}
+
+// poll calls f until it has nothing left to say.
+func (a *app) poll(ctx context.Context, what string, f func() (string, error)) error {
+	for {
+		left, err := f()
+		if err == nil && left == "" {
+			return nil
+		}
+		if err != nil {
+			left = err.Error()
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %s; on a node that is gone for good nothing is lost: run this again without it", what, left)
+		case <-time.After(250 * time.Millisecond):
+		}
+	}
+}
+
+func cleaned(p *corev1.Pod) bool {
+	return slices.ContainsFunc(p.Status.InitContainerStatuses, func(s corev1.ContainerStatus) bool {
+		return s.State.Terminated != nil && s.State.Terminated.ExitCode == 0
+	})
+}
+
+// cleaner is the agent's DaemonSet with the agent told to uninstall.
+func cleaner(agent *appsv1.DaemonSet) *appsv1.DaemonSet {
+	t := *agent.Spec.Template.DeepCopy()
+	labels := map[string]string{"app": cleanName, "app.kubernetes.io/part-of": "warren", modeLabel: "none"}
+	t.ObjectMeta = metav1.ObjectMeta{Labels: labels}
+	work := t.Spec.Containers[0]
+	work.Name, work.Args = "uninstall", []string{"uninstall"}
+	work.ReadinessProbe, work.LivenessProbe, work.StartupProbe = nil, nil, nil
+	t.Spec.InitContainers = []corev1.Container{work}
+	// A DaemonSet's pods cannot end: once clean, they do something harmless until they are deleted.
+	idle := corev1.Container{Name: "done", Image: work.Image, ImagePullPolicy: work.ImagePullPolicy, Args: []string{"version"}}
+	t.Spec.Containers = []corev1.Container{idle}
+	grace := int64(1)
+	t.Spec.TerminationGracePeriodSeconds = &grace
+	return &appsv1.DaemonSet{
+		ObjectMeta: metav1.ObjectMeta{Namespace: agent.Namespace, Name: cleanName, Labels: labels},
+		Spec: appsv1.DaemonSetSpec{
+			Selector: &metav1.LabelSelector{MatchLabels: map[string]string{"app": cleanName}},
+			Template: t,
+		},
+	}
+}

@@ -1,0 +1,253 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// killAgent kills the agent of a node outright. The kubelet starts another.
+func killAgent(ctx context.Context, node string) error {
+	n, err := mesh.Cluster.Node(node)
+	if err != nil {
+		return err
+	}
+	out, err := n.Exec(ctx, "sh", "-c", `for p in /proc/[0-9]*; do [ "$(cat $p/comm 2>/dev/null)" = node-agent ] && echo ${p#/proc/}; done; true`)
+	if err != nil {
+		return err
+	}
+	pids := strings.Fields(out)
+	if len(pids) == 0 {
+		return fmt.Errorf("no agent runs on %s", node)
+	}
+	for _, p := range pids {
+		if _, err := n.Exec(ctx, "sh", "-c", "kill -9 "+p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// agentReady waits for the node's agent.
+func agentReady(ctx context.Context, node string) error {
+	return lab.Eventually(ctx, 90*time.Second, func() error {
+		pods, err := mesh.Pods(ctx, lab.Namespace, lab.NodeApp)
+		if err != nil {
+			return err
+		}
+		for _, p := range pods {
+			if p.Node == node && p.Ready && !p.Terminating {
+				return nil
+			}
+		}
+		return fmt.Errorf("the agent on %s is not ready", node)
+	})
+}
+
+// New connections wait while an agent is away, killed or replaced: none is refused and none goes in clear.
+func TestAgentsEndIsNotSeenByNewConnections(t *testing.T) {
+	ownCluster(t)
+	ns := pair(t, "e2e-kill")
+	strict(t, ns)
+	target := net.JoinHostPort(pod(t, ns, "far").IP, "9000")
+	n := 4000
+	if *long {
+		n = 100000
+	}
+	for name, end := range map[string]func() error{
+		"kill -9 at the client":    func() error { return killAgent(t.Context(), nodes[0]) },
+		"kill -9 at the server":    func() error { return killAgent(t.Context(), nodes[1]) },
+		"replacement (maxSurge 1)": func() error { return restartAgents(t.Context()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			stop, err := mesh.Watch(t.Context())
+			must(t, err)
+			ended := make(chan error, 1)
+			go func() {
+				time.Sleep(500 * time.Millisecond)
+				ended <- end()
+			}()
+			out, err := mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-storm", "-n", strconv.Itoa(n), "-c", "4", "-timeout", "60s", target)
+			must(t, <-ended)
+			w, e := stop()
+			must(t, e)
+			failed := 0
+			if err != nil {
+				failed = 1
+				t.Errorf("%v: %s", err, out)
+			}
+			if w.Clear > 0 {
+				failed++
+				t.Errorf("%+v", w)
+			}
+			record("agent-kills", name, n, failed, float64(w.Clear), "clear frames")
+			for _, node := range nodes[:2] {
+				must(t, agentReady(t.Context(), node))
+			}
+		})
+	}
+}
+
+func restartAgents(ctx context.Context) error {
+	if _, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "rollout", "restart", "ds/warren-node"); err != nil {
+		return err
+	}
+	return mesh.Rollout(ctx, lab.Namespace, "ds/warren-node")
+}
+
+// Pods that start while agents are killed at random moments run captured or wait; none speaks in clear.
+func TestPodStartsWhileAgentsDie(t *testing.T) {
+	ownCluster(t)
+	ns := pair(t, "e2e-starts")
+	strict(t, ns)
+	total := 50
+	if *long {
+		total = 1000
+	}
+	stop, err := mesh.Watch(t.Context())
+	must(t, err)
+	ctx, cancel := context.WithCancel(t.Context())
+	killed := make(chan int)
+	go func() {
+		n := 0
+		for ctx.Err() == nil {
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Duration(rand.N(8000)) * time.Millisecond):
+				if killAgent(ctx, nodes[rand.N(2)]) == nil {
+					n++
+				}
+			}
+		}
+		killed <- n
+	}()
+	notRun := 0
+	for done := 0; done < total; {
+		batch := min(10, total-done)
+		var specs []lab.PodSpec
+		for i := range batch {
+			specs = append(specs, lab.PodSpec{Namespace: ns, Name: fmt.Sprintf("start-%d", done+i), Node: nodes[i%2], Once: true,
+				Init: []string{"tcp-dial", "-timeout", "60s", "far:9000"}, Args: []string{"tcp-dial", "-timeout", "60s", "far:9000"}})
+		}
+		must(t, mesh.Run(ctx, specs...))
+		err := lab.Eventually(ctx, 3*time.Minute, func() error {
+			pods, err := mesh.Pods(ctx, ns, "")
+			if err != nil {
+				return err
+			}
+			ended := 0
+			for _, p := range pods {
+				if strings.HasPrefix(p.Name, "start-") && (p.Phase == "Succeeded" || p.Phase == "Failed") {
+					ended++
+				}
+			}
+			if ended < batch {
+				return fmt.Errorf("%d of %d pods have ended", ended, batch)
+			}
+			return nil
+		})
+		must(t, err)
+		pods, err := mesh.Pods(ctx, ns, "")
+		must(t, err)
+		for _, p := range pods {
+			if strings.HasPrefix(p.Name, "start-") && p.Phase == "Failed" {
+				notRun++
+				logs, _ := mesh.Kubectl(ctx, "-n", ns, "logs", p.Name, "--all-containers")
+				t.Logf("%s failed: %s", p.Name, logs)
+			}
+		}
+		_, err = mesh.Kubectl(ctx, "-n", ns, "delete", "pods", "--field-selector=status.phase!=Running", "--wait=true")
+		must(t, err)
+		done += batch
+	}
+	cancel()
+	n := <-killed
+	w, err := stop()
+	must(t, err)
+	record("pod-starts", "agents killed at random", total, notRun, float64(w.Clear), "clear frames")
+	t.Logf("%d pods, %d kills, %+v", total, n, w)
+	if w.Clear > 0 || w.Dropped > 0 {
+		t.Errorf("%+v", w)
+	}
+	if notRun > 0 {
+		t.Errorf("%d of %d pods failed", notRun, total)
+	}
+	for _, node := range nodes[:2] {
+		must(t, agentReady(t.Context(), node))
+	}
+}
+
+// A pod of an enrolled namespace waits for an agent that is not there.
+func TestPodsWaitForTheAgent(t *testing.T) {
+	ownCluster(t)
+	ns := namespace(t, "e2e-wait", ambient)
+	free := namespace(t, "e2e-wait-free")
+	time.Sleep(2 * time.Second) // the agents hear of the namespaces
+	// No agent can be scheduled while the DaemonSet wants a node that does not exist.
+	patch := func(p string) {
+		_, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "patch", "ds/warren-node", "--type=merge", "-p", p)
+		must(t, err)
+	}
+	patch(`{"spec":{"template":{"spec":{"nodeSelector":{"nowhere":"true"}}}}}`)
+	t.Cleanup(func() {
+		patch(`{"spec":{"template":{"spec":{"nodeSelector":{"nowhere":null}}}}}`)
+		for _, n := range nodes[:2] {
+			if err := agentReady(context.WithoutCancel(t.Context()), n); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+		pods, err := mesh.Pods(t.Context(), lab.Namespace, lab.NodeApp)
+		if err == nil && len(pods) > 0 {
+			err = fmt.Errorf("%d agents still run", len(pods))
+		}
+		return err
+	}))
+	must(t, mesh.Run(t.Context(), lab.PodSpec{Namespace: ns, Name: "waits", Node: nodes[0], Args: []string{"sleep"}},
+		lab.PodSpec{Namespace: free, Name: "starts", Node: nodes[0], Args: []string{"sleep"}}))
+	must(t, mesh.AwaitReady(t.Context(), free, time.Minute))
+	time.Sleep(5 * time.Second)
+	if p := pod(t, ns, "waits"); p.Phase != "Pending" {
+		t.Errorf("a pod of an enrolled namespace is %s without an agent", p.Phase)
+	}
+	patch(`{"spec":{"template":{"spec":{"nodeSelector":{"nowhere":null}}}}}`)
+	must(t, mesh.AwaitReady(t.Context(), ns, 2*time.Minute))
+	if p := pod(t, ns, "waits"); p.Redirection() != "enabled" {
+		t.Errorf("it then runs with redirection=%q", p.Redirection())
+	}
+}
+
+// After a power cut no enrolled pod of the node runs uncaptured.
+func TestReboot(t *testing.T) {
+	ownCluster(t)
+	ns := pair(t, "e2e-reboot")
+	strict(t, ns)
+	must(t, mesh.Run(t.Context(), lab.PodSpec{Namespace: ns, Name: "talker", Node: nodes[1], Labels: map[string]string{"talks": "yes"},
+		Args: []string{"load", "-url", "http://near:9000/", "-every", "50ms"}}))
+	must(t, mesh.AwaitReady(t.Context(), ns, time.Minute))
+	stop, err := mesh.Watch(t.Context())
+	must(t, err)
+	n, err := mesh.Cluster.Node(nodes[1])
+	must(t, err)
+	must(t, n.Reboot(t.Context()))
+	must(t, mesh.Cluster.WaitReady(t.Context()))
+	must(t, agentReady(t.Context(), nodes[1]))
+	must(t, lab.Eventually(t.Context(), 2*time.Minute, func() error {
+		_, err := mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-dial", "-timeout", "3s", "far:9000")
+		return err
+	}))
+	w, err := stop()
+	must(t, err)
+	record("clear-packets", "reboot of a node", int(w.Frames), int(w.Clear), float64(w.Tunnel), "tunnel frames")
+	if w.Clear > 0 {
+		t.Errorf("%+v", w)
+	}
+}
