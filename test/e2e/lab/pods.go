@@ -17,8 +17,9 @@ type PodSpec struct {
 	Node            string // "" is any
 	Labels          map[string]string
 	Account         string         // service account, made with the pod; "" is default
-	Args            []string       // of /demo
-	Init            []string       // of /demo in an init container
+	Program         string         // of the image; "" is /demo
+	Args            []string       // of the program
+	Init            []string       // of the program in an init container
 	Probes          map[string]any // merged into the container
 	Once            bool           // runs to its end
 	HostNetwork     bool
@@ -45,9 +46,13 @@ func (l *Lab) Run(ctx context.Context, specs ...PodSpec) error {
 		}
 		security := object{"allowPrivilegeEscalation": false, "capabilities": object{"drop": []string{"ALL"}},
 			"runAsNonRoot": true, "runAsUser": 65532, "seccompProfile": object{"type": "RuntimeDefault"}}
+		program := s.Program
+		if program == "" {
+			program = "/demo"
+		}
 		container := func(name string, args []string) object {
 			return object{"name": name, "image": Image, "imagePullPolicy": "IfNotPresent",
-				"command": append([]string{"/demo"}, args...), "securityContext": security}
+				"command": append([]string{program}, args...), "securityContext": security}
 		}
 		main := container("demo", s.Args)
 		for k, v := range s.Probes {
