@@ -201,7 +201,7 @@ func uidOf(p *bpf.MeshPod) string {
 	return unix.ByteSliceToString(p.Uid[:])
 }
 
-// Close gives the lock back. Programs, links and pins stay: pods remain captured.
+// Close gives the lock back. Programs, links and pins stay: pods remain captured. Nothing may be dialled any more.
 func (d *Datapath) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()

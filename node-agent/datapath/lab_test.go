@@ -88,14 +88,16 @@ func newLab(t *testing.T) *lab {
 	t.Cleanup(func() { unix.Unmount(bpffs, unix.MNT_DETACH) })
 	l.cfg = Config{Dir: filepath.Join(bpffs, "warren"), CgroupRoot: l.root, Node: l.node}
 	l.open()
+	t.Cleanup(l.agents.Wait)
 	t.Cleanup(func() {
 		if t.Failed() {
 			l.describe()
 		}
+		l.up.Lock()
+		defer l.up.Unlock()
 		l.dp.Close()
 		check(t, Uninstall(context.Background(), l.cfg))
 		l.conns.reset()
-		l.agents.Wait()
 	})
 	return l
 }

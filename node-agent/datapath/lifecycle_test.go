@@ -76,6 +76,9 @@ func TestRestartOpensNoGap(t *testing.T) {
 	l := enrolled(t)
 	load := l.ui.load(netip.AddrPortFrom(vip4, servicePort), clientIsSeen)
 	restarts := 20
+	if testing.Short() {
+		restarts = 5
+	}
 	for range restarts {
 		l.up.Lock()
 		check(t, l.dp.Close())

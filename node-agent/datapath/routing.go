@@ -17,7 +17,7 @@ import (
 //	ip rule add pref 1337 fwmark 0x539 lookup 1337
 //	ip route add local default dev eth0 src POD-IP table 1337
 //
-// and three sysctls. The route is on eth0, not lo: local delivery goes over lo either way, and so it also holds
+// and four sysctls. The route is on eth0, not lo: local delivery goes over lo either way, and so it also holds
 // for a socket that is bound to eth0 (SO_BINDTODEVICE), which a route on lo would not match. src: without it a
 // local route takes the destination for the source. The rule comes after the local table, so that the pod's
 // own addresses stay what they are.
@@ -25,13 +25,18 @@ import (
 // tcp_fwmark_accept hands the mark of the agent's SYN to the socket that the application accepts, so that its
 // answers stay in the pod. fwmark_reflect does the same for answers that have no socket: without it the RST of
 // a closed port leaves for the real client, and the agent's dial times out instead of being refused.
+//
+// tcp_tw_reuse lets the inbound leg have a client's port again that it had less than a minute ago: the client has
+// it from its own kernel, which is done with it a little before the agent's socket is.
 var sysctls = []struct {
-	family int
-	path   string
+	family  int // 0: both
+	path    string
+	on, off string
 }{
-	{netlink.FAMILY_V4, "net/ipv4/tcp_fwmark_accept"},
-	{netlink.FAMILY_V4, "net/ipv4/fwmark_reflect"},
-	{netlink.FAMILY_V6, "net/ipv6/fwmark_reflect"},
+	{0, "net/ipv4/tcp_fwmark_accept", "1", "0"},
+	{netlink.FAMILY_V4, "net/ipv4/fwmark_reflect", "1", "0"},
+	{netlink.FAMILY_V6, "net/ipv6/fwmark_reflect", "1", "0"},
+	{0, "net/ipv4/tcp_tw_reuse", "1", "2"},
 }
 
 // families calls f for each family the pod has, with the route's source.
@@ -50,10 +55,10 @@ func (w wiring) families(f func(family int, src netip.Addr) error) error {
 // setRouting runs in the pod's namespace. While nothing is marked none of it has an effect.
 func (d *Datapath) setRouting(w wiring) error {
 	for _, s := range sysctls {
-		if s.path != sysctls[0].path && !w.has(s.family) {
+		if s.family != 0 && !w.has(s.family) {
 			continue
 		}
-		if err := writeSysctl(d.cfg.Proc, s.path, "1"); err != nil {
+		if err := writeSysctl(d.cfg.Proc, s.path, s.on); err != nil {
 			return err
 		}
 	}
@@ -125,7 +130,7 @@ func clearRouting(proc string) error {
 		}
 	}
 	for _, s := range sysctls {
-		if err := writeSysctl(proc, s.path, "0"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		if err := writeSysctl(proc, s.path, s.off); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}
 	}
