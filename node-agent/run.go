@@ -111,10 +111,11 @@ func Run(ctx context.Context, cfg Config) error {
 	<-enrolled
 	grace, cancel := context.WithTimeout(background, cfg.Grace)
 	defer cancel()
-	if e := a.datapath.Close(); e != nil {
-		log.Warn("closing the datapath", "error", e)
+	// From here on a successor may write; what is open still needs sockets of its own.
+	if e := a.datapath.Yield(); e != nil {
+		log.Warn("giving up the datapath", "error", e)
 	}
-	return errors.Join(err, a.proxy.Close(grace))
+	return errors.Join(err, a.proxy.Close(grace), a.datapath.Close())
 }
 
 // build puts the parts together, from what does not need the others to what does.

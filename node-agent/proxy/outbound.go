@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"strings"
+	"time"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/node-agent/hbone"
@@ -98,22 +99,45 @@ func (h *PodHandle) connect(ctx context.Context, req Request) (net.Conn, hop, Re
 	var tried []string
 	for attempt := 1; ; attempt++ {
 		up, via, err := h.execute(ctx, req)
-		if err == nil || ctx.Err() != nil || !another(req.Route, err) {
+		if err == nil || ctx.Err() != nil {
 			return up, via, req, err
 		}
-		tried = append(tried, req.Route.Workload.UID)
+		again, other := interrupted(err), another(req.Route, err)
+		if !again && !other {
+			return nil, via, req, err
+		}
 		if attempt == h.p.cfg.Attempts {
 			h.p.metrics.failover(false)
 			return nil, via, req, err
 		}
-		next, none := h.decide(req.Src, req.Dst, tried)
-		if none != nil {
+		if other {
+			tried = append(tried, req.Route.Workload.UID)
+			next, none := h.decide(req.Src, req.Dst, tried)
+			if none == nil {
+				h.p.metrics.failover(true)
+				req = next
+				continue
+			}
+		}
+		if !again {
 			h.p.metrics.failover(false)
 			return nil, via, req, err // the first failure says more than that nothing else is there
 		}
+		// The peer's agent is being replaced: its successor has the same listener.
 		h.p.metrics.failover(true)
-		req = next
+		select {
+		case <-ctx.Done():
+			return nil, via, req, err
+		case <-time.After(time.Duration(attempt) * 20 * time.Millisecond):
+		}
 	}
+}
+
+// interrupted reports whether the tunnel ended under a request that nobody had answered: the same endpoint may
+// be tried again.
+func interrupted(err error) bool {
+	var open *hbone.OpenError
+	return errors.As(err, &open) && open.Status == 0 && outcomeOf(err, PeerUnreachable) == TunnelFailed
 }
 
 // another reports whether another endpoint may be tried after err: where the application chose a Service and
