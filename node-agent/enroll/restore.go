@@ -92,8 +92,8 @@ func (r *Registry) restore(items []holder.Item) {
 	}
 }
 
-// restorePod takes the item's files. The pod is Pending until the kernel has confirmed it, which the first
-// reconciliation asks for; the kernel goes on capturing meanwhile, as its links are pinned.
+// restorePod takes the item's files. A captured pod stays Enabled: its links are pinned and the kernel goes on
+// capturing. The first reconciliation asks the kernel and reports what it finds.
 func (r *Registry) restorePod(it *holder.Item) (err error) {
 	p := &pod{uid: it.Key.Name}
 	defer func() {
@@ -127,7 +127,13 @@ func (r *Registry) restorePod(it *holder.Item) (err error) {
 	}
 	ns.Close()
 	p.local, p.containerID, p.nsPath = rec.Pod, rec.ContainerID, rec.NetNSPath
-	p.status = PodStatus{UID: p.uid, Namespace: rec.Pod.Namespace, Name: rec.Pod.Name, Redirection: Pending, Reason: "the agent has restarted", OpenConnections: rec.Open, Since: time.Now()}
+	p.status = PodStatus{UID: p.uid, Namespace: rec.Pod.Namespace, Name: rec.Pod.Name, OpenConnections: rec.Open, Since: time.Now()}
+	if rec.Captured {
+		// Saying less would have every other node send to the pod in clear for a moment.
+		p.status.Redirection = Enabled
+	} else {
+		p.status.Redirection, p.status.Reason = Pending, "the agent has restarted"
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.pods[p.uid] = p
