@@ -27,26 +27,31 @@ func (cp *controlPlane) lead(ctx context.Context) error {
 		return fmt.Errorf("leader election: %w", err)
 	}
 	for ctx.Err() == nil { // an election ends with the loss of the lease; there is always another
-		var work sync.Mutex // held while leading: the elector starts the work on a goroutine of its own
+		// The elector says on a goroutine of its own that this replica won; the work is done on one that ends here.
+		won, over := make(chan context.Context, 1), make(chan struct{})
 		elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
 			Lock: lock, LeaseDuration: 15 * time.Second, RenewDeadline: 10 * time.Second, RetryPeriod: 2 * time.Second,
 			ReleaseOnCancel: true, Name: leaseName,
 			Callbacks: leaderelection.LeaderCallbacks{
-				OnStartedLeading: func(ctx context.Context) {
-					work.Lock()
-					defer work.Unlock()
-					cp.cfg.Log.Info("this replica leads", "identity", cp.cfg.PodName)
-					cp.leaderWork(ctx)
-				},
+				OnStartedLeading: func(ctx context.Context) { won <- ctx },
 				OnStoppedLeading: func() {},
 			},
 		})
 		if err != nil {
 			return fmt.Errorf("leader election: %w", err)
 		}
+		var work sync.WaitGroup
+		work.Go(func() {
+			select {
+			case leading := <-won:
+				cp.cfg.Log.Info("this replica leads", "identity", cp.cfg.PodName)
+				cp.leaderWork(leading)
+			case <-over:
+			}
+		})
 		elector.Run(ctx)
-		work.Lock()
-		work.Unlock()
+		close(over)
+		work.Wait()
 	}
 	return nil
 }

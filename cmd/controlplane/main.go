@@ -70,11 +70,11 @@ func connect() (controlplane.Clients, error) {
 	restConfig.QPS, restConfig.Burst = 80, 160
 	kube, err := kubernetes.NewForConfig(restConfig)
 	if err != nil {
-		return controlplane.Clients{}, fmt.Errorf("Kubernetes client: %w", err)
+		return controlplane.Clients{}, fmt.Errorf("make a client of Kubernetes: %w", err)
 	}
 	istioClient, err := istio.NewForConfig(restConfig)
 	if err != nil {
-		return controlplane.Clients{}, fmt.Errorf("Istio client: %w", err)
+		return controlplane.Clients{}, fmt.Errorf("make a client of Istio's resources: %w", err)
 	}
 	return controlplane.Clients{Kube: kube, Istio: istioClient}, nil
 }

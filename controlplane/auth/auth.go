@@ -97,14 +97,15 @@ func (a *Authenticator) Authenticate(ctx context.Context) (*Caller, error) {
 
 func bearer(ctx context.Context) (string, error) {
 	md, _ := metadata.FromIncomingContext(ctx)
-	for _, v := range md.Get("authorization") {
-		scheme, token, ok := strings.Cut(v, " ")
-		if !ok || !strings.EqualFold(scheme, "bearer") || token == "" {
-			return "", refuse("authorization metadata is not \"Bearer TOKEN\"")
-		}
-		return token, nil
+	values := md.Get("authorization")
+	if len(values) == 0 {
+		return "", nil
 	}
-	return "", nil
+	scheme, token, ok := strings.Cut(values[0], " ")
+	if !ok || !strings.EqualFold(scheme, "bearer") || token == "" || len(values) > 1 {
+		return "", refuse("authorization metadata is not one \"Bearer TOKEN\"")
+	}
+	return token, nil
 }
 
 func (a *Authenticator) byToken(ctx context.Context, token string) (*Caller, error) {

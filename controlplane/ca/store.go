@@ -50,7 +50,7 @@ func (k *Keys) Load(ctx context.Context) (*Signer, error) {
 	if err == nil && len(have.Data[fileCert]) > 0 {
 		s, err := NewSigner(have.Data[fileCert], have.Data[fileKey], have.Data[fileChain], have.Data[fileRoot])
 		if err != nil {
-			return nil, fmt.Errorf("Secret %s/%s: %w", k.Namespace, pluggedInName, err)
+			return nil, fmt.Errorf("signing key of Secret %s/%s: %w", k.Namespace, pluggedInName, err)
 		}
 		return s, nil
 	}
@@ -67,7 +67,7 @@ func (k *Keys) Load(ctx context.Context) (*Signer, error) {
 	}
 	s, err := NewSigner(have.Data[fileCert], have.Data[fileKey], have.Data[fileChain], have.Data[fileRoot])
 	if err != nil {
-		return nil, fmt.Errorf("Secret %s/%s: %w; repair it, or delete it to have a new root made", k.Namespace, secretName, err)
+		return nil, fmt.Errorf("signing key of Secret %s/%s: %w; repair it, or delete it to have a new root made", k.Namespace, secretName, err)
 	}
 	return s, nil
 }
