@@ -137,12 +137,13 @@ type loadReport struct {
 	Held        int            // connections that stayed open, an echo on each every 100 ms
 	HeldLost    int            // ended by an error
 	HeldHung    int            // no echo within the timeout and no error
+	HeldEnds    []int64        // when held connections were lost, in ms since 1970
 	Examples    []string       // of errors
 }
 
 func load(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("load", flag.ContinueOnError)
-	rate := fs.Int("rate", 200, "new connections a second")
+	rate := fs.Int("rate", 200, "new connections a second; 0 only holds")
 	total := fs.Int("n", 0, "stop after this many; 0 means -for")
 	dur := fs.Duration("for", 10*time.Second, "how long")
 	hold := fs.Int("hold", 0, "connections that stay open meanwhile")
@@ -204,6 +205,7 @@ func load(ctx context.Context, args []string) error {
 				} else {
 					r.HeldLost++
 				}
+				r.HeldEnds = append(r.HeldEnds, time.Now().UnixMilli())
 				note("held: " + err.Error())
 			}
 		})
@@ -212,7 +214,9 @@ func load(ctx context.Context, args []string) error {
 	next := time.NewTicker(time.Second / time.Duration(cmp.Or(*rate, 1)))
 	defer next.Stop()
 	for n := 0; ctx.Err() == nil && (*total > 0 && n < *total || *total == 0 && time.Since(start) < *dur); n++ {
-		wg.Go(one)
+		if *rate > 0 {
+			wg.Go(one)
+		}
 		<-next.C
 	}
 	wg.Wait()

@@ -9,6 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -349,7 +350,7 @@ func (p peer) bound(ctx context.Context) (string, error) {
 	}
 	own := probe.LocalAddr().(*net.TCPAddr)
 	probe.Close()
-	own.Port = 23456
+	own.Port = 20000 + rand.N(8000)
 	d := net.Dialer{LocalAddr: own}
 	c, err := d.DialContext(ctx, "tcp", p.at(portEcho))
 	if err != nil {
