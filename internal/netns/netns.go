@@ -57,23 +57,22 @@ func Current() (*Handle, error) { return Open("/proc/thread-self/ns/net") }
 
 // New makes an empty namespace. It lasts as long as the handle, or something in it, does.
 func New() (*Handle, error) {
-	type made struct {
-		h   *Handle
-		err error
+	own, err := Current()
+	if err != nil {
+		return nil, err
 	}
-	ch := make(chan made)
-	go func() {
-		// The thread belongs to the new namespace and is never unlocked: it ends with this goroutine.
-		runtime.LockOSThread()
+	defer own.Close()
+	var made *Handle
+	// A visit to the own namespace: it ends by coming back to it. Simply ending the thread will not do, since
+	// the runtime keeps the process's first thread for ever, and /proc/PID/ns/net names that one's namespace.
+	err = own.Do(func() error {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
-			ch <- made{nil, fmt.Errorf("make a network namespace: %w", err)}
-			return
+			return fmt.Errorf("make a network namespace: %w", err)
 		}
-		h, err := Current()
-		ch <- made{h, err}
-	}()
-	m := <-ch
-	return m.h, m.err
+		made, err = Current()
+		return err
+	})
+	return made, err
 }
 
 // adopt takes ownership of fd, checks that it is a network namespace and reads its cookie.

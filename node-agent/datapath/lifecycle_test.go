@@ -17,8 +17,6 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
-
-	"github.com/warrenmesh/warren/internal/netns"
 )
 
 // load dials dst from a pod until it is stopped, and reports what the server saw.
@@ -440,13 +438,5 @@ func TestReleaseOfADeadPod(t *testing.T) {
 	check(t, l.dp.Release("uid-ui"))
 	if s := must(l.dp.Enrolled()); len(s) != 1 {
 		t.Errorf("%+v", s)
-	}
-}
-
-func BenchmarkSocketInNamespace(b *testing.B) {
-	ns := must(netns.New())
-	defer ns.Close()
-	for b.Loop() {
-		unix.Close(must(ns.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)))
 	}
 }
