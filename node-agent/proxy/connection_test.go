@@ -443,3 +443,23 @@ func settle(m *runtime.MemStats) {
 	runtime.GC()
 	runtime.ReadMemStats(m)
 }
+
+func TestAConnectionWaitsForItsPodToBeKnown(t *testing.T) {
+	l := shop(t)
+	l.builder.DeleteWorkload("test//Pod/shop/ui")
+	l.commit()
+	const late = 300 * time.Millisecond
+	start := time.Now()
+	time.AfterFunc(late, func() {
+		l.builder.PutWorkload(l.workload("ui"))
+		l.commit()
+	})
+	c, err := l.pods["ui"].dial(service(false))
+	check(t, err)
+	defer c.Close()
+	_, _, _, err = seen(c)
+	check(t, err)
+	if d := time.Since(start); d < late {
+		t.Errorf("answered after %s, before the pod was known", d)
+	}
+}

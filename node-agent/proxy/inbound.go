@@ -81,8 +81,12 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, pee
 		p.refuse(Inbound, remote, local, err)
 		return
 	}
-	s := p.store.Load()
-	dst := s.Workload(h.Pod().WorkloadUID)
+	s, dst, err := h.state(ctx)
+	if err != nil {
+		st.Reject(503)
+		p.refuse(Inbound, remote, local, err)
+		return
+	}
 	fwd, _ := hbone.ParseForwarded(st.Request.Header.Get(hbone.HeaderForwarded))
 	// The address is the one that TLS was spoken with; the header only adds the port.
 	client := netip.AddrPortFrom(remote.Addr(), 0)
@@ -106,11 +110,7 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, pee
 		r.close(err)
 		return
 	}
-	var extra []hbone.Field
-	if dst != nil {
-		extra = append(extra, hbone.Field{Name: hbone.HeaderBaggage, Value: baggage(dst)})
-	}
-	down, err := st.Accept(extra...)
+	down, err := st.Accept(hbone.Field{Name: hbone.HeaderBaggage, Value: baggage(dst)})
 	if err != nil {
 		abort(up)
 		r.close(fail(TunnelFailed, "answer the peer: %w", err))
@@ -157,9 +157,6 @@ func (h *PodHandle) source(s *mesh.Snapshot, a netip.Addr, peer mesh.Identity, h
 // admit decides about a registered connection and connects it to the application. The error is what ended
 // it, be it meanwhile by end.
 func (h *PodHandle) admit(ctx context.Context, c *conn, client, app netip.AddrPort) (*net.TCPConn, error) {
-	if c.auth.DstWorkload == nil {
-		return nil, fail(SourceUnknown, "pod %s is not in the state of the mesh", h.Pod().WorkloadUID)
-	}
 	if v := h.p.store.Load().Authorize(c.auth); !v.Allow {
 		return nil, fail(PolicyDenied, "%s", denial(v))
 	}

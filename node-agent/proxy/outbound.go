@@ -44,7 +44,7 @@ func (h *PodHandle) serveOutbound(down *net.TCPConn) {
 		p.refuse(Outbound, src, dst, fail(RequestInvalid, "%s is a port of the node agent", dst))
 		return
 	}
-	req, err := h.decide(src, dst, nil)
+	req, err := h.decide(ctx, src, dst, nil)
 	var up net.Conn
 	var via hop
 	if err == nil {
@@ -65,11 +65,11 @@ func (h *PodHandle) serveOutbound(down *net.TCPConn) {
 }
 
 // decide asks the Snapshot where a connection goes. It leaves out the endpoints that were tried in vain.
-func (h *PodHandle) decide(src, dst netip.AddrPort, tried []string) (Request, error) {
-	s := h.p.store.Load()
-	req := Request{Src: src, Dst: dst, Client: s.Workload(h.Pod().WorkloadUID)}
-	if req.Client == nil {
-		return req, fail(SourceUnknown, "pod %s is not in the state of the mesh", h.Pod().WorkloadUID)
+func (h *PodHandle) decide(ctx context.Context, src, dst netip.AddrPort, tried []string) (Request, error) {
+	s, client, err := h.state(ctx)
+	req := Request{Src: src, Dst: dst, Client: client}
+	if err != nil {
+		return req, err
 	}
 	req.Route = s.ResolveExcluding(req.Client, dst, tried, nil)
 	if req.Route.Kind == mesh.RouteRefuse {
@@ -112,7 +112,7 @@ func (h *PodHandle) connect(ctx context.Context, req Request) (net.Conn, hop, Re
 		}
 		if other {
 			tried = append(tried, req.Route.Workload.UID)
-			next, none := h.decide(req.Src, req.Dst, tried)
+			next, none := h.decide(ctx, req.Src, req.Dst, tried)
 			if none == nil {
 				h.p.metrics.failover(true)
 				req = next

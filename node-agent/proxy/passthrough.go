@@ -18,8 +18,12 @@ func (h *PodHandle) servePlaintext(down *net.TCPConn) {
 		p.refuse(Inbound, client, app, fail(RequestInvalid, "%s is not an address of the pod that a client may ask for", app))
 		return
 	}
-	s := p.store.Load()
-	dst := s.Workload(h.Pod().WorkloadUID)
+	s, dst, err := h.state(p.ctx)
+	if err != nil {
+		abort(down)
+		p.refuse(Inbound, client, app, err)
+		return
+	}
 	c := &conn{dir: Inbound, pod: h, auth: mesh.Conn{SourceIP: client.Addr(), Dst: app, DstWorkload: dst, Plaintext: true}}
 	c.begin(ConnInfo{Direction: Inbound, Pod: h.Pod().WorkloadUID, Src: client, OriginalDst: app, ActualDst: app, Protocol: "TCP"})
 	p.conns.register(c)

@@ -38,8 +38,11 @@ type Config struct {
 	HandshakeTimeout time.Duration // TLS with a peer: 10 s
 	ConnectTimeout   time.Duration // TCP to a peer or an application: 10 s
 	Attempts         int           // endpoints tried for one connection: 3
-	PoolIdle         time.Duration // a tunnel without streams is closed: 5 min
-	MaxStreams       int           // streams of one tunnel: 100
+	// StateTimeout is how long a connection waits for its pod to appear in the state of the mesh: 5 s. A new agent
+	// accepts before it has read the last good state, and a new pod may connect before the control plane names it.
+	StateTimeout time.Duration
+	PoolIdle     time.Duration // a tunnel without streams is closed: 5 min
+	MaxStreams   int           // streams of one tunnel: 100
 	// MaxConns bounds the connections of one pod; those beyond it are reset. 0: 65536.
 	MaxConns int
 }
@@ -71,9 +74,10 @@ type Proxy struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup // watch, accept loops, connections
 
-	mu     sync.Mutex
-	pods   map[string]*PodHandle // by Pod.UID
-	closed bool
+	mu      sync.Mutex
+	pods    map[string]*PodHandle // by Pod.UID
+	closed  bool
+	changed chan struct{} // closed and replaced when the state changes
 
 	started, stopped atomic.Uint64 // pods
 }
@@ -104,6 +108,7 @@ func New(cfg Config) (*Proxy, error) {
 	def(&cfg.HandshakeTimeout, 10*time.Second)
 	def(&cfg.ConnectTimeout, 10*time.Second)
 	def(&cfg.Attempts, 3)
+	def(&cfg.StateTimeout, 5*time.Second)
 	def(&cfg.MaxConns, 65536)
 	if cfg.Metrics == nil {
 		cfg.Metrics = NewMetrics()
@@ -115,7 +120,7 @@ func New(cfg Config) (*Proxy, error) {
 		cfg.Access = slog.New(slog.DiscardHandler)
 	}
 	p := &Proxy{cfg: cfg, store: cfg.Store, metrics: cfg.Metrics, log: cfg.Log, access: cfg.Access,
-		conns: newConnTable(), pods: map[string]*PodHandle{}}
+		conns: newConnTable(), pods: map[string]*PodHandle{}, changed: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel,
 		DialTimeout:  cfg.ConnectTimeout + cfg.HandshakeTimeout,
@@ -297,11 +302,43 @@ func (p *Proxy) watch() {
 		case <-changed:
 		}
 		s := p.store.Load()
+		p.mu.Lock()
+		close(p.changed)
+		p.changed = make(chan struct{})
+		p.mu.Unlock()
 		if p.concerns(s, last) {
 			p.conns.reevaluate(s)
 		}
 		p.dropVanished(s, last)
 		last = s
+	}
+}
+
+// state returns the current Snapshot, after the pod has appeared in it.
+func (h *PodHandle) state(ctx context.Context) (*mesh.Snapshot, *mesh.Workload, error) {
+	p := h.p
+	var timeout <-chan time.Time
+	for {
+		p.mu.Lock()
+		changed := p.changed
+		p.mu.Unlock()
+		s := p.store.Load()
+		uid := h.Pod().WorkloadUID
+		if w := s.Workload(uid); w != nil {
+			return s, w, nil
+		}
+		if timeout == nil {
+			t := time.NewTimer(p.cfg.StateTimeout)
+			defer t.Stop()
+			timeout = t.C
+		}
+		select {
+		case <-changed:
+		case <-timeout:
+			return s, nil, fail(SourceUnknown, "pod %s is not in the state of the mesh", uid)
+		case <-ctx.Done():
+			return s, nil, fail(SourceUnknown, "pod %s was not yet in the state of the mesh", uid)
+		}
 	}
 }
 
