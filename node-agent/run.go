@@ -162,6 +162,9 @@ func (a *agent) build(ctx context.Context) error {
 		return err
 	}
 
+	// Held listeners are accepted on as soon as the registry is there: by then there has to be a state.
+	a.xds.Restore()
+
 	traffic := proxy.NewMetrics()
 	a.proxy, err = proxy.New(proxy.Config{Store: a.store, Certs: a.manager, Sockets: a.datapath, Metrics: traffic,
 		Log: log, Access: cfg.Access, PoolIdle: cfg.PoolIdle, MaxStreams: cfg.MaxStreams})

@@ -71,7 +71,9 @@ type Client struct {
 	synced chan struct{} // closed with the first Snapshot, from disk or live
 	live   chan struct{} // closed with the first Snapshot of the control plane
 
-	// Owned by Run's goroutine.
+	// Owned by Run's goroutine; by Restore's before that.
+	restored   bool // the file has been looked at
+	usable     bool // and held a whole state
 	builder    *mesh.Builder
 	rev        uint64
 	types      map[string]*typeState
@@ -136,9 +138,12 @@ func (c *Client) Synced() <-chan struct{} { return c.synced }
 // Live is closed once the Store has a Snapshot that the control plane sent to this process.
 func (c *Client) Live() <-chan struct{} { return c.live }
 
-// Run loads the last good state, then stays connected until ctx is done. Call it once.
+// Run announces the last good state, then stays connected until ctx is done. Call it once.
 func (c *Client) Run(ctx context.Context) error {
-	c.restore()
+	c.Restore()
+	if c.usable {
+		c.announce(false)
+	}
 	c.saver = startSaver(c.cfg.StateFile, c.cfg.SaveInterval, c.cfg.Log)
 	defer c.saver.stop()
 	defer func() { c.saver.flush(c.state) }()

@@ -143,12 +143,15 @@ func decodeState(data []byte, node string) ([]*discovery.DeltaDiscoveryResponse,
 	}
 }
 
-// restore brings back the last good state. What cannot be used is reported and ignored: the control plane
-// sends everything to a client that has nothing.
-func (c *Client) restore() {
-	if c.cfg.StateFile == "" {
+// Restore brings back the last good state into the Store, before Run. An agent does that before it accepts the
+// first connection: without a state it would have to refuse it. Run announces what was restored, and does this
+// itself where it has not been done. What cannot be used is reported and ignored: the control plane sends
+// everything to a client that has nothing.
+func (c *Client) Restore() {
+	if c.cfg.StateFile == "" || c.restored {
 		return
 	}
+	c.restored = true
 	data, err := os.ReadFile(c.cfg.StateFile)
 	if errors.Is(err, fs.ErrNotExist) {
 		return
@@ -178,7 +181,7 @@ func (c *Client) restore() {
 	}
 	c.rev++
 	c.cfg.Store.Swap(c.builder.Commit(c.rev))
-	c.announce(false)
+	c.usable = true
 	w, s, p := c.cfg.Store.Load().Len()
 	c.cfg.Log.Info("serving from the last good state", "file", c.cfg.StateFile, "workloads", w, "services", s, "policies", p)
 }
