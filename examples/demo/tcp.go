@@ -236,6 +236,7 @@ func (zeros) Read(p []byte) (int, error) {
 type stormReport struct {
 	Connections int      `json:"connections"`
 	Failed      int      `json:"failed"`
+	Cut         int      `json:"cut"`          // of the failed: ended after they had been connected
 	WrongSource int      `json:"wrong_source"` // the server's getpeername is not the client's getsockname
 	WrongPeer   int      `json:"wrong_peer"`   // the client's getpeername is not what it dialled
 	WrongTarget int      `json:"wrong_target"` // the server's getsockname is not one of -targets
@@ -286,6 +287,11 @@ func runStorm(ctx context.Context, args []string) error {
 				switch {
 				case err != nil:
 					note(&report.Failed, err.Error())
+					if o.Dialled != "" { // connected
+						mu.Lock()
+						report.Cut++
+						mu.Unlock()
+					}
 					continue
 				case o.ServerPeer != o.ClientLocal:
 					note(&report.WrongSource, fmt.Sprintf("client %s, server saw %s", o.ClientLocal, o.ServerPeer))

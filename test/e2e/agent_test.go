@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -61,11 +62,19 @@ func TestAgentsEndIsNotSeenByNewConnections(t *testing.T) {
 	if *long {
 		n = 100000
 	}
-	for name, end := range map[string]func() error{
-		"kill -9 at the client":    func() error { return killAgent(t.Context(), nodes[0]) },
-		"kill -9 at the server":    func() error { return killAgent(t.Context(), nodes[1]) },
-		"replacement (maxSurge 1)": func() error { return restartAgents(t.Context()) },
+	must(t, lab.Eventually(t.Context(), 15*time.Second, func() error { // both nodes know the server
+		_, err := mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-storm", "-n", "20", "-c", "2", "-timeout", "2s", target)
+		return err
+	}))
+	for _, c := range []struct {
+		name string
+		end  func() error
+	}{
+		{"replacement (maxSurge 1)", func() error { return restartAgents(t.Context()) }},
+		{"kill -9 at the client", func() error { return killAgent(t.Context(), nodes[0]) }},
+		{"kill -9 at the server", func() error { return killAgent(t.Context(), nodes[1]) }},
 	} {
+		name, end := c.name, c.end
 		t.Run(name, func(t *testing.T) {
 			stop, err := mesh.Watch(t.Context())
 			must(t, err)
@@ -78,10 +87,17 @@ func TestAgentsEndIsNotSeenByNewConnections(t *testing.T) {
 			must(t, <-ended)
 			w, e := stop()
 			must(t, e)
-			failed := 0
-			if err != nil {
-				failed = 1
-				t.Errorf("%v: %s", err, out)
+			var s storm
+			if e := json.Unmarshal([]byte(out), &s); e != nil {
+				t.Fatalf("%v, %v: %s", e, err, out)
+			}
+			// What an agent carries when it is killed ends with it, at most all that was open; what is new waits.
+			failed := s.bad()
+			if killed := strings.HasPrefix(name, "kill"); killed && failed == s.Cut && s.Cut <= 4 {
+				failed = 0
+			}
+			if failed > 0 {
+				t.Errorf("%+v", s)
 			}
 			if w.Clear > 0 {
 				failed++
@@ -187,6 +203,9 @@ func TestPodStartsWhileAgentsDie(t *testing.T) {
 // A pod of an enrolled namespace waits for an agent that is not there.
 func TestPodsWaitForTheAgent(t *testing.T) {
 	ownCluster(t)
+	for _, node := range nodes[:2] {
+		must(t, agentReady(t.Context(), node))
+	}
 	ns := namespace(t, "e2e-wait", ambient)
 	free := namespace(t, "e2e-wait-free")
 	time.Sleep(2 * time.Second) // the agents hear of the namespaces
@@ -197,7 +216,10 @@ func TestPodsWaitForTheAgent(t *testing.T) {
 	}
 	patch(`{"spec":{"template":{"spec":{"nodeSelector":{"nowhere":"true"}}}}}`)
 	t.Cleanup(func() {
-		patch(`{"spec":{"template":{"spec":{"nodeSelector":{"nowhere":null}}}}}`)
+		if _, err := mesh.Kubectl(context.WithoutCancel(t.Context()), "-n", lab.Namespace, "patch", "ds/warren-node", "--type=merge",
+			"-p", `{"spec":{"template":{"spec":{"nodeSelector":{"nowhere":null}}}}}`); err != nil {
+			t.Error(err)
+		}
 		for _, n := range nodes[:2] {
 			if err := agentReady(context.WithoutCancel(t.Context()), n); err != nil {
 				t.Error(err)

@@ -61,6 +61,10 @@ func run(m *testing.M) int {
 		if err := l.BuildImages(ctx); err != nil {
 			return fail(err)
 		}
+		// The demo's traffic would be on the link that the tests watch.
+		if err := deleteNamespace(ctx, "shop"); err != nil {
+			return fail(err)
+		}
 	}
 	if err := l.Install(ctx); err != nil {
 		return fail(err)

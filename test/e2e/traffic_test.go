@@ -17,6 +17,7 @@ import (
 type storm struct {
 	Connections int      `json:"connections"`
 	Failed      int      `json:"failed"`
+	Cut         int      `json:"cut"` // of the failed: ended after they had been connected
 	WrongSource int      `json:"wrong_source"`
 	WrongPeer   int      `json:"wrong_peer"`
 	WrongTarget int      `json:"wrong_target"`
