@@ -147,7 +147,7 @@ func (a *agent) build(ctx context.Context) error {
 		return err
 	}
 	a.manager = identity.NewManager(identity.Config{Signer: ca, RootFile: cfg.CARoot, TTL: cfg.SecretTTL, Log: log,
-		OnRotate: func(b *identity.Bundle) { notify(a.rotated) }})
+		OnRotate: a.rotate})
 	a.adoptCertificates()
 
 	a.xds, err = xds.New(xds.Config{
@@ -193,6 +193,14 @@ func (a *agent) superseded() {
 	}
 	if err := a.datapath.Yield(); err != nil {
 		a.cfg.Log.Warn("giving up the datapath", "error", err)
+	}
+}
+
+// rotate is told of every new certificate. Tunnels under the one before it take no new connections.
+func (a *agent) rotate(b *identity.Bundle) {
+	notify(a.rotated)
+	if a.proxy != nil {
+		a.proxy.DrainTunnels(b.ID)
 	}
 }
 
@@ -281,6 +289,9 @@ func (a *agent) waiting() []string {
 	}
 	a.mu.Unlock()
 	slices.Sort(out)
+	if st := a.manager.Stats(); st.Failed > 0 && st.Signed == 0 && len(a.manager.Bundles()) == 0 {
+		out = append(out, "the CA has not signed any certificate yet")
+	}
 	if err := a.registry.Ready(); err != nil {
 		out = append(out, err.Error())
 	}

@@ -26,6 +26,8 @@ var (
 	nackDesc     = prometheus.NewDesc("warren_xds_rejected_total", "Messages of the control plane that could not be used (NACK).", []string{"url"}, nil)
 	streamsDesc  = prometheus.NewDesc("istio_xds_connection_terminations_total", "The total number of completed connections to xds server (unstable).", []string{"reason"}, nil)
 	connectDesc  = prometheus.NewDesc("warren_xds_connected", "Whether the control plane is connected.", nil, nil)
+	tunnelsDesc  = prometheus.NewDesc("warren_tunnels_open", "Tunnel connections to peers that are open.", nil, nil)
+	streamsNow   = prometheus.NewDesc("warren_tunnel_streams_open", "Connections that these tunnels carry.", nil, nil)
 	holderDesc   = prometheus.NewDesc("warren_holder_connected", "Whether the holder keeps this agent's listeners.", nil, nil)
 )
 
@@ -54,6 +56,10 @@ func (t *telemetry) Collect(ch chan<- prometheus.Metric) {
 	gauge(pendingDesc, float64(pending))
 	counter(startedDesc, started)
 	counter(stoppedDesc, stopped)
+
+	tunnels, streams := a.proxy.Tunnels()
+	gauge(tunnelsDesc, float64(tunnels))
+	gauge(streamsNow, float64(streams))
 
 	if outcomes, err := a.datapath.Counters(); err == nil {
 		for name, n := range outcomes {

@@ -245,6 +245,9 @@ func (p *Proxy) Served() (started, stopped uint64, active int) {
 	return p.started.Load(), p.stopped.Load(), len(p.pods)
 }
 
+// Tunnels returns how many outbound tunnel connections there are, and how many streams on them.
+func (p *Proxy) Tunnels() (conns, streams int) { return p.pool.Stats() }
+
 // Connections lists what is open, oldest first.
 func (p *Proxy) Connections() []ConnInfo {
 	all := p.conns.list(func(*conn) bool { return true })
