@@ -52,8 +52,6 @@ func (s *ServerStream) Reply(status int, body []byte, extra ...Field) error {
 	return err
 }
 
-// Gone is closed when the client has reset the stream or the connection has ended; a handler that waits for
-// the application may give up then. It is the handler's ctx.Done().
 func (s *ServerStream) respond(status int, extra []Field, end bool) error {
 	st := s.st
 	c := st.c
