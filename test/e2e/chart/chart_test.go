@@ -55,7 +55,7 @@ func TestLint(t *testing.T) {
 }
 
 func TestUnknownValuesAreRejected(t *testing.T) {
-	for _, v := range []string{"node.unknown=1", "nodeAgent.x=1", "control.replicas=0", "mesh.sameNode=sometimes", "node.cni.binDir=relative"} {
+	for _, v := range []string{"node.unknown=1", "nodeAgent.x=1", "control.replicas=0", "mesh.trustDomain=Not/A/Domain", "node.cni.binDir=relative"} {
 		if out, err := helm(t, "template", "warren", dir, "--set", v); err == nil {
 			t.Errorf("%s is accepted: %.200s", v, out)
 		}
