@@ -44,6 +44,7 @@ type loadReport struct {
 	Seconds                                              float64
 	Servers                                              map[string]int
 	Held, HeldLost, HeldHung                             int
+	HeldEnds                                             []int64
 	Examples                                             []string
 }
 
