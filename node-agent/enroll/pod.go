@@ -42,6 +42,7 @@ type pod struct {
 	failures    int
 	lingerUntil time.Time // when a Disabled pod is disposed of
 	missing     time.Time // since when it has had no process
+	restored    bool      // captured by the agent before this one, and not yet confirmed by this one's Enroll
 }
 
 // set changes the status; the caller holds Registry.mu.
@@ -58,7 +59,7 @@ func (p *pod) set(to Redirection, reason string) bool {
 
 // differs reports whether what the control plane says needs anything done; the caller holds Registry.mu.
 func (p *pod) differs(d LocalPod) bool {
-	return p.local.Identity != d.Identity || p.local.WorkloadUID != d.WorkloadUID || p.local.Strict != d.Strict
+	return p.restored || p.local.Identity != d.Identity || p.local.WorkloadUID != d.WorkloadUID || p.local.Strict != d.Strict
 }
 
 // sandboxGone reports whether the runtime has removed the pod's network namespace; the caller holds Registry.mu.
@@ -99,7 +100,7 @@ func (r *Registry) enrol(ctx context.Context, d LocalPod, sb sandbox) error {
 	p.local = d
 	changed := false
 	if err == nil {
-		p.failures, p.missing = 0, time.Time{}
+		p.failures, p.missing, p.restored = 0, time.Time{}, false
 		changed = p.status.OpenConnections != p.open
 		p.status.OpenConnections = p.open
 		if p.set(Enabled, "") {

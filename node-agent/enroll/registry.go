@@ -509,7 +509,7 @@ func (r *Registry) audit(prune bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for uid, p := range r.pods {
-		if p.status.Redirection != Enabled || p.busy {
+		if p.status.Redirection != Enabled || p.busy || p.restored {
 			continue
 		}
 		s, ok := inForce[uid]

@@ -130,7 +130,7 @@ func (r *Registry) restorePod(it *holder.Item) (err error) {
 	p.status = PodStatus{UID: p.uid, Namespace: rec.Pod.Namespace, Name: rec.Pod.Name, OpenConnections: rec.Open, Since: time.Now()}
 	if rec.Captured {
 		// Saying less would have every other node send to the pod in clear for a moment.
-		p.status.Redirection = Enabled
+		p.status.Redirection, p.restored = Enabled, true
 	} else {
 		p.status.Redirection, p.status.Reason = Pending, "the agent has restarted"
 	}
