@@ -9,4 +9,4 @@ package bpf
 
 // Schema names the directory that maps and links are pinned in. It changes with any key, value, size or type
 // of a map, so that programs of two versions never meet in one map.
-const Schema = "v1"
+const Schema = "v2"

@@ -136,7 +136,7 @@ func TestMapsAreBounded(t *testing.T) {
 		MeshMapListeners:  {ebpf.SockMap, 1024 * uint32(MeshListenerLISTENERS)},
 		MeshMapTickets:    {ebpf.Hash, 1024 * 256}, // pods times tickets per pod; never LRU
 		MeshMapHandshakes: {ebpf.Array, 1024},
-		MeshMapOutcomes:   {ebpf.PerCPUArray, uint32(MeshOutcomeOUTCOMES)},
+		MeshMapOutcomes:   {ebpf.PerCPUArray, 64},
 	} {
 		if m := spec.Maps[name]; m.Type != want.typ || m.MaxEntries != want.size {
 			t.Errorf("%s is %s of %d, want %s of %d", name, m.Type, m.MaxEntries, want.typ, want.size)

@@ -2,8 +2,9 @@
 /*
  * sk_lookup, one link per pod's namespace: which socket a TCP SYN that is delivered in the pod goes to.
  *
- *  1. to a loopback address, or from an address to itself -> the pod talks to itself: pass
+ *  1. from the pod to itself or to its loopback           -> pass
  *     (15001 and 15006 excepted: nobody dials them)
+ *     from elsewhere to its loopback                      -> drop: DNAT in the pod, around the agent
  *  2. to an address that is not the pod's                 -> it came by the mark: the agent's outbound listener
  *  3. to 15008                                            -> the agent's tunnel listener
  *  4. with a ticket                                       -> pass: kubelet, or the agent itself
@@ -72,8 +73,13 @@ int mesh_lookup(struct bpf_sk_lookup *ctx)
 
 	bool to_pod = is_own(&f.server);
 
-	if (addr_is_loopback(&f.server) || addr_eq(&f.client, &f.server) || (to_pod && is_own(&f.client)))
+	bool from_pod = is_own(&f.client) || addr_is_loopback(&f.client) || addr_eq(&f.client, &f.server);
+	bool to_loopback = addr_is_loopback(&f.server);
+
+	if (from_pod && (to_pod || to_loopback || addr_eq(&f.client, &f.server)))
 		return agent_port ? refuse(LOOKUP_DROP_AGENT_PORT) : pass(LOOKUP_SELF);
+	if (to_loopback)
+		return refuse(LOOKUP_DROP_REDIRECTED);
 	if (!to_pod)
 		return steer(ctx, LISTENER_OUTBOUND, LOOKUP_OUTBOUND);
 	if (agent_port)

@@ -96,7 +96,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, OUTCOMES);
+	__uint(max_entries, 64); /* room for more outcomes without another schema: they are appended */
 	__type(key, enum outcome);
 	__type(value, __u64);
 	PINNED;

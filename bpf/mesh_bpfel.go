@@ -74,17 +74,18 @@ const (
 	MeshOutcomeLOOKUP_HBONE               MeshOutcome = 18
 	MeshOutcomeLOOKUP_DROP_AGENT_PORT     MeshOutcome = 19
 	MeshOutcomeLOOKUP_DROP_NO_LISTENER    MeshOutcome = 20
-	MeshOutcomeGUARD_AGENT                MeshOutcome = 21
-	MeshOutcomeGUARD_VOUCHED              MeshOutcome = 22
-	MeshOutcomeGUARD_DROP_NO_SOCKET       MeshOutcome = 23
-	MeshOutcomeGUARD_DROP_UNVOUCHED       MeshOutcome = 24
-	MeshOutcomeGUARD_DROP_MESH            MeshOutcome = 25
-	MeshOutcomeGUARD_DROP_CAPTURED        MeshOutcome = 26
-	MeshOutcomeGUARD_DROP_SOURCE          MeshOutcome = 27
-	MeshOutcomeGUARD_DROP_NEIGHBOUR       MeshOutcome = 28
-	MeshOutcomeGUARD_DROP_MALFORMED       MeshOutcome = 29
-	MeshOutcomeGUARD_DROP_VLAN            MeshOutcome = 30
-	MeshOutcomeOUTCOMES                   MeshOutcome = 31
+	MeshOutcomeLOOKUP_DROP_REDIRECTED     MeshOutcome = 21
+	MeshOutcomeGUARD_AGENT                MeshOutcome = 22
+	MeshOutcomeGUARD_VOUCHED              MeshOutcome = 23
+	MeshOutcomeGUARD_DROP_NO_SOCKET       MeshOutcome = 24
+	MeshOutcomeGUARD_DROP_UNVOUCHED       MeshOutcome = 25
+	MeshOutcomeGUARD_DROP_MESH            MeshOutcome = 26
+	MeshOutcomeGUARD_DROP_CAPTURED        MeshOutcome = 27
+	MeshOutcomeGUARD_DROP_SOURCE          MeshOutcome = 28
+	MeshOutcomeGUARD_DROP_NEIGHBOUR       MeshOutcome = 29
+	MeshOutcomeGUARD_DROP_MALFORMED       MeshOutcome = 30
+	MeshOutcomeGUARD_DROP_VLAN            MeshOutcome = 31
+	MeshOutcomeOUTCOMES                   MeshOutcome = 32
 )
 
 type MeshOwner struct {

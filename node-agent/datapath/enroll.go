@@ -195,29 +195,40 @@ func (d *Datapath) ensureLookup(p Pod, r record, dir string) error {
 	})
 }
 
-// loadLookup loads the pod's own instance of sk_lookup, over the maps that all share.
+// loadLookup loads the pod's own instance of sk_lookup.
 func (d *Datapath) loadLookup(pod *bpf.MeshPod) (*ebpf.Program, error) {
-	spec := d.spec.Copy()
-	spec.Programs = map[string]*ebpf.ProgramSpec{bpf.MeshProgMeshLookup: spec.Programs[bpf.MeshProgMeshLookup]}
-	for name, value := range map[string]any{
+	return d.loadAnother(bpf.MeshProgMeshLookup, map[string]any{
 		bpf.MeshVarPodSlot: pod.Slot, bpf.MeshVarPodV4: pod.V4, bpf.MeshVarPodV6: pod.V6,
-	} {
-		if err := spec.Variables[name].Set(value); err != nil {
-			return nil, fmt.Errorf("set %s: %w", name, err)
+	})
+}
+
+// loadAnother loads one more instance of a program, over the maps that all share.
+func (d *Datapath) loadAnother(name string, variables map[string]any) (*ebpf.Program, error) {
+	spec := d.spec.Copy()
+	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
+	for v, value := range variables {
+		if err := spec.Variables[v].Set(value); err != nil {
+			return nil, fmt.Errorf("set %s: %w", v, err)
 		}
 	}
-	var out struct {
-		Lookup *ebpf.Program `ebpf:"mesh_lookup"`
-	}
-	err := spec.LoadAndAssign(&out, &ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
-		bpf.MeshMapListeners: d.kernel.Listeners,
-		bpf.MeshMapTickets:   d.kernel.Tickets,
-		bpf.MeshMapOutcomes:  d.kernel.Outcomes,
+	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+		bpf.MeshMapAgentSockets: d.kernel.AgentSockets,
+		bpf.MeshMapDestinations: d.kernel.Destinations,
+		bpf.MeshMapGuards:       d.kernel.Guards,
+		bpf.MeshMapHandshakes:   d.kernel.Handshakes,
+		bpf.MeshMapListeners:    d.kernel.Listeners,
+		bpf.MeshMapOutcomes:     d.kernel.Outcomes,
+		bpf.MeshMapOwners:       d.kernel.Owners,
+		bpf.MeshMapPods:         d.kernel.Pods,
+		bpf.MeshMapPrefixes:     d.kernel.Prefixes,
+		bpf.MeshMapTickets:      d.kernel.Tickets,
+		bpf.MeshMapVerdicts:     d.kernel.Verdicts,
 	}})
 	if err != nil {
-		return nil, fmt.Errorf("load sk_lookup: %w", explain(err))
+		return nil, fmt.Errorf("load %s: %w", name, explain(err))
 	}
-	return out.Lookup, nil
+	defer c.Close()
+	return c.DetachProgram(name), nil
 }
 
 // Release ends capture. Open connections go on: the rule and the route that carry them stay until the
@@ -321,6 +332,33 @@ func (d *Datapath) Prune(keep func(uid string) bool) error {
 		if _, ok := d.pods[e.Name()]; !ok {
 			errs = append(errs, removePins(d.podDir(e.Name())))
 		}
+	}
+	return errors.Join(append(errs, d.pruneSchemas())...)
+}
+
+// pruneSchemas removes what an agent of another version has pinned: by now every pod is enrolled in this one's
+// maps. Until then its programs hold as well, so that nothing leaks; only the agent's own connections may fail
+// meanwhile, since they do not know its sockets.
+func (d *Datapath) pruneSchemas() error {
+	entries, err := os.ReadDir(d.cfg.Dir)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, e := range entries {
+		if e.Name() == bpf.Schema {
+			continue
+		}
+		dir := filepath.Join(d.cfg.Dir, e.Name())
+		d.cfg.Log.Info("removing the data path of another version", "dir", dir)
+		pods, _ := os.ReadDir(filepath.Join(dir, "enrolled"))
+		for _, p := range pods {
+			errs = append(errs, removePins(filepath.Join(dir, "enrolled", p.Name())))
+		}
+		for _, a := range d.attachments() {
+			errs = append(errs, unpin(filepath.Join(dir, a.name)))
+		}
+		errs = append(errs, os.RemoveAll(dir))
 	}
 	return errors.Join(errs...)
 }

@@ -10,6 +10,8 @@ import (
 	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/bpf"
 )
 
 // The guard is a tcx link at the head, before any other program of the interface could let a packet pass. A
@@ -24,18 +26,28 @@ const (
 
 func guardPin(podDir string) string { return filepath.Join(podDir, "guard") }
 
-// ensureGuard attaches the guard or points what is attached at this process's program.
+// ensureGuard attaches the guard, or points what is attached at this process's program.
 func (d *Datapath) ensureGuard(podDir string, ifindex int) error {
 	pin := guardPin(podDir)
-	if old, err := link.LoadPinnedLink(pin, nil); err == nil {
-		defer old.Close()
-		if at, err := tcxIfindex(old); err == nil && at == ifindex {
-			return old.Update(d.kernel.MeshGuard)
-		}
-	}
+	program := d.kernel.MeshGuard
 	return d.node.Do(func() error {
+		old, err := link.LoadPinnedLink(pin, nil)
+		if err == nil {
+			defer old.Close()
+			if at, err := tcxIfindex(old); err == nil && at == ifindex {
+				if firstAtTCX(old, ifindex) {
+					return old.Update(program)
+				}
+				// Somebody attached before us. The kernel moves no link and takes no program twice: another
+				// instance goes to the head, and then the old one goes.
+				if program, err = d.loadAnother(bpf.MeshProgMeshGuard, nil); err != nil {
+					return err
+				}
+				defer program.Close()
+			}
+		}
 		l, err := link.AttachTCX(link.TCXOptions{
-			Interface: ifindex, Program: d.kernel.MeshGuard, Attach: ebpf.AttachTCXIngress, Anchor: link.Head(),
+			Interface: ifindex, Program: program, Attach: ebpf.AttachTCXIngress, Anchor: link.Head(),
 		})
 		if errors.Is(err, ebpf.ErrNotSupported) {
 			return d.replaceFilter(ifindex)
@@ -44,7 +56,15 @@ func (d *Datapath) ensureGuard(podDir string, ifindex int) error {
 			return fmt.Errorf("attach the guard to interface %d: %w", ifindex, err)
 		}
 		defer l.Close()
-		return repin(l, pin)
+		if err := repin(l, pin); err != nil {
+			return err
+		}
+		if old != nil {
+			if err := old.Detach(); err != nil && !linkDead(err) {
+				return fmt.Errorf("detach the guard that was not first: %w", err)
+			}
+		}
+		return nil
 	})
 }
 

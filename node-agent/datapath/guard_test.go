@@ -3,6 +3,7 @@ package datapath
 import (
 	"encoding/binary"
 	"errors"
+	"net"
 	"net/netip"
 	"testing"
 
@@ -82,6 +83,47 @@ func (h *host) sendFrame(etherType uint16, payload []byte) error {
 		binary.BigEndian.PutUint16(frame[12:], etherType)
 		return unix.Sendto(fd, append(frame, payload...), 0, &unix.SockaddrLinklayer{Ifindex: l.Attrs().Index})
 	})
+}
+
+// receive puts a frame on the node's end of the veth, so that it arrives at the pod.
+func (h *host) receive(etherType uint16, payload []byte) error {
+	var mac net.HardwareAddr
+	if err := h.ns.Do(func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err == nil {
+			mac = l.Attrs().HardwareAddr
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	return h.lab.node.Do(func() error {
+		fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW, 0)
+		if err != nil {
+			return err
+		}
+		defer unix.Close(fd)
+		frame := make([]byte, 14, 14+len(payload))
+		copy(frame, mac)
+		binary.BigEndian.PutUint16(frame[12:], etherType)
+		return unix.Sendto(fd, append(frame, payload...), 0, &unix.SockaddrLinklayer{Ifindex: h.nodeIndex})
+	})
+}
+
+// setChecksums completes an IPv4 packet of tcpPacket, which has 20 bytes of each header.
+func setChecksums(p []byte) {
+	sum := func(b []byte, start uint32) uint16 {
+		for i := 0; i < len(b); i += 2 {
+			start += uint32(b[i])<<8 | uint32(b[i+1])
+		}
+		for start > 0xffff {
+			start = start>>16 + start&0xffff
+		}
+		return ^uint16(start)
+	}
+	pseudo := uint32(^sum(p[12:20], 0)) + unix.IPPROTO_TCP + uint32(len(p)-20)
+	binary.BigEndian.PutUint16(p[10:], sum(p[:20], 0))
+	binary.BigEndian.PutUint16(p[36:], sum(p[20:], pseudo))
 }
 
 func arpReply(sender netip.Addr) []byte {
@@ -262,7 +304,7 @@ func TestGuardDropsSocketsTheHookHasNotSeen(t *testing.T) {
 	l := enrolled(t)
 	l.counted(map[string]int{"guard_drop_unvouched": -1, "connect_captured": 0}, func() {
 		err := l.ui.ns.Do(func() error { // not in the pods' cgroup
-			c, err := dialHere(l.cat.addrs(appPort)[0])
+			c, err := dialHere(patience, l.cat.addrs(appPort)[0])
 			if err == nil {
 				c.Close()
 			}

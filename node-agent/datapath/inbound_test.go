@@ -84,7 +84,7 @@ func TestHostNetworkPodGetsNoTicket(t *testing.T) {
 		l.counted(map[string]int{"ticket_denied_host_pod": 1, "ticket_node": 0, "lookup_inbound": -1}, func() {
 			check(t, l.node.Do(func() error {
 				return l.asPodProcess(func() error {
-					c, err := dialHere(dst)
+					c, err := dialHere(patience, dst)
 					if err == nil {
 						c.Close()
 					}
@@ -121,6 +121,22 @@ func TestAgentPortsCannotBeDialled(t *testing.T) {
 			}
 		}
 	}
+}
+
+// The pod sends what comes in on to its own loopback (DNAT with route_localnet): around the agent, therefore
+// nowhere. The packet is what such a rule makes of one.
+func TestRedirectToLoopbackIsDropped(t *testing.T) {
+	l := enrolled(t)
+	check(t, l.cat.ns.Do(func() error {
+		return errors.Join(writeSysctl("/proc", "net/ipv4/conf/all/route_localnet", "1"),
+			writeSysctl("/proc", "net/ipv4/conf/eth0/route_localnet", "1"))
+	}))
+	packet := tcpPacket(netip.AddrPortFrom(l.outside.v4, 5555),
+		netip.AddrPortFrom(netip.MustParseAddr("127.0.0.1"), appPort), syn)
+	setChecksums(packet)
+	l.counted(map[string]int{"lookup_drop_redirected": -1, "lookup_self": 0}, func() {
+		check(t, l.cat.receive(0x0800, packet))
+	})
 }
 
 func TestTunnelPortReachesTheTunnelListener(t *testing.T) {

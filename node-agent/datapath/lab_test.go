@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 	"unsafe"
@@ -274,9 +273,16 @@ func (l *lab) asPodProcess(f func() error) error {
 }
 
 // dial connects as a process of the host's pod.
-func (h *host) dial(dst netip.AddrPort, set ...func(fd int) error) (c *net.TCPConn, err error) {
+func (h *host) dial(dst netip.AddrPort) (c *net.TCPConn, err error) {
+	return h.dialWithin(patience, dst)
+}
+
+// patience is how long a connection may take that is not expected to come about.
+const patience = 1500 * time.Millisecond
+
+func (h *host) dialWithin(limit time.Duration, dst netip.AddrPort) (c *net.TCPConn, err error) {
 	err = h.as(func() error {
-		c, err = dialHere(dst, set...)
+		c, err = dialHere(limit, dst)
 		return err
 	})
 	return c, err
@@ -285,23 +291,14 @@ func (h *host) dial(dst netip.AddrPort, set ...func(fd int) error) (c *net.TCPCo
 // dialFromNode connects as a process of the node, such as kubelet.
 func (l *lab) dialFromNode(dst netip.AddrPort) (c *net.TCPConn, err error) {
 	err = l.node.Do(func() error {
-		c, err = dialHere(dst)
+		c, err = dialHere(patience, dst)
 		return err
 	})
 	return c, err
 }
 
-func dialHere(dst netip.AddrPort, set ...func(fd int) error) (*net.TCPConn, error) {
-	d := net.Dialer{Timeout: 1500 * time.Millisecond, Control: func(_, _ string, c syscall.RawConn) error {
-		var err error
-		cerr := c.Control(func(fd uintptr) {
-			for _, f := range set {
-				err = errors.Join(err, f(int(fd)))
-			}
-		})
-		return errors.Join(cerr, err)
-	}}
-	c, err := d.Dial("tcp", dst.String())
+func dialHere(limit time.Duration, dst netip.AddrPort) (*net.TCPConn, error) {
+	c, err := (&net.Dialer{Timeout: limit}).Dial("tcp", dst.String())
 	if err != nil {
 		return nil, err
 	}

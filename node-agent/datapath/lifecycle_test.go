@@ -15,6 +15,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -37,7 +40,7 @@ func (h *host) load(dst netip.AddrPort, right func(c *net.TCPConn) error) *load 
 				return
 			default:
 			}
-			c, err := h.dial(dst)
+			c, err := h.dialWithin(15*time.Second, dst)
 			if err == nil {
 				err = right(c)
 				c.Close()
@@ -299,6 +302,66 @@ func TestAuditRepairs(t *testing.T) {
 			}
 		}
 	}
+}
+
+// Another program at the head of the interface could let packets pass that the guard never sees.
+func TestAuditPutsTheGuardFirst(t *testing.T) {
+	l := enrolled(t)
+	other := must(ebpf.NewProgram(&ebpf.ProgramSpec{
+		Type: ebpf.SchedCLS, License: "GPL",
+		Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, 0), asm.Return()}, // TC_ACT_OK
+	}))
+	defer other.Close()
+	var front link.Link
+	err := l.node.Do(func() (err error) {
+		front, err = link.AttachTCX(link.TCXOptions{
+			Interface: l.ui.nodeIndex, Program: other, Attach: ebpf.AttachTCXIngress, Anchor: link.Head(),
+		})
+		return err
+	})
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		t.Skip("this kernel has no tcx")
+	}
+	check(t, err)
+	defer front.Close()
+	raw := tcpPacket(netip.AddrPortFrom(l.ui.v4, 5555), netip.AddrPortFrom(l.cat.v4, appPort), syn)
+	l.counted(map[string]int{"guard_drop_unvouched": 0}, func() { check(t, l.ui.sendRaw(raw)) })
+	found, err := l.dp.Audit()
+	check(t, err)
+	if len(found[1].Problems) != 1 || !strings.Contains(found[1].Problems[0], "not first") {
+		t.Errorf("%+v", found)
+	}
+	l.counted(map[string]int{"guard_drop_unvouched": 1}, func() { check(t, l.ui.sendRaw(raw)) })
+	for _, s := range must(l.dp.Enrolled()) {
+		if !s.InForce() {
+			t.Errorf("%+v", s)
+		}
+	}
+}
+
+// An upgrade to another layout of the maps: the old pins go once every pod is enrolled in the new ones.
+func TestPruneRemovesOtherSchemas(t *testing.T) {
+	l := enrolled(t)
+	check(t, l.dp.Close())
+	old := filepath.Join(l.cfg.Dir, "v0")
+	check(t, os.Rename(l.dp.dir, old))
+	l.open()
+	l.ui.enroll()
+	l.cat.enroll()
+	check(t, l.dp.SetDestinations(l.destinations()))
+	check(t, l.dp.Prune(func(string) bool { return true }))
+	if _, err := os.Stat(old); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("%s: %v", old, err)
+	}
+	for _, s := range must(l.dp.Enrolled()) {
+		if !s.InForce() {
+			t.Errorf("%+v", s)
+		}
+	}
+	c, err := l.ui.dial(netip.AddrPortFrom(vip4, servicePort))
+	check(t, err)
+	check(t, clientIsSeen(c))
+	c.Close()
 }
 
 // What no socket hook sees whole is refused with a reason and left alone.

@@ -151,7 +151,7 @@ func (d *Datapath) Audit() ([]PodState, error) {
 	return states, errors.Join(errs...)
 }
 
-// repair enrols a pod again. A guard that is not the first of its interface is attached anew.
+// repair enrols a pod again.
 func (d *Datapath) repair(p Pod) error {
 	w, err := d.inspect(p)
 	if err != nil {
