@@ -8,7 +8,7 @@ ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))
 endif
 
-.PHONY: demo test lint unit e2e generate images cluster cluster-down deps
+.PHONY: demo test test-kernels lint unit e2e generate images cluster cluster-down deps
 
 demo: deps
 	@cd test/e2e && go run ./cmd/demo $(ON)
@@ -24,6 +24,10 @@ unit: deps                      # with the race detector; kernel tests need root
 
 e2e: deps                       # on the two-node cluster, or with KUBECONFIG=file on that
 	@WARREN_E2E_KUBECONFIG=$(if $(ON),$(abspath $(KUBECONFIG))) go run ./test/run e2e
+
+test-kernels: deps              # the kernel side on Debian's 6.1 and 6.12, in QEMU
+	@command -v qemu-system-x86_64 xz >/dev/null || apt-get install -y --no-install-recommends qemu-system-x86 xz-utils
+	@go run ./test/kernels
 
 generate: deps
 	go generate ./...
