@@ -38,6 +38,7 @@ func Relay(a, b net.Conn, stats *RelayStats) error {
 // relaySocket copies between a stream and an application's socket: the caller's goroutine upwards into the
 // stream, the tunnel's read loop downwards.
 func relaySocket(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
+	hardEnd(tcp)
 	k, err := newSink(st, tcp, down)
 	if err == nil {
 		err = st.attach(k)
@@ -82,7 +83,7 @@ func relaySocket(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
 		st.waitDrained()
 		return err
 	}
-	_ = tcp.Close()
+	orderlyEnd(tcp)
 	_ = st.Close()
 	st.waitDrained()
 	return nil
@@ -162,6 +163,8 @@ func watchReset(rc syscall.RawConn) error {
 
 // relayAny copies between two connections of any kind, one goroutine more than the caller's.
 func relayAny(a, b net.Conn, stats *RelayStats) error {
+	hardEnd(a)
+	hardEnd(b)
 	first := make(chan error, 2)
 	fail := func(err error) {
 		if err != nil {
@@ -178,8 +181,8 @@ func relayAny(a, b net.Conn, stats *RelayStats) error {
 	if e := <-first; err == nil {
 		err = e
 	}
-	_ = a.Close()
-	_ = b.Close()
+	orderlyEnd(a)
+	orderlyEnd(b)
 	return err
 }
 
@@ -236,6 +239,22 @@ func plainReader(c net.Conn) func() (*[relayBuffer]byte, int, error) {
 		n, err := c.Read(buf[frameHeaderLen:])
 		return buf, n, err
 	}
+}
+
+// hardEnd makes the kernel reset a socket that is closed by the end of this process: the application must not
+// take a connection that broke off for one that its peer has closed.
+func hardEnd(c net.Conn) {
+	if tcp, ok := c.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(0)
+	}
+}
+
+// orderlyEnd closes a connection both of whose directions have ended.
+func orderlyEnd(c net.Conn) {
+	if tcp, ok := c.(*net.TCPConn); ok {
+		_ = tcp.SetLinger(-1)
+	}
+	_ = c.Close()
 }
 
 // resetConn ends a connection the hard way.
