@@ -1,0 +1,64 @@
+package main
+
+import (
+	"errors"
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+)
+
+// from reads a configuration from name=value pairs.
+func from(pairs ...string) (*environment, func(string) string) {
+	values := map[string]string{}
+	for _, p := range pairs {
+		k, v, _ := strings.Cut(p, "=")
+		values[k] = v
+	}
+	lookup := func(k string) string { return values[k] }
+	return &environment{lookup: lookup}, lookup
+}
+
+func TestAZtunnelManifestConfiguresTheAgent(t *testing.T) {
+	e, _ := from("NODE_NAME=node1", "POD_NAME=ztunnel-x", "POD_NAMESPACE=mesh", "INSTANCE_IP=10.0.0.1", "SERVICE_ACCOUNT=ztunnel",
+		"ISTIO_META_CLUSTER_ID=c1", "CA_ADDRESS=https://istiod.mesh.svc:15012", "XDS_ADDRESS=istiod.mesh.svc:15012",
+		"TERMINATION_GRACE_PERIOD_SECONDS=30", "RUST_LOG=warn,ztunnel=debug", "SECRET_TTL=1h", "WARREN_EXEMPT_NAMESPACES=kube-system,cni")
+	c := e.config()
+	if err := errors.Join(append(e.errs, c.Validate())...); err != nil {
+		t.Fatal(err)
+	}
+	if c.Node != "node1" || c.Cluster != "c1" || c.CAAddress != "istiod.mesh.svc:15012" || c.XDSAddress != c.CAAddress {
+		t.Errorf("%+v", c)
+	}
+	if c.Grace != 28*time.Second || c.SecretTTL != time.Hour || c.Level.Level() != slog.LevelWarn || len(c.Exempt) != 2 {
+		t.Errorf("grace %s, TTL %s, level %s, exempt %q", c.Grace, c.SecretTTL, c.Level.Level(), c.Exempt)
+	}
+}
+
+func TestWhatIsWrongIsSaidAllAtOnce(t *testing.T) {
+	e, _ := from("INSTANCE_IP=nowhere", "SECRET_TTL=soon", "XDS_ADDRESS=http://istiod:15012", "LOG_LEVEL=loud")
+	c := e.config()
+	err := errors.Join(append(e.errs, c.Validate())...)
+	if err == nil {
+		t.Fatal("accepted")
+	}
+	for _, want := range []string{"INSTANCE_IP", "SECRET_TTL", "LOG_LEVEL", "NODE_NAME is empty", "only https is supported"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("the error does not mention %q:\n%s", want, err)
+		}
+	}
+}
+
+func TestTheAccessLogTellsItselfApart(t *testing.T) {
+	var out strings.Builder
+	log, access := loggers(&out, true, slog.LevelInfo)
+	log.Info("starting")
+	access.Error("connection complete", "src.addr", "10.0.0.1:1")
+	lines := strings.Split(out.String(), "\n")
+	if strings.Contains(lines[0], "access") || !strings.Contains(lines[0], `"message":"starting"`) {
+		t.Errorf("the agent's line is %s", lines[0])
+	}
+	if !strings.Contains(lines[1], `"scope":"access"`) || !strings.Contains(lines[1], `"level":"error"`) {
+		t.Errorf("the access log's line is %s", lines[1])
+	}
+}
