@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -41,19 +42,13 @@ type client struct {
 var clients = []client{
 	{name: "blocking"},
 	{name: "non-blocking", flags: unix.SOCK_NONBLOCK, go_: func(fd int, dst unix.Sockaddr) error {
-		if err := unix.Connect(fd, dst); err != nil && err != unix.EINPROGRESS {
+		if err := connected(fd, unix.Connect(fd, dst)); err != nil {
 			return err
-		}
-		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 1500); err != nil {
-			return err
-		}
-		if e, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR); err != nil || e != 0 {
-			return errors.Join(err, unix.Errno(e))
 		}
 		return unix.SetNonblock(fd, false)
 	}},
 	{name: "TCP Fast Open by sendto", go_: func(fd int, dst unix.Sockaddr) error {
-		return unix.Sendto(fd, []byte("x"), unix.MSG_FASTOPEN, dst)
+		return connected(fd, unix.Sendto(fd, []byte("x"), unix.MSG_FASTOPEN, dst))
 	}},
 	{name: "TCP Fast Open by sockopt", set: func(fd int, _ *host, _ netip.AddrPort) error {
 		return unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_FASTOPEN_CONNECT, 1)
@@ -62,7 +57,7 @@ var clients = []client{
 			return err
 		}
 		_, err := unix.Write(fd, []byte("x"))
-		return err
+		return connected(fd, err)
 	}},
 	{name: "bound to address and port", set: func(fd int, h *host, dst netip.AddrPort) error {
 		src := h.v4
@@ -91,6 +86,29 @@ var clients = []client{
 	{name: "IPv4-mapped or plain IPv6", v6: true},
 }
 
+// connected waits for a connection that is under way: a non-blocking one, or one that a signal of the Go runtime
+// interrupted, which the kernel does not take up again.
+func connected(fd int, err error) error {
+	if err != unix.EINPROGRESS && err != unix.EINTR {
+		return err
+	}
+	deadline := time.Now().Add(plenty)
+	for time.Now().Before(deadline) {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}, 1000)
+		if err != nil && err != unix.EINTR {
+			return err
+		}
+		if n > 0 {
+			e, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ERROR)
+			if e != 0 {
+				err = unix.Errno(e)
+			}
+			return err
+		}
+	}
+	return unix.ETIMEDOUT
+}
+
 // run makes the connection and returns the socket, or nothing where the kernel lacks the protocol.
 func (c client) run(h *host, dst netip.AddrPort) (fd int, err error) {
 	err = h.as(func() error {
@@ -101,9 +119,8 @@ func (c client) run(h *host, dst netip.AddrPort) (fd int, err error) {
 		if fd, err = unix.Socket(family, unix.SOCK_STREAM|c.flags|unix.SOCK_CLOEXEC, c.proto); err != nil {
 			return err
 		}
-		tv := unix.Timeval{Sec: 1, Usec: 500000}
+		tv := unix.NsecToTimeval(int64(plenty))
 		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
 		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 		if c.set != nil {
 			if err := c.set(fd, h, dst); err != nil {
@@ -117,7 +134,7 @@ func (c client) run(h *host, dst netip.AddrPort) (fd int, err error) {
 		if c.go_ != nil {
 			return c.go_(fd, to)
 		}
-		return unix.Connect(fd, to)
+		return connected(fd, unix.Connect(fd, to))
 	})
 	return fd, err
 }
@@ -128,6 +145,9 @@ func told(fd int) (local, remote netip.AddrPort, err error) {
 	b := make([]byte, 1)
 	for !strings.HasSuffix(string(line), "\n") {
 		n, err := unix.Read(fd, b)
+		if err == unix.EINTR {
+			continue
+		}
 		if n != 1 || err != nil {
 			return local, remote, fmt.Errorf("read: %d %w", n, err)
 		}
@@ -214,8 +234,6 @@ func TestReusedSocketGetsItsMarkBack(t *testing.T) {
 			return err
 		}
 		defer unix.Close(fd)
-		tv := unix.Timeval{Sec: 1}
-		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &tv)
 		mark := func() int {
 			m, _ := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK)
 			return m
@@ -223,13 +241,13 @@ func TestReusedSocketGetsItsMarkBack(t *testing.T) {
 		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK, 0x77); err != nil {
 			return err
 		}
-		if err := unix.Connect(fd, sockaddr(netip.AddrPortFrom(l.cat.v4, appPort))); err != nil || mark() != Mark {
+		if err := connected(fd, unix.Connect(fd, sockaddr(netip.AddrPortFrom(l.cat.v4, appPort)))); err != nil || mark() != Mark {
 			return fmt.Errorf("first: %v, mark %#x", err, mark())
 		}
 		if err := disconnect(fd); err != nil {
 			return err
 		}
-		if err := unix.Connect(fd, sockaddr(netip.AddrPortFrom(l.outside.v4, appPort))); err != nil || mark() != 0x77 {
+		if err := connected(fd, unix.Connect(fd, sockaddr(netip.AddrPortFrom(l.outside.v4, appPort)))); err != nil || mark() != 0x77 {
 			return fmt.Errorf("then: %v, mark %#x", err, mark())
 		}
 		return nil

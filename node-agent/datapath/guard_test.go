@@ -233,7 +233,7 @@ func TestGuardHoldsWithoutRuleOrRoute(t *testing.T) {
 				check(t, l.ui.ns.Do(func() error { return sabotage.do(l, family) }))
 				l.counted(map[string]int{"guard_drop_captured": -1}, func() { open.Write([]byte("secret")) })
 				l.counted(map[string]int{"connect_captured": 1, "guard_drop_captured": -1}, func() {
-					if c, err := l.ui.dial(dst); err == nil {
+					if c, err := l.ui.dialWithin(patience, dst); err == nil {
 						c.Close()
 						t.Error("connected")
 					}

@@ -84,7 +84,7 @@ func TestHostNetworkPodGetsNoTicket(t *testing.T) {
 		l.counted(map[string]int{"ticket_denied_host_pod": 1, "ticket_node": 0, "lookup_inbound": -1}, func() {
 			check(t, l.node.Do(func() error {
 				return l.asPodProcess(func() error {
-					c, err := dialHere(patience, dst)
+					c, err := dialHere(plenty, dst)
 					if err == nil {
 						c.Close()
 					}
@@ -174,7 +174,7 @@ func TestClosedPortIsRefusedAtOnce(t *testing.T) {
 		if src.Addr().Is6() {
 			dst = netip.AddrPortFrom(l.cat.v6, 9)
 		}
-		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), plenty)
 		start := time.Now()
 		l.counted(map[string]int{"ticket_agent": 1, "ticket_unused": 1}, func() {
 			if _, err := l.dp.DialInbound(ctx, l.cat.ns, src, dst); !errors.Is(err, unix.ECONNREFUSED) {
@@ -260,7 +260,7 @@ func TestHalfCloseAndReset(t *testing.T) {
 		c.Write(make([]byte, 1<<20))
 		c.CloseWrite()
 	}()
-	c.SetReadDeadline(time.Now().Add(5 * time.Second))
+	c.SetReadDeadline(time.Now().Add(plenty))
 	if n, err := io.Copy(io.Discard, c); n != 1<<20 || err != nil {
 		t.Errorf("after our half-close the server still sent %d bytes (%v), want %d", n, err, 1<<20)
 	}
@@ -278,7 +278,7 @@ func TestListenersGoneFailsClosed(t *testing.T) {
 		dial func() (*net.TCPConn, error)
 		want error // nil: a time-out
 	}{
-		{"a captured client", func() (*net.TCPConn, error) { return l.ui.dial(netip.AddrPortFrom(l.cat.v4, appPort)) }, nil},
+		{"a captured client", func() (*net.TCPConn, error) { return l.ui.dialWithin(patience, netip.AddrPortFrom(l.cat.v4, appPort)) }, nil},
 		{"a client outside", func() (*net.TCPConn, error) { return l.outside.dial(netip.AddrPortFrom(l.cat.v4, appPort)) }, unix.ECONNREFUSED},
 	} {
 		l.counted(map[string]int{"lookup_drop_no_listener": -1}, func() {

@@ -274,11 +274,16 @@ func (l *lab) asPodProcess(f func() error) error {
 
 // dial connects as a process of the host's pod.
 func (h *host) dial(dst netip.AddrPort) (c *net.TCPConn, err error) {
-	return h.dialWithin(patience, dst)
+	return h.dialWithin(plenty, dst)
 }
 
-// patience is how long a connection may take that is not expected to come about.
-const patience = 1500 * time.Millisecond
+// How long a connection may take: plenty where it must come about, also in an emulated machine; patience where
+// it must not.
+const (
+	plenty    = 30 * time.Second
+	agentDial = 5 * time.Second
+	patience  = 1500 * time.Millisecond
+)
 
 func (h *host) dialWithin(limit time.Duration, dst netip.AddrPort) (c *net.TCPConn, err error) {
 	err = h.as(func() error {
@@ -291,7 +296,7 @@ func (h *host) dialWithin(limit time.Duration, dst netip.AddrPort) (c *net.TCPCo
 // dialFromNode connects as a process of the node, such as kubelet.
 func (l *lab) dialFromNode(dst netip.AddrPort) (c *net.TCPConn, err error) {
 	err = l.node.Do(func() error {
-		c, err = dialHere(patience, dst)
+		c, err = dialHere(plenty, dst)
 		return err
 	})
 	return c, err
@@ -341,7 +346,7 @@ func addrOf(a net.Addr) netip.AddrPort {
 
 // seen reads what the server says it sees.
 func seen(c net.Conn) (local, remote netip.AddrPort, err error) {
-	c.SetReadDeadline(time.Now().Add(2 * time.Second))
+	c.SetReadDeadline(time.Now().Add(plenty))
 	line, err := bufio.NewReader(c).ReadString('\n')
 	if err != nil {
 		return
@@ -424,7 +429,7 @@ func (h *host) accept(f *os.File, carry func(from *host, c *net.TCPConn) (*net.T
 func (l *lab) outbound(from *host, c *net.TCPConn) (*net.TCPConn, error) {
 	l.up.RLock()
 	defer l.up.RUnlock()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), agentDial)
 	defer cancel()
 	dst, src := addrOf(c.LocalAddr()), addrOf(c.RemoteAddr())
 	switch dst.Addr() {
@@ -444,7 +449,7 @@ func (l *lab) outbound(from *host, c *net.TCPConn) (*net.TCPConn, error) {
 func (l *lab) inbound(to *host, c *net.TCPConn) (*net.TCPConn, error) {
 	l.up.RLock()
 	defer l.up.RUnlock()
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), agentDial)
 	defer cancel()
 	src := netip.AddrPortFrom(addrOf(c.RemoteAddr()).Addr(), 0)
 	return l.dp.DialInbound(ctx, to.ns, src, addrOf(c.LocalAddr()))
@@ -494,7 +499,7 @@ func (l *lab) counted(want map[string]int, f func()) {
 		}
 		return true
 	}
-	for range 40 { // the last event may be an acknowledgement under way
+	for range 400 { // the last event may be an acknowledgement under way
 		if ok() {
 			return
 		}
@@ -535,13 +540,13 @@ func writeProc(t *testing.T, path, value string) {
 
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
-	for range 500 {
+	for range 1500 {
 		if f() {
 			return
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	t.Errorf("not within 5 s: %s", what)
+	t.Errorf("not within 15 s: %s", what)
 }
 
 func TestMain(m *testing.M) {

@@ -40,7 +40,7 @@ func (h *host) load(dst netip.AddrPort, right func(c *net.TCPConn) error) *load 
 				return
 			default:
 			}
-			c, err := h.dialWithin(15*time.Second, dst)
+			c, err := h.dial(dst)
 			if err == nil {
 				err = right(c)
 				c.Close()
@@ -117,7 +117,7 @@ func TestCaptureOutlivesTheProcess(t *testing.T) {
 	check(t, l.dp.Close())
 	defer l.open()
 	l.ui.closeListeners()
-	if c, err := l.ui.dial(l.cat.addrs(appPort)[0]); err == nil {
+	if c, err := l.ui.dialWithin(patience, l.cat.addrs(appPort)[0]); err == nil {
 		c.Close()
 		t.Error("connected past the agent")
 	}
@@ -169,7 +169,7 @@ func TestReleaseKeepsOpenConnections(t *testing.T) {
 
 func echoes(t *testing.T, c *net.TCPConn) {
 	t.Helper()
-	c.SetDeadline(time.Now().Add(2 * time.Second))
+	c.SetDeadline(time.Now().Add(plenty))
 	b := make([]byte, 4)
 	if _, err := c.Write([]byte("ping")); err != nil {
 		t.Error(err)
