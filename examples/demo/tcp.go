@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync"
@@ -244,12 +245,23 @@ type stormReport struct {
 	Examples    []string `json:"examples,omitempty"`
 }
 
+// sameEnd compares two ends of a connection.
+func sameEnd(a, b string, anyPort bool) bool {
+	if !anyPort {
+		return a == b
+	}
+	x, errX := netip.ParseAddrPort(a)
+	y, errY := netip.ParseAddrPort(b)
+	return errX == nil && errY == nil && x.Addr().Unmap() == y.Addr().Unmap()
+}
+
 // runStorm opens -n connections, -c at a time, and counts those whose addresses are not true on both sides.
 func runStorm(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("tcp-storm", flag.ContinueOnError)
 	n := fs.Int("n", 1000, "connections")
 	c := fs.Int("c", 32, "at a time")
 	targets := fs.String("targets", "", "comma-separated ip:port of which the server must report one")
+	anyPort := fs.Bool("any-port", false, "the server need only see the client's address, whatever the port")
 	timeout := fs.Duration("timeout", 10*time.Second, "for each connection")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -293,7 +305,7 @@ func runStorm(ctx context.Context, args []string) error {
 						mu.Unlock()
 					}
 					continue
-				case o.ServerPeer != o.ClientLocal:
+				case !sameEnd(o.ServerPeer, o.ClientLocal, *anyPort):
 					note(&report.WrongSource, fmt.Sprintf("client %s, server saw %s", o.ClientLocal, o.ServerPeer))
 				}
 				if o.ClientPeer != fs.Arg(0) {

@@ -322,9 +322,7 @@ func (c Config) TrustDomains() []string {
 
 // Equal reports whether two configurations are the same.
 func (c Config) Equal(o Config) bool {
-	aliases := slices.Equal(c.TrustDomainAliases, o.TrustDomainAliases)
-	c.TrustDomainAliases, o.TrustDomainAliases = nil, nil
-	return aliases && c.TrustDomain == o.TrustDomain && c.Cluster == o.Cluster && c.ClusterDomain == o.ClusterDomain &&
+	return slices.Equal(c.TrustDomainAliases, o.TrustDomainAliases) && c.TrustDomain == o.TrustDomain && c.Cluster == o.Cluster && c.ClusterDomain == o.ClusterDomain &&
 		c.Network == o.Network && c.RootNamespace == o.RootNamespace && c.ControlRevision == o.ControlRevision &&
 		c.SameNode == o.SameNode
 }

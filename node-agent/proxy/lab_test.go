@@ -473,12 +473,6 @@ func (ca *testCA) Bundle(_ context.Context, id mesh.Identity) (*identity.Bundle,
 }
 
 // set makes the CA hand out a bundle of the test's making.
-func (ca *testCA) set(id mesh.Identity, b *identity.Bundle) {
-	ca.mu.Lock()
-	defer ca.mu.Unlock()
-	ca.bundles[id] = b
-}
-
 // logLines collects the access log.
 type logLines struct {
 	mu  sync.Mutex

@@ -5,6 +5,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"flag"
 	"fmt"
 	"os"
@@ -71,6 +72,7 @@ func run(ctx context.Context, kubeconfig string, watch time.Duration) error {
 		return err
 	}
 	say("kubectl label namespace shop %s=ambient", lab.Label)
+	labelled := time.Now()
 	if err := l.Enrol(ctx, "shop", true); err != nil {
 		return err
 	}
@@ -118,7 +120,11 @@ func run(ctx context.Context, kubeconfig string, watch time.Duration) error {
 	} else {
 		fmt.Println("  not watched: that needs the cluster that `make demo` starts itself")
 	}
-	fmt.Printf("The front page still answers (%d bytes) and no container was restarted.\n", len(answer))
+	ok, failed, err := calls(ctx, l, labelled)
+	if err != nil {
+		return err
+	}
+	fmt.Printf("The front page answers (%d bytes). Since the label the load has made %d calls, of which %d failed, and no container was restarted.\n", len(answer), ok+failed, failed)
 	if !slices.Equal(uids, now) {
 		return fmt.Errorf("pods changed meanwhile: %v became %v", uids, now)
 	}
@@ -163,6 +169,31 @@ func containers(ctx context.Context, l *lab.Lab) ([]string, error) {
 		}
 	}
 	return out, nil
+}
+
+// calls reads from the load's log how many of its calls went well and failed since a moment.
+func calls(ctx context.Context, l *lab.Lab, since time.Time) (ok, failed int, err error) {
+	logs, err := l.Kubectl(ctx, "-n", "shop", "logs", "deploy/load")
+	if err != nil {
+		return 0, 0, err
+	}
+	var before, last struct {
+		Time       time.Time
+		Msg        string
+		OK, Failed int
+	}
+	for line := range strings.Lines(logs) {
+		entry := last
+		entry.Msg = ""
+		if json.Unmarshal([]byte(line), &entry) != nil || entry.Msg != "load" {
+			continue
+		}
+		if entry.Time.Before(since) {
+			before = entry
+		}
+		last = entry
+	}
+	return last.OK - before.OK, last.Failed - before.Failed, nil
 }
 
 // measure watches the link, or only waits where it cannot be watched.
