@@ -158,7 +158,7 @@ var connecting = map[string]way{
 		}
 		defer unix.Close(fd)
 		err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1),
-			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1),
+			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1),
 			unix.Bind(fd, sockaddr(o.to, false)), unix.Listen(fd, 8))
 		if err != nil {
 			return "", fmt.Errorf("listen on %s: %w", o.to, err)

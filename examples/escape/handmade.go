@@ -199,12 +199,16 @@ func sendFrame(device string, kind uint16, payload []byte) (string, error) {
 	return "sent", unix.Sendto(fd, append(frame, payload...), 0, &unix.SockaddrLinklayer{Ifindex: l.Attrs().Index})
 }
 
-// gatewayMAC is that of any neighbour on eth0: behind a veth there is one.
+// gatewayMAC is the gateway's hardware address, or everybody's where that is not known.
 func gatewayMAC() []byte {
-	if l, err := netlink.LinkByName("eth0"); err == nil {
-		list, _ := netlink.NeighList(l.Attrs().Index, netlink.FAMILY_ALL)
+	for _, v6 := range []bool{false, true} {
+		_, gateway, err := link("eth0", v6)
+		if err != nil {
+			continue
+		}
+		list, _ := netlink.NeighList(0, netlink.FAMILY_ALL)
 		for _, n := range list {
-			if len(n.HardwareAddr) == 6 && n.State&(netlink.NUD_REACHABLE|netlink.NUD_STALE|netlink.NUD_DELAY|netlink.NUD_PROBE|netlink.NUD_PERMANENT) != 0 {
+			if a, _ := netip.AddrFromSlice(n.IP); a.Unmap() == gateway && len(n.HardwareAddr) == 6 {
 				return n.HardwareAddr
 			}
 		}

@@ -5,11 +5,13 @@
 //	escape serve                       answers and logs every line that it gets on port 9000, TCP and UDP,
 //	                                   and answers probes on port 9001
 //	escape WAY -to ADDR:PORT -token T  tries one way and prints "answered: …", "sent" or "failed: …"
+//	escape wait                        waits to be told to end
 //	escape list                        the ways
 package main
 
 import (
 	"bufio"
+	"context"
 	"flag"
 	"fmt"
 	"maps"
@@ -17,9 +19,13 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"os/signal"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // options of a way. Few ways need all of them.
@@ -51,7 +57,9 @@ func main() {
 		fmt.Fprintln(os.Stderr, "escape:", serve())
 		os.Exit(1)
 	case "wait":
-		select {}
+		stop := make(chan os.Signal, 1)
+		signal.Notify(stop, syscall.SIGTERM)
+		<-stop
 	case "list":
 		fmt.Println(strings.Join(slices.Sorted(maps.Keys(ways)), "\n"))
 	default:
@@ -108,7 +116,13 @@ func serve() error {
 		fmt.Printf("probe from %s\n", r.RemoteAddr)
 	})}
 	go func() { fmt.Fprintln(os.Stderr, "escape:", probed.ListenAndServe()) }()
-	l, err := net.Listen("tcp", ":9000")
+	shared := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) { // so that "hijack" can listen as well
+		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }); e != nil {
+			return e
+		}
+		return err
+	}}
+	l, err := shared.Listen(context.Background(), "tcp", ":9000")
 	if err != nil {
 		return err
 	}
