@@ -85,7 +85,10 @@ func (r *resolution) toService(svc *Service, dst netip.AddrPort) Route {
 	}
 	if svc.LB.Mode == LBPassthrough {
 		// No endpoint is chosen; a pod that has the very address still gets its tunnel.
-		if m := r.s.memberAt(NetAddr{r.network, dst.Addr()}); m != nil && !r.excluded(m) {
+		if m := r.s.memberAt(NetAddr{r.network, dst.Addr()}); m != nil {
+			if r.excluded(m) { // not past its tunnel
+				return Route{Service: svc, Workload: m.Workload, Why: WhyAllTried}
+			}
 			route := r.toEndpoint(m, svc, dst.Addr(), dst.Port(), WhyEndpoint)
 			route.Service = svc
 			return route

@@ -128,6 +128,10 @@ func TestResolve(t *testing.T) {
 			parts: []any{withS(svc("api", "10.96.0.1"), func(s *Service) { s.LB.Mode = LBPassthrough })}, dst: "10.96.0.1:80",
 			want: Route{Kind: RoutePassthrough, Dial: dst("10.96.0.1:80"), Why: WhyServicePassthru},
 		}, {
+			name: "service that passes through to a pod that was tried in vain", tried: []string{"c//Pod/shop/a"},
+			parts: []any{withS(svc("api", "10.0.0.1"), func(s *Service) { s.LB.Mode = LBPassthrough }), pod("a", "10.0.0.1")}, dst: "10.0.0.1:80",
+			want: Route{Why: WhyAllTried},
+		}, {
 			name:  "waypoint of the service",
 			parts: []any{withS(svc("api", "10.96.0.1"), func(s *Service) { s.Waypoint = behind }), pod("a", "10.0.0.1", "api"), waypointSvc, wp}, dst: "10.96.0.1:80",
 			want: Route{Kind: RouteWaypoint, Dial: dst("10.0.0.90:15008"), Authority: dst("10.96.0.1:80"), Want: []string{id + "wp"}, Why: WhyServiceWaypoint},
