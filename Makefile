@@ -8,7 +8,7 @@ ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))
 endif
 
-.PHONY: demo test test-kernels lint unit e2e generate images cluster cluster-down deps
+.PHONY: demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
 
 demo: deps
 	@cd test/e2e && go run ./cmd/demo $(ON)
@@ -28,6 +28,9 @@ e2e: deps                       # on the two-node cluster, or with KUBECONFIG=fi
 test-kernels: deps              # the kernel side on Debian's 6.1 and 6.12, in QEMU
 	@command -v qemu-system-x86_64 xz >/dev/null || apt-get install -y --no-install-recommends qemu-system-x86 xz-utils
 	@go run ./test/kernels
+
+soak: deps                      # the end-to-end suite with the numbers of a long run
+	@cd test/e2e && go test -count=1 -v -timeout 6h . -long
 
 generate: deps
 	go generate ./...

@@ -36,8 +36,8 @@ func stages() []stage {
 		{name: "test/e2e/lab", dir: "test/e2e", run: goTest("./lab/...")},
 	}}
 	e2e := stage{name: "e2e", about: "on a cluster of two nodes", steps: []step{
-		{name: "end to end", dir: "test/e2e", run: goTest("-count=1", "-timeout=25m", "."), limit: 30 * time.Minute},
-		{name: "the cluster itself", dir: "test/cluster", run: goTest("-count=1", "-timeout=15m", "./..."), limit: 16 * time.Minute},
+		{name: "end to end", dir: "test/e2e", run: goTest("-count=1", "-timeout=24m", "."), limit: 25 * time.Minute},
+		{name: "the cluster itself", dir: "test/cluster", run: goTest("-count=1", "-timeout=11m", "./..."), limit: 12 * time.Minute},
 	}}
 	return []stage{house, unit, e2e}
 }
