@@ -151,20 +151,6 @@ var connecting = map[string]way{
 		}
 		return strings.TrimSpace(string(out)), nil
 	},
-	"hijack": func(o options) (string, error) { // a listener for all addresses, where captured packets arrive
-		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return "", err
-		}
-		defer unix.Close(fd)
-		err = errors.Join(unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_TRANSPARENT, 1),
-			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEPORT, 1),
-			unix.Bind(fd, sockaddr(o.to, false)), unix.Listen(fd, 8))
-		if err != nil {
-			return "", fmt.Errorf("listen on %s: %w", o.to, err)
-		}
-		return dial(o, socket{})
-	},
 	"listen": func(o options) (string, error) { // on a port of the agent's, -to
 		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
 		if err != nil {

@@ -11,7 +11,6 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"flag"
 	"fmt"
 	"maps"
@@ -24,8 +23,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // options of a way. Few ways need all of them.
@@ -116,13 +113,7 @@ func serve() error {
 		fmt.Printf("probe from %s\n", r.RemoteAddr)
 	})}
 	go func() { fmt.Fprintln(os.Stderr, "escape:", probed.ListenAndServe()) }()
-	shared := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) (err error) { // so that "hijack" can listen as well
-		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }); e != nil {
-			return e
-		}
-		return err
-	}}
-	l, err := shared.Listen(context.Background(), "tcp", ":9000")
+	l, err := net.Listen("tcp", ":9000")
 	if err != nil {
 		return err
 	}
