@@ -236,7 +236,7 @@ func (a *agent) capture(ctx context.Context) error {
 	defer a.store.Unwatch(changed)
 	for {
 		if s := a.store.Load(); s.Revision() > 0 {
-			if err := a.datapath.SetDestinations(datapath.Desired(s, a.network())); err != nil {
+			if err := a.datapath.SetDestinations(datapath.Desired(s, a.network())); err != nil && !errors.Is(err, datapath.ErrYielded) {
 				a.cfg.Log.Error("telling the kernel which destinations to capture", "error", err)
 			}
 		}

@@ -217,8 +217,13 @@ func (d *Datapath) Close() error {
 	return err
 }
 
-// Yield gives the lock to a successor that waits in Open. The caller changes nothing any more; Dial,
-// DialInbound, Tag and Counters go on to work, for the connections that are still open.
+// ErrYielded is returned to a process that is not the writer any more.
+var ErrYielded = errors.New("another process may be the data path's writer by now")
+
+// Yield gives the lock to a successor that waits in Open. From then on whatever would change the kernel's state
+// is refused with ErrYielded: two writers would each undo what the other has done, such as capture of a service
+// that the older one has not heard of. Dial, DialInbound, Tag, Enrolled and Counters go on to work, for the
+// connections that are still open.
 func (d *Datapath) Yield() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -228,6 +233,16 @@ func (d *Datapath) Yield() error {
 	err := d.lock.Close()
 	d.lock = nil
 	return err
+}
+
+// write locks the state for a change.
+func (d *Datapath) write() error {
+	d.mu.Lock()
+	if d.lock == nil {
+		d.mu.Unlock()
+		return ErrYielded
+	}
+	return nil
 }
 
 // Counters returns the outcomes of all programs since they were first loaded, by name.

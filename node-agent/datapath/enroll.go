@@ -31,7 +31,9 @@ func (d *Datapath) Enroll(p Pod) error {
 	if len(p.UID) == 0 || len(p.UID) >= len(bpf.MeshPod{}.Uid) {
 		return fmt.Errorf("enrol pod %q: its UID must have 1 to %d bytes", p.UID, len(bpf.MeshPod{}.Uid)-1)
 	}
-	d.mu.Lock()
+	if err := d.write(); err != nil {
+		return err
+	}
 	defer d.mu.Unlock()
 	w, err := d.inspect(p)
 	if err != nil {
@@ -237,7 +239,9 @@ func (d *Datapath) loadAnother(name string, variables map[string]any) (*ebpf.Pro
 // The order is Enroll's backwards: the guard first, or it would drop connections that nobody vouches for any
 // more; sk_lookup only when nothing is captured any more.
 func (d *Datapath) Release(uid string) error {
-	d.mu.Lock()
+	if err := d.write(); err != nil {
+		return err
+	}
 	defer d.mu.Unlock()
 	return d.release(uid)
 }
@@ -317,7 +321,9 @@ func removePins(dir string) error {
 // Prune releases every enrolled pod that keep does not want. It is called once after a restart, when it is
 // known which pods there are.
 func (d *Datapath) Prune(keep func(uid string) bool) error {
-	d.mu.Lock()
+	if err := d.write(); err != nil {
+		return err
+	}
 	defer d.mu.Unlock()
 	var errs []error
 	for uid := range d.pods {

@@ -135,6 +135,29 @@ func TestOnlyOneWriter(t *testing.T) {
 	}
 }
 
+// After Yield a successor is the writer: the old process undoes nothing of its work, and still dials.
+func TestYield(t *testing.T) {
+	l := enrolled(t)
+	old := l.dp
+	check(t, old.Yield())
+	l.open()
+	defer old.Close()
+	for what, err := range map[string]error{
+		"enrol": old.Enroll(l.ui.pod()), "release": old.Release("uid-ui"), "set destinations": old.SetDestinations(Destinations{}),
+		"prune": old.Prune(func(string) bool { return false }),
+	} {
+		if !errors.Is(err, ErrYielded) {
+			t.Errorf("%s: %v, want %v", what, err, ErrYielded)
+		}
+	}
+	if _, err := old.Audit(); !errors.Is(err, ErrYielded) {
+		t.Errorf("audit: %v, want %v", err, ErrYielded)
+	}
+	c, err := old.DialInbound(context.Background(), l.cat.ns, netip.AddrPortFrom(l.outside.v4, 5555), l.cat.addrs(appPort)[0])
+	check(t, err)
+	c.Close()
+}
+
 // Release ends capture, and open connections do not notice.
 func TestReleaseKeepsOpenConnections(t *testing.T) {
 	l := enrolled(t)

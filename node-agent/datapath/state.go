@@ -128,7 +128,9 @@ func (d *Datapath) lookupInForce(uid string) bool {
 // Audit compares every enrolled pod with what it should be and repairs it. The states are those found
 // before the repair.
 func (d *Datapath) Audit() ([]PodState, error) {
-	d.mu.Lock()
+	if err := d.write(); err != nil {
+		return nil, err
+	}
 	defer d.mu.Unlock()
 	states, err := d.enrolled()
 	if err != nil {
@@ -169,7 +171,9 @@ func (d *Datapath) repair(p Pod) error {
 // What is new is entered before what is gone is removed: a service that changes its address is at no moment
 // without one. An error means that some of want is not captured.
 func (d *Datapath) SetDestinations(want Destinations) error {
-	d.mu.Lock()
+	if err := d.write(); err != nil {
+		return err
+	}
 	defer d.mu.Unlock()
 	if d.dest == nil {
 		have, err := d.readDestinations()
