@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -71,7 +72,7 @@ func (h *PodHandle) decide(ctx context.Context, src, dst netip.AddrPort, tried [
 	if err != nil {
 		return req, err
 	}
-	req.Route = s.ResolveExcluding(req.Client, dst, tried, nil)
+	req.Route = h.p.route(s, req, tried)
 	if req.Route.Kind == mesh.RouteRefuse {
 		return req, fail(RouteRefused, "no route to %s: %s", dst, req.Route.Why)
 	}
@@ -98,7 +99,10 @@ func (v hop) protocol() string {
 func (h *PodHandle) connect(ctx context.Context, req Request) (net.Conn, hop, Request, error) {
 	var tried []string
 	for attempt := 1; ; attempt++ {
-		up, via, err := h.execute(ctx, req)
+		up, via, err := h.attempt(ctx, req, tried, attempt == h.p.cfg.Attempts)
+		if ctx.Err() == nil {
+			h.p.judge(req.Route.Workload, err)
+		}
 		if err == nil || ctx.Err() != nil {
 			return up, via, req, err
 		}
@@ -131,6 +135,28 @@ func (h *PodHandle) connect(ctx context.Context, req Request) (net.Conn, hop, Re
 		case <-time.After(time.Duration(attempt) * 20 * time.Millisecond):
 		}
 	}
+}
+
+// attempt executes req, and gives up early where there is another endpoint that nobody suspects. The last one
+// is patient: where a whole node's agent is away for a while, connections wait.
+func (h *PodHandle) attempt(ctx context.Context, req Request, tried []string, last bool) (net.Conn, hop, error) {
+	if last || req.Route.Service == nil || req.Route.Workload == nil {
+		return h.execute(ctx, req)
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	impatience := time.AfterFunc(patience, func() {
+		without := slices.Concat(tried, []string{req.Route.Workload.UID}, h.p.suspects.list())
+		if r := h.p.store.Load().ResolveExcluding(req.Client, req.Dst, without, nil); r.Kind != mesh.RouteRefuse {
+			cancel(errImpatient)
+		}
+	})
+	defer impatience.Stop()
+	up, via, err := h.execute(ctx, req)
+	if err != nil && context.Cause(ctx) == errImpatient {
+		err = fail(PeerUnreachable, "%s: %w after %s", via.addr, errImpatient, patience)
+	}
+	return up, via, err
 }
 
 // interrupted reports whether the tunnel ended under a request that nobody had answered: the same endpoint may

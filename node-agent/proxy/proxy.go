@@ -62,13 +62,14 @@ type Listeners struct{ Outbound, Inbound, HBONE []net.Listener }
 
 // Proxy carries the connections of all pods of the node.
 type Proxy struct {
-	cfg     Config
-	store   *mesh.Store
-	metrics *Metrics
-	log     *slog.Logger
-	access  *slog.Logger
-	conns   *connTable
-	pool    *hbone.Pool
+	cfg      Config
+	store    *mesh.Store
+	metrics  *Metrics
+	log      *slog.Logger
+	access   *slog.Logger
+	conns    *connTable
+	pool     *hbone.Pool
+	suspects suspects
 
 	ctx    context.Context
 	cancel context.CancelFunc
