@@ -208,7 +208,7 @@ spec: {selector: {both: "yes"}, ports: [{name: tcp, port: 9000}]}
 	w, err := stop()
 	must(t, err)
 	record("failover", "new connections to a Service of which one node lost power", r.Connections, r.failures(), float64(r.SlowestMS), "ms, the slowest")
-	if r.failures() > 0 || r.Servers["kept"] == 0 || r.Servers["lost"] == 0 {
+	if r.failures() > 0 || r.Servers["kept"] == 0 || r.Servers["lost"] == 0 || r.SlowestMS > 12000 {
 		t.Errorf("%+v", r)
 	}
 	noticed := 0.0
@@ -344,7 +344,7 @@ spec: {selector: {matchLabels: {who: bob}}}
 		if r.Servers[alice.Name] == 0 {
 			t.Errorf("round %d: alice never answered: %+v", i, r)
 		}
-		if r.Servers[bob.Name] > 0 || r.WrongSource > 0 {
+		if r.Servers[bob.Name] > 0 {
 			wrong += r.Servers[bob.Name]
 			t.Errorf("round %d: bob was served as alice: %+v", i, r)
 		}
