@@ -84,7 +84,19 @@ func (p *Pool) Open(ctx context.Context, k Key, r Request) (*Stream, *Response, 
 			return nil, nil, &OpenError{Err: err}
 		}
 		st, resp, err := c.open(ctx, r)
-		if err == nil || fresh || attempt >= 3 || ctx.Err() != nil || !stale(err) {
+		if err == nil || ctx.Err() != nil {
+			return st, resp, err
+		}
+		// A peer that is behind with ending streams refuses new ones for a moment, on every connection alike.
+		if refused(err) && attempt < refusedTries {
+			select {
+			case <-time.After(refusedWait << attempt):
+				continue
+			case <-ctx.Done():
+				return st, resp, err
+			}
+		}
+		if fresh || attempt >= 3 || !stale(err) {
 			return st, resp, err
 		}
 		// A connection that ended while it was being used for the first time in a while: no answer came from the
@@ -99,10 +111,19 @@ func stale(err error) bool {
 		return false
 	}
 	var reset *ResetError
-	if errors.As(err, &reset) {
-		return reset.Code == CodeRefusedStream
-	}
-	return true
+	return !errors.As(err, &reset)
+}
+
+// refusedWait is the first pause after a REFUSED_STREAM; it doubles up to half a second in all.
+const (
+	refusedWait  = 2 * time.Millisecond
+	refusedTries = 8
+)
+
+// refused reports that the peer did not even look at the request.
+func refused(err error) bool {
+	var reset *ResetError
+	return errors.As(err, &reset) && reset.Remote && reset.Code == CodeRefusedStream
 }
 
 // client returns a connection with a slot reserved; fresh says that it was made for this call.
