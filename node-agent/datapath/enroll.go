@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -204,7 +205,8 @@ func (d *Datapath) loadLookup(pod *bpf.MeshPod) (*ebpf.Program, error) {
 	})
 }
 
-// loadAnother loads one more instance of a program, over the maps that all share.
+// loadAnother loads one more instance of a program, over the maps that all share. Only the maps that it refers to
+// are passed: each one costs a comparison with the kernel's, and this is most of what enrolment takes.
 func (d *Datapath) loadAnother(name string, variables map[string]any) (*ebpf.Program, error) {
 	spec := d.spec.Copy()
 	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
@@ -213,7 +215,24 @@ func (d *Datapath) loadAnother(name string, variables map[string]any) (*ebpf.Pro
 			return nil, fmt.Errorf("set %s: %w", v, err)
 		}
 	}
-	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: map[string]*ebpf.Map{
+	used := spec.Programs[name].Instructions.ReferenceOffsets()
+	shared := d.sharedMaps()
+	for m := range spec.Maps {
+		if _, ok := used[m]; !ok && !strings.HasPrefix(m, ".") { // .rodata has the variables
+			delete(spec.Maps, m)
+			delete(shared, m)
+		}
+	}
+	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared})
+	if err != nil {
+		return nil, fmt.Errorf("load %s: %w", name, explain(err))
+	}
+	defer c.Close()
+	return c.DetachProgram(name), nil
+}
+
+func (d *Datapath) sharedMaps() map[string]*ebpf.Map {
+	return map[string]*ebpf.Map{
 		bpf.MeshMapAgentSockets: d.kernel.AgentSockets,
 		bpf.MeshMapDestinations: d.kernel.Destinations,
 		bpf.MeshMapGuards:       d.kernel.Guards,
@@ -225,12 +244,7 @@ func (d *Datapath) loadAnother(name string, variables map[string]any) (*ebpf.Pro
 		bpf.MeshMapPrefixes:     d.kernel.Prefixes,
 		bpf.MeshMapTickets:      d.kernel.Tickets,
 		bpf.MeshMapVerdicts:     d.kernel.Verdicts,
-	}})
-	if err != nil {
-		return nil, fmt.Errorf("load %s: %w", name, explain(err))
 	}
-	defer c.Close()
-	return c.DetachProgram(name), nil
 }
 
 // Release ends capture. Open connections go on: the rule and the route that carry them stay until the
