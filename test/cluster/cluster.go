@@ -494,8 +494,17 @@ func (c *Cluster) importOn(ctx context.Context, node, archive, marker string) er
 		return err
 	}
 	args := append([]string{"ctr"}, plan.ImportArgs(filepath.Join(plan.NodeMount, "images", archive))...)
-	if _, err := n.Exec(ctx, args...); err != nil {
-		return err
+	for attempt := 1; ; attempt++ {
+		limited, cancel := context.WithTimeout(ctx, plan.ImportLimit)
+		_, err := n.Exec(limited, args...)
+		expired := limited.Err() != nil && ctx.Err() == nil
+		cancel()
+		if err == nil {
+			break
+		}
+		if !expired || attempt == 3 {
+			return err
+		}
 	}
 	m := filepath.Join(c.plan.Disk(n.plan), marker)
 	if err := os.MkdirAll(filepath.Dir(m), 0o755); err != nil {

@@ -22,10 +22,16 @@ import (
 // wait for a child.
 type initProcess struct {
 	mu       sync.Mutex // held across start, so that an exit is never seen before its entry
-	children map[int]chan struct{}
+	children map[int]*child
 
 	bin string // where components are
 	log string // where their logs go
+}
+
+// child is a started process; status is set when done is closed.
+type child struct {
+	done   chan struct{}
+	status unix.WaitStatus
 }
 
 // newInit also sets the environment every child inherits.
@@ -33,32 +39,34 @@ func newInit(bin, log string) *initProcess {
 	os.Clearenv()
 	os.Setenv("PATH", bin+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
 	os.Setenv("HOME", "/root")
-	p := &initProcess{children: map[int]chan struct{}{}, bin: bin, log: log}
+	p := &initProcess{children: map[int]*child{}, bin: bin, log: log}
 	go p.reap()
 	return p
 }
 
-// start runs cmd and returns a channel that is closed when it has ended.
-func (p *initProcess) start(cmd *exec.Cmd) (<-chan struct{}, error) {
+// start runs cmd without waiting for it.
+func (p *initProcess) start(cmd *exec.Cmd) (*child, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err := cmd.Start(); err != nil {
 		return nil, err
 	}
-	done := make(chan struct{})
-	p.children[cmd.Process.Pid] = done
-	return done, nil
+	c := &child{done: make(chan struct{})}
+	p.children[cmd.Process.Pid] = c
+	return c, nil
 }
 
 func (p *initProcess) reap() {
 	for {
-		pid, err := unix.Wait4(-1, nil, 0, nil)
+		var status unix.WaitStatus
+		pid, err := unix.Wait4(-1, &status, 0, nil)
 		switch err {
 		case nil:
 			p.mu.Lock()
 			if c, ok := p.children[pid]; ok {
 				delete(p.children, pid)
-				close(c)
+				c.status = status
+				close(c.done)
 			}
 			p.mu.Unlock()
 		case unix.ECHILD:
@@ -71,8 +79,8 @@ func (p *initProcess) reap() {
 func (p *initProcess) keep(c plan.Process) {
 	go func() {
 		for {
-			if err := p.run(c); err != nil {
-				slog.Error("cannot run component", "name", c.Name, "error", err)
+			if err := p.run(c, 0); err != nil {
+				slog.Error("component failed", "name", c.Name, "error", err)
 			} else {
 				slog.Warn("component ended", "name", c.Name)
 			}
@@ -81,21 +89,40 @@ func (p *initProcess) keep(c plan.Process) {
 	}()
 }
 
-// run runs one component to its end, its output appended to its log.
-func (p *initProcess) run(c plan.Process) error {
+// run runs one component to its end, its output appended to its log. With a
+// limit, a component that exceeds it is told to write its stacks and die.
+func (p *initProcess) run(c plan.Process, limit time.Duration) error {
 	out, err := os.OpenFile(filepath.Join(p.log, c.Name+".log"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
 		return err
 	}
 	cmd := exec.Command(filepath.Join(p.bin, c.Name), c.Args...)
 	cmd.Stdout, cmd.Stderr = out, out
-	done, err := p.start(cmd)
+	started, err := p.start(cmd)
 	out.Close()
 	if err != nil {
 		return err
 	}
-	<-done
-	return nil
+	var expired <-chan time.Time
+	if limit > 0 {
+		expired = time.After(limit)
+	}
+	select {
+	case <-started.done:
+		if started.status != 0 {
+			return fmt.Errorf("%s ended with status %#x: see its log", c.Name, started.status)
+		}
+		return nil
+	case <-expired:
+	}
+	_ = cmd.Process.Signal(unix.SIGQUIT) // it may have ended meanwhile
+	select {
+	case <-started.done:
+	case <-time.After(5 * time.Second):
+		_ = cmd.Process.Kill()
+		<-started.done
+	}
+	return fmt.Errorf("%s took longer than %s", c.Name, limit)
 }
 
 // patience is how long a step waits for the one before it. Whoever started the

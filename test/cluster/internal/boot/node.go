@@ -26,6 +26,8 @@ import (
 // group is free to pass controllers to the pods.
 const systemLeaf = "system"
 
+const importAttempts = 3
+
 // systemGroup is the group for processes of the node outside any pod.
 func systemGroup(g host.Group) host.Group {
 	var out host.Group
@@ -409,7 +411,7 @@ func (m *machine) services() {
 }
 
 // importImages brings every archive of the cluster into containerd that this
-// disk has not seen.
+// disk has not seen. An import that hangs is given up and tried again.
 func (m *machine) importImages() {
 	archives, _ := filepath.Glob(plan.NodeMount + "/images/*.tar")
 	for _, a := range archives {
@@ -420,7 +422,12 @@ func (m *machine) importImages() {
 		if _, err := os.Stat(seen); err == nil {
 			continue
 		}
-		err = m.run(plan.Process{Name: "ctr", Args: plan.ImportArgs(a)})
+		for range importAttempts {
+			if err = m.run(plan.Process{Name: "ctr", Args: plan.ImportArgs(a)}, plan.ImportLimit); err == nil {
+				break
+			}
+			slog.Error("cannot import image, trying again", "archive", a, "error", err)
+		}
 		if err == nil {
 			err = errors.Join(os.MkdirAll(filepath.Dir(seen), 0o755), os.WriteFile(seen, nil, 0o644))
 		}

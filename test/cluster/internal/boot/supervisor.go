@@ -75,7 +75,7 @@ type node struct {
 	plan  plan.Node
 	group host.Group
 	proc  *os.Process // nil while stopped
-	done  <-chan struct{}
+	child *child
 }
 
 // Status is what the control socket answers.
@@ -224,15 +224,12 @@ func (s *supervisor) controlPlane() {
 		s.keep(s.c.CoreDNS())
 		for _, o := range s.c.Objects() {
 			err := until("creation below "+o.Path, func() error {
-				return api.Create(context.Background(), o.Path, o.Body)
+				if err := api.Create(context.Background(), o.Path, o.Body); err != nil || o.Status == nil {
+					return err
+				}
+				return api.PatchStatus(context.Background(), o.Path+"/"+o.Name, o.Status)
 			})
 			if err != nil {
-				return err
-			}
-			if o.Status == nil {
-				continue
-			}
-			if err := api.PatchStatus(context.Background(), o.Path+"/"+o.Name, o.Status); err != nil {
 				return err
 			}
 		}
@@ -274,12 +271,12 @@ func (s *supervisor) startNode(n plan.Node) error {
 		Setsid:     true,
 		Cloneflags: unix.CLONE_NEWPID | unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
 	}
-	done, err := s.start(cmd)
+	started, err := s.start(cmd)
 	r.Close()
 	if err != nil {
 		return fmt.Errorf("start node %s: %w", n.Name, err)
 	}
-	st := &node{plan: n, group: g, proc: cmd.Process, done: done}
+	st := &node{plan: n, group: g, proc: cmd.Process, child: started}
 	s.nodes[n.Name] = st
 	if err := errors.Join(g.Add(cmd.Process.Pid), host.NewPort(plan.Bridge, n.Port(), cmd.Process.Pid)); err != nil {
 		return errors.Join(fmt.Errorf("start node %s: %w", n.Name, err), s.stop(st))
@@ -307,7 +304,7 @@ func (s *supervisor) stop(st *node) error {
 	if err := st.proc.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("kill node %s: %w", st.plan.Name, err)
 	}
-	<-st.done
+	<-st.child.done
 	st.proc = nil
 	slog.Info("node stopped", "node", st.plan.Name)
 	return errors.Join(errLink, st.group.Remove(10*time.Second))
@@ -321,7 +318,7 @@ func (s *supervisor) status() Status {
 		ns := NodeStatus{Name: n.Name}
 		if r := s.nodes[n.Name]; r != nil && r.proc != nil {
 			select {
-			case <-r.done: // died on its own
+			case <-r.child.done: // died on its own
 			default:
 				ns.Running, ns.Cgroups = true, systemGroup(r.group)
 			}

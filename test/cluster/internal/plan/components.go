@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // Process is one component to run: a name for its log and a command line. The
@@ -260,6 +261,10 @@ func (c *Cluster) CNIConf(n Node) (name string, list []byte, err error) {
 func (c *Cluster) CNIPlugins() []string {
 	return []string{c.CNI, "host-local", "loopback", "portmap"}
 }
+
+// ImportLimit is the time one import may take; it takes a second or so where
+// nothing else runs.
+const ImportLimit = 2 * time.Minute
 
 // ImportArgs are ctr's arguments that import an image archive for kubelet.
 func ImportArgs(archive string) []string {
