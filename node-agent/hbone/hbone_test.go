@@ -277,6 +277,54 @@ func TestRelayReset(t *testing.T) {
 	}
 }
 
+// TestRelaySockets: plaintext from outside and to it is relayed with the same manners.
+func TestRelaySockets(t *testing.T) {
+	open := func() (a, b *net.TCPConn, result chan error) {
+		a, in := tcpPair(t)
+		out, b := tcpPair(t)
+		result = make(chan error, 1)
+		go func() { result <- Relay(in, out, new(RelayStats)) }()
+		return a, b, result
+	}
+	t.Run("half-close", func(t *testing.T) {
+		a, b, result := open()
+		io.WriteString(a, "question")
+		a.CloseWrite()
+		if got, err := io.ReadAll(b); err != nil || string(got) != "question" {
+			t.Fatalf("server read %q, %v", got, err)
+		}
+		time.Sleep(20 * time.Millisecond)
+		io.WriteString(b, "answer")
+		b.CloseWrite()
+		if got, err := io.ReadAll(a); err != nil || string(got) != "answer" {
+			t.Fatalf("client read %q, %v", got, err)
+		}
+		if err := <-result; err != nil {
+			t.Error(err)
+		}
+	})
+	for _, half := range []bool{false, true} {
+		a, b, result := open()
+		if half {
+			a.CloseWrite()
+			io.ReadAll(b)
+		}
+		a.SetLinger(0)
+		a.Close()
+		if err := <-result; !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("reset (half-closed before: %v): relay ended with %v", half, err)
+		}
+		b.SetDeadline(time.Now().Add(5 * time.Second))
+		_, err := b.Read(make([]byte, 1))
+		if half { // the FIN was read; the reset shows on the next write
+			_, err = b.Write([]byte("x"))
+		}
+		if !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
+			t.Errorf("reset (half-closed before: %v): peer saw %v", half, err)
+		}
+	}
+}
+
 func TestRelayBulkBothWays(t *testing.T) {
 	const size = 64 << 20
 	a, b, results := newRelayed(t)

@@ -5,8 +5,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 // RelayStats is what a Relay has delivered so far. It may be read while the Relay runs: connections last for
@@ -165,25 +167,62 @@ func watchReset(rc syscall.RawConn) error {
 func relayAny(a, b net.Conn, stats *RelayStats) error {
 	hardEnd(a)
 	hardEnd(b)
-	first := make(chan error, 2)
-	fail := func(err error) {
-		if err != nil {
-			resetConn(a)
-			resetConn(b)
-		}
-		first <- err
-	}
+	p := &pair{conns: [2]net.Conn{a, b}}
+	other := make(chan struct{})
 	go func() {
-		fail(pump(a, b, &stats.BtoA))
+		defer close(other)
+		p.run(1, &stats.BtoA)
 	}()
-	fail(pump(b, a, &stats.AtoB))
-	err := <-first
-	if e := <-first; err == nil {
-		err = e
-	}
+	p.run(0, &stats.AtoB)
+	<-other
 	orderlyEnd(a)
 	orderlyEnd(b)
-	return err
+	return p.err
+}
+
+// pair is the two ends of relayAny; direction i copies from conns[i] to the other.
+type pair struct {
+	conns [2]net.Conn
+	mu    sync.Mutex
+	ended [2]bool // direction i has passed its FIN on
+	err   error   // the first
+}
+
+func (p *pair) run(i int, total *atomic.Int64) {
+	src, dst := p.conns[i], p.conns[1-i]
+	err := pump(dst, src, total)
+	if err == nil && !p.end(i) {
+		// Until the other direction ends too, a reset of this side is still to be passed on.
+		if tcp, ok := src.(*net.TCPConn); ok {
+			rc, e := tcp.SyscallConn()
+			if e == nil {
+				err = watchReset(rc)
+			}
+			if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, net.ErrClosed) {
+				err = nil
+			}
+		}
+	}
+	if err != nil {
+		p.mu.Lock()
+		if p.err == nil { // before the resets, which fail the other direction
+			p.err = err
+		}
+		p.mu.Unlock()
+		resetConn(src)
+		resetConn(dst)
+	}
+}
+
+// end marks direction i as ended and reports whether the other has; then it ends that one's watch.
+func (p *pair) end(i int) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ended[i] = true
+	if p.ended[1-i] {
+		_ = p.conns[1-i].SetReadDeadline(time.Unix(1, 0))
+	}
+	return p.ended[1-i]
 }
 
 // pump copies src to dst up to src's end, which it passes on.
