@@ -84,6 +84,9 @@ func (l *Lab) Root() string { return l.root }
 // Kubeconfig is the path of the cluster's kubeconfig.
 func (l *Lab) Kubeconfig() string { return l.kubeconfig }
 
+// KubectlPath is the kubectl that the lab uses.
+func (l *Lab) KubectlPath() string { return l.kubectl }
+
 // repository finds the directory with the chart, from this file or from the working directory.
 func repository() (string, error) {
 	var starts []string

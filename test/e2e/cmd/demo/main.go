@@ -9,6 +9,7 @@ import (
 	"flag"
 	"fmt"
 	"os"
+	"os/exec"
 	"os/signal"
 	"slices"
 	"strings"
@@ -252,14 +253,18 @@ func printPairs(start, end []lab.Sample) int {
 }
 
 func next(l *lab.Lab) {
+	alias := ""
+	if _, err := exec.LookPath("kubectl"); err != nil {
+		alias = "\n  alias kubectl=" + l.KubectlPath()
+	}
 	fmt.Printf(`
 Try next
-  export KUBECONFIG=%s
+  export KUBECONFIG=%s%s
   go run ./cmd/warren status
   go run ./cmd/warren node-config connections
-  kubectl -n shop logs deploy/inventory --tail=3      # the client address is catalog's own
-  kubectl -n %s logs ds/warren-node --tail=5          # the access log
-  kubectl label namespace shop %s-                    # out again, nothing breaks
+  kubectl -n shop logs deploy/inventory --tail=3             # the client address is catalog's own
+  kubectl -n %s logs ds/warren-node --tail=5      # the access log
+  kubectl label namespace shop %s-       # out again, nothing breaks
   make cluster-down
-`, l.Kubeconfig(), lab.Namespace, lab.Label)
+`, l.Kubeconfig(), alias, lab.Namespace, lab.Label)
 }
