@@ -183,9 +183,12 @@ spec: {selector: {both: "yes"}, ports: [{name: tcp, port: 9000}]}
 		_, err := mesh.Exec(t.Context(), ns, "client", tcpcheck, "who", "both:9000")
 		return err
 	}))
+	vips, err := mesh.ServiceAddrs(t.Context(), ns, "both")
+	must(t, err)
 	stop, err := mesh.Watch(t.Context())
 	must(t, err)
-	report := startLoad(t, ns, "client", "-rate", "20", "-for", "20s", "-timeout", "20s", "both:9000")
+	// By address: a resolver's retries are not the mesh's.
+	report := startLoad(t, ns, "client", "-rate", "20", "-for", "20s", "-timeout", "20s", net.JoinHostPort(vips[0], "9000"))
 	held := startLoad(t, ns, "holder", "-rate", "0", "-for", "20s", "-hold", "8", "-timeout", "25s", net.JoinHostPort(pod(t, ns, "lost").IP, "9000"))
 	time.Sleep(4 * time.Second)
 	n, err := mesh.Cluster.Node(nodes[1])
@@ -208,7 +211,7 @@ spec: {selector: {both: "yes"}, ports: [{name: tcp, port: 9000}]}
 	w, err := stop()
 	must(t, err)
 	record("failover", "new connections to a Service of which one node lost power", r.Connections, r.failures(), float64(r.SlowestMS), "ms, the slowest")
-	if r.failures() > 0 || r.Servers["kept"] == 0 || r.Servers["lost"] == 0 || r.SlowestMS > 12000 {
+	if r.failures() > 0 || r.Servers["kept"] == 0 || r.Servers["lost"] == 0 || r.SlowestMS > 8000 {
 		t.Errorf("%+v", r)
 	}
 	noticed := 0.0
