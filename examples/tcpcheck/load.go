@@ -88,6 +88,8 @@ func (x *exchange) listen(r *bufio.Reader) error {
 	return nil
 }
 
+// first makes an exchange at once, and again when it was cut off: what a killed agent had already accepted ends
+// with it, as a server's crash would end it. Attempts says how often that happened.
 func first(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("first", flag.ContinueOnError)
 	timeout := fs.Duration("timeout", 60*time.Second, "give up after this long")
@@ -96,14 +98,20 @@ func first(ctx context.Context, args []string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, *timeout)
 	defer cancel()
-	x, err := talk(ctx, fs.Arg(0))
-	if err != nil {
-		return err
+	for attempts := 1; ; attempts++ {
+		x, err := talk(ctx, fs.Arg(0))
+		switch {
+		case err == nil && x.ServerSaw != x.Local:
+			return fmt.Errorf("this is %s, the server saw %s", x.Local, x.ServerSaw)
+		case err == nil:
+			return report(struct {
+				Attempts int
+				exchange
+			}{attempts, x})
+		case ctx.Err() != nil || !errors.Is(err, errCut):
+			return fmt.Errorf("attempt %d: %w", attempts, err)
+		}
 	}
-	if x.ServerSaw != x.Local {
-		return fmt.Errorf("this is %s, the server saw %s", x.Local, x.ServerSaw)
-	}
-	return report(x)
 }
 
 func who(ctx context.Context, args []string) error {

@@ -5,7 +5,7 @@
 //	tcpcheck serve            all servers, on the ports below
 //	tcpcheck manners HOST     every check against the servers on HOST, as JSON
 //	tcpcheck load HOST:PORT   new connections at a steady rate and some that stay open, as JSON
-//	tcpcheck first HOST:PORT  one exchange, at once: the first thing this process does
+//	tcpcheck first HOST:PORT  an exchange, at once: the first thing this process does
 //	tcpcheck who HOST:PORT    which server answers
 package main
 
