@@ -372,6 +372,11 @@ func (c *Client) apply(resp *discovery.DeltaDiscoveryResponse) *discovery.DeltaD
 		ack.ErrorDetail = &status.Status{Code: int32(codes.InvalidArgument), Message: err.Error()}
 		return ack
 	}
+	if resp.TypeUrl == wds.LocalPodType && len(state.versions) == 0 && len(resp.Resources) == 0 {
+		// A stock istiod answers types that it does not know with nothing. From our control plane the set has this
+		// agent's own pod at least; to take it for empty would release every pod of the node.
+		return ack
+	}
 	first := !state.answered
 	state.answered, state.received = true, true
 	if first && resp.TypeUrl == wds.LocalPodType {

@@ -304,6 +304,7 @@ func TestControlPlaneWithoutOurTypes(t *testing.T) {
 	far.Node = "n2"
 	plain := captured("plain", "10.0.0.2")
 	plain.Tunnel = mesh.TunnelNone
+	st.put(wds.LocalPodType, "", nil) // istiod's answer to a type that it does not know
 	st.put(wds.AuthorizationType, "1", nil)
 	st.answer(wds.AddressType, "1", nil, captured("a", "10.0.0.1"), host, far, plain)
 	p := receive(t, "the pods", pods)
