@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unsafe"
@@ -40,6 +41,7 @@ type lab struct {
 	cfg              Config
 	up               *sync.RWMutex // held by the agent's dials; for writing while there is no agent
 	dp               *Datapath
+	dialer           *atomic.Pointer[Datapath] // dp, for the relay's goroutines: a restart replaces it under load
 	agents           *sync.WaitGroup
 	conns            *conns // of servers and agents
 }
@@ -129,6 +131,10 @@ func (l *lab) open() {
 	var err error
 	l.dp, err = Open(ctx, l.cfg)
 	check(l.t, err)
+	if l.dialer == nil {
+		l.dialer = new(atomic.Pointer[Datapath])
+	}
+	l.dialer.Store(l.dp)
 }
 
 // describe prints what a failed test may be understood by.
@@ -440,10 +446,10 @@ func (l *lab) outbound(from *host, c *net.TCPConn) (*net.TCPConn, error) {
 	}
 	for _, h := range []*host{l.ui, l.cat} {
 		if dst.Addr() == h.v4 || dst.Addr() == h.v6 {
-			return l.dp.DialInbound(ctx, h.ns, src, dst)
+			return l.dialer.Load().DialInbound(ctx, h.ns, src, dst)
 		}
 	}
-	return l.dp.Dial(ctx, from.ns, dst)
+	return l.dialer.Load().Dial(ctx, from.ns, dst)
 }
 
 func (l *lab) inbound(to *host, c *net.TCPConn) (*net.TCPConn, error) {
@@ -452,7 +458,7 @@ func (l *lab) inbound(to *host, c *net.TCPConn) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), agentDial)
 	defer cancel()
 	src := netip.AddrPortFrom(addrOf(c.RemoteAddr()).Addr(), 0)
-	return l.dp.DialInbound(ctx, to.ns, src, addrOf(c.LocalAddr()))
+	return l.dialer.Load().DialInbound(ctx, to.ns, src, addrOf(c.LocalAddr()))
 }
 
 func relay(a, b *net.TCPConn) {

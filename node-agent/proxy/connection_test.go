@@ -434,7 +434,7 @@ func TestBudgetOfAnIdleConnection(t *testing.T) {
 	if per := float64(g) / conns; per > 3.1 {
 		t.Errorf("%.2f goroutines a connection, want at most 3", per)
 	}
-	if per := b / conns; per > 28<<10 {
+	if per := b / conns; per > 28<<10 && !raceEnabled { // the race detector keeps shadows of its own
 		t.Errorf("%d bytes a connection, want at most 28 KiB", per)
 	}
 }
