@@ -190,13 +190,10 @@ func (c Config) withConfigMap(ctx context.Context, kube kubernetes.Interface) (C
 		c.Mesh.TrustDomainAliases = m.TrustDomainAliases
 	}
 	switch w.SameNode {
-	case "":
-	case "kernel":
-		c.Mesh.SameNode = mesh.SameNodeKernel
-	case "encrypt":
+	case "", "encrypt": // what every agent of this version does
 		c.Mesh.SameNode = mesh.SameNodeEncrypt
 	default:
-		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q; use kernel, encrypt or nothing", c.Namespace, name, w.SameNode)
+		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q, which the node agents of this version cannot do; use encrypt or nothing", c.Namespace, name, w.SameNode)
 	}
 	for _, e := range w.EnablementSelectors {
 		sel, err := e.selector()

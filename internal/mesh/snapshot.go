@@ -20,7 +20,8 @@ type Config struct {
 	SameNode           SameNode
 }
 
-// SameNode says how captured pods of one node reach each other.
+// SameNode says how captured pods of one node may reach each other. It is part of the wire contract; an agent
+// that knows only the tunnel uses the tunnel, whatever it says, which is never less than was asked for.
 type SameNode uint8
 
 const (
