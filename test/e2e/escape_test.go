@@ -39,6 +39,8 @@ type escape struct {
 	carried bool   // the token arrives, by the tunnel; otherwise it must not arrive
 	control bool   // without the mesh the same way puts the token on the link: tried from stranger
 	loud    bool   // the sender is not captured: its token may be seen, but not arrive
+	// repaired: it may arrive after all, by the tunnel, once the audit has put capture in order again.
+	repaired bool
 
 	token, said string
 	rose        float64
@@ -120,10 +122,10 @@ func TestEscapes(t *testing.T) {
 		{name: "port 15008 of a pod, plain", from: stranger, way: "dial", args: to(vault("15008")), counter: "lookup_hbone", at: 1, loud: true},
 		{name: "port 15008 of a pod, TLS without a certificate", from: stranger, way: "tls", args: to(vault("15008")), counter: "lookup_hbone", at: 1, loud: true},
 
-		// Last: what is taken away here, the next audit puts back.
-		{name: "rule deleted, IPv4", from: insider, way: "delete-rule", args: to(vault4), counter: "guard_drop_captured"},
-		{name: "rule deleted, IPv6", from: insider, way: "delete-rule", args: to(vault6), counter: "guard_drop_captured"},
-		{name: "route deleted, IPv6", from: insider, way: "delete-route", args: to(vault6), counter: "guard_drop_captured"},
+		// Last: what is taken away here, the next audit puts back, and a SYN that is sent again after that is captured.
+		{name: "rule deleted, IPv4", from: insider, way: "delete-rule", args: to(vault4), counter: "guard_drop_captured", repaired: true},
+		{name: "rule deleted, IPv6", from: insider, way: "delete-rule", args: to(vault6), counter: "guard_drop_captured", repaired: true},
+		{name: "route deleted, IPv6", from: insider, way: "delete-route", args: to(vault6), counter: "guard_drop_captured", repaired: true},
 	}
 
 	listenOnTheTunnelsPort(t, ns)
@@ -164,7 +166,7 @@ func TestEscapes(t *testing.T) {
 				t.Error("its data was on the link in clear")
 			}
 			got := strings.Contains(arrived, e.token) || strings.HasPrefix(e.said, "answered")
-			if got != e.carried {
+			if got != e.carried && !(got && e.repaired) {
 				t.Errorf("arrived: %v, want %v", got, e.carried)
 			}
 			for _, a := range []string{"peer=" + as4 + ":", "peer=[" + as6 + "]:"} {
