@@ -41,6 +41,7 @@ type conn struct {
 	writing   bool       // somebody writes out, or a goroutine is about to
 	stopped   error      // no more reading or writing; every stream has failed
 	waiters   int        // streams that wait for room
+	orphans   int        // server: handlers of streams that the peer ended by force
 	drain     bool       // no new streams; ends after the last
 	closing   bool       // GOAWAY with the reason is out; the reader only discards
 	closeSent bool       // an orderly end: close as soon as everything is written
@@ -301,6 +302,7 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 		n, ev, err := c.next(p[used:])
 		used += n
 		if ev.kind == evBroken {
+			c.orphaned(ev.st)
 			ev.st.failLocked(&ResetError{Code: ev.code}, true)
 		}
 		if err != nil {
@@ -330,6 +332,7 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 		case evEnd:
 			c.deliver(ev.st, nil, true)
 		case evReset:
+			c.orphaned(ev.st)
 			ev.st.peerReset(ev.code)
 		case evWritable:
 			if ev.st == nil {
@@ -342,6 +345,14 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 		case evGoAway:
 			c.goAwayReceived(ev.id)
 		}
+	}
+}
+
+// orphaned counts a stream that the peer ends by force while its handler runs.
+func (c *conn) orphaned(st *Stream) {
+	if !c.client && !st.orphan {
+		st.orphan = true
+		c.orphans++
 	}
 }
 

@@ -82,7 +82,6 @@ type server struct {
 	cfg      ServerConfig
 	ctx      context.Context
 	handlers sync.WaitGroup
-	running  int // handlers; a stream that was reset counts until its handler has returned
 }
 
 // Serve serves nc, whose TLS handshake is done, until it ends, and returns after the last handler has. When ctx
@@ -155,7 +154,9 @@ func (s *server) lastCall(deadline time.Time) {
 
 // request registers a stream and starts its handler. Called under mu.
 func (s *server) request(id uint32, end bool) {
-	if len(s.streams) >= ownMaxStreams || s.running >= 2*ownMaxStreams {
+	// A stream that the peer ended by force counts until its handler has returned: to reset must not be a way to
+	// more handlers than streams are allowed. One that ended in order does not: its handler has done its work.
+	if len(s.streams) >= ownMaxStreams || len(s.streams)+s.orphans >= 2*ownMaxStreams {
 		s.out = appendRST(s.out, id, CodeRefusedStream)
 		if err := s.glitch(costRefused); err != nil {
 			s.failLocked(err)
@@ -177,7 +178,6 @@ func (s *server) request(id uint32, end bool) {
 	s.streamOpened()
 	ctx, cancel := context.WithCancel(s.ctx)
 	st.cancel = cancel
-	s.running++
 	s.handlers.Add(1)
 	go s.handle(ctx, &ServerStream{Request: req, st: st})
 }
@@ -189,7 +189,9 @@ func (s *server) handle(ctx context.Context, ss *ServerStream) {
 	st.cancel()
 	st.ResetCode(CodeInternal) // no effect on a stream that has ended
 	s.mu.Lock()
-	s.running--
+	if st.orphan {
+		s.orphans--
+	}
 	s.mu.Unlock()
 }
 

@@ -29,6 +29,7 @@ type Stream struct {
 	remoteEnd  bool  // END_STREAM was received
 	localEnd   bool  // END_STREAM was sent
 	gone       bool  // no longer registered with the session
+	orphan     bool  // server: the peer ended it by force, the handler may still run
 
 	q        queue // received, not read
 	eof      bool  // everything up to END_STREAM is in q
