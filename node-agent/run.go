@@ -85,7 +85,7 @@ func Run(ctx context.Context, cfg Config) error {
 	start("admin", server.Serve)
 	start("certificates", a.manager.Run)
 	start("holder", func(ctx context.Context) error { a.keeper.Run(ctx); return nil })
-	start("destinations", a.capture)
+	start("enforcement", a.enforce)
 	start("certificates for a successor", a.keepCertificates)
 	start("xds", a.xds.Run)
 	start("state", a.awaitState)
@@ -228,24 +228,6 @@ func (a *agent) network() string {
 		return n
 	}
 	return a.cfg.Network
-}
-
-// capture keeps the kernel's set of captured destinations equal to what the mesh is.
-func (a *agent) capture(ctx context.Context) error {
-	changed := a.store.Watch()
-	defer a.store.Unwatch(changed)
-	for {
-		if s := a.store.Load(); s.Revision() > 0 {
-			if err := a.datapath.SetDestinations(datapath.Desired(s, a.network())); err != nil && !errors.Is(err, datapath.ErrYielded) {
-				a.cfg.Log.Error("telling the kernel which destinations to capture", "error", err)
-			}
-		}
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-changed:
-		}
-	}
 }
 
 // captured tells which addresses' connections go through the mesh, as it is now.

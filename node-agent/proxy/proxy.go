@@ -79,6 +79,7 @@ type Proxy struct {
 	pods    map[string]*PodHandle // by Pod.UID
 	closed  bool
 	changed chan struct{} // closed and replaced when the state changes
+	checked progress
 
 	started, stopped atomic.Uint64 // pods
 }
@@ -126,7 +127,10 @@ func New(cfg Config) (*Proxy, error) {
 	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel,
 		DialTimeout:  cfg.ConnectTimeout + cfg.HandshakeTimeout,
 		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, Idle: cfg.PoolIdle}})
-	p.wg.Go(p.watch)
+	// Before any connection: a state that comes between one's authorization and the watch would be missed.
+	changed, now := p.store.Watch(), p.store.Load()
+	p.checked.reach(now.Revision())
+	p.wg.Go(func() { p.watch(changed, now) })
 	return p, nil
 }
 
@@ -295,10 +299,8 @@ func (p *Proxy) Close(ctx context.Context) error {
 }
 
 // watch re-evaluates open connections whenever policies, or what binds them, change.
-func (p *Proxy) watch() {
-	changed := p.store.Watch()
+func (p *Proxy) watch(changed <-chan struct{}, last *mesh.Snapshot) {
 	defer p.store.Unwatch(changed)
-	last := p.store.Load()
 	for {
 		select {
 		case <-p.ctx.Done():
@@ -315,7 +317,14 @@ func (p *Proxy) watch() {
 		}
 		p.dropVanished(s, last)
 		last = s
+		p.checked.reach(s.Revision())
 	}
+}
+
+// Rechecked returns when every open connection that the state of a revision, or of a later one, does not allow
+// has been ended.
+func (p *Proxy) Rechecked(ctx context.Context, revision uint64) error {
+	return p.checked.await(ctx, revision)
 }
 
 // state returns the current Snapshot, after the pod has appeared in it.

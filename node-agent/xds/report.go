@@ -22,6 +22,9 @@ type Status struct {
 	Services  int
 	Policies  int
 	Types     map[string]TypeStatus // by type URL
+
+	Enforced    uint64 // the last revision that holds on this node, see Client.Enforced
+	NotEnforced string // why a later one does not
 }
 
 // TypeStatus is how far one type has come.
