@@ -4,7 +4,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/asn1"
-	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -18,47 +17,18 @@ type Peers struct {
 	Now          func() time.Time // nil: time.Now
 }
 
-// Why a peer was refused: stable words for counters.
-const (
-	ReasonNoCertificate = "no_certificate"
-	ReasonUnknownCA     = "unknown_ca"
-	ReasonExpired       = "expired"
-	ReasonUsage         = "wrong_usage"
-	ReasonNoURI         = "no_uri_san"
-	ReasonSeveralURIs   = "several_uri_sans"
-	ReasonNotIdentity   = "not_an_identity"
-	ReasonTrustDomain   = "wrong_trust_domain"
-	ReasonNotWanted     = "unexpected_identity"
-	ReasonHandshake     = "handshake" // anything else that went wrong before or beside the checks here
-)
-
-// PeerError is the refusal of a peer's certificate.
-type PeerError struct {
-	Reason string
-	Err    error
-}
-
-func (e *PeerError) Error() string { return "verifying the peer's certificate: " + e.Err.Error() }
-func (e *PeerError) Unwrap() error { return e.Err }
-
-// Reason returns the word for a failed handshake.
-func Reason(err error) string {
-	var p *PeerError
-	if errors.As(err, &p) {
-		return p.Reason
-	}
-	return ReasonHandshake
-}
-
 // curves are the key exchanges: post-quantum with whoever can, X25519 with a ztunnel. A Go client sends a key
 // share for both of the first two and a Go server takes the one that came, so neither costs a HelloRetryRequest.
 // P-256 is for peers under FIPS.
 var curves = []tls.CurveID{tls.X25519MLKEM768, tls.X25519, tls.CurveP256}
 
+// alpn is what both ends of a tunnel speak; HTTP/2 over TLS must say so (RFC 9113, section 3.2).
+const alpn = "h2"
+
 func (b *Bundle) config() *tls.Config {
 	return &tls.Config{
 		MinVersion:                  tls.VersionTLS13,
-		NextProtos:                  []string{"h2"},
+		NextProtos:                  []string{alpn},
 		CurvePreferences:            curves,
 		Certificates:                []tls.Certificate{b.cert},
 		SessionTicketsDisabled:      true, // every connection proves itself under the roots of its time
@@ -78,6 +48,9 @@ func (b *Bundle) ServerTLS(peers Peers) *tls.Config {
 	c.Time = now
 	c.ClientAuth = tls.RequireAnyClientCert // verified below, by our own rules
 	c.VerifyConnection = func(cs tls.ConnectionState) error {
+		if err := speaksHTTP2(cs); err != nil {
+			return err
+		}
 		id, err := b.verify(cs.PeerCertificates, x509.ExtKeyUsageClientAuth, now())
 		if err != nil {
 			return err
@@ -100,6 +73,9 @@ func (b *Bundle) ClientTLSAt(want []string, at func() time.Time) *tls.Config {
 	c.Time = now
 	c.InsecureSkipVerify = true // there is no host name to check; VerifyConnection checks the identity
 	c.VerifyConnection = func(cs tls.ConnectionState) error {
+		if err := speaksHTTP2(cs); err != nil {
+			return err
+		}
 		id, err := b.verify(cs.PeerCertificates, x509.ExtKeyUsageServerAuth, now())
 		if err != nil {
 			return err
@@ -112,6 +88,14 @@ func (b *Bundle) ClientTLSAt(want []string, at func() time.Time) *tls.Config {
 	return c
 }
 
+// speaksHTTP2 refuses a peer that offers no protocol at all, whom crypto/tls lets in.
+func speaksHTTP2(cs tls.ConnectionState) error {
+	if cs.NegotiatedProtocol != alpn {
+		return refuse(ReasonALPN, "its protocol is %q instead of %q", cs.NegotiatedProtocol, alpn)
+	}
+	return nil
+}
+
 func clock(now func() time.Time) func() time.Time {
 	if now == nil {
 		return time.Now
@@ -122,7 +106,7 @@ func clock(now func() time.Time) func() time.Time {
 // verify checks a peer's chain against the roots, at a time and for a usage, and returns whom it names.
 func (b *Bundle) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage, now time.Time) (mesh.Identity, error) {
 	if len(chain) == 0 {
-		return mesh.Identity{}, refuse(ReasonNoCertificate, "there is none")
+		return mesh.Identity{}, refuse(ReasonNoCertificate, "it has no certificate")
 	}
 	leaf := chain[0]
 	opts := x509.VerifyOptions{
@@ -132,21 +116,15 @@ func (b *Bundle) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage, now t
 	for _, c := range chain[1:] {
 		opts.Intermediates.AddCert(c)
 	}
-	if _, err := leaf.Verify(opts); err != nil {
-		var invalid x509.CertificateInvalidError
-		reason := ReasonUnknownCA
-		if errors.As(err, &invalid) {
-			switch invalid.Reason {
-			case x509.Expired:
-				reason = ReasonExpired
-			case x509.IncompatibleUsage:
-				reason = ReasonUsage
-			}
-		}
-		return mesh.Identity{}, &PeerError{reason, err}
+	chains, err := leaf.Verify(opts)
+	if err != nil {
+		return mesh.Identity{}, &PeerError{chainReason(chain, err, now), err}
+	}
+	if !slices.ContainsFunc(chains, strong) {
+		return mesh.Identity{}, refuse(ReasonWeakKey, "its key or that of an intermediate is too short: RSA needs %d bits", minRSA)
 	}
 	if leaf.IsCA {
-		return mesh.Identity{}, refuse(ReasonUsage, "it is a CA's own")
+		return mesh.Identity{}, refuse(ReasonCA, "its certificate is a CA's own")
 	}
 	uri, err := uriSAN(leaf)
 	if err != nil {
@@ -166,7 +144,7 @@ func refuse(reason, format string, args ...any) error {
 // PeerIdentity returns who is at the other end of a connection that ServerTLS or ClientTLS has verified.
 func PeerIdentity(cs tls.ConnectionState) (mesh.Identity, error) {
 	if len(cs.PeerCertificates) == 0 {
-		return mesh.Identity{}, refuse(ReasonNoCertificate, "there is none")
+		return mesh.Identity{}, refuse(ReasonNoCertificate, "it has no certificate")
 	}
 	uri, err := uriSAN(cs.PeerCertificates[0])
 	if err != nil {

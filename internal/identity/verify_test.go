@@ -111,7 +111,7 @@ func TestPeersThatAreRefused(t *testing.T) {
 	}{
 		"foreign CA":         {stranger, ReasonUnknownCA, ReasonUnknownCA},
 		"expired":            {with(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) }, ui.String()), ReasonExpired, ReasonExpired},
-		"not yet":            {with(func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Hour) }, ui.String()), ReasonExpired, ReasonExpired},
+		"not yet":            {with(func(c *x509.Certificate) { c.NotBefore = time.Now().Add(time.Hour) }, ui.String()), ReasonNotYetValid, ReasonNotYetValid},
 		"server only":        {with(func(c *x509.Certificate) { c.ExtKeyUsage = bothUsages[:1] }, ui.String()), ReasonUsage, ""},
 		"client only":        {with(func(c *x509.Certificate) { c.ExtKeyUsage = bothUsages[1:] }, ui.String()), "", ReasonUsage},
 		"no URI":             {with(nothing), ReasonNoURI, ReasonNoURI},
@@ -119,12 +119,12 @@ func TestPeersThatAreRefused(t *testing.T) {
 		"not SPIFFE":         {with(nil, "https://shop/ui"), ReasonNotIdentity, ReasonNotIdentity},
 		"another form":       {with(nil, "spiffe://cluster.local/shop/ui"), ReasonNotIdentity, ReasonNotIdentity},
 		"percent escape":     {with(nil, "spiffe://cluster.local/ns/shop/sa/u%69"), ReasonNotIdentity, ReasonNotIdentity},
-		"NUL":                {with(nil, ui.String()+"\x00.evil"), ReasonHandshake, ReasonHandshake}, // x509 does not parse it
+		"NUL":                {with(nil, ui.String()+"\x00.evil"), ReasonMalformed, ReasonMalformed}, // x509 does not parse it
 		"other trust domain": {ca.bundle(t, abroad, nil), ReasonTrustDomain, ReasonNotWanted},
 		"other identity":     {ca.bundle(t, catalog, nil), "", ReasonNotWanted},
 		"a CA": {with(func(c *x509.Certificate) {
 			c.IsCA, c.BasicConstraintsValid, c.KeyUsage = true, true, x509.KeyUsageCertSign|x509.KeyUsageDigitalSignature
-		}, ui.String()), ReasonUsage, ReasonUsage},
+		}, ui.String()), ReasonCA, ReasonCA},
 	} {
 		t.Run(name, func(t *testing.T) {
 			everybody := &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}, Certificates: []tls.Certificate{tc.peer.cert}}
@@ -137,7 +137,7 @@ func TestPeersThatAreRefused(t *testing.T) {
 	}
 	t.Run("no certificate", func(t *testing.T) {
 		_, err, _ := shake(t, good.ServerTLS(Peers{}), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
-		check(t, "server", err, ReasonHandshake)
+		check(t, "server", err, ReasonNoCertificate)
 	})
 	t.Run("nobody wanted", func(t *testing.T) {
 		_, _, err := shake(t, ca.bundle(t, ui, nil).ServerTLS(Peers{}), good.ClientTLS(nil))
@@ -147,7 +147,7 @@ func TestPeersThatAreRefused(t *testing.T) {
 		c := ca.bundle(t, ui, nil).ClientTLS([]string{catalog.String()})
 		c.MinVersion, c.MaxVersion = tls.VersionTLS12, tls.VersionTLS12
 		_, err, _ := shake(t, good.ServerTLS(Peers{}), c)
-		check(t, "server", err, ReasonHandshake)
+		check(t, "server", err, ReasonVersion)
 	})
 	t.Run("trust domain alias", func(t *testing.T) {
 		_, err, _ := shake(t, good.ServerTLS(Peers{TrustDomains: []string{"cluster.local", "elsewhere"}}), ca.bundle(t, abroad, nil).ClientTLS([]string{catalog.String()}))

@@ -18,17 +18,26 @@ type Identity struct {
 // ErrIdentity is wrapped by every error of ParseIdentity.
 var ErrIdentity = errors.New("not a workload identity")
 
-const spiffeScheme = "spiffe://"
+const (
+	spiffeScheme = "spiffe://"
+	maxIdentity  = 2048 // bytes of the URI: SPIFFE-ID, section 2.3
+)
 
 // ParseIdentity reads the URI form of an identity. It accepts exactly the form that String writes:
-// no query, fragment, user info, port, empty part, percent escape or control character (SPIFFE-ID, section 2).
+// letters, digits, '.', '-' and '_' (SPIFFE-ID, section 2; a trust domain with capitals is let through, and is
+// another one than that without), and no part that is a step in a path.
 func ParseIdentity(uri string) (Identity, error) {
 	rest, ok := strings.CutPrefix(uri, spiffeScheme)
 	if !ok {
 		return Identity{}, fmt.Errorf("%w: %q does not begin with %s", ErrIdentity, uri, spiffeScheme)
 	}
+	if len(uri) > maxIdentity {
+		return Identity{}, fmt.Errorf("%w: it has %d bytes, at most %d are read", ErrIdentity, len(uri), maxIdentity)
+	}
 	for i := range len(rest) {
-		if c := rest[i]; c <= ' ' || c >= 0x7f || strings.IndexByte("?#%@:\\", c) >= 0 {
+		switch c := rest[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '.', c == '-', c == '_', c == '/':
+		default:
 			return Identity{}, fmt.Errorf("%w: %q has the byte %#02x", ErrIdentity, uri, c)
 		}
 	}
@@ -37,8 +46,10 @@ func ParseIdentity(uri string) (Identity, error) {
 		return Identity{}, fmt.Errorf("%w: %q is not spiffe://TRUST-DOMAIN/ns/NAMESPACE/sa/SERVICE-ACCOUNT", ErrIdentity, uri)
 	}
 	id := Identity{TrustDomain: p[0], Namespace: p[2], ServiceAccount: p[4]}
-	if id.TrustDomain == "" || id.Namespace == "" || id.ServiceAccount == "" {
-		return Identity{}, fmt.Errorf("%w: %q has an empty part", ErrIdentity, uri)
+	for _, part := range []string{id.TrustDomain, id.Namespace, id.ServiceAccount} {
+		if part == "" || part == "." || part == ".." {
+			return Identity{}, fmt.Errorf("%w: %q has the part %q", ErrIdentity, uri, part)
+		}
 	}
 	return id, nil
 }

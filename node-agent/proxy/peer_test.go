@@ -78,7 +78,7 @@ func TestAPeerThatCannotProveItselfIsRefused(t *testing.T) {
 		{"trust domain of another mesh", l.ca.sign(mesh.Identity{TrustDomain: "other.mesh", Namespace: "shop", ServiceAccount: "ui"},
 			now.Add(-time.Minute), now.Add(time.Hour), nil), identity.ReasonTrustDomain},
 		{"expired", l.ca.sign(stranger, now.Add(-time.Hour), now.Add(-time.Minute), nil), identity.ReasonExpired},
-		{"not valid yet", l.ca.sign(stranger, now.Add(time.Hour), now.Add(2*time.Hour), nil), identity.ReasonExpired},
+		{"not valid yet", l.ca.sign(stranger, now.Add(time.Hour), now.Add(2*time.Hour), nil), identity.ReasonNotYetValid},
 		{"signed by another CA", foreign.sign(stranger, now.Add(-time.Minute), now.Add(time.Hour), l.ca.pem), identity.ReasonUnknownCA},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
