@@ -210,5 +210,6 @@ func hashes() (map[string][32]byte, error) {
 
 func isGenerated(p string) bool {
 	return strings.HasSuffix(p, ".pb.go") || strings.HasPrefix(p, "charts/warren/files/crds/") ||
+		p == "README.md" || strings.HasPrefix(p, "docs/") && strings.HasSuffix(p, ".md") || // their tables
 		strings.HasPrefix(p, "bpf/") && (strings.HasSuffix(p, ".o") || strings.Contains(p, "_bpfel") || strings.Contains(p, "_x86_") || strings.Contains(p, "_arm64_"))
 }
