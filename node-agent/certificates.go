@@ -51,3 +51,42 @@ func (a *agent) keepCertificates(ctx context.Context) error {
 		}
 	}
 }
+
+// externalCA reports whether somebody other than the control plane signs. Then the control plane's roots are those
+// of its own certificate alone, and what peers are checked against is what the CA answers.
+func (c *Config) externalCA() bool { return c.CAAddress != c.XDSAddress }
+
+// meshRoots is the file of roots that hold for peers besides those in the CA's answers, "" for none.
+func (a *agent) meshRoots() string {
+	if a.cfg.externalCA() {
+		return ""
+	}
+	return a.cfg.CARoot
+}
+
+// caRoots are the roots of the CA's own certificate.
+func (a *agent) caRoots() identity.ControlPlaneRoots {
+	r := identity.ControlPlaneRoots{File: a.cfg.CARoot}
+	if !a.cfg.externalCA() {
+		r.More = a.sentRoots
+	}
+	return r
+}
+
+// sentRoots are those that the control plane has sent, nil before.
+func (a *agent) sentRoots() *identity.Trust { return a.trust.Load() }
+
+// setTrust takes the roots and revocation lists that the control plane has published. When it returns, they hold.
+func (a *agent) setTrust(roots, lists [][]byte) error {
+	t, err := identity.NewTrust(roots, lists)
+	if err != nil {
+		return err
+	}
+	if old := a.trust.Swap(t); old != nil && old.Equal(t) {
+		return nil // said again after a reconnection
+	}
+	if !a.cfg.externalCA() {
+		a.manager.SetTrust(t)
+	}
+	return nil
+}

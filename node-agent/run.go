@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -42,6 +43,7 @@ type agent struct {
 	metrics   *prometheus.Registry
 
 	rotated chan struct{} // certificates have changed: what the holder has is old
+	trust   atomic.Pointer[identity.Trust]
 
 	mu      sync.Mutex
 	missing map[string]string // what readiness waits for
@@ -141,22 +143,23 @@ func (a *agent) build(ctx context.Context) error {
 	}
 	a.found("datapath")
 
-	ca, err := identity.NewCA(identity.CAConfig{Address: cfg.CAAddress, ServerName: cfg.CAServerName, RootFile: cfg.CARoot,
+	ca, err := identity.NewCA(identity.CAConfig{Address: cfg.CAAddress, ServerName: cfg.CAServerName, Roots: a.caRoots(),
 		TokenFile: cfg.Token, Cluster: cfg.Cluster})
 	if err != nil {
 		return err
 	}
-	a.manager = identity.NewManager(identity.Config{Signer: ca, RootFile: cfg.CARoot, TTL: cfg.SecretTTL, Log: log,
+	a.manager = identity.NewManager(identity.Config{Signer: ca, RootFile: a.meshRoots(), TTL: cfg.SecretTTL, Log: log,
 		OnRotate: a.rotate})
 	a.adoptCertificates()
 
 	a.xds, err = xds.New(xds.Config{
-		Address: cfg.XDSAddress, ServerName: cfg.XDSServerName, RootFile: cfg.XDSRoot, TokenFile: cfg.Token,
+		Address: cfg.XDSAddress, ServerName: cfg.XDSServerName, RootFile: cfg.XDSRoot, Roots: a.sentRoots, TokenFile: cfg.Token,
 		Node: xds.Node{Name: cfg.Node, Pod: cfg.PodName, Namespace: cfg.PodNamespace, ServiceAccount: cfg.ServiceAccount,
 			IP: cfg.InstanceIP, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, Version: cfg.Version},
 		Store:     a.store,
 		Base:      mesh.Config{TrustDomain: cfg.TrustDomain, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, RootNamespace: cfg.PodNamespace},
-		StateFile: filepath.Join(cfg.StateDir, stateFile), OnLocalPods: a.setPods, OnNamespaces: a.setNamespaces, Log: log,
+		StateFile: filepath.Join(cfg.StateDir, stateFile), OnLocalPods: a.setPods, OnNamespaces: a.setNamespaces,
+		OnTrust: a.setTrust, Log: log,
 	})
 	if err != nil {
 		return err

@@ -181,7 +181,7 @@ func (x PodStatus_Redirection) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PodStatus_Redirection.Descriptor instead.
 func (PodStatus_Redirection) EnumDescriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{4, 0}
+	return file_api_node_node_proto_rawDescGZIP(), []int{5, 0}
 }
 
 // LocalPod is one pod scheduled to the asking node, enrolled or not.
@@ -483,21 +483,80 @@ func (x *MeshConfig) GetSameNode() MeshConfig_SameNode {
 	return MeshConfig_SAME_NODE_UNSPECIFIED
 }
 
+// TrustBundle is what peers are checked against. It holds as a whole, and before any CA signs with a root that is
+// new in it; a control plane without it leaves the node to what comes with certificates.
+// Type type.googleapis.com/warren.node.v1.TrustBundle, one resource named "trust".
+type TrustBundle struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// X.509 certificates, DER.
+	Roots [][]byte `protobuf:"bytes,1,rep,name=roots,proto3" json:"roots,omitempty"`
+	// X.509 revocation lists, DER, whose signatures the control plane has checked.
+	RevocationLists [][]byte `protobuf:"bytes,2,rep,name=revocation_lists,json=revocationLists,proto3" json:"revocation_lists,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
+}
+
+func (x *TrustBundle) Reset() {
+	*x = TrustBundle{}
+	mi := &file_api_node_node_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *TrustBundle) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*TrustBundle) ProtoMessage() {}
+
+func (x *TrustBundle) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_node_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
+func (*TrustBundle) Descriptor() ([]byte, []int) {
+	return file_api_node_node_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *TrustBundle) GetRoots() [][]byte {
+	if x != nil {
+		return x.Roots
+	}
+	return nil
+}
+
+func (x *TrustBundle) GetRevocationLists() [][]byte {
+	if x != nil {
+		return x.RevocationLists
+	}
+	return nil
+}
+
 // StatusReport is the whole state of one node.
 type StatusReport struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Node  string                 `protobuf:"bytes,1,opt,name=node,proto3" json:"node,omitempty"`
 	// Version of the agent.
-	Version       string        `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	Pods          []*PodStatus  `protobuf:"bytes,3,rep,name=pods,proto3" json:"pods,omitempty"`
-	Types         []*TypeStatus `protobuf:"bytes,4,rep,name=types,proto3" json:"types,omitempty"`
+	Version string        `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
+	Pods    []*PodStatus  `protobuf:"bytes,3,rep,name=pods,proto3" json:"pods,omitempty"`
+	Types   []*TypeStatus `protobuf:"bytes,4,rep,name=types,proto3" json:"types,omitempty"`
+	// Digest of the roots under which every handshake of the node begins now; empty without a TrustBundle.
+	RootsDigest   string `protobuf:"bytes,12,opt,name=roots_digest,json=rootsDigest,proto3" json:"roots_digest,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *StatusReport) Reset() {
 	*x = StatusReport{}
-	mi := &file_api_node_node_proto_msgTypes[3]
+	mi := &file_api_node_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -509,7 +568,7 @@ func (x *StatusReport) String() string {
 func (*StatusReport) ProtoMessage() {}
 
 func (x *StatusReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[3]
+	mi := &file_api_node_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -522,7 +581,7 @@ func (x *StatusReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReport.ProtoReflect.Descriptor instead.
 func (*StatusReport) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{3}
+	return file_api_node_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *StatusReport) GetNode() string {
@@ -553,6 +612,13 @@ func (x *StatusReport) GetTypes() []*TypeStatus {
 	return nil
 }
 
+func (x *StatusReport) GetRootsDigest() string {
+	if x != nil {
+		return x.RootsDigest
+	}
+	return ""
+}
+
 // PodStatus is what the node's kernel does with one pod.
 type PodStatus struct {
 	state       protoimpl.MessageState `protogen:"open.v1"`
@@ -570,7 +636,7 @@ type PodStatus struct {
 
 func (x *PodStatus) Reset() {
 	*x = PodStatus{}
-	mi := &file_api_node_node_proto_msgTypes[4]
+	mi := &file_api_node_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -582,7 +648,7 @@ func (x *PodStatus) String() string {
 func (*PodStatus) ProtoMessage() {}
 
 func (x *PodStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[4]
+	mi := &file_api_node_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -595,7 +661,7 @@ func (x *PodStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodStatus.ProtoReflect.Descriptor instead.
 func (*PodStatus) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{4}
+	return file_api_node_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PodStatus) GetUid() string {
@@ -655,7 +721,7 @@ type TypeStatus struct {
 
 func (x *TypeStatus) Reset() {
 	*x = TypeStatus{}
-	mi := &file_api_node_node_proto_msgTypes[5]
+	mi := &file_api_node_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -667,7 +733,7 @@ func (x *TypeStatus) String() string {
 func (*TypeStatus) ProtoMessage() {}
 
 func (x *TypeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[5]
+	mi := &file_api_node_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -680,7 +746,7 @@ func (x *TypeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TypeStatus.ProtoReflect.Descriptor instead.
 func (*TypeStatus) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{5}
+	return file_api_node_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *TypeStatus) GetTypeUrl() string {
@@ -720,7 +786,7 @@ type StatusSummary struct {
 
 func (x *StatusSummary) Reset() {
 	*x = StatusSummary{}
-	mi := &file_api_node_node_proto_msgTypes[6]
+	mi := &file_api_node_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -732,7 +798,7 @@ func (x *StatusSummary) String() string {
 func (*StatusSummary) ProtoMessage() {}
 
 func (x *StatusSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[6]
+	mi := &file_api_node_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -745,7 +811,7 @@ func (x *StatusSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusSummary.ProtoReflect.Descriptor instead.
 func (*StatusSummary) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{6}
+	return file_api_node_node_proto_rawDescGZIP(), []int{7}
 }
 
 var File_api_node_node_proto protoreflect.FileDescriptor
@@ -790,12 +856,16 @@ const file_api_node_node_proto_rawDesc = "" +
 	"\bSameNode\x12\x19\n" +
 	"\x15SAME_NODE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10SAME_NODE_KERNEL\x10\x01\x12\x15\n" +
-	"\x11SAME_NODE_ENCRYPT\x10\x02\"\x9d\x01\n" +
+	"\x11SAME_NODE_ENCRYPT\x10\x02\"N\n" +
+	"\vTrustBundle\x12\x14\n" +
+	"\x05roots\x18\x01 \x03(\fR\x05roots\x12)\n" +
+	"\x10revocation_lists\x18\x02 \x03(\fR\x0frevocationLists\"\xc0\x01\n" +
 	"\fStatusReport\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12-\n" +
 	"\x04pods\x18\x03 \x03(\v2\x19.warren.node.v1.PodStatusR\x04pods\x120\n" +
-	"\x05types\x18\x04 \x03(\v2\x1a.warren.node.v1.TypeStatusR\x05types\"\xd3\x02\n" +
+	"\x05types\x18\x04 \x03(\v2\x1a.warren.node.v1.TypeStatusR\x05types\x12!\n" +
+	"\froots_digest\x18\f \x01(\tR\vrootsDigest\"\xd3\x02\n" +
 	"\tPodStatus\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -832,7 +902,7 @@ func file_api_node_node_proto_rawDescGZIP() []byte {
 }
 
 var file_api_node_node_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_node_node_proto_msgTypes = make([]protoimpl.MessageInfo, 7)
+var file_api_node_node_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
 var file_api_node_node_proto_goTypes = []any{
 	(LocalPod_State)(0),        // 0: warren.node.v1.LocalPod.State
 	(MeshConfig_SameNode)(0),   // 1: warren.node.v1.MeshConfig.SameNode
@@ -840,24 +910,25 @@ var file_api_node_node_proto_goTypes = []any{
 	(*LocalPod)(nil),           // 3: warren.node.v1.LocalPod
 	(*Namespace)(nil),          // 4: warren.node.v1.Namespace
 	(*MeshConfig)(nil),         // 5: warren.node.v1.MeshConfig
-	(*StatusReport)(nil),       // 6: warren.node.v1.StatusReport
-	(*PodStatus)(nil),          // 7: warren.node.v1.PodStatus
-	(*TypeStatus)(nil),         // 8: warren.node.v1.TypeStatus
-	(*StatusSummary)(nil),      // 9: warren.node.v1.StatusSummary
+	(*TrustBundle)(nil),        // 6: warren.node.v1.TrustBundle
+	(*StatusReport)(nil),       // 7: warren.node.v1.StatusReport
+	(*PodStatus)(nil),          // 8: warren.node.v1.PodStatus
+	(*TypeStatus)(nil),         // 9: warren.node.v1.TypeStatus
+	(*StatusSummary)(nil),      // 10: warren.node.v1.StatusSummary
 }
 var file_api_node_node_proto_depIdxs = []int32{
-	0, // 0: warren.node.v1.LocalPod.state:type_name -> warren.node.v1.LocalPod.State
-	1, // 1: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
-	7, // 2: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
-	8, // 3: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
-	2, // 4: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
-	6, // 5: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
-	9, // 6: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
-	6, // [6:7] is the sub-list for method output_type
-	5, // [5:6] is the sub-list for method input_type
-	5, // [5:5] is the sub-list for extension type_name
-	5, // [5:5] is the sub-list for extension extendee
-	0, // [0:5] is the sub-list for field type_name
+	0,  // 0: warren.node.v1.LocalPod.state:type_name -> warren.node.v1.LocalPod.State
+	1,  // 1: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
+	8,  // 2: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
+	9,  // 3: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
+	2,  // 4: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
+	7,  // 5: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
+	10, // 6: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
+	6,  // [6:7] is the sub-list for method output_type
+	5,  // [5:6] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_api_node_node_proto_init() }
@@ -871,7 +942,7 @@ func file_api_node_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_node_proto_rawDesc), len(file_api_node_node_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   7,
+			NumMessages:   8,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,37 +27,12 @@ type Bundle struct {
 	NotAfter  time.Time
 
 	cert  tls.Certificate
-	roots *roots
+	chain []*x509.Certificate // leaf first
+	roots *Trust
 }
 
 // ErrBundle is wrapped by every error about material that does not make a Bundle.
 var ErrBundle = errors.New("not a usable certificate")
-
-// roots are trust anchors, each once, in the order they came.
-type roots struct {
-	pool  *x509.CertPool
-	certs []*x509.Certificate
-}
-
-func newRoots(certs ...*x509.Certificate) *roots {
-	r := &roots{pool: x509.NewCertPool()}
-	for _, c := range certs {
-		if !r.has(c) {
-			r.pool.AddCert(c)
-			r.certs = append(r.certs, c)
-		}
-	}
-	return r
-}
-
-func (r *roots) has(c *x509.Certificate) bool {
-	for _, have := range r.certs {
-		if have.Equal(c) {
-			return true
-		}
-	}
-	return false
-}
 
 // NewBundle makes a Bundle of a chain (PEM, leaf first) and its key. anchors are PEM certificates to trust.
 // The leaf must be a certificate for that key with id as its only URI.
@@ -79,7 +54,7 @@ func NewBundle(id mesh.Identity, key crypto.Signer, chain, anchors []byte) (*Bun
 	return newBundle(id, key, certs, newRoots(trusted...))
 }
 
-func newBundle(id mesh.Identity, key crypto.Signer, chain []*x509.Certificate, anchors *roots) (*Bundle, error) {
+func newBundle(id mesh.Identity, key crypto.Signer, chain []*x509.Certificate, anchors *Trust) (*Bundle, error) {
 	leaf := chain[0]
 	pub, ok := key.Public().(*ecdsa.PublicKey)
 	if !ok || !pub.Equal(leaf.PublicKey) {
@@ -102,11 +77,28 @@ func newBundle(id mesh.Identity, key crypto.Signer, chain []*x509.Certificate, a
 	if len(b.cert.Certificate) == 0 {
 		return nil, fmt.Errorf("%w: the certificate for %s is a root itself", ErrBundle, id)
 	}
+	b.chain = chain
 	return b, nil
 }
 
+// check says why peers that trust what this Bundle trusts would refuse its own certificate at a time.
+func (b *Bundle) check(now time.Time) error {
+	if now.Before(b.NotBefore) {
+		return fmt.Errorf("%w: that of %s begins at %s, in %s by this node's clock; compare the clocks of the node and the CA",
+			ErrBundle, b.ID, b.NotBefore.UTC().Format(time.RFC3339), b.NotBefore.Sub(now).Round(time.Second))
+	}
+	if !b.Valid(now) {
+		return fmt.Errorf("%w: that of %s ended at %s, %s ago by this node's clock; compare the clocks of the node and the CA",
+			ErrBundle, b.ID, b.NotAfter.UTC().Format(time.RFC3339), now.Sub(b.NotAfter).Round(time.Second))
+	}
+	if err := b.roots.Check(b.chain, now); err != nil {
+		return fmt.Errorf("%w: that of %s does not lead to a trusted root: %w", ErrBundle, b.ID, err)
+	}
+	return nil
+}
+
 // withRoots is the same certificate under other roots.
-func (b *Bundle) withRoots(anchors *roots) *Bundle {
+func (b *Bundle) withRoots(anchors *Trust) *Bundle {
 	c := *b
 	c.roots = anchors
 	return &c
@@ -120,6 +112,9 @@ func (b *Bundle) Chain() [][]byte { return b.cert.Certificate }
 
 // Roots returns the trusted roots.
 func (b *Bundle) Roots() []*x509.Certificate { return b.roots.certs }
+
+// Trust returns what peers are checked against under this certificate.
+func (b *Bundle) Trust() *Trust { return b.roots }
 
 // Valid reports whether the certificate may be used at t.
 func (b *Bundle) Valid(t time.Time) bool { return t.Before(b.NotAfter) }

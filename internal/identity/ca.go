@@ -23,7 +23,7 @@ type Signer interface {
 type CAConfig struct {
 	Address    string // host:port
 	ServerName string // the name in the CA's certificate; empty: the host of Address
-	RootFile   string // PEM roots of the control plane, read again for each handshake
+	Roots      ControlPlaneRoots
 	TokenFile  string // service account token, read again for each call
 	Cluster    string // sent along, for control planes of several clusters
 }
@@ -37,7 +37,7 @@ type CA struct {
 
 // NewCA prepares a client; the connection is made when it is needed.
 func NewCA(cfg CAConfig) (*CA, error) {
-	conn, err := DialControlPlane(cfg.Address, cfg.ServerName, cfg.RootFile, cfg.TokenFile, cfg.Cluster,
+	conn, err := DialControlPlane(cfg.Address, cfg.ServerName, cfg.Roots, cfg.TokenFile, cfg.Cluster,
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}))
 	if err != nil {
 		return nil, fmt.Errorf("preparing the connection to the CA %s: %w", cfg.Address, err)

@@ -77,7 +77,7 @@ func TestCAClient(t *testing.T) {
 	}
 	cfg := CAConfig{
 		Address: l.Addr().String(), ServerName: "istiod.istio-system.svc", Cluster: "c1",
-		RootFile: write("root", authority.rootPEM()), TokenFile: write("token", "old\n"),
+		Roots: ControlPlaneRoots{File: write("root", authority.rootPEM())}, TokenFile: write("token", "old\n"),
 	}
 	client, err := NewCA(cfg)
 	if err != nil {
@@ -112,10 +112,10 @@ func TestCAClient(t *testing.T) {
 	}
 
 	for name, f := range map[string]func(*CAConfig){
-		"foreign roots":    func(c *CAConfig) { c.RootFile = write("foreign", newTestCA(t).rootPEM()) },
+		"foreign roots":    func(c *CAConfig) { c.Roots.File = write("foreign", newTestCA(t).rootPEM()) },
 		"another name":     func(c *CAConfig) { c.ServerName = "evil" },
-		"no roots at all":  func(c *CAConfig) { c.RootFile = write("empty", "") },
-		"no file of roots": func(c *CAConfig) { c.RootFile = filepath.Join(dir, "none") },
+		"no roots at all":  func(c *CAConfig) { c.Roots.File = write("empty", "") },
+		"no file of roots": func(c *CAConfig) { c.Roots.File = filepath.Join(dir, "none") },
 	} {
 		bad := cfg
 		f(&bad)

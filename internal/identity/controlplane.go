@@ -14,10 +14,18 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// DialControlPlane prepares a gRPC connection to a control plane: TLS under the roots in rootFile, every call
-// with the token in tokenFile. Both files are read again each time, because both are rotated under a running
-// process. An empty serverName is the host of address; an empty tokenFile sends none.
-func DialControlPlane(address, serverName, rootFile, tokenFile, cluster string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
+// ControlPlaneRoots are what a control plane's own certificate is checked against.
+type ControlPlaneRoots struct {
+	File string // PEM, read again for each handshake
+	// More are trusted besides, nil for none: the roots that the control plane has sent, which are here before
+	// the kubelet brings the file up to date.
+	More func() *Trust
+}
+
+// DialControlPlane prepares a gRPC connection to a control plane: TLS under the roots, every call with the token
+// in tokenFile. Files are read again each time, because they are rotated under a running process. An empty
+// serverName is the host of address; an empty tokenFile sends none.
+func DialControlPlane(address, serverName string, roots ControlPlaneRoots, tokenFile, cluster string, opts ...grpc.DialOption) (*grpc.ClientConn, error) {
 	if serverName == "" {
 		host, _, err := net.SplitHostPort(address)
 		if err != nil {
@@ -25,26 +33,23 @@ func DialControlPlane(address, serverName, rootFile, tokenFile, cluster string, 
 		}
 		serverName = host
 	}
-	all := []grpc.DialOption{grpc.WithTransportCredentials(controlPlaneTLS(serverName, rootFile))}
+	all := []grpc.DialOption{grpc.WithTransportCredentials(controlPlaneTLS(serverName, roots))}
 	if tokenFile != "" {
 		all = append(all, grpc.WithPerRPCCredentials(tokenCredentials{tokenFile, cluster}))
 	}
 	return grpc.NewClient(address, append(all, opts...)...)
 }
 
-func controlPlaneTLS(serverName, rootFile string) credentials.TransportCredentials {
+func controlPlaneTLS(serverName string, roots ControlPlaneRoots) credentials.TransportCredentials {
 	return credentials.NewTLS(&tls.Config{
 		MinVersion:         tls.VersionTLS12,
 		ServerName:         serverName,
 		InsecureSkipVerify: true, // VerifyConnection verifies, against the roots as the file has them now
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			pem, err := os.ReadFile(rootFile)
-			if err != nil {
+			opts := x509.VerifyOptions{Intermediates: x509.NewCertPool(), DNSName: serverName}
+			var err error
+			if opts.Roots, err = roots.pool(); err != nil {
 				return fmt.Errorf("reading the control plane's roots: %w", err)
-			}
-			opts := x509.VerifyOptions{Roots: x509.NewCertPool(), Intermediates: x509.NewCertPool(), DNSName: serverName}
-			if !opts.Roots.AppendCertsFromPEM(pem) {
-				return fmt.Errorf("reading the control plane's roots: no certificate in %s", rootFile)
 			}
 			if len(cs.PeerCertificates) == 0 {
 				return errors.New("the control plane has no certificate")
@@ -58,6 +63,25 @@ func controlPlaneTLS(serverName, rootFile string) credentials.TransportCredentia
 			return nil
 		},
 	})
+}
+
+func (r ControlPlaneRoots) pool() (*x509.CertPool, error) {
+	pool := x509.NewCertPool()
+	if r.More != nil {
+		if t := r.More(); t != nil {
+			for _, c := range t.certs {
+				pool.AddCert(c)
+			}
+		}
+	}
+	text, err := os.ReadFile(r.File)
+	if err != nil {
+		return nil, err
+	}
+	if !pool.AppendCertsFromPEM(text) {
+		return nil, fmt.Errorf("no certificate in %s", r.File)
+	}
+	return pool, nil
 }
 
 // tokenCredentials sends the service account token with each call.

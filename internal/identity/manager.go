@@ -31,7 +31,10 @@ type Config struct {
 	TTL      time.Duration // asked for; 0: 24 h
 	// OnRotate is told of every new Bundle, the first of an identity included. It must not block.
 	OnRotate func(*Bundle)
-	Log      *slog.Logger // nil: slog.Default
+	// OnTrust is told when SetTrust has changed what peers are checked against: open connections have to be
+	// checked again. It must not block.
+	OnTrust func(*Trust)
+	Log     *slog.Logger // nil: slog.Default
 
 	RootInterval time.Duration // how often RootFile is looked at; 0: 10 s
 }
@@ -42,12 +45,14 @@ type Config struct {
 type Manager struct {
 	cfg      Config
 	commands chan command
+	stale    chan struct{} // one token: certificates may be of no use under the present trust
 	done     chan struct{} // closed when Run has returned
 	started  atomic.Bool
 
 	mu      sync.RWMutex
 	current map[mesh.Identity]*slot
 	anchors []byte // the RootFile as last read
+	trust   *Trust // set by SetTrust; then RootFile and the CA's answers add nothing that it makes superfluous
 
 	counts counters
 }
@@ -109,6 +114,7 @@ func NewManager(cfg Config) *Manager {
 	return &Manager{
 		cfg:      cfg,
 		commands: make(chan command),
+		stale:    make(chan struct{}, 1),
 		done:     make(chan struct{}),
 		current:  make(map[mesh.Identity]*slot),
 	}
@@ -315,6 +321,8 @@ func (m *Manager) Run(ctx context.Context) error {
 			if err := m.readRoots(); err != nil {
 				m.cfg.Log.Warn("reading the roots", "error", err)
 			}
+		case <-m.stale:
+			m.renewUntrusted(tasks, &queue)
 		case c := <-m.commands:
 			m.obey(c, tasks, &queue)
 		case o := <-outcomes:
@@ -400,6 +408,9 @@ func (m *Manager) settle(o outcome) {
 	t.failures, t.urgent = 0, renewal
 	t.due = renewAt(o.bundle, now)
 	m.mu.Lock()
+	if m.trust != nil && o.bundle.roots != m.trust { // SetTrust may have come in between
+		o.bundle = o.bundle.underTrust(m.trust)
+	}
 	s := m.current[t.id]
 	m.current[t.id] = &slot{bundle: o.bundle, ready: closed}
 	m.mu.Unlock()
@@ -444,18 +455,38 @@ func (m *Manager) fetch(ctx context.Context, id mesh.Identity) (*Bundle, error) 
 	if len(chain) < 2 {
 		return nil, fmt.Errorf("%w: the CA's answer for %s has %d certificates, expected a leaf and a root", ErrBundle, id, len(chain))
 	}
-	m.mu.RLock()
-	anchors := m.anchors
-	m.mu.RUnlock()
 	last := len(chain) - 1
-	b, err := NewBundle(id, key, []byte(strings.Join(chain[:last], "\n")), append([]byte(chain[last]+"\n"), anchors...))
+	b, err := NewBundle(id, key, []byte(strings.Join(chain[:last], "\n")), []byte(chain[last]))
 	if err != nil {
 		return nil, err
 	}
-	if !b.Valid(time.Now()) {
-		return nil, fmt.Errorf("%w: the CA's certificate for %s expired at %s; compare the clocks", ErrBundle, id, b.NotAfter)
+	if b, err = m.under(b); err != nil {
+		return nil, err
 	}
-	return b, nil
+	return b, b.check(time.Now())
+}
+
+// under puts a new certificate under what this node trusts. What SetTrust said holds alone if that suffices for
+// the certificate: an answer that was late on its way must not bring back a root that was dropped.
+func (m *Manager) under(b *Bundle) (*Bundle, error) {
+	m.mu.RLock()
+	trust, text := m.trust, m.anchors
+	m.mu.RUnlock()
+	if trust != nil {
+		return b.underTrust(trust), nil
+	}
+	anchors, err := parseCerts(text)
+	if err != nil {
+		return nil, err
+	}
+	return b.withRoots(b.roots.plus(anchors)), nil
+}
+
+func (b *Bundle) underTrust(t *Trust) *Bundle {
+	if own := b.withRoots(t); own.check(time.Now()) == nil {
+		return own
+	}
+	return b.withRoots(t.plus(b.roots.certs))
 }
 
 // newCSR asks for a certificate without a subject, for one URI.
@@ -499,14 +530,14 @@ func (m *Manager) readRoots() error {
 	var changed []*Bundle
 	m.mu.Lock()
 	m.anchors = text
-	for _, s := range m.current {
-		if s.bundle == nil {
+	for id, s := range m.current {
+		if s.bundle == nil || m.trust != nil {
 			continue
 		}
-		merged := newRoots(append(append([]*x509.Certificate(nil), s.bundle.roots.certs...), certs...)...)
-		if len(merged.certs) != len(s.bundle.roots.certs) {
-			s.bundle = s.bundle.withRoots(merged)
-			changed = append(changed, s.bundle)
+		if merged := s.bundle.roots.plus(certs); merged != s.bundle.roots {
+			b := s.bundle.withRoots(merged)
+			m.current[id] = &slot{bundle: b, ready: closed}
+			changed = append(changed, b)
 		}
 	}
 	m.mu.Unlock()
@@ -520,4 +551,62 @@ func (m *Manager) readRoots() error {
 		}
 	}
 	return nil
+}
+
+// SetTrust replaces what peers are checked against, for every certificate there is and every one to come. When it
+// returns, no handshake begins under what held before. Roots are distributed so before a CA signs with them, and
+// taken back when nothing is signed by them any more.
+func (m *Manager) SetTrust(t *Trust) {
+	var changed []*Bundle
+	m.mu.Lock()
+	m.trust = t
+	for id, s := range m.current {
+		if s.bundle == nil {
+			continue
+		}
+		b := s.bundle.withRoots(t)
+		m.current[id] = &slot{bundle: b, ready: closed}
+		changed = append(changed, b)
+	}
+	m.mu.Unlock()
+	if len(changed) > 0 {
+		m.counts.rootSwaps.Add(1)
+	}
+	m.cfg.Log.Info("what peers are checked against changed", "roots", len(t.certs), "revocation_lists", len(t.lists), "digest", t.Digest())
+	if m.cfg.OnRotate != nil {
+		for _, b := range changed {
+			m.cfg.OnRotate(b)
+		}
+	}
+	if m.cfg.OnTrust != nil {
+		m.cfg.OnTrust(t)
+	}
+	select {
+	case m.stale <- struct{}{}:
+	default:
+	}
+}
+
+// Trust returns what SetTrust set last, nil before that.
+func (m *Manager) Trust() *Trust {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.trust
+}
+
+// renewUntrusted asks anew for the certificates that peers refuse under the present trust: revoked, or below a
+// root that was dropped.
+func (m *Manager) renewUntrusted(tasks map[mesh.Identity]*task, queue *taskHeap) {
+	now := time.Now()
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	for id, s := range m.current {
+		t := tasks[id]
+		if s.bundle == nil || t == nil || t.index < 0 || s.bundle.check(now) == nil {
+			continue
+		}
+		m.cfg.Log.Warn("a certificate is of no use any more and is asked for anew", "certificate", s.bundle)
+		t.due, t.urgent = now.Add(mathrand.N(hurry)), warmup
+		heap.Fix(queue, t.index)
+	}
 }

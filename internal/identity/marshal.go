@@ -15,6 +15,7 @@ const (
 	blockKey  = "PRIVATE KEY"
 	blockCert = "CERTIFICATE"
 	blockRoot = "TRUSTED CERTIFICATE"
+	blockList = "X509 CRL"
 )
 
 // Marshal writes Bundles, keys included, for a process that takes over. The result is a secret: it belongs
@@ -33,6 +34,9 @@ func Marshal(bundles []*Bundle) ([]byte, error) {
 		for _, c := range b.roots.certs {
 			blocks = append(blocks, &pem.Block{Type: blockRoot, Bytes: c.Raw})
 		}
+		for _, der := range b.roots.lists {
+			blocks = append(blocks, &pem.Block{Type: blockList, Bytes: der})
+		}
 		for _, block := range blocks {
 			if err := pem.Encode(&out, block); err != nil {
 				return nil, fmt.Errorf("writing the certificate of %s: %w", b.ID, err)
@@ -48,6 +52,7 @@ func Unmarshal(data []byte) ([]*Bundle, error) {
 	var id mesh.Identity
 	var key crypto.Signer
 	var chain, anchors []*x509.Certificate
+	var lists [][]byte
 	finish := func() error {
 		if id.IsZero() {
 			return nil
@@ -55,12 +60,18 @@ func Unmarshal(data []byte) ([]*Bundle, error) {
 		if key == nil || len(chain) == 0 || len(anchors) == 0 {
 			return fmt.Errorf("%w: that of %s is not complete", ErrBundle, id)
 		}
-		b, err := newBundle(id, key, chain, newRoots(anchors...))
+		trust := newRoots(anchors...)
+		for _, der := range lists {
+			if err := trust.revoke(der); err != nil {
+				return err
+			}
+		}
+		b, err := newBundle(id, key, chain, trust)
 		if err != nil {
 			return err
 		}
 		bundles = append(bundles, b)
-		id, key, chain, anchors = mesh.Identity{}, nil, nil, nil
+		id, key, chain, anchors, lists = mesh.Identity{}, nil, nil, nil, nil
 		return nil
 	}
 	for len(bytes.TrimSpace(data)) > 0 {
@@ -91,6 +102,8 @@ func Unmarshal(data []byte) ([]*Bundle, error) {
 				return nil, fmt.Errorf("%w: the key of %s cannot sign", ErrBundle, id)
 			}
 			key = s
+		case blockList:
+			lists = append(lists, block.Bytes)
 		case blockCert, blockRoot:
 			c, err := x509.ParseCertificate(block.Bytes)
 			if err != nil {

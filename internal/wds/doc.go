@@ -21,6 +21,7 @@ const (
 	LocalPodType      = "type.googleapis.com/warren.node.v1.LocalPod"
 	NamespaceType     = "type.googleapis.com/warren.node.v1.Namespace"
 	MeshConfigType    = "type.googleapis.com/warren.node.v1.MeshConfig"
+	TrustBundleType   = "type.googleapis.com/warren.node.v1.TrustBundle"
 )
 
 // ErrResource is wrapped by every decoding error.

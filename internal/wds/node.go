@@ -37,6 +37,9 @@ const (
 // MeshConfigName is the name of the one MeshConfig resource.
 const MeshConfigName = "mesh"
 
+// TrustBundleName is the name of the one TrustBundle resource.
+const TrustBundleName = "trust"
+
 // EncodeLocalPod writes a pod.
 func EncodeLocalPod(p LocalPod) *node.LocalPod {
 	return &node.LocalPod{

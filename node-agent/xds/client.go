@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/internal/wds"
@@ -27,10 +28,11 @@ import (
 
 // Config configures a Client.
 type Config struct {
-	Address    string // host:port of the control plane
-	ServerName string // the name in its certificate; empty: the host of Address
-	RootFile   string // PEM roots of the control plane
-	TokenFile  string // service account token
+	Address    string                 // host:port of the control plane
+	ServerName string                 // the name in its certificate; empty: the host of Address
+	RootFile   string                 // PEM roots of the control plane
+	Roots      func() *identity.Trust // more of them, as the control plane itself has sent them; nil: none
+	TokenFile  string                 // service account token
 	Node       Node
 
 	Store *mesh.Store
@@ -44,6 +46,9 @@ type Config struct {
 	OnLocalPods  func(LocalPods)
 	OnNamespaces func(map[string]bool) // name → enrolled; the whole set
 	OnMeshConfig func(mesh.Config)
+	// OnTrust runs before everything else that came with the same response, and in Restore too: when it returns,
+	// peers are checked against these roots and revocation lists (DER).
+	OnTrust func(roots, revocationLists [][]byte) error
 
 	Log         *slog.Logger // nil: slog.Default
 	DialOptions []grpc.DialOption
@@ -60,7 +65,7 @@ type LocalPods struct {
 }
 
 // types in the order they are subscribed to.
-var types = []string{wds.MeshConfigType, wds.NamespaceType, wds.AuthorizationType, wds.AddressType, wds.LocalPodType}
+var types = []string{wds.MeshConfigType, wds.NamespaceType, wds.AuthorizationType, wds.AddressType, wds.LocalPodType, wds.TrustBundleType}
 
 // A Snapshot is committed once these have been received.
 var essential = []string{wds.AddressType, wds.AuthorizationType}
@@ -79,6 +84,7 @@ type Client struct {
 	types      map[string]*typeState
 	pods       map[string]wds.LocalPod
 	namespaces map[string]bool
+	trust      *node.TrustBundle // nil: none came
 	dirty      dirt
 	derive     bool
 	acks       []*discovery.DeltaDiscoveryRequest // due after the next commit
@@ -156,7 +162,8 @@ func (c *Client) Run(ctx context.Context) error {
 			MinConnectTimeout: 5 * time.Second,
 		}),
 	}, c.cfg.DialOptions...)
-	conn, err := identity.DialControlPlane(c.cfg.Address, c.cfg.ServerName, c.cfg.RootFile, c.cfg.TokenFile, c.cfg.Node.Cluster, opts...)
+	conn, err := identity.DialControlPlane(c.cfg.Address, c.cfg.ServerName,
+		identity.ControlPlaneRoots{File: c.cfg.RootFile, More: c.cfg.Roots}, c.cfg.TokenFile, c.cfg.Node.Cluster, opts...)
 	if err != nil {
 		return fmt.Errorf("preparing the connection to the control plane %s: %w", c.cfg.Address, err)
 	}

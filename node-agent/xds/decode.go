@@ -161,6 +161,15 @@ func (c *Client) put(typeURL, name string, res *discovery.Resource) error {
 		}
 		c.builder.SetConfig(cfg)
 		c.dirty.config = true
+	case wds.TrustBundleType:
+		p := &node.TrustBundle{}
+		if err := unpack(typeURL, res, p); err != nil {
+			return err
+		}
+		if err := misnamed(name, wds.TrustBundleName); err != nil {
+			return err
+		}
+		return c.takeTrust(p)
 	default:
 		return errors.New("nobody subscribed to this type")
 	}

@@ -83,8 +83,10 @@ func (c *Client) ReportPods(pods []PodStatus) {
 
 // report is what goes to NodeStatus/Report.
 type report struct {
-	pods []PodStatus // guarded by Client.mu
+	pods []PodStatus // guarded by Client.mu, as are the roots
 	due  chan struct{}
+
+	roots string // digest of those that OnTrust took
 }
 
 func (r *report) init() { r.due = make(chan struct{}, 1) }
@@ -164,7 +166,7 @@ func (c *Client) reportOn(ctx context.Context, conn *grpc.ClientConn) error {
 func (c *Client) statusReport() *node.StatusReport {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	r := &node.StatusReport{Node: c.cfg.Node.Name, Version: c.cfg.Node.Version}
+	r := &node.StatusReport{Node: c.cfg.Node.Name, Version: c.cfg.Node.Version, RootsDigest: c.report.roots}
 	for _, p := range c.report.pods {
 		r.Pods = append(r.Pods, &node.PodStatus{
 			Uid: p.UID, Namespace: p.Namespace, Name: p.Name, Reason: p.Reason,

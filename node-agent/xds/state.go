@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
+	"github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/internal/wds"
 )
@@ -37,6 +38,7 @@ type state struct {
 	snapshot   *mesh.Snapshot
 	pods       map[string]wds.LocalPod
 	namespaces map[string]bool
+	trust      *node.TrustBundle
 	versions   map[string]map[string]string // by type and name
 	received   map[string]bool
 }
@@ -44,7 +46,7 @@ type state struct {
 func (c *Client) state() *state {
 	s := &state{
 		node: c.cfg.Node.Name, snapshot: c.cfg.Store.Load(),
-		pods: maps.Clone(c.pods), namespaces: maps.Clone(c.namespaces),
+		pods: maps.Clone(c.pods), namespaces: maps.Clone(c.namespaces), trust: c.trust,
 		versions: make(map[string]map[string]string), received: make(map[string]bool),
 	}
 	for t, ts := range c.types {
@@ -99,6 +101,9 @@ func (s *state) encode() ([]byte, error) {
 	}
 	if len(s.versions[wds.MeshConfigType]) > 0 {
 		errs = append(errs, put(wds.MeshConfigType, wds.MeshConfigName, wds.EncodeConfig(s.snapshot.Config())))
+	}
+	if s.trust != nil {
+		errs = append(errs, put(wds.TrustBundleType, wds.TrustBundleName, s.trust))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
