@@ -30,7 +30,8 @@ const (
 	ReasonUsage           = "wrong_usage"
 	ReasonCA              = "ca_certificate" // a CA's own, instead of a workload's
 	ReasonIssuerNotCA     = "issuer_not_ca"
-	ReasonNameConstraint  = "name_constraint" // of a CA in its chain
+	ReasonNameConstraint  = "name_constraint"    // of a CA in its chain
+	ReasonCritical        = "critical_extension" // one that nobody here understands
 	ReasonWeakSignature   = "weak_signature"
 	ReasonWeakKey         = "weak_key"
 	ReasonSeveralURIs     = "several_uri_sans"
@@ -132,6 +133,10 @@ func chainReason(chain []*x509.Certificate, err error, now time.Time) string {
 			return ReasonIssuerNotCA
 		}
 	}
+	var critical x509.UnhandledCriticalExtension
+	if errors.As(err, &critical) {
+		return ReasonCritical
+	}
 	if slices.ContainsFunc(chain, weaklySigned) {
 		return ReasonWeakSignature
 	}
@@ -139,7 +144,7 @@ func chainReason(chain []*x509.Certificate, err error, now time.Time) string {
 		return ReasonSelfSigned
 	}
 	for _, c := range chain[1:] {
-		if !c.IsCA && c.CheckSignature(leaf.SignatureAlgorithm, leaf.RawTBSCertificate, leaf.Signature) == nil {
+		if (!c.IsCA || c.KeyUsage != 0 && c.KeyUsage&x509.KeyUsageCertSign == 0) && c.CheckSignature(leaf.SignatureAlgorithm, leaf.RawTBSCertificate, leaf.Signature) == nil {
 			return ReasonIssuerNotCA
 		}
 	}

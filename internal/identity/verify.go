@@ -109,14 +109,7 @@ func (b *Bundle) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage, now t
 		return mesh.Identity{}, refuse(ReasonNoCertificate, "it has no certificate")
 	}
 	leaf := chain[0]
-	opts := x509.VerifyOptions{
-		Roots: b.roots.pool, Intermediates: x509.NewCertPool(), CurrentTime: now,
-		KeyUsages: []x509.ExtKeyUsage{usage},
-	}
-	for _, c := range chain[1:] {
-		opts.Intermediates.AddCert(c)
-	}
-	chains, err := leaf.Verify(opts)
+	chains, err := b.roots.chains(chain, now, usage)
 	if err != nil {
 		return mesh.Identity{}, &PeerError{chainReason(chain, err, now), err}
 	}
