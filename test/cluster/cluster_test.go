@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/warrenmesh/warren/test/cluster/internal/plan"
+	"golang.org/x/sys/unix"
 )
 
 // TestCluster boots two nodes and does to them what the end-to-end tests will.
@@ -344,6 +346,7 @@ func (s *smoke) powerCut() {
 	if err != nil {
 		s.Fatal(err)
 	}
+	s.reachable(n) // so that node1 has the addresses of its neighbour
 	if err := n.Kill(s.Context()); err != nil {
 		s.Fatal(err)
 	}
@@ -362,8 +365,30 @@ func (s *smoke) powerCut() {
 		s.Fatal(err)
 	}
 	s.Logf("node2 is back after %s", time.Since(begin).Round(100*time.Millisecond))
+	s.reachable(n)
 	s.rollout()
 	s.node2Answers()
+}
+
+// reachable checks that node1 reaches another node's addresses at once.
+func (s *smoke) reachable(n *Node) {
+	s.Helper()
+	from, err := s.c.Node("node1")
+	if err != nil {
+		s.Fatal(err)
+	}
+	for _, a := range n.Addrs() {
+		err := from.InNetNS(func() error {
+			c, err := net.DialTimeout("tcp", net.JoinHostPort(a.String(), "1"), 3*time.Second)
+			if err == nil {
+				c.Close()
+			}
+			return err
+		})
+		if !errors.Is(err, unix.ECONNREFUSED) {
+			s.Errorf("from node1 to %s, where nobody listens: %v", a, err)
+		}
+	}
 }
 
 // node2Answers waits until pods that came back answer.

@@ -278,7 +278,7 @@ func (s *supervisor) startNode(n plan.Node) error {
 	}
 	st := &node{plan: n, group: g, proc: cmd.Process, child: started}
 	s.nodes[n.Name] = st
-	if err := errors.Join(g.Add(cmd.Process.Pid), host.NewPort(plan.Bridge, n.Port(), cmd.Process.Pid)); err != nil {
+	if err := errors.Join(g.Add(cmd.Process.Pid), host.NewPort(plan.Bridge, n.Port(), cmd.Process.Pid, n.MAC())); err != nil {
 		return errors.Join(fmt.Errorf("start node %s: %w", n.Name, err), s.stop(st))
 	}
 	if _, err := w.Write([]byte{1}); err != nil {

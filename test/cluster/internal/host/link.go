@@ -31,16 +31,17 @@ func NewBridge(name string, addrs []netip.Prefix) error {
 }
 
 // NewPort connects a bridge with the network namespace of process pid by a veth
-// pair called port here and eth0 there.
-func NewPort(bridge, port string, pid int) error {
+// pair called port here and eth0 there, which has the given hardware address.
+func NewPort(bridge, port string, pid int, mac net.HardwareAddr) error {
 	br, err := netlink.LinkByName(bridge)
 	if err != nil {
 		return fmt.Errorf("find bridge %s: %w", bridge, err)
 	}
 	v := &netlink.Veth{
-		LinkAttrs:     netlink.LinkAttrs{Name: port, MasterIndex: br.Attrs().Index},
-		PeerName:      "eth0",
-		PeerNamespace: netlink.NsPid(pid),
+		LinkAttrs:        netlink.LinkAttrs{Name: port, MasterIndex: br.Attrs().Index},
+		PeerName:         "eth0",
+		PeerNamespace:    netlink.NsPid(pid),
+		PeerHardwareAddr: mac,
 	}
 	if err := netlink.LinkAdd(v); err != nil {
 		return fmt.Errorf("create veth %s: %w", port, err)

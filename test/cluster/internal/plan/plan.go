@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -191,6 +192,13 @@ func (c *Cluster) PodCIDRs(n Node) []netip.Prefix {
 
 // Port is the node's port on the bridge. Interface names have 15 characters.
 func (n Node) Port() string { return "port" + strconv.Itoa(n.Index) }
+
+// MAC is the hardware address of the node's eth0. It stays over a reboot, as a
+// machine's does: with a new one, the node's neighbours would go on to send to
+// the old one for half a minute.
+func (n Node) MAC() net.HardwareAddr {
+	return net.HardwareAddr{0x02, 'w', 'r', 'n', 0, byte(n.Index)}
+}
 
 // Disk is what survives the node's reboot.
 func (c *Cluster) Disk(n Node) string { return c.Path("nodes", n.Name, "disk") }
