@@ -149,7 +149,7 @@ func (a *agent) build(ctx context.Context) error {
 		return err
 	}
 	a.manager = identity.NewManager(identity.Config{Signer: ca, RootFile: a.meshRoots(), TTL: cfg.SecretTTL, Log: log,
-		OnRotate: a.rotate})
+		OnRotate: a.rotate, OnTrust: a.distrust})
 	a.adoptCertificates()
 
 	a.xds, err = xds.New(xds.Config{
@@ -158,7 +158,7 @@ func (a *agent) build(ctx context.Context) error {
 			IP: cfg.InstanceIP, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, Version: cfg.Version},
 		Store:     a.store,
 		Base:      mesh.Config{TrustDomain: cfg.TrustDomain, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, RootNamespace: cfg.PodNamespace},
-		StateFile: filepath.Join(cfg.StateDir, stateFile), OnLocalPods: a.setPods, OnNamespaces: a.setNamespaces,
+		StateFile: filepath.Join(cfg.StateDir, stateFile), AwaitEnforced: true, OnLocalPods: a.setPods, OnNamespaces: a.setNamespaces,
 		OnTrust: a.setTrust, Log: log,
 	})
 	if err != nil {
@@ -203,7 +203,14 @@ func (a *agent) superseded() {
 func (a *agent) rotate(b *identity.Bundle) {
 	notify(a.rotated)
 	if a.proxy != nil {
-		a.proxy.DrainTunnels(b.ID)
+		a.proxy.Renewed(b.ID)
+	}
+}
+
+// distrust is told of new roots and revocation lists. What is open is checked against them.
+func (a *agent) distrust(*identity.Trust) {
+	if a.proxy != nil {
+		a.proxy.TrustChanged()
 	}
 }
 

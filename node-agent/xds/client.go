@@ -50,6 +50,10 @@ type Config struct {
 	// peers are checked against these roots and revocation lists (DER).
 	OnTrust func(roots, revocationLists [][]byte) error
 
+	// AwaitEnforced makes every answer to the control plane wait until [Client.Enforced] has named its revision:
+	// an ACK then says that this node does so, not that it has heard. What cannot be enforced is a NACK.
+	AwaitEnforced bool
+
 	Log         *slog.Logger // nil: slog.Default
 	DialOptions []grpc.DialOption
 
@@ -87,12 +91,21 @@ type Client struct {
 	trust      *node.TrustBundle // nil: none came
 	dirty      dirt
 	derive     bool
-	acks       []*discovery.DeltaDiscoveryRequest // due after the next commit
+	acks       []answer // due once the state that they are about holds
 	saver      *saver
+	journal    *journal
+
+	enforced chan struct{} // one token: Enforced was called
 
 	mu     sync.Mutex
 	status Status
 	report report
+}
+
+// answer is an ACK or NACK and the revision with which its response holds; 0 while that is not committed.
+type answer struct {
+	*discovery.DeltaDiscoveryRequest
+	rev uint64
 }
 
 // typeState is how far one type has come.
@@ -124,6 +137,8 @@ func New(cfg Config) (*Client, error) {
 		cfg:        cfg,
 		synced:     make(chan struct{}),
 		live:       make(chan struct{}),
+		enforced:   make(chan struct{}, 1),
+		journal:    newJournal(cfg.StateFile, cfg.Node.Name, cfg.Log),
 		builder:    mesh.NewBuilder(nil),
 		types:      make(map[string]*typeState),
 		pods:       make(map[string]wds.LocalPod),
@@ -150,9 +165,12 @@ func (c *Client) Run(ctx context.Context) error {
 	if c.usable {
 		c.announce(false)
 	}
-	c.saver = startSaver(c.cfg.StateFile, c.cfg.SaveInterval, c.cfg.Log)
+	c.saver = startSaver(c.cfg.StateFile, c.cfg.SaveInterval, c.journal, c.cfg.Log)
 	defer c.saver.stop()
-	defer func() { c.saver.flush(c.state) }()
+	defer func() {
+		c.saver.flush(c.state)
+		c.journal.rotate()
+	}()
 
 	opts := append([]grpc.DialOption{
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
@@ -263,7 +281,8 @@ func (c *Client) session(ctx context.Context, conn *grpc.ClientConn) (answered b
 				c.count(func(s *Status) { s.Connected = true })
 				c.cfg.Log.Info("connected to the control plane", "address", c.cfg.Address, "control_plane", resp.GetControlPlane().GetIdentifier())
 			}
-			c.acks = append(c.acks, c.apply(resp))
+			c.acks = append(c.acks, answer{c.apply(resp), 0})
+			c.journal.append(resp)
 			if resp.TypeUrl == wds.AddressType && deriveTimer == nil && !c.types[wds.LocalPodType].answered && !c.derive {
 				deriveTimer = time.After(c.cfg.DeriveAfter)
 			}
@@ -271,14 +290,43 @@ func (c *Client) session(ctx context.Context, conn *grpc.ClientConn) (answered b
 				continue // no Snapshot yet: what is not applied is not acknowledged
 			}
 			c.publish()
-			for _, ack := range c.acks {
-				if err := stream.Send(ack); err != nil {
-					return answered, streamError(stream, err)
+			for i := range c.acks {
+				if c.acks[i].rev == 0 {
+					c.acks[i].rev = c.rev
 				}
 			}
-			c.acks = nil
+			if err := c.answer(stream); err != nil {
+				return answered, err
+			}
+		case <-c.enforced:
+			if err := c.answer(stream); err != nil {
+				return answered, err
+			}
 		}
 	}
+}
+
+// answer sends the answers that are due. A response of which a part is not enforced is refused as a whole: the
+// control plane must not count on it, and sends it again.
+func (c *Client) answer(stream grpc.ClientStream) error {
+	c.mu.Lock()
+	enforced, failed, why := c.status.Enforced, c.status.failed, c.status.NotEnforced
+	c.mu.Unlock()
+	var wait []answer
+	for _, a := range c.acks {
+		switch {
+		case a.rev == 0 || c.cfg.AwaitEnforced && a.rev > max(enforced, failed):
+			wait = append(wait, a)
+			continue
+		case c.cfg.AwaitEnforced && a.rev > enforced:
+			a.ErrorDetail = &status.Status{Code: int32(codes.Internal), Message: "not enforced: " + why}
+		}
+		if err := stream.SendMsg(a.DeltaDiscoveryRequest); err != nil {
+			return streamError(stream, err)
+		}
+	}
+	c.acks = wait
+	return nil
 }
 
 // forgetDropped forgets the versions of workloads that the builder dropped by itself, because their address was
@@ -396,7 +444,7 @@ func (c *Client) apply(resp *discovery.DeltaDiscoveryResponse) *discovery.DeltaD
 	if len(rejected) > 0 {
 		st.NACK = rejected.Error()
 		st.Rejected = rejected.names()
-		ack.ErrorDetail = &status.Status{Code: int32(codes.InvalidArgument), Message: rejected.Error()}
+		ack.ErrorDetail = rejected.detail(resp.TypeUrl)
 		c.cfg.Log.Error("the control plane sent what cannot be used", "type", resp.TypeUrl, "error", rejected)
 	} else {
 		state.system = resp.SystemVersionInfo

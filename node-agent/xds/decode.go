@@ -8,7 +8,10 @@ import (
 	"strings"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/genproto/googleapis/rpc/status"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/api/security"
@@ -34,6 +37,16 @@ func (r rejections) Error() string {
 		text += "; and " + strings.Join(names[most:], ", ")
 	}
 	return text
+}
+
+// detail is the error of the NACK. It names the resources in a form that the control plane can count with: all
+// others of the response are applied.
+func (r rejections) detail(typeURL string) *status.Status {
+	s := &status.Status{Code: int32(codes.InvalidArgument), Message: r.Error()}
+	if d, err := anypb.New(&node.TypeStatus{TypeUrl: typeURL, Nack: r.Error(), Rejected: r.names()}); err == nil {
+		s.Details = []*anypb.Any{d}
+	}
+	return s
 }
 
 // take decodes a response into what is being built.

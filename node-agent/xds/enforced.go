@@ -6,10 +6,13 @@ package xds
 func (c *Client) Enforced(revision uint64, err error) {
 	c.mu.Lock()
 	if err != nil {
-		c.status.NotEnforced = err.Error()
+		c.status.NotEnforced, c.status.failed = err.Error(), revision
 	} else {
 		c.status.Enforced, c.status.NotEnforced = revision, ""
 	}
 	c.mu.Unlock()
-	c.report.kick()
+	select {
+	case c.enforced <- struct{}{}:
+	default:
+	}
 }

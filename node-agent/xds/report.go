@@ -25,6 +25,7 @@ type Status struct {
 
 	Enforced    uint64 // the last revision that holds on this node, see Client.Enforced
 	NotEnforced string // why a later one does not
+	failed      uint64 // that later one
 }
 
 // TypeStatus is how far one type has come.

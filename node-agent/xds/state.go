@@ -41,6 +41,7 @@ type state struct {
 	trust      *node.TrustBundle
 	versions   map[string]map[string]string // by type and name
 	received   map[string]bool
+	journal    int // every journal below it is in here
 }
 
 func (c *Client) state() *state {
@@ -48,6 +49,7 @@ func (c *Client) state() *state {
 		node: c.cfg.Node.Name, snapshot: c.cfg.Store.Load(),
 		pods: maps.Clone(c.pods), namespaces: maps.Clone(c.namespaces), trust: c.trust,
 		versions: make(map[string]map[string]string), received: make(map[string]bool),
+		journal: c.journal.rotate(),
 	}
 	for t, ts := range c.types {
 		s.versions[t] = maps.Clone(ts.versions)
@@ -157,18 +159,26 @@ func (c *Client) Restore() {
 		return
 	}
 	c.restored = true
+	later, err := readJournals(c.cfg.StateFile, c.cfg.Node.Name)
+	if err != nil {
+		c.cfg.Log.Warn("some of the latest changes are ignored", "error", err)
+	}
 	data, err := os.ReadFile(c.cfg.StateFile)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) && len(later) == 0 {
 		return
 	}
 	var responses []*discovery.DeltaDiscoveryResponse
-	if err == nil {
+	switch {
+	case err == nil:
 		responses, err = decodeState(data, c.cfg.Node.Name)
+	case errors.Is(err, fs.ErrNotExist): // no state was written yet: the journal has everything
+		err = nil
 	}
-	if err != nil {
+	if err != nil { // without the state that they came after, the changes mean nothing
 		c.cfg.Log.Warn("the last good state is ignored", "file", c.cfg.StateFile, "error", err)
 		return
 	}
+	responses = append(responses, later...)
 	for _, r := range responses {
 		state := c.types[r.TypeUrl]
 		if state == nil {
@@ -200,7 +210,7 @@ type saver struct {
 	done     chan struct{}
 }
 
-func startSaver(file string, interval time.Duration, log *slog.Logger) *saver {
+func startSaver(file string, interval time.Duration, journal *journal, log *slog.Logger) *saver {
 	s := &saver{interval: interval, in: make(chan *state, 1), done: make(chan struct{})}
 	go func() {
 		defer close(s.done)
@@ -208,7 +218,11 @@ func startSaver(file string, interval time.Duration, log *slog.Logger) *saver {
 			if file == "" {
 				continue
 			}
-			if err := writeState(file, st); err != nil {
+			err := writeState(file, st)
+			if err == nil {
+				err = journal.drop(st.journal)
+			}
+			if err != nil {
 				log.Warn("saving the last good state", "file", file, "error", err)
 			}
 		}
