@@ -6,7 +6,7 @@ import rbacv1 "k8s.io/api/rbac/v1"
 var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "services", "nodes"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"get", "list", "watch"}},
-	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies", "peerauthentications"}, Verbs: []string{"get", "list", "watch"}},
+	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies", "peerauthentications", "requestauthentications"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries", "workloadentries"}, Verbs: []string{"get", "list", "watch"}},
 	// The annotation ambient.istio.io/redirection.
 	{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"patch"}},

@@ -32,7 +32,8 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 		x.notice(u, nk, "", "", "")
 		return nil
 	}
-	policies, strict := x.policiesFor(k.Namespace, f.labels)
+	services := x.servicesOfPod(f)
+	bound := x.policiesFor(subject{k.Namespace, f.labels, services})
 	uid := x.uid("", "Pod", k)
 	d := x.c.decide(x.namespaces[k.Namespace], PodTraits{Labels: f.labels, HostNetwork: f.hostNetwork, Sidecar: f.sidecar})
 	if d.Warning != "" {
@@ -47,7 +48,7 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 	if f.node != "" {
 		x.setLocal(k, &LocalPod{
 			UID: f.uid, Namespace: k.Namespace, Name: k.Name, ServiceAccount: f.serviceAccount, Node: f.node,
-			Addrs: addrs, Enrolled: d.Enrolled, Reason: d.Reason, Strict: strict, HostNetwork: f.hostNetwork,
+			Addrs: addrs, Enrolled: d.Enrolled, Reason: d.Reason, Strict: bound.strict, HostNetwork: f.hostNetwork,
 			Phase: f.phase, WorkloadUID: uid,
 		}, u)
 	} else {
@@ -66,8 +67,9 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 		WorkloadName: f.workloadName,
 		Kind:         f.kind,
 		Locality:     x.localities[f.node],
-		Services:     x.servicesOfPod(f),
-		Policies:     policies,
+		Services:     services,
+		Policies:     bound.policies,
+		Audits:       bound.audits,
 	}
 	w.CanonicalName, w.CanonicalRevision = canonical(f.labels, f.workloadName)
 	setTunnel(w, f.redirected, f.labels[labelTunnel] == "http")
@@ -251,7 +253,8 @@ func (x *Index) deriveWorkloadEntry(k key) []*mesh.Workload {
 	w.UID, w.Name, w.Namespace = x.uid("networking.istio.io", "WorkloadEntry", k), k.Name, k.Namespace
 	w.WorkloadName = first(e.labels, k.Name, "service.istio.io/workload-name")
 	w.CanonicalName, w.CanonicalRevision = canonical(e.labels, w.WorkloadName)
-	w.Policies, _ = x.policiesFor(k.Namespace, e.labels)
+	bound := x.policiesFor(subject{k.Namespace, e.labels, w.Services})
+	w.Policies, w.Audits = bound.policies, bound.audits
 	return []*mesh.Workload{w}
 }
 
@@ -273,38 +276,6 @@ func (x *Index) endpointWorkload(e *endpointFact, hosts []*serviceFact) *mesh.Wo
 	}
 	setTunnel(w, e.redirected, e.tunnel)
 	return w
-}
-
-// policiesFor names the policies that bind to a workload by its labels, and tells whether it is STRICT on
-// every port.
-func (x *Index) policiesFor(ns string, l map[string]string) ([]mesh.PolicyName, bool) {
-	var out []mesh.PolicyName
-	for _, from := range namespacesOf(ns, x.c.RootNamespace) {
-		for _, p := range x.authz[from] {
-			if p.policy != nil && selects(p.selector, l) {
-				out = append(out, p.policy.Name)
-			}
-		}
-	}
-	slices.SortFunc(out, func(a, b mesh.PolicyName) int { return compareKeys(key(a), key(b)) })
-	meshWide, namespace := x.peerAuthLevels(ns)
-	var workload *peerAuthFact
-	if ns != x.c.RootNamespace {
-		for _, p := range x.peerAuths[ns] {
-			if selects(p.selector, l) && p.older(workload) {
-				workload = p
-			}
-		}
-	}
-	converted, strict := x.c.peerPolicies(meshWide, namespace, workload)
-	return append(out, converted...), strict
-}
-
-func namespacesOf(ns, root string) []string {
-	if ns == root {
-		return []string{ns}
-	}
-	return []string{ns, root}
 }
 
 // peerAuthLevels finds the PeerAuthentications without selector that hold for a namespace.
@@ -340,8 +311,8 @@ func (x *Index) policy(name mesh.PolicyName) *mesh.Policy {
 		}
 		return p.portPolicy(x.peerAuthLevels(name.Namespace))
 	}
-	if f := x.authz[name.Namespace][name.Name]; f != nil {
-		return f.policy
+	if f := x.authz[name.Namespace][name.Name]; f != nil && !f.Inert {
+		return f.Policy
 	}
 	return nil
 }

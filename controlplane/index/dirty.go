@@ -87,6 +87,9 @@ func (x *Index) setNamespace(name string, f *namespaceFact) {
 	for pod := range x.pods[name] {
 		x.touch(Pod, key{name, pod})
 	}
+	for entry := range x.endpoints[name] {
+		x.touch(WorkloadEntry, key{name, entry})
+	}
 	for _, s := range x.services[name] {
 		x.dirtyHosts[s.service.Name] = struct{}{}
 	}
@@ -112,6 +115,7 @@ func (x *Index) setNode(name string, l mesh.Locality) {
 }
 
 func (x *Index) setService(k key, f *serviceFact) {
+	x.touchTargeting(k.Namespace)
 	if old := put(x.services, k, f); old != nil {
 		x.unclaim(old)
 	}
@@ -195,6 +199,7 @@ func (x *Index) setSlice(k key, f *sliceFact) {
 }
 
 func (x *Index) setEntry(k key, f *entryFact) {
+	x.touchTargeting(k.Namespace)
 	if old := put(x.entries, k, f); old != nil {
 		for _, h := range old.hosts {
 			x.unclaim(h)
@@ -212,29 +217,6 @@ func (x *Index) setEntry(k key, f *entryFact) {
 func (x *Index) setEndpoint(k key, f *endpointFact) {
 	if old := put(x.endpoints, k, f); old != nil || f != nil {
 		x.touch(WorkloadEntry, k)
-	}
-}
-
-func (x *Index) setAuthorization(k key, f *authorizationFact) {
-	old := put(x.authz, k, f)
-	if old == nil && f == nil {
-		return
-	}
-	x.dirtyPolicies[mesh.PolicyName(k)] = struct{}{}
-	for _, p := range []*authorizationFact{old, f} {
-		if p == nil || len(p.selector) == 0 {
-			continue
-		}
-		if k.Namespace == x.c.RootNamespace {
-			for ns := range x.pods {
-				x.touchSelected(ns, p.selector)
-			}
-			for ns := range x.endpoints {
-				x.touchSelected(ns, p.selector)
-			}
-			continue
-		}
-		x.touchSelected(k.Namespace, p.selector)
 	}
 }
 
@@ -258,6 +240,7 @@ func (x *Index) setPeerAuth(k key, f *peerAuthFact) {
 	}
 	x.dirtyPolicies[x.c.strictName()] = struct{}{}
 	x.dirtyPolicies[mesh.PolicyName{Namespace: k.Namespace, Name: peerPolicyPrefix + k.Name}] = struct{}{}
+	x.dirtyStates[PolicyKey{PeerAuthentication, k.Namespace, k.Name}] = struct{}{}
 	if k.Namespace != x.c.RootNamespace {
 		x.touchNamespace(k.Namespace)
 		return
@@ -284,5 +267,6 @@ func (x *Index) touchNamespace(ns string) {
 	}
 	for name := range x.peerAuths[ns] {
 		x.dirtyPolicies[mesh.PolicyName{Namespace: ns, Name: peerPolicyPrefix + name}] = struct{}{}
+		x.dirtyStates[PolicyKey{PeerAuthentication, ns, name}] = struct{}{}
 	}
 }

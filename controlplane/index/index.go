@@ -25,10 +25,12 @@ const (
 	PeerAuthentication
 	ServiceEntry
 	WorkloadEntry
+	RequestAuthentication
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
+	"RequestAuthentication",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -84,6 +86,7 @@ type Update struct {
 	Snapshot   *mesh.Snapshot
 	LocalPods  map[string]*LocalPod // by pod UID
 	Namespaces map[string]*NamespaceState
+	Policies   map[PolicyKey]*PolicyState
 	Notices    map[NoticeKey]*Notice
 }
 
@@ -112,6 +115,7 @@ type Index struct {
 	endpoints  map[string]map[string]*endpointFact
 	authz      map[string]map[string]*authorizationFact
 	peerAuths  map[string]map[string]*peerAuthFact
+	requests   map[string]map[string]*requestFact
 
 	candidates map[mesh.ServiceName]map[owner]*serviceFact // who claims a host
 	winners    map[mesh.ServiceName]*serviceFact           // as of the last Commit
@@ -120,12 +124,14 @@ type Index struct {
 	workloadsOf map[source][]string
 	locals      map[key]*LocalPod
 	nsStates    map[string]*NamespaceState
+	states      map[PolicyKey]*PolicyState
 	notices     map[NoticeKey]*Notice
 
 	// What has to be derived anew.
 	dirtySources    map[source]struct{}
 	dirtyHosts      map[mesh.ServiceName]struct{}
 	dirtyPolicies   map[mesh.PolicyName]struct{}
+	dirtyStates     map[PolicyKey]struct{}
 	dirtyNamespaces map[string]struct{}
 }
 
@@ -151,15 +157,18 @@ func New(cfg Config) (*Index, error) {
 		endpoints:       map[string]map[string]*endpointFact{},
 		authz:           map[string]map[string]*authorizationFact{},
 		peerAuths:       map[string]map[string]*peerAuthFact{},
+		requests:        map[string]map[string]*requestFact{},
 		candidates:      map[mesh.ServiceName]map[owner]*serviceFact{},
 		winners:         map[mesh.ServiceName]*serviceFact{},
 		workloadsOf:     map[source][]string{},
 		locals:          map[key]*LocalPod{},
 		nsStates:        map[string]*NamespaceState{},
+		states:          map[PolicyKey]*PolicyState{},
 		notices:         map[NoticeKey]*Notice{},
 		dirtySources:    map[source]struct{}{},
 		dirtyHosts:      map[mesh.ServiceName]struct{}{},
 		dirtyPolicies:   map[mesh.PolicyName]struct{}{},
+		dirtyStates:     map[PolicyKey]struct{}{},
 		dirtyNamespaces: map[string]struct{}{},
 	}, nil
 }
@@ -181,6 +190,8 @@ func (x *Index) Set(obj any) {
 		x.setAuthorization(keyOf(o), x.c.authorizationFactOf(o))
 	case *securityv1.PeerAuthentication:
 		x.setPeerAuth(keyOf(o), peerAuthFactOf(o))
+	case *securityv1.RequestAuthentication:
+		x.setRequestAuth(keyOf(o), requestFactOf(o))
 	case *networkingv1.ServiceEntry:
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
 	case *networkingv1.WorkloadEntry:
@@ -208,6 +219,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setAuthorization(k, nil)
 	case PeerAuthentication:
 		x.setPeerAuth(k, nil)
+	case RequestAuthentication:
+		x.setRequestAuth(k, nil)
 	case ServiceEntry:
 		x.setEntry(k, nil)
 	case WorkloadEntry:
@@ -224,6 +237,7 @@ func (x *Index) Commit() *Update {
 	u := &Update{
 		LocalPods:  map[string]*LocalPod{},
 		Namespaces: map[string]*NamespaceState{},
+		Policies:   map[PolicyKey]*PolicyState{},
 		Notices:    map[NoticeKey]*Notice{},
 	}
 	b.SetConfig(x.c.meshConfig())
@@ -231,11 +245,13 @@ func (x *Index) Commit() *Update {
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
 	x.commitNamespaces(u)
+	x.commitStates(u)
 
 	x.dirtyPolicies = emptied(x.dirtyPolicies)
 	x.dirtyHosts = emptied(x.dirtyHosts)
 	x.dirtySources = emptied(x.dirtySources)
 	x.dirtyNamespaces = emptied(x.dirtyNamespaces)
+	x.dirtyStates = emptied(x.dirtyStates)
 	if b.Changed() {
 		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
 	}
@@ -255,8 +271,8 @@ func emptied[K comparable](m map[K]struct{}) map[K]struct{} {
 func (x *Index) commitPolicies(b *mesh.Builder, u *Update) {
 	for name := range x.dirtyPolicies {
 		nk := NoticeKey{Kind: AuthorizationPolicy, Namespace: name.Namespace, Name: name.Name}
-		if f := x.authz[name.Namespace][name.Name]; f != nil && f.warning != "" {
-			x.notice(u, nk, f.uid, "PartlyEnforced", f.warning)
+		if f := x.authz[name.Namespace][name.Name]; f != nil && f.Message != "" {
+			x.notice(u, nk, f.uid, f.Reason, f.Message)
 		} else {
 			x.notice(u, nk, "", "", "")
 		}

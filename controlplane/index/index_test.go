@@ -50,6 +50,9 @@ func dump(x *Index) string {
 		if len(w.Policies) > 0 {
 			line("  policies %v", w.Policies)
 		}
+		if len(w.Audits) > 0 {
+			line("  audits %v", w.Audits)
+		}
 	}
 	for _, v := range slices.SortedFunc(s.Services(), func(a, b *mesh.Service) int { return a.Name.Compare(b.Name) }) {
 		line("service %s", v.Name)
@@ -72,6 +75,12 @@ func dump(x *Index) string {
 	}
 	for _, n := range slices.Sorted(maps.Keys(x.nsStates)) {
 		line("namespace %s enrolled %t", n, x.nsStates[n].Enrolled)
+	}
+	for _, k := range slices.SortedFunc(maps.Keys(x.states), func(a, b PolicyKey) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	}) {
+		s := x.states[k]
+		line("state %s %s/%s: compiled %v exact %t %s: %s", k.Kind, k.Namespace, k.Name, s.Compiled, s.Exact, s.Reason, s.Message)
 	}
 	for _, k := range slices.SortedFunc(maps.Keys(x.notices), func(a, b NoticeKey) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
@@ -134,6 +143,8 @@ func decode(t testing.TB, doc string) any {
 		obj = &securityv1.AuthorizationPolicy{}
 	case "PeerAuthentication":
 		obj = &securityv1.PeerAuthentication{}
+	case "RequestAuthentication":
+		obj = &securityv1.RequestAuthentication{}
 	case "ServiceEntry":
 		obj = &networkingv1.ServiceEntry{}
 	case "WorkloadEntry":
@@ -208,7 +219,7 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 			t.Fatal(err)
 		}
 		objects := world{}
-		seen := seenUpdates{map[string]*LocalPod{}, map[string]*NamespaceState{}, map[NoticeKey]*Notice{}}
+		seen := seenUpdates{map[string]*LocalPod{}, map[string]*NamespaceState{}, map[PolicyKey]*PolicyState{}, map[NoticeKey]*Notice{}}
 		for range rapid.IntRange(1, 40).Draw(t, "events") {
 			r, obj := drawObject(t)
 			switch _, exists := objects[r]; {
@@ -241,6 +252,9 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 		if d := gocmp.Diff(x.nsStates, seen.namespaces); d != "" {
 			t.Fatalf("the Updates do not add up to the namespaces: %s", d)
 		}
+		if d := gocmp.Diff(x.states, seen.policies); d != "" {
+			t.Fatalf("the Updates do not add up to the states of policies: %s", d)
+		}
 		if d := gocmp.Diff(x.notices, seen.notices); d != "" {
 			t.Fatalf("the Updates do not add up to the notices: %s", d)
 		}
@@ -250,12 +264,14 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 type seenUpdates struct {
 	pods       map[string]*LocalPod
 	namespaces map[string]*NamespaceState
+	policies   map[PolicyKey]*PolicyState
 	notices    map[NoticeKey]*Notice
 }
 
 func (s *seenUpdates) take(u *Update) {
 	overlay(s.pods, u.LocalPods)
 	overlay(s.namespaces, u.Namespaces)
+	overlay(s.policies, u.Policies)
 	overlay(s.notices, u.Notices)
 }
 
@@ -288,6 +304,7 @@ func drawMeta(t *rapid.T, name string, names ...string) metav1.ObjectMeta {
 
 var podLabels = []map[string]string{
 	nil, {"app": "x"}, {"app": "z"}, {"app": "x", labelMode: "none"}, {"app": "x", labelMode: "ambient"}, {labelMode: "odd"}, {"app": "z", labelTunnel: "http"},
+	{"app": "z", labelWaypoint: "w", labelWaypointNamespace: "b"}, {labelWaypoint: "none"},
 }
 
 // drawObject draws one of few objects, so that they meet.
@@ -315,11 +332,12 @@ func drawObject(t *rapid.T) (ref, any) {
 		n := &corev1.Namespace{}
 		n.Name = pick(t, "namespace", "a", "b", "istio-system")
 		n.Labels = pick(t, "labels", nil, map[string]string{labelMode: "ambient"}, map[string]string{labelMode: "odd"},
-			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"})
+			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"}, map[string]string{labelWaypoint: "w"})
 		n.Annotations = pick(t, "annotations", nil, map[string]string{annotationTrafficDistribution: "PreferClose"})
 		return ref{kind, key{"", n.Name}}, n
 	case Service:
 		s := &corev1.Service{ObjectMeta: drawMeta(t, "service", "s0", "s1")}
+		s.Labels = pick(t, "labels", nil, map[string]string{labelWaypoint: "w"})
 		s.Spec.Selector = pick(t, "selector", nil, map[string]string{"app": "x"}, map[string]string{"app": "z"})
 		s.Spec.ClusterIP = pick(t, "vip", "None", "10.96.0.1", "10.96.0.2")
 		s.Spec.Type = pick(t, "type", corev1.ServiceTypeClusterIP, corev1.ServiceTypeClusterIP, corev1.ServiceTypeExternalName)
@@ -350,7 +368,11 @@ func drawObject(t *rapid.T) (ref, any) {
 			`spec: {selector: {matchLabels: {app: x}}, action: DENY, rules: [{from: [{source: {namespaces: [b]}}]}]}`,
 			`spec: {action: ALLOW, rules: [{to: [{operation: {methods: [GET]}}]}]}`,
 			`spec: {action: AUDIT, rules: [{}]}`,
-			`spec: {targetRefs: [{kind: Gateway, name: w}], rules: [{}]}`), p)
+			`spec: {action: AUDIT, selector: {matchLabels: {app: x}}, rules: [{}]}`,
+			`spec: {targetRefs: [{kind: Service, name: s0}], rules: [{}]}`,
+			`spec: {targetRefs: [{kind: ServiceEntry, group: networking.istio.io, name: se0}], rules: [{}]}`,
+			`spec: {targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}], rules: [{}]}`,
+			`spec: {targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], rules: [{}]}`), p)
 		p.ObjectMeta = drawMeta(t, "name", "ap0", "ap1")
 		return ref{kind, keyOf(p)}, p
 	case PeerAuthentication:

@@ -41,14 +41,16 @@ func mtlsModeOf(m *securityv1beta1.PeerAuthentication_MutualTLS) mtlsMode {
 // peerAuthFact is what the mesh needs of a PeerAuthentication.
 type peerAuthFact struct {
 	key
-	created  metav1.Time
-	selector map[string]string // empty: the whole namespace, or mesh in the root namespace
-	mode     mtlsMode
-	ports    map[uint16]mtlsMode // only with a selector
+	uid        string
+	generation int64
+	created    metav1.Time
+	selector   map[string]string // empty: the whole namespace, or mesh in the root namespace
+	mode       mtlsMode
+	ports      map[uint16]mtlsMode // only with a selector
 }
 
 func peerAuthFactOf(p *securityv1.PeerAuthentication) *peerAuthFact {
-	f := &peerAuthFact{key: keyOf(p), created: p.CreationTimestamp, mode: mtlsModeOf(p.Spec.Mtls)}
+	f := &peerAuthFact{key: keyOf(p), uid: string(p.UID), generation: p.Generation, created: p.CreationTimestamp, mode: mtlsModeOf(p.Spec.Mtls)}
 	if p.Spec.Selector != nil {
 		f.selector = p.Spec.Selector.MatchLabels
 	}
@@ -99,6 +101,10 @@ func (f *peerAuthFact) exceptions(strict bool) []uint16 {
 	return out
 }
 
+func (f *peerAuthFact) portPolicyName() mesh.PolicyName {
+	return mesh.PolicyName{Namespace: f.Namespace, Name: peerPolicyPrefix + f.Name}
+}
+
 // portPolicy compiles a workload's PeerAuthentication with port exceptions; nil where it needs no policy of
 // its own. The static policy does for a workload that is strict on every port: a second DENY next to it could
 // not except anything.
@@ -115,7 +121,7 @@ func (f *peerAuthFact) portPolicy(meshWide, namespace *peerAuthFact) *mesh.Polic
 		m.DestinationPorts = ports
 	}
 	return &mesh.Policy{
-		Name:   mesh.PolicyName{Namespace: f.Namespace, Name: peerPolicyPrefix + f.Name},
+		Name:   f.portPolicyName(),
 		Scope:  mesh.ScopeWorkload,
 		Action: mesh.Deny,
 		Rules:  []mesh.Rule{{Clauses: []mesh.Clause{{Matches: []mesh.Match{m}}}}},
@@ -143,7 +149,7 @@ func anyPrincipal() []mesh.StringMatch { return []mesh.StringMatch{{Kind: mesh.M
 func (c *compiled) peerPolicies(meshWide, namespace, workload *peerAuthFact) (names []mesh.PolicyName, strict bool) {
 	strict = effectiveStrict(meshWide, namespace, workload)
 	if workload != nil && len(workload.exceptions(strict)) > 0 {
-		return []mesh.PolicyName{{Namespace: workload.Namespace, Name: peerPolicyPrefix + workload.Name}}, false
+		return []mesh.PolicyName{workload.portPolicyName()}, false
 	}
 	if strict {
 		return []mesh.PolicyName{c.strictName()}, true

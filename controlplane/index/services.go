@@ -25,6 +25,9 @@ type serviceFact struct {
 	spread   distribution      // trafficDistribution of the object itself
 	local    bool              // internalTrafficPolicy: Local
 	fixedLB  bool              // resolution NONE: passthrough whatever the annotations say
+
+	waypoint     key // asked for by labels; the zero key where it wants none
+	waypointSaid bool
 }
 
 // portFact is how a service port finds its target on one endpoint.
@@ -73,6 +76,7 @@ func (c *compiled) serviceFactOf(s *corev1.Service) *serviceFact {
 		spread:   distributionOf(s.Annotations[annotationTrafficDistribution]),
 		local:    s.Spec.InternalTrafficPolicy != nil && *s.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 	}
+	f.waypoint, f.waypointSaid = waypointOf(s.Labels, s.Namespace)
 	if s.Spec.TrafficDistribution != nil {
 		if d := distributionOf(*s.Spec.TrafficDistribution); d != spreadAny {
 			f.spread = d
@@ -257,6 +261,7 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 		created: e.CreationTimestamp,
 		spread:  distributionOf(e.Annotations[annotationTrafficDistribution]),
 	}
+	template.waypoint, template.waypointSaid = waypointOf(e.Labels, e.Namespace)
 	if spec.WorkloadSelector != nil {
 		template.selector = spec.WorkloadSelector.Labels
 	}

@@ -78,6 +78,10 @@ var crds = []struct {
 		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
 			return f.Security().V1().PeerAuthentications().Informer()
 		}},
+	{RequestAuthentication, schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "requestauthentications"},
+		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+			return f.Security().V1().RequestAuthentications().Informer()
+		}},
 	{ServiceEntry, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "serviceentries"},
 		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
 			return f.Networking().V1().ServiceEntries().Informer()
@@ -283,6 +287,8 @@ func strip(obj any) (any, error) {
 	case *securityv1.AuthorizationPolicy:
 		o.ManagedFields = nil
 	case *securityv1.PeerAuthentication:
+		o.ManagedFields = nil
+	case *securityv1.RequestAuthentication:
 		o.ManagedFields = nil
 	case *networkingv1.ServiceEntry:
 		o.ManagedFields = nil

@@ -55,6 +55,11 @@ func (s *Snapshot) Authorize(c Conn) Verdict {
 			e.add(p, &c)
 		}
 	}
+	for _, n := range w.Audits {
+		if p := s.Policy(n); p != nil && p.Scope == ScopeWorkload && p.Action == Audit {
+			e.add(p, &c)
+		}
+	}
 	return e.verdict()
 }
 

@@ -19,7 +19,7 @@ func (w *Workload) Equal(o *Workload) bool {
 		w.WorkloadName == o.WorkloadName && w.Kind == o.Kind &&
 		w.Locality == o.Locality && w.Capacity == o.Capacity &&
 		maps.EqualFunc(w.Services, o.Services, slices.Equal) &&
-		slices.Equal(w.Policies, o.Policies) &&
+		slices.Equal(w.Policies, o.Policies) && slices.Equal(w.Audits, o.Audits) &&
 		w.Waypoint.Equal(o.Waypoint) && w.NetworkGateway.Equal(o.NetworkGateway) &&
 		w.AppTunnel == o.AppTunnel
 }

@@ -237,6 +237,11 @@ func (s *Snapshot) PoliciesOf(w *Workload) (_ iter.Seq[*Policy], missing *Policy
 				return
 			}
 		}
+		for _, n := range w.Audits {
+			if p := s.Policy(n); p != nil && p.Scope == ScopeWorkload && p.Action == Audit && !yield(p) {
+				return
+			}
+		}
 	}, missing
 }
 

@@ -54,6 +54,7 @@ type Workload struct {
 
 	Services       map[ServiceName][]ServicePort // the services it backs, with the ports as this workload serves them
 	Policies       []PolicyName                  // selector-bound policies; mesh-wide and namespace-wide ones bind by scope
+	Audits         []PolicyName                  // selector-bound AUDIT policies; one that is not there decides nothing
 	Waypoint       *Gateway
 	NetworkGateway *Gateway
 

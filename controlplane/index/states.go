@@ -1,0 +1,182 @@
+package index
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+
+	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// PolicyKey names a policy object: an AuthorizationPolicy, PeerAuthentication or RequestAuthentication.
+type PolicyKey struct {
+	Kind            Kind
+	Namespace, Name string
+}
+
+// PolicyState is what has become of a policy object before any node hears of it.
+type PolicyState struct {
+	UID        string
+	Generation int64
+	// Compiled are the policies that nodes hold for the object. Empty: there is nothing for a node to hold.
+	Compiled []mesh.PolicyName
+	// Exact says that nodes which hold Compiled do all that the object asks for. If not, Reason (one of package
+	// policy, or TargetNotFound) and Message say what they do instead; that is never weaker than asked for, but for
+	// an object that applies to nothing (Ignored, Conflicted).
+	Exact           bool
+	Reason, Message string
+}
+
+// ReasonTargetNotFound says that a targetRef names what is not there, in Istio's word.
+const ReasonTargetNotFound = "TargetNotFound"
+
+// requestFact is what is kept of a RequestAuthentication: no node does anything with it.
+type requestFact struct {
+	key
+	uid        string
+	generation int64
+}
+
+func requestFactOf(p *securityv1.RequestAuthentication) *requestFact {
+	return &requestFact{keyOf(p), string(p.UID), p.Generation}
+}
+
+func (x *Index) setRequestAuth(k key, f *requestFact) {
+	put(x.requests, k, f)
+	x.dirtyStates[PolicyKey{RequestAuthentication, k.Namespace, k.Name}] = struct{}{}
+}
+
+// touchTargeting marks the policies of a namespace whose targets may have come or gone.
+func (x *Index) touchTargeting(ns string) {
+	for _, f := range x.authz[ns] {
+		if len(f.Targets) > 0 {
+			x.dirtyStates[PolicyKey{AuthorizationPolicy, f.Namespace, f.Name}] = struct{}{}
+		}
+	}
+}
+
+func (x *Index) commitStates(u *Update) {
+	for k := range x.dirtyStates {
+		next := x.policyState(k)
+		old := x.states[k]
+		switch {
+		case next == nil && old != nil:
+			delete(x.states, k)
+			u.Policies[k] = nil
+		case next != nil && (old == nil || !old.equal(next)):
+			x.states[k] = next
+			u.Policies[k] = next
+		}
+	}
+}
+
+func (s *PolicyState) equal(o *PolicyState) bool {
+	return s.UID == o.UID && s.Generation == o.Generation && slices.Equal(s.Compiled, o.Compiled) &&
+		s.Exact == o.Exact && s.Reason == o.Reason && s.Message == o.Message
+}
+
+// policyState tells what has become of an object, nil where there is none.
+func (x *Index) policyState(k PolicyKey) *PolicyState {
+	switch k.Kind {
+	case AuthorizationPolicy:
+		if f := x.authz[k.Namespace][k.Name]; f != nil {
+			return x.authorizationState(f)
+		}
+	case PeerAuthentication:
+		if f := x.peerAuths[k.Namespace][k.Name]; f != nil {
+			return x.peerAuthState(f)
+		}
+	case RequestAuthentication:
+		if f := x.requests[k.Namespace][k.Name]; f != nil {
+			return &PolicyState{UID: f.uid, Generation: f.generation, Reason: policy.ReasonNoWaypoint,
+				Message: "tokens are of HTTP, which only a waypoint sees; AuthorizationPolicies that ask for requestPrincipals deny meanwhile"}
+		}
+	}
+	return nil
+}
+
+func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
+	s := &PolicyState{UID: f.uid, Generation: f.generation, Exact: f.Exact, Reason: f.Reason, Message: f.Message}
+	if !f.Inert {
+		s.Compiled = []mesh.PolicyName{f.Policy.Name}
+	}
+	var missing []string
+	for _, t := range f.Targets {
+		switch t.Kind {
+		case policy.TargetService:
+			if x.services[f.Namespace][t.Name] == nil {
+				missing = append(missing, t.String())
+			}
+		case policy.TargetServiceEntry:
+			if x.entries[f.Namespace][t.Name] == nil {
+				missing = append(missing, t.String())
+			}
+		}
+	}
+	if len(missing) > 0 && len(missing) == len(f.Targets) {
+		s.Reason = ReasonTargetNotFound
+		s.Message = fmt.Sprintf("there is no %s in namespace %s, so that the policy applies to nothing", strings.Join(missing, ", no "), f.Namespace)
+	}
+	return s
+}
+
+func (x *Index) peerAuthState(f *peerAuthFact) *PolicyState {
+	s := &PolicyState{UID: f.uid, Generation: f.generation, Exact: true}
+	level := "mesh"
+	switch {
+	case len(f.selector) > 0 && f.Namespace == x.c.RootNamespace:
+		s.Exact, s.Reason = false, policy.ReasonIgnored
+		s.Message = fmt.Sprintf("in the root namespace %s a PeerAuthentication with a selector applies to nothing; make it in the workloads' namespace", f.Namespace)
+		return s
+	case len(f.selector) > 0:
+		level = "workload"
+	case f.Namespace != x.c.RootNamespace:
+		level = "namespace"
+	}
+	var older []string
+	for _, other := range x.peerAuths[f.Namespace] {
+		if other == f || f.older(other) || !overlapping(f.selector, other.selector) {
+			continue
+		}
+		older = append(older, other.Namespace+"/"+other.Name)
+		if level != "workload" || sameLabels(f.selector, other.selector) {
+			s.Exact, s.Reason = false, policy.ReasonConflicted
+		}
+	}
+	slices.Sort(older)
+	switch {
+	case len(older) == 0:
+	case s.Exact:
+		s.Message = fmt.Sprintf("where %s selects the same workloads it holds instead, because it is older", strings.Join(older, ", "))
+	default:
+		s.Message = fmt.Sprintf("of several PeerAuthentications of a %s the oldest holds: %s", level, strings.Join(older, ", "))
+		return s
+	}
+	// The static policy stands for whatever is strict on all ports; a policy of its own for exceptions by port.
+	s.Compiled = []mesh.PolicyName{x.c.strictName()}
+	if p := x.policy(f.portPolicyName()); p != nil {
+		s.Compiled = append(s.Compiled, p.Name)
+	}
+	return s
+}
+
+// overlapping reports whether something can have the labels of both selectors; those without labels are of another
+// level than those with.
+func overlapping(a, b map[string]string) bool {
+	if (len(a) == 0) != (len(b) == 0) {
+		return false
+	}
+	for k, v := range a {
+		if w, ok := b[k]; ok && w != v {
+			return false
+		}
+	}
+	return true
+}
+
+func sameLabels(a, b map[string]string) bool {
+	return len(a) == len(b) && (len(a) == 0 || selects(a, b))
+}
