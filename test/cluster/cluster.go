@@ -111,6 +111,9 @@ func Start(ctx context.Context, o Options) (*Cluster, error) {
 	if err := o.fill(ctx, p); err != nil {
 		return nil, err
 	}
+	if err := host.RaiseLimits(o.Nodes, o.Log); err != nil {
+		return nil, err
+	}
 	if err := launch(p); err != nil {
 		return nil, err
 	}
