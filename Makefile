@@ -29,7 +29,9 @@ test-kernels: deps              # the kernel side on Debian's 6.1 and 6.12, in Q
 	@command -v qemu-system-x86_64 xz >/dev/null || apt-get install -y --no-install-recommends qemu-system-x86 xz-utils
 	@go run ./test/kernels
 
-soak: deps                      # the end-to-end suite with the numbers of a long run
+soak: export WARREN_RECORD = 1
+soak: deps                      # the suites with the numbers of a long run
+	@go test -count=1 -v -timeout 1h -run TestPeersThatMustBeRefused ./test/interop -long
 	@cd test/e2e && go test -count=1 -v -timeout 6h . -long
 
 generate: deps

@@ -184,7 +184,7 @@ func TestIstiodDrivesOurAgent(t *testing.T) {
 		t.Fatal(err)
 	}
 	go func() { _ = client.Run(ctx); running <- struct{}{} }()
-	ca, err := identity.NewCA(identity.CAConfig{Address: addr, ServerName: "istiod.istio-system.svc", RootFile: root, TokenFile: token, Cluster: "Kubernetes"})
+	ca, err := identity.NewCA(identity.CAConfig{Address: addr, ServerName: "istiod.istio-system.svc", Roots: identity.ControlPlaneRoots{File: root}, TokenFile: token, Cluster: "Kubernetes"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -34,6 +34,7 @@ func stages() []stage {
 	unit := stage{name: "unit", about: "all packages with the race detector", steps: []step{
 		{name: "root module", run: goTest("-race", "-p", "2", "./..."), limit: 25 * time.Minute},
 		{name: "test/e2e/lab", dir: "test/e2e", run: goTest("./lab/...")},
+		{name: "peers that must be refused", run: goTest("-count=1", "-run=TestPeersThatMustBeRefused", "./test/interop")},
 	}}
 	e2e := stage{name: "e2e", about: "on a cluster of two nodes", steps: []step{
 		{name: "end to end", dir: "test/e2e", run: goTest("-count=1", "-timeout=24m", "."), limit: 25 * time.Minute},
