@@ -10,6 +10,7 @@
 package node
 
 import (
+	security "github.com/warrenmesh/warren/api/security"
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
 	reflect "reflect"
@@ -128,7 +129,7 @@ func (x MeshConfig_SameNode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use MeshConfig_SameNode.Descriptor instead.
 func (MeshConfig_SameNode) EnumDescriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{2, 0}
+	return file_api_node_node_proto_rawDescGZIP(), []int{4, 0}
 }
 
 type PodStatus_Redirection int32
@@ -181,7 +182,7 @@ func (x PodStatus_Redirection) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use PodStatus_Redirection.Descriptor instead.
 func (PodStatus_Redirection) EnumDescriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{5, 0}
+	return file_api_node_node_proto_rawDescGZIP(), []int{7, 0}
 }
 
 // LocalPod is one pod scheduled to the asking node, enrolled or not.
@@ -378,6 +379,100 @@ func (x *Namespace) GetEnrolled() bool {
 	return false
 }
 
+// AuditPolicy is an AuthorizationPolicy with action AUDIT. It decides nothing: connections that it matches are
+// logged. Istio's contract has no such action, and an agent without it would take any other for a decision.
+// Type type.googleapis.com/warren.node.v1.AuditPolicy, resource name: that of the policy.
+type AuditPolicy struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Its action and dry_run mean nothing.
+	Policy        *security.Authorization `protobuf:"bytes,1,opt,name=policy,proto3" json:"policy,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditPolicy) Reset() {
+	*x = AuditPolicy{}
+	mi := &file_api_node_node_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditPolicy) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditPolicy) ProtoMessage() {}
+
+func (x *AuditPolicy) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_node_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditPolicy.ProtoReflect.Descriptor instead.
+func (*AuditPolicy) Descriptor() ([]byte, []int) {
+	return file_api_node_node_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *AuditPolicy) GetPolicy() *security.Authorization {
+	if x != nil {
+		return x.Policy
+	}
+	return nil
+}
+
+// AuditPolicies is the extension "warren.io/audit" of an istio.workload.Workload: the audit policies that bind to
+// it by selector, as namespace/name.
+type AuditPolicies struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Names         []string               `protobuf:"bytes,1,rep,name=names,proto3" json:"names,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditPolicies) Reset() {
+	*x = AuditPolicies{}
+	mi := &file_api_node_node_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditPolicies) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditPolicies) ProtoMessage() {}
+
+func (x *AuditPolicies) ProtoReflect() protoreflect.Message {
+	mi := &file_api_node_node_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditPolicies.ProtoReflect.Descriptor instead.
+func (*AuditPolicies) Descriptor() ([]byte, []int) {
+	return file_api_node_node_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *AuditPolicies) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
 // MeshConfig is what holds for the whole mesh.
 // Type type.googleapis.com/warren.node.v1.MeshConfig, one resource named "mesh".
 type MeshConfig struct {
@@ -399,7 +494,7 @@ type MeshConfig struct {
 
 func (x *MeshConfig) Reset() {
 	*x = MeshConfig{}
-	mi := &file_api_node_node_proto_msgTypes[2]
+	mi := &file_api_node_node_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -411,7 +506,7 @@ func (x *MeshConfig) String() string {
 func (*MeshConfig) ProtoMessage() {}
 
 func (x *MeshConfig) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[2]
+	mi := &file_api_node_node_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -424,7 +519,7 @@ func (x *MeshConfig) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MeshConfig.ProtoReflect.Descriptor instead.
 func (*MeshConfig) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{2}
+	return file_api_node_node_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *MeshConfig) GetTrustDomain() string {
@@ -498,7 +593,7 @@ type TrustBundle struct {
 
 func (x *TrustBundle) Reset() {
 	*x = TrustBundle{}
-	mi := &file_api_node_node_proto_msgTypes[3]
+	mi := &file_api_node_node_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -510,7 +605,7 @@ func (x *TrustBundle) String() string {
 func (*TrustBundle) ProtoMessage() {}
 
 func (x *TrustBundle) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[3]
+	mi := &file_api_node_node_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -523,7 +618,7 @@ func (x *TrustBundle) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrustBundle.ProtoReflect.Descriptor instead.
 func (*TrustBundle) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{3}
+	return file_api_node_node_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *TrustBundle) GetRoots() [][]byte {
@@ -556,7 +651,7 @@ type StatusReport struct {
 
 func (x *StatusReport) Reset() {
 	*x = StatusReport{}
-	mi := &file_api_node_node_proto_msgTypes[4]
+	mi := &file_api_node_node_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -568,7 +663,7 @@ func (x *StatusReport) String() string {
 func (*StatusReport) ProtoMessage() {}
 
 func (x *StatusReport) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[4]
+	mi := &file_api_node_node_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -581,7 +676,7 @@ func (x *StatusReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusReport.ProtoReflect.Descriptor instead.
 func (*StatusReport) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{4}
+	return file_api_node_node_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *StatusReport) GetNode() string {
@@ -636,7 +731,7 @@ type PodStatus struct {
 
 func (x *PodStatus) Reset() {
 	*x = PodStatus{}
-	mi := &file_api_node_node_proto_msgTypes[5]
+	mi := &file_api_node_node_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -648,7 +743,7 @@ func (x *PodStatus) String() string {
 func (*PodStatus) ProtoMessage() {}
 
 func (x *PodStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[5]
+	mi := &file_api_node_node_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -661,7 +756,7 @@ func (x *PodStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PodStatus.ProtoReflect.Descriptor instead.
 func (*PodStatus) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{5}
+	return file_api_node_node_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *PodStatus) GetUid() string {
@@ -721,7 +816,7 @@ type TypeStatus struct {
 
 func (x *TypeStatus) Reset() {
 	*x = TypeStatus{}
-	mi := &file_api_node_node_proto_msgTypes[6]
+	mi := &file_api_node_node_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -733,7 +828,7 @@ func (x *TypeStatus) String() string {
 func (*TypeStatus) ProtoMessage() {}
 
 func (x *TypeStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[6]
+	mi := &file_api_node_node_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -746,7 +841,7 @@ func (x *TypeStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TypeStatus.ProtoReflect.Descriptor instead.
 func (*TypeStatus) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{6}
+	return file_api_node_node_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *TypeStatus) GetTypeUrl() string {
@@ -786,7 +881,7 @@ type StatusSummary struct {
 
 func (x *StatusSummary) Reset() {
 	*x = StatusSummary{}
-	mi := &file_api_node_node_proto_msgTypes[7]
+	mi := &file_api_node_node_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -798,7 +893,7 @@ func (x *StatusSummary) String() string {
 func (*StatusSummary) ProtoMessage() {}
 
 func (x *StatusSummary) ProtoReflect() protoreflect.Message {
-	mi := &file_api_node_node_proto_msgTypes[7]
+	mi := &file_api_node_node_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -811,14 +906,14 @@ func (x *StatusSummary) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StatusSummary.ProtoReflect.Descriptor instead.
 func (*StatusSummary) Descriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{7}
+	return file_api_node_node_proto_rawDescGZIP(), []int{9}
 }
 
 var File_api_node_node_proto protoreflect.FileDescriptor
 
 const file_api_node_node_proto_rawDesc = "" +
 	"\n" +
-	"\x13api/node/node.proto\x12\x0ewarren.node.v1\"\xe2\x03\n" +
+	"\x13api/node/node.proto\x12\x0ewarren.node.v1\x1a api/security/authorization.proto\"\xe2\x03\n" +
 	"\bLocalPod\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -841,7 +936,11 @@ const file_api_node_node_proto_rawDesc = "" +
 	"\x0eSTATE_FINISHED\x10\x04\";\n" +
 	"\tNamespace\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1a\n" +
-	"\benrolled\x18\x02 \x01(\bR\benrolled\"\x9a\x03\n" +
+	"\benrolled\x18\x02 \x01(\bR\benrolled\"D\n" +
+	"\vAuditPolicy\x125\n" +
+	"\x06policy\x18\x01 \x01(\v2\x1d.istio.security.AuthorizationR\x06policy\"%\n" +
+	"\rAuditPolicies\x12\x14\n" +
+	"\x05names\x18\x01 \x03(\tR\x05names\"\x9a\x03\n" +
 	"\n" +
 	"MeshConfig\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x120\n" +
@@ -902,33 +1001,37 @@ func file_api_node_node_proto_rawDescGZIP() []byte {
 }
 
 var file_api_node_node_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
-var file_api_node_node_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_api_node_node_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_api_node_node_proto_goTypes = []any{
-	(LocalPod_State)(0),        // 0: warren.node.v1.LocalPod.State
-	(MeshConfig_SameNode)(0),   // 1: warren.node.v1.MeshConfig.SameNode
-	(PodStatus_Redirection)(0), // 2: warren.node.v1.PodStatus.Redirection
-	(*LocalPod)(nil),           // 3: warren.node.v1.LocalPod
-	(*Namespace)(nil),          // 4: warren.node.v1.Namespace
-	(*MeshConfig)(nil),         // 5: warren.node.v1.MeshConfig
-	(*TrustBundle)(nil),        // 6: warren.node.v1.TrustBundle
-	(*StatusReport)(nil),       // 7: warren.node.v1.StatusReport
-	(*PodStatus)(nil),          // 8: warren.node.v1.PodStatus
-	(*TypeStatus)(nil),         // 9: warren.node.v1.TypeStatus
-	(*StatusSummary)(nil),      // 10: warren.node.v1.StatusSummary
+	(LocalPod_State)(0),            // 0: warren.node.v1.LocalPod.State
+	(MeshConfig_SameNode)(0),       // 1: warren.node.v1.MeshConfig.SameNode
+	(PodStatus_Redirection)(0),     // 2: warren.node.v1.PodStatus.Redirection
+	(*LocalPod)(nil),               // 3: warren.node.v1.LocalPod
+	(*Namespace)(nil),              // 4: warren.node.v1.Namespace
+	(*AuditPolicy)(nil),            // 5: warren.node.v1.AuditPolicy
+	(*AuditPolicies)(nil),          // 6: warren.node.v1.AuditPolicies
+	(*MeshConfig)(nil),             // 7: warren.node.v1.MeshConfig
+	(*TrustBundle)(nil),            // 8: warren.node.v1.TrustBundle
+	(*StatusReport)(nil),           // 9: warren.node.v1.StatusReport
+	(*PodStatus)(nil),              // 10: warren.node.v1.PodStatus
+	(*TypeStatus)(nil),             // 11: warren.node.v1.TypeStatus
+	(*StatusSummary)(nil),          // 12: warren.node.v1.StatusSummary
+	(*security.Authorization)(nil), // 13: istio.security.Authorization
 }
 var file_api_node_node_proto_depIdxs = []int32{
 	0,  // 0: warren.node.v1.LocalPod.state:type_name -> warren.node.v1.LocalPod.State
-	1,  // 1: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
-	8,  // 2: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
-	9,  // 3: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
-	2,  // 4: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
-	7,  // 5: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
-	10, // 6: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
-	6,  // [6:7] is the sub-list for method output_type
-	5,  // [5:6] is the sub-list for method input_type
-	5,  // [5:5] is the sub-list for extension type_name
-	5,  // [5:5] is the sub-list for extension extendee
-	0,  // [0:5] is the sub-list for field type_name
+	13, // 1: warren.node.v1.AuditPolicy.policy:type_name -> istio.security.Authorization
+	1,  // 2: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
+	10, // 3: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
+	11, // 4: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
+	2,  // 5: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
+	9,  // 6: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
+	12, // 7: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
+	7,  // [7:8] is the sub-list for method output_type
+	6,  // [6:7] is the sub-list for method input_type
+	6,  // [6:6] is the sub-list for extension type_name
+	6,  // [6:6] is the sub-list for extension extendee
+	0,  // [0:6] is the sub-list for field type_name
 }
 
 func init() { file_api_node_node_proto_init() }
@@ -942,7 +1045,7 @@ func file_api_node_node_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_node_proto_rawDesc), len(file_api_node_node_proto_rawDesc)),
 			NumEnums:      3,
-			NumMessages:   8,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

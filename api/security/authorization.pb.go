@@ -130,9 +130,7 @@ type Authorization struct {
 	Action    Action                 `protobuf:"varint,4,opt,name=action,proto3,enum=istio.security.Action" json:"action,omitempty"`
 	Groups    []*Group               `protobuf:"bytes,5,rep,name=groups,proto3" json:"groups,omitempty"`
 	// Evaluated and reported, never enforced.
-	DryRun bool `protobuf:"varint,6,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
-	// Warren's own: "warren.io/action" with a StringValue "AUDIT". Such a policy is sent as a dry run, so that
-	// a reader that does not know the extension does not enforce it.
+	DryRun        bool                  `protobuf:"varint,6,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
 	Extensions    []*workload.Extension `protobuf:"bytes,7,rep,name=extensions,proto3" json:"extensions,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -20,15 +20,16 @@ const (
 	TypeMeshConfig    = wds.MeshConfigType
 	TypeNamespace     = wds.NamespaceType
 	TypeAuthorization = wds.AuthorizationType
+	TypeAudit         = wds.AuditType
 	TypeAddress       = wds.AddressType
 	TypeLocalPod      = wds.LocalPodType
 )
 
-var types = []string{TypeMeshConfig, TypeNamespace, TypeAuthorization, TypeAddress, TypeLocalPod}
+var types = []string{TypeMeshConfig, TypeNamespace, TypeAuthorization, TypeAudit, TypeAddress, TypeLocalPod}
 
 // shortNames label metrics.
 var shortNames = map[string]string{
-	TypeMeshConfig: "meshconfig", TypeNamespace: "namespace", TypeAuthorization: "wads", TypeAddress: "wds", TypeLocalPod: "localpod",
+	TypeMeshConfig: "meshconfig", TypeNamespace: "namespace", TypeAuthorization: "wads", TypeAudit: "audit", TypeAddress: "wds", TypeLocalPod: "localpod",
 }
 
 // resource is one encoded object. It is immutable.

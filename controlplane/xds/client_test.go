@@ -129,6 +129,23 @@ func TestPolicyOrder(t *testing.T) {
 	s.expect("quiet")
 }
 
+// Whoever asks for Istio's type alone never hears of an AUDIT policy: it would take it for a decision.
+func TestAuditHasATypeOfItsOwn(t *testing.T) {
+	s := newState(t)
+	audit := func() *mesh.Policy { p := policy("p1"); p.Action = mesh.Audit; return p }
+	s.change(func(b *mesh.Builder) { b.PutPolicy(audit()); b.PutPolicy(policy("p2")) }, index.Update{})
+	s.subscribe(TypeAuthorization, TypeAudit)
+	s.expect("first", "wads +a/p2", "audit +a/p1")
+	s.answer(TypeAuthorization, "")
+	s.answer(TypeAudit, "")
+	s.change(func(b *mesh.Builder) { b.PutPolicy(policy("p1")) }, index.Update{})
+	s.expect("it is in force", "wads +a/p1", "audit -a/p1")
+	s.answer(TypeAuthorization, "")
+	s.answer(TypeAudit, "")
+	s.change(func(b *mesh.Builder) { b.PutPolicy(audit()) }, index.Update{})
+	s.expect("it is not", "wads -a/p1", "audit +a/p1")
+}
+
 func TestAddressesWaitForPolicies(t *testing.T) {
 	s := newState(t)
 	s.change(func(b *mesh.Builder) { b.PutWorkload(pod("w1")) }, index.Update{})

@@ -33,8 +33,19 @@ func (c *Cache) encode(u *index.Update) ([]change, error) {
 
 	workloads, services, policies := u.Snapshot.Changes(old)
 	for ch := range policies {
+		if ch.Old != nil && (ch.New == nil || policyType(ch.New) != policyType(ch.Old)) {
+			put(policyType(ch.Old), ch.Old.Name.String(), nil, "", nil)
+		}
 		if ch.New == nil {
-			put(TypeAuthorization, ch.Old.Name.String(), nil, "", nil)
+			continue
+		}
+		if ch.New.Action == mesh.Audit {
+			m, err := wds.EncodeAudit(ch.New)
+			if err != nil {
+				errs = append(errs, err)
+				continue
+			}
+			put(TypeAudit, ch.New.Name.String(), m, "", nil)
 			continue
 		}
 		m, err := wds.EncodePolicy(ch.New)
@@ -76,6 +87,14 @@ func (c *Cache) encode(u *index.Update) ([]change, error) {
 		put(TypeMeshConfig, wds.MeshConfigName, wds.EncodeConfig(u.Snapshot.Config()), "", nil)
 	}
 	return out, errors.Join(errs...)
+}
+
+// policyType is the type by which a policy is served.
+func policyType(p *mesh.Policy) string {
+	if p.Action == mesh.Audit {
+		return TypeAudit
+	}
+	return TypeAuthorization
 }
 
 // An alias is network/address, as on-demand clients ask.

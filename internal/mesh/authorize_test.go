@@ -30,6 +30,11 @@ func TestAuthorize(t *testing.T) {
 		}
 		return w
 	}
+	audited := func(name string) *Workload {
+		w := pod("server", "10.0.0.1")
+		w.Audits = []PolicyName{{"shop", name}}
+		return w
+	}
 	ui := Identity{"cluster.local", "shop", "ui"}
 	for _, tc := range []struct {
 		name  string
@@ -56,6 +61,9 @@ func TestAuthorize(t *testing.T) {
 		{"not port", []any{bound(), policy("a", ScopeMesh, Allow, when(Match{NotDestinationPorts: []uint16{81}}))}, ui, 80, "allow allow_policy shop/a"},
 		{"audit decides nothing", []any{bound(), policy("u", ScopeMesh, Audit, all)}, ui, 80, "allow no_policy audit shop/u"},
 		{"audit does not close", []any{bound(), policy("u", ScopeMesh, Audit)}, ui, 80, "allow no_policy"},
+		{"audit that binds and decides nothing", []any{audited("u"), policy("u", ScopeWorkload, Audit, all)}, ui, 80, "allow no_policy audit shop/u"},
+		{"audit that is not there", []any{audited("u")}, ui, 80, "allow no_policy"},
+		{"a policy that denies is no audit", []any{audited("u"), policy("u", ScopeWorkload, Deny, all)}, ui, 80, "allow no_policy"},
 		{"dry-run deny", []any{bound(), dry(policy("d", ScopeMesh, Deny, all))}, ui, 80, "allow no_policy dry shop/d=false"},
 		{"dry-run allow does not close", []any{bound(), dry(policy("a", ScopeMesh, Allow, when(from("x"))))}, ui, 80, "allow no_policy dry shop/a=false"},
 		{"dry-run allow that matches", []any{bound(), dry(policy("a", ScopeMesh, Allow, all))}, ui, 80, "allow no_policy dry shop/a=true"},

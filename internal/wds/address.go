@@ -1,8 +1,10 @@
 package wds
 
 import (
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/api/workload"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -35,7 +37,8 @@ func EncodeWorkload(w *mesh.Workload) *workload.Address {
 		AuthorizationPolicies: encodeAll(w.Policies, func(n mesh.PolicyName) string {
 			return n.String()
 		}),
-		ClusterId: w.Cluster,
+		ClusterId:  w.Cluster,
+		Extensions: encodeAudits(w.Audits),
 	}
 	if w.Identity.TrustDomain != defaultTrustDomain {
 		p.TrustDomain = w.Identity.TrustDomain
@@ -68,6 +71,35 @@ func EncodeWorkload(w *mesh.Workload) *workload.Address {
 		p.Capacity = wrapperspb.UInt32(w.Capacity)
 	}
 	return &workload.Address{Type: &workload.Address_Workload{Workload: p}}
+}
+
+// auditExtension has the audit policies of a workload. They are not among its other policies, because a reader
+// that does not know AUDIT would miss them, and may refuse what has a policy it does not know.
+const auditExtension = "warren.io/audit"
+
+func encodeAudits(names []mesh.PolicyName) []*workload.Extension {
+	if len(names) == 0 {
+		return nil
+	}
+	config, err := anypb.New(&node.AuditPolicies{Names: encodeAll(names, mesh.PolicyName.String)})
+	if err != nil { // it is a message of ours, with strings that came out of one
+		return nil
+	}
+	return []*workload.Extension{{Name: auditExtension, Config: config}}
+}
+
+func decodeAudits(list []*workload.Extension) ([]mesh.PolicyName, error) {
+	for _, ext := range list {
+		if ext.GetName() != auditExtension {
+			continue
+		}
+		var audits node.AuditPolicies
+		if err := ext.GetConfig().UnmarshalTo(&audits); err != nil {
+			return nil, bad("the extension %s: %w", auditExtension, err)
+		}
+		return decodeAll(audits.Names, ParsePolicyName)
+	}
+	return nil, nil
 }
 
 // EncodeService writes a service; its resource name is Name.String().
@@ -241,6 +273,9 @@ func decodeWorkload(p *workload.Workload) (*mesh.Workload, error) {
 		}
 	}
 	if w.Policies, err = decodeAll(p.AuthorizationPolicies, ParsePolicyName); err != nil {
+		return nil, err
+	}
+	if w.Audits, err = decodeAudits(p.Extensions); err != nil {
 		return nil, err
 	}
 	if w.Waypoint, err = decodeGateway(p.Waypoint); err != nil {

@@ -4,29 +4,28 @@ import (
 	"fmt"
 	"net/netip"
 
-	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
-	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/api/security"
-	"github.com/warrenmesh/warren/api/workload"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
-// actionExtension marks a policy whose action the wire has no value for. To a reader that does not know it,
-// such a policy is a dry run.
-const (
-	actionExtension = "warren.io/action"
-	actionAudit     = "AUDIT"
-)
-
 // EncodePolicy writes a policy; its resource name is Name.String(). An action or scope that the wire cannot
-// say is an error: anything written in its place would mean something else.
+// say is an error: anything written in its place would mean something else. AUDIT is one: see EncodeAudit.
 func EncodePolicy(p *mesh.Policy) (*security.Authorization, error) {
-	if p.Action > mesh.Audit || p.Scope > mesh.ScopeWorkload {
+	if p.Action > mesh.Deny || p.Scope > mesh.ScopeWorkload {
 		return nil, fmt.Errorf("encoding the policy %s: there is no action %d or scope %d", p.Name, p.Action, p.Scope)
 	}
-	a := &security.Authorization{
+	a := encodeBody(p)
+	if p.Action == mesh.Deny {
+		a.Action = security.Action_DENY
+	}
+	return a, nil
+}
+
+func encodeBody(p *mesh.Policy) *security.Authorization {
+	return &security.Authorization{
 		Name: p.Name.Name, Namespace: p.Name.Namespace,
 		Scope: security.Scope(p.Scope), DryRun: p.DryRun,
 		Groups: encodeAll(p.Rules, func(r mesh.Rule) *security.Group {
@@ -35,18 +34,24 @@ func EncodePolicy(p *mesh.Policy) (*security.Authorization, error) {
 			})}
 		}),
 	}
-	switch p.Action {
-	case mesh.Deny:
-		a.Action = security.Action_DENY
-	case mesh.Audit:
-		word, err := anypb.New(wrapperspb.String(actionAudit))
-		if err != nil {
-			return nil, fmt.Errorf("encoding the policy %s: %w", p.Name, err)
-		}
-		a.DryRun = true
-		a.Extensions = []*workload.Extension{{Name: actionExtension, Config: word}}
+}
+
+// EncodeAudit writes an AUDIT policy; its resource name is Name.String().
+func EncodeAudit(p *mesh.Policy) (*node.AuditPolicy, error) {
+	if p.Action != mesh.Audit || p.Scope > mesh.ScopeWorkload {
+		return nil, fmt.Errorf("encoding the audit policy %s: it has the action %d and the scope %d", p.Name, p.Action, p.Scope)
 	}
-	return a, nil
+	return &node.AuditPolicy{Policy: encodeBody(p)}, nil
+}
+
+// DecodeAudit reads an AUDIT policy.
+func DecodeAudit(a *node.AuditPolicy) (*mesh.Policy, error) {
+	p, err := DecodePolicy(a.GetPolicy())
+	if err != nil {
+		return nil, err
+	}
+	p.Action, p.DryRun = mesh.Audit, false
+	return p, nil
 }
 
 func encodeMatch(m mesh.Match) *security.Match {
@@ -117,16 +122,6 @@ func decodeRules(p *mesh.Policy, a *security.Authorization) error {
 		p.Action = mesh.Deny
 	default:
 		return bad("the action %d", a.Action)
-	}
-	for _, ext := range a.Extensions {
-		if ext.GetName() != actionExtension {
-			continue
-		}
-		var word wrapperspb.StringValue
-		if err := ext.GetConfig().UnmarshalTo(&word); err != nil || word.Value != actionAudit {
-			return bad("the action %q", word.Value)
-		}
-		p.Action, p.DryRun = mesh.Audit, false
 	}
 	var err error
 	p.Rules, err = decodeAll(a.Groups, func(g *security.Group) (mesh.Rule, error) {

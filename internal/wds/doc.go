@@ -19,6 +19,7 @@ const (
 	AddressType       = "type.googleapis.com/istio.workload.Address"
 	AuthorizationType = "type.googleapis.com/istio.security.Authorization"
 	LocalPodType      = "type.googleapis.com/warren.node.v1.LocalPod"
+	AuditType         = "type.googleapis.com/warren.node.v1.AuditPolicy"
 	NamespaceType     = "type.googleapis.com/warren.node.v1.Namespace"
 	MeshConfigType    = "type.googleapis.com/warren.node.v1.MeshConfig"
 	TrustBundleType   = "type.googleapis.com/warren.node.v1.TrustBundle"

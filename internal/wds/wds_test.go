@@ -76,6 +76,7 @@ func (g gen) workload() *mesh.Workload {
 		CanonicalName: g.word(), CanonicalRevision: g.word(), WorkloadName: g.word(), Kind: mesh.WorkloadKind(g.n(3)),
 		Locality: mesh.Locality{Region: g.word(), Zone: g.word(), Subzone: g.word()}, Capacity: uint32(g.n(100)),
 		Policies: some(g, 2, func() mesh.PolicyName { return mesh.PolicyName{Namespace: g.word(), Name: g.word()} }),
+		Audits:   some(g, 2, func() mesh.PolicyName { return mesh.PolicyName{Namespace: g.word(), Name: g.word()} }),
 		Waypoint: g.gateway(), NetworkGateway: g.gateway(), AppTunnel: mesh.AppTunnel{Proxy: g.yes(), Port: g.port()},
 	}
 	w.Identity = mesh.Identity{
@@ -164,11 +165,7 @@ func TestDecodeUndoesEncode(t *testing.T) {
 			t.Fatalf("service\ngot  %+v (%v)\nwant %+v", gotS, err, s)
 		}
 		p := g.policy()
-		m, err := EncodePolicy(p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		gotP, err := DecodePolicy(wire(t, m, &security.Authorization{}))
+		gotP, err := throughTheWire(t, p)
 		if err != nil || !gotP.Equal(p) {
 			t.Fatalf("policy\ngot  %+v (%v)\nwant %+v", gotP, err, p)
 		}
@@ -191,14 +188,33 @@ func TestDecodeUndoesEncode(t *testing.T) {
 	})
 }
 
-// An AUDIT policy must not be enforced by a reader that does not know the extension.
-func TestAuditLooksLikeADryRun(t *testing.T) {
-	m, err := EncodePolicy(&mesh.Policy{Name: mesh.PolicyName{Namespace: "shop", Name: "a"}, Action: mesh.Audit})
-	if err != nil || !m.DryRun || m.Action != security.Action_ALLOW {
-		t.Errorf("it is sent as %v (%v)", m, err)
+func throughTheWire(t rapid.TB, p *mesh.Policy) (*mesh.Policy, error) {
+	if p.Action == mesh.Audit {
+		m, err := EncodeAudit(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return DecodeAudit(wire(t, m, &node.AuditPolicy{}))
 	}
-	if _, err := EncodePolicy(&mesh.Policy{Action: mesh.Audit + 1}); err == nil {
-		t.Error("an action that the wire does not have is sent as another")
+	m, err := EncodePolicy(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return DecodePolicy(wire(t, m, &security.Authorization{}))
+}
+
+// Istio's contract has no action AUDIT: an agent that got such a policy as another would act on it.
+func TestAuditIsNoAuthorization(t *testing.T) {
+	for _, action := range []mesh.Action{mesh.Audit, mesh.Audit + 1} {
+		if m, err := EncodePolicy(&mesh.Policy{Name: mesh.PolicyName{Namespace: "shop", Name: "a"}, Action: action}); err == nil {
+			t.Errorf("the action %d is sent as %v", action, m)
+		}
+	}
+	if m, err := EncodeAudit(&mesh.Policy{Name: mesh.PolicyName{Namespace: "shop", Name: "a"}}); err == nil {
+		t.Errorf("an ALLOW policy is sent as %v", m)
+	}
+	for _, name := range EncodeWorkload(&mesh.Workload{Audits: []mesh.PolicyName{{Namespace: "shop", Name: "a"}}}).GetWorkload().AuthorizationPolicies {
+		t.Errorf("the workload names %s among the policies that decide", name)
 	}
 }
 
@@ -262,7 +278,16 @@ func FuzzDecode(f *testing.F) {
 		g := gen{t}
 		seed(EncodeWorkload(g.workload()))
 		seed(EncodeService(g.meshService()))
-		m, err := EncodePolicy(g.policy())
+		p := g.policy()
+		if p.Action == mesh.Audit {
+			m, err := EncodeAudit(p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			seed(m)
+			return
+		}
+		m, err := EncodePolicy(p)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -302,6 +327,12 @@ func FuzzDecode(f *testing.F) {
 			}
 			if again, err := DecodePolicy(m); err != nil || !again.Equal(d) {
 				t.Fatalf("%+v becomes %+v (%v)", d, again, err)
+			}
+		}
+		var audit node.AuditPolicy
+		if proto.Unmarshal(data, &audit) == nil {
+			if d, err := DecodeAudit(&audit); err == nil && (d.Action != mesh.Audit || d.DryRun) {
+				t.Fatalf("an audit policy has the action %d", d.Action)
 			}
 		}
 		var l node.LocalPod

@@ -69,7 +69,7 @@ type LocalPods struct {
 }
 
 // types in the order they are subscribed to.
-var types = []string{wds.MeshConfigType, wds.NamespaceType, wds.AuthorizationType, wds.AddressType, wds.LocalPodType, wds.TrustBundleType}
+var types = []string{wds.MeshConfigType, wds.NamespaceType, wds.AuthorizationType, wds.AuditType, wds.AddressType, wds.LocalPodType, wds.TrustBundleType}
 
 // A Snapshot is committed once these have been received.
 var essential = []string{wds.AddressType, wds.AuthorizationType}

@@ -146,6 +146,36 @@ func TestRejectedResourcesKeepTheirLastState(t *testing.T) {
 	}
 }
 
+// A policy that becomes an AUDIT one, or ceases to be, changes its type; the two types come in either order.
+func TestPolicyBecomesAudit(t *testing.T) {
+	c := newControl(t)
+	store := &mesh.Store{}
+	c.start(func(cfg *Config) { cfg.Store = store })
+	st, _ := c.subscribed()
+	st.put(wds.AuthorizationType, "1", nil, denyAll("p"))
+	st.answer(wds.AddressType, "1", nil, captured("a", "10.0.0.1"))
+	audit := denyAll("p")
+	audit.Action = mesh.Audit
+	is := func(what string, want mesh.Action) {
+		t.Helper()
+		if p := store.Load().Policy(audit.Name); p == nil || p.Action != want {
+			t.Errorf("%s: it is %+v", what, p)
+		}
+	}
+	st.answer(wds.AuditType, "2", nil, audit)
+	is("put", mesh.Audit)
+	st.answer(wds.AuthorizationType, "2", []string{"shop/p"})
+	is("taken out of the other type", mesh.Audit)
+	st.answer(wds.AuthorizationType, "3", nil, denyAll("p"))
+	is("put back", mesh.Deny)
+	st.answer(wds.AuditType, "3", []string{"shop/p"})
+	is("no audit any more", mesh.Deny)
+	st.answer(wds.AuthorizationType, "4", []string{"shop/p"})
+	if p := store.Load().Policy(audit.Name); p != nil {
+		t.Errorf("removed, and still there: %+v", p)
+	}
+}
+
 func TestReconnectTellsVersions(t *testing.T) {
 	c := newControl(t)
 	store := &mesh.Store{}

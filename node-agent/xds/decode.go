@@ -16,6 +16,7 @@ import (
 	"github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/api/security"
 	"github.com/warrenmesh/warren/api/workload"
+	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/internal/wds"
 )
 
@@ -127,11 +128,27 @@ func (c *Client) put(typeURL, name string, res *discovery.Resource) error {
 			c.builder.PutPolicy(policy)
 			return nil
 		}
-		if policy != nil && policy.Name.String() == name && c.builder.Policy(policy.Name) == nil {
+		if policy == nil || policy.Name.String() != name {
+			return err
+		}
+		if have := c.builder.Policy(policy.Name); have == nil || have.Action == mesh.Audit {
 			c.builder.PutPolicy(policy)
 			return fmt.Errorf("%w; until it can be, it denies all it applies to", err)
 		}
 		return err
+	case wds.AuditType:
+		var p node.AuditPolicy
+		if err := unpack(typeURL, res, &p); err != nil {
+			return err
+		}
+		policy, err := wds.DecodeAudit(&p)
+		if err != nil {
+			return err
+		}
+		if err := misnamed(name, policy.Name.String()); err != nil {
+			return err
+		}
+		c.builder.PutPolicy(policy)
 	case wds.LocalPodType:
 		var p node.LocalPod
 		if err := unpack(typeURL, res, &p); err != nil {
@@ -197,9 +214,13 @@ func (c *Client) remove(typeURL, name string) {
 		if svc, err := wds.ParseServiceName(name); err == nil {
 			c.builder.DeleteService(svc)
 		}
-	case wds.AuthorizationType:
+	case wds.AuthorizationType, wds.AuditType:
+		// A policy that became an AUDIT one, or ceased to be, goes from one type to the other: what the other has
+		// put already stays.
 		if policy, err := wds.ParsePolicyName(name); err == nil {
-			c.builder.DeletePolicy(policy)
+			if have := c.builder.Policy(policy); have != nil && (have.Action == mesh.Audit) == (typeURL == wds.AuditType) {
+				c.builder.DeletePolicy(policy)
+			}
 		}
 	case wds.LocalPodType:
 		delete(c.pods, name)

@@ -253,6 +253,13 @@ func encode(t *testing.T, p any) (string, proto.Message) {
 	case *mesh.Service:
 		return p.Name.String(), wds.EncodeService(p)
 	case *mesh.Policy:
+		if p.Action == mesh.Audit {
+			m, err := wds.EncodeAudit(p)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return p.Name.String(), m
+		}
 		m, err := wds.EncodePolicy(p)
 		if err != nil {
 			t.Fatal(err)

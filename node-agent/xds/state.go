@@ -88,6 +88,11 @@ func (s *state) encode() ([]byte, error) {
 		errs = append(errs, put(wds.AddressType, svc.Name.String(), wds.EncodeService(svc)))
 	}
 	for p := range s.snapshot.Policies() {
+		if p.Action == mesh.Audit {
+			m, err := wds.EncodeAudit(p)
+			errs = append(errs, err, put(wds.AuditType, p.Name.String(), m))
+			continue
+		}
 		m, err := wds.EncodePolicy(p)
 		if err != nil {
 			errs = append(errs, err)
