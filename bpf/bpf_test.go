@@ -53,7 +53,7 @@ func tail(s []string, i int) []string { return s[min(i, len(s)):min(i+3, len(s))
 // Each outcome is counted somewhere: one that is not has no meaning.
 func TestEveryOutcomeIsUsed(t *testing.T) {
 	var code strings.Builder
-	for _, f := range []string{"connect.h", "sockops.h", "lookup.h", "guard.h"} {
+	for _, f := range []string{"connect.h", "sockops.h", "lookup.h", "guard.h", "decide.h"} {
 		b, err := os.ReadFile(f)
 		if err != nil {
 			t.Fatal(err)
@@ -134,8 +134,8 @@ func TestMapsAreBounded(t *testing.T) {
 		MeshMapPods:       {ebpf.Hash, 1024},
 		MeshMapOwners:     {ebpf.Hash, 2048},
 		MeshMapListeners:  {ebpf.SockMap, 1024 * uint32(MeshListenerLISTENERS)},
-		MeshMapTickets:    {ebpf.Hash, 1024 * 256}, // pods times tickets per pod; never LRU
-		MeshMapHandshakes: {ebpf.Array, 1024},
+		MeshMapTickets:    {ebpf.Hash, 2 * 1024 * 256}, // accounts times tickets of each; never LRU
+		MeshMapHandshakes: {ebpf.Array, 2 * 1024},
 		MeshMapOutcomes:   {ebpf.PerCPUArray, 64},
 	} {
 		if m := spec.Maps[name]; m.Type != want.typ || m.MaxEntries != want.size {

@@ -5,8 +5,10 @@
  *  1. not TCP, not a pod's       -> left alone
  *  2. the agent's own            -> allowed
  *  3. loopback or the pod itself -> allowed; it never leaves the pod
- *  4. a mesh destination         -> marked, so that the pod's rule and route keep it in the pod
- *  5. anything else              -> vouched for, so that the guard lets it out
+ *  4. another pod of this node   -> policy decides here, where it can: refused, or let go to that pod and nowhere
+ *                                   else, with a ticket; see same_node for when it cannot
+ *  5. a mesh destination         -> marked, so that the pod's rule and route keep it in the pod
+ *  6. anything else              -> vouched for, so that the guard lets it out
  *
  * The hook also runs for sendto(MSG_FASTOPEN), for TCP_FASTOPEN_CONNECT (at connect, while the SYN leaves with
  * the first write: mark and verdict are there by then), for io_uring, and for each subflow of an MPTCP socket.
@@ -14,7 +16,7 @@
  */
 #pragma once
 
-#include "maps.h"
+#include "decide.h"
 
 /* The application's own SO_MARK gives way to capture and comes back when the socket is used again for a
  * destination outside the mesh. Should the application change the mark on a captured connection, its packets
@@ -47,6 +49,45 @@ static __always_inline int connect_from_node(struct bpf_sock *sk, const struct a
 	}
 	v->fate = FATE_HOST_POD;
 	return CONNECT_ALLOW;
+}
+
+/*
+ * A connection to another captured pod of this node, by its own address (a service's is chosen for by the agent). The
+ * agent has it where
+ *
+ *   - it knows what to do and the kernel does not: no gate, no ruleset, an identity that is new
+ *   - a waypoint comes before the pod
+ *   - the mesh wants it encrypted: sameNode
+ *   - it is MPTCP: later subflows have other addresses
+ *   - too many direct connections of this client are under way
+ */
+static __always_inline int same_node(const struct pod *pod, const struct owner *o, const struct flow *f, bool mptcp,
+				     __u64 *rules)
+{
+	__u32 flags = 0, slot = o->slot;
+	struct reason why;
+	if (f->server_port == PORT_OUTBOUND || f->server_port == PORT_INBOUND || f->server_port == PORT_HBONE)
+		return LEFT_TO_AGENT;
+	*rules = rules_at(slot, &f->server, &flags);
+	if (!*rules || !(flags & GATE_PODS) || !pod->identity)
+		return LEFT_TO_AGENT;
+	int d = decide(*rules, pod->identity, &f->client, f->server_port, &why);
+	if (d == DENIED)
+		tell_denied(pod->slot, pod->slot, slot, f, pod->identity, *rules, &why);
+	if (d != ALLOWED)
+		return d;
+
+	if (!(flags & GATE_DIRECT) || mptcp)
+		return LEFT_TO_AGENT;
+	if (flags & GATE_UNLESS_STRICT) {
+		/* STRICT is a DENY of who has no identity. That no ALLOW lets it in is another matter. */
+		int plain = decide(*rules, 0, &f->client, f->server_port, &why);
+		if (plain == LEFT_TO_AGENT || (plain == DENIED && why.word != NO_WORD))
+			return LEFT_TO_AGENT;
+	}
+	__u32 account = MAX_PODS + pod->slot;
+	__s32 *out = bpf_map_lookup_elem(&handshakes, &account);
+	return out && *out < TICKETS_PER_POD ? ALLOWED : LEFT_TO_AGENT;
 }
 
 static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct addr *dst)
@@ -84,10 +125,33 @@ static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct ad
 		return v ? uncapture(ctx, v, FATE_NONE) : CONNECT_ALLOW;
 	}
 
+	__u64 rules = 0;
+	__u32 server = NO_SLOT;
+	struct owner *o = bpf_map_lookup_elem(&owners, dst);
+	if (o && o->cookie != cookie) {
+		struct flow f = {.client = addr_is_v4(dst) ? pod->v4 : pod->v6, .server = *dst,
+				 .server_port = ntohs(((volatile struct bpf_sock_addr *)ctx)->user_port)};
+		switch (same_node(pod, o, &f, ctx->protocol == IPPROTO_MPTCP, &rules)) {
+		case DENIED:
+			count(CONNECT_DENIED);
+			bpf_set_retval(-ECONNREFUSED);
+			return CONNECT_REFUSE;
+		case ALLOWED:
+			server = o->slot;
+		}
+	}
+
 	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!v) {
 		count(CONNECT_REFUSED_STORAGE);
 		return CONNECT_REFUSE;
+	}
+
+	if (server != NO_SLOT) {
+		count(CONNECT_DIRECT);
+		v->slot = server;
+		v->rules = rules;
+		return uncapture(ctx, v, FATE_DIRECT);
 	}
 
 	if (!is_mesh(dst)) {

@@ -8,6 +8,7 @@
  *                                          socket is bound to a device (also data of an open connection)
  *   SYN of an agent's socket            -> pass
  *   SYN of a vouched socket             -> pass, unless the packet's destination is mesh (DNAT in the pod)
+ *   SYN of a direct socket              -> pass, if the packet's destination is the pod that it was let go to
  *   SYN without a socket, or unvouched  -> drop: raw and packet sockets, forwarding, sockets from before the
  *                                          hook was in place
  *   TCP from a foreign address, ARP and neighbour advertisements for one -> drop: the neighbour's identity
@@ -95,6 +96,13 @@ static __always_inline int guard_tcp(struct __sk_buff *skb, __u32 at, const stru
 		return TC_NEXT;
 	if (bpf_sk_storage_get(&agent_sockets, sk, 0, 0)) {
 		count(GUARD_AGENT);
+		return TC_NEXT;
+	}
+	if (v && v->fate == FATE_DIRECT) {
+		struct owner *o = bpf_map_lookup_elem(&owners, dst);
+		if (!o || o->slot != v->slot)
+			return shoot(GUARD_DROP_DIRECT);
+		count(GUARD_DIRECT);
 		return TC_NEXT;
 	}
 	if (!v || v->fate != FATE_VOUCHED)

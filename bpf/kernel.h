@@ -19,6 +19,7 @@ typedef _Bool bool;
 
 #define SEC(name) __attribute__((section(name), used))
 #define __always_inline inline __attribute__((always_inline))
+#define __noinline __attribute__((noinline))
 #define __uint(name, val) int(*name)[val]
 #define __type(name, val) typeof(val) *name
 
@@ -34,6 +35,7 @@ enum bpf_map_type {
 	BPF_MAP_TYPE_LPM_TRIE = 11,
 	BPF_MAP_TYPE_SOCKMAP = 15,
 	BPF_MAP_TYPE_SK_STORAGE = 24,
+	BPF_MAP_TYPE_RINGBUF = 27,
 };
 
 #define BPF_F_NO_PREALLOC 1
@@ -50,6 +52,7 @@ enum bpf_map_type {
 #define SOL_SOCKET 1
 #define SO_MARK 36
 #define EEXIST 17
+#define ECONNREFUSED 111
 
 struct bpf_sock {
 	__u32 bound_dev_if;
@@ -73,7 +76,7 @@ struct bpf_sock_addr {
 	struct bpf_sock *sk __attribute__((aligned(8)));
 };
 
-#define CONNECT_REFUSE 0 /* connect() fails with EPERM */
+#define CONNECT_REFUSE 0 /* connect() fails with EPERM, or with what bpf_set_retval says */
 #define CONNECT_ALLOW 1
 
 /* sockops. remote_port: network order in the upper half; local_port: host order. */
@@ -121,7 +124,11 @@ enum {
 	BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB = 5,
 	BPF_SOCK_OPS_STATE_CB = 10,
 	BPF_SOCK_OPS_STATE_CB_FLAG = 1 << 2,
+	BPF_TCP_FIN_WAIT2 = 5,
 	BPF_TCP_CLOSE = 7,
+	BPF_TCP_CLOSE_WAIT = 8,
+	BPF_TCP_LAST_ACK = 9,
+	BPF_TCP_CLOSING = 11,
 };
 
 /* sk_lookup. "local" is the packet's destination. */
@@ -198,3 +205,6 @@ static struct bpf_sock *(*bpf_sk_fullsock)(struct bpf_sock *sk) = (void *)95;
 static void *(*bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
 static __u64 (*bpf_get_netns_cookie)(void *ctx) = (void *)122;
 static long (*bpf_sk_assign)(void *ctx, void *sk, __u64 flags) = (void *)124;
+static void *(*bpf_ringbuf_reserve)(void *ring, __u64 size, __u64 flags) = (void *)131;
+static void (*bpf_ringbuf_submit)(void *sample, __u64 flags) = (void *)132;
+static long (*bpf_set_retval)(int retval) = (void *)187;

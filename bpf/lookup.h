@@ -7,8 +7,11 @@
  *     from elsewhere to its loopback                      -> drop: DNAT in the pod, around the agent
  *  2. to an address that is not the pod's                 -> it came by the mark: the agent's outbound listener
  *  3. to 15008                                            -> the agent's tunnel listener
- *  4. with a ticket                                       -> pass: kubelet, or the agent itself
- *  5. any other                                           -> the agent's inbound listener
+ *  4. with a ticket                                       -> pass: kubelet, or the agent itself, or another pod of
+ *                                                            this node, by the rules in force; by any others it is
+ *                                                            decided again
+ *  5. any other                                           -> plaintext of an unknown sender: refused where policy
+ *                                                            says so, else the agent's inbound listener
  *
  * A program of this type has neither a netns cookie nor a use for ingress_ifindex, which says eth0 also for
  * what a pod sends itself; and addresses do not tell the two ends of a connection between two pods of a node
@@ -18,7 +21,7 @@
  */
 #pragma once
 
-#include "maps.h"
+#include "decide.h"
 
 /* Set before loading, per pod. */
 volatile const __u32 pod_slot = 0;
@@ -87,9 +90,29 @@ int mesh_lookup(struct bpf_sk_lookup *ctx)
 	if (f.server_port == PORT_HBONE)
 		return steer(ctx, LISTENER_HBONE, LOOKUP_HBONE);
 
+	__u64 identity = 0, rules = 0;
+	__u32 flags = 0;
+	struct reason why;
 	struct ticket *t = bpf_map_lookup_elem(&tickets, &f);
-	if (t && bpf_ktime_get_ns() - t->born < TICKET_LIFETIME_NS)
-		return pass(LOOKUP_TICKET); /* used up when the connection is made: a SYN may come twice */
+	if (t && bpf_ktime_get_ns() - t->born < TICKET_LIFETIME_NS) {
+		/* It is used up when the connection is made: a SYN may come twice. */
+		identity = t->identity;
+		rules = t->rules;
+		if (!identity)
+			return pass(LOOKUP_TICKET);
+	}
 
+	__u64 now = rules_at(pod_slot, &f.server, &flags);
+	if (identity) {
+		if (now && now == rules)
+			return pass(LOOKUP_DIRECT);
+		if (now && decide(now, identity, &f.client, f.server_port, &why) == ALLOWED)
+			return pass(LOOKUP_DIRECT);
+		return refuse(LOOKUP_DENIED_LATE);
+	}
+	if (now && decide(now, 0, &f.client, f.server_port, &why) == DENIED) {
+		tell_denied(pod_slot, NO_SLOT, pod_slot, &f, 0, now, &why);
+		return refuse(LOOKUP_DENIED);
+	}
 	return steer(ctx, LISTENER_INBOUND, LOOKUP_INBOUND);
 }

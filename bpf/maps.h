@@ -60,17 +60,18 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, MAX_PODS *TICKETS_PER_POD);
+	__uint(max_entries, 2 * MAX_PODS *TICKETS_PER_POD);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct flow);
 	__type(value, struct ticket);
 	PINNED;
 } tickets SEC(".maps");
 
-/* Tickets out, by slot. */
+/* Tickets out, by account: a slot for those to the pod, MAX_PODS + slot for the direct connections that the pod
+ * itself makes. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, MAX_PODS);
+	__uint(max_entries, 2 * MAX_PODS);
 	__type(key, __u32);
 	__type(value, __s32);
 	PINNED;
@@ -93,6 +94,77 @@ struct {
 	__type(value, __u32);
 	PINNED;
 } agent_sockets SEC(".maps");
+
+/* By slot. A hash: its values are replaced whole. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32);
+	__type(value, struct gate);
+	PINNED;
+} gates SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8 * MAX_PODS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u64);
+	__type(value, struct ruleset);
+	PINNED;
+} rulesets SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct rules_identity);
+	__type(value, struct words);
+	PINNED;
+} rules_identities SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct rules_port);
+	__type(value, struct words);
+	PINNED;
+} rules_ports SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct rules_source);
+	__type(value, struct words);
+	PINNED;
+} rules_sources SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct flow);
+	__type(value, struct direct);
+	PINNED;
+} directs SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 21);
+	PINNED;
+} events SEC(".maps");
+
+const struct event *_event __attribute__((unused)); /* so that its type is in the object's */
+
+/* By slot. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32);
+	__type(value, struct event_budget);
+	PINNED;
+} event_budgets SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);

@@ -5,6 +5,7 @@
 
 #include "types.h"
 #include "maps.h"
+#include "decide.h"
 
 #include "connect.h"
 #include "sockops.h"

@@ -18,6 +18,48 @@ type MeshAddr struct {
 	W [4]uint32
 }
 
+type MeshDirect struct {
+	_           structs.HostLayout
+	Client      uint64
+	Server      uint64
+	Identity    uint64
+	Established uint64
+	Rules       uint64
+	ClientSlot  uint32
+	ServerSlot  uint32
+}
+
+type MeshEvent struct {
+	_          structs.HostLayout
+	At         uint64
+	Born       uint64
+	Rules      uint64
+	Identity   uint64
+	Sent       uint64
+	Received   uint64
+	Hit        uint64
+	Word       uint32
+	Kind       MeshEventKind
+	ClientSlot uint32
+	ServerSlot uint32
+	Flow       MeshFlow
+	Pad        uint32
+}
+
+type MeshEventBudget struct {
+	_      structs.HostLayout
+	Second uint64
+	Used   uint64
+}
+
+type MeshEventKind uint32
+
+const (
+	MeshEventKindEVENT_DENIED MeshEventKind = 0
+	MeshEventKindEVENT_OPENED MeshEventKind = 1
+	MeshEventKindEVENT_CLOSED MeshEventKind = 2
+)
+
 type MeshFate uint32
 
 const (
@@ -25,6 +67,7 @@ const (
 	MeshFateFATE_CAPTURED MeshFate = 1
 	MeshFateFATE_VOUCHED  MeshFate = 2
 	MeshFateFATE_HOST_POD MeshFate = 3
+	MeshFateFATE_DIRECT   MeshFate = 4
 )
 
 type MeshFlow struct {
@@ -34,6 +77,22 @@ type MeshFlow struct {
 	ClientPort uint16
 	ServerPort uint16
 }
+
+type MeshGate struct {
+	_     structs.HostLayout
+	V4    uint64
+	V6    uint64
+	Flags MeshGateFlags
+	Slot  uint32
+}
+
+type MeshGateFlags uint32
+
+const (
+	MeshGateFlagsGATE_PODS          MeshGateFlags = 1
+	MeshGateFlagsGATE_DIRECT        MeshGateFlags = 2
+	MeshGateFlagsGATE_UNLESS_STRICT MeshGateFlags = 4
+)
 
 type MeshGuarded struct {
 	_  structs.HostLayout
@@ -57,35 +116,46 @@ const (
 	MeshOutcomeCONNECT_VOUCHED            MeshOutcome = 1
 	MeshOutcomeCONNECT_AGENT              MeshOutcome = 2
 	MeshOutcomeCONNECT_SELF               MeshOutcome = 3
-	MeshOutcomeCONNECT_REFUSED_STORAGE    MeshOutcome = 4
-	MeshOutcomeCONNECT_REFUSED_MARK       MeshOutcome = 5
-	MeshOutcomeCONNECT_REFUSED_HANDSHAKES MeshOutcome = 6
-	MeshOutcomeTICKET_NODE                MeshOutcome = 7
-	MeshOutcomeTICKET_AGENT               MeshOutcome = 8
-	MeshOutcomeTICKET_USED                MeshOutcome = 9
-	MeshOutcomeTICKET_UNUSED              MeshOutcome = 10
-	MeshOutcomeTICKET_DENIED_HOST_POD     MeshOutcome = 11
-	MeshOutcomeTICKET_DENIED_QUOTA        MeshOutcome = 12
-	MeshOutcomeTICKET_DENIED_FULL         MeshOutcome = 13
-	MeshOutcomeLOOKUP_SELF                MeshOutcome = 14
-	MeshOutcomeLOOKUP_TICKET              MeshOutcome = 15
-	MeshOutcomeLOOKUP_OUTBOUND            MeshOutcome = 16
-	MeshOutcomeLOOKUP_INBOUND             MeshOutcome = 17
-	MeshOutcomeLOOKUP_HBONE               MeshOutcome = 18
-	MeshOutcomeLOOKUP_DROP_AGENT_PORT     MeshOutcome = 19
-	MeshOutcomeLOOKUP_DROP_NO_LISTENER    MeshOutcome = 20
-	MeshOutcomeLOOKUP_DROP_REDIRECTED     MeshOutcome = 21
-	MeshOutcomeGUARD_AGENT                MeshOutcome = 22
-	MeshOutcomeGUARD_VOUCHED              MeshOutcome = 23
-	MeshOutcomeGUARD_DROP_NO_SOCKET       MeshOutcome = 24
-	MeshOutcomeGUARD_DROP_UNVOUCHED       MeshOutcome = 25
-	MeshOutcomeGUARD_DROP_MESH            MeshOutcome = 26
-	MeshOutcomeGUARD_DROP_CAPTURED        MeshOutcome = 27
-	MeshOutcomeGUARD_DROP_SOURCE          MeshOutcome = 28
-	MeshOutcomeGUARD_DROP_NEIGHBOUR       MeshOutcome = 29
-	MeshOutcomeGUARD_DROP_MALFORMED       MeshOutcome = 30
-	MeshOutcomeGUARD_DROP_VLAN            MeshOutcome = 31
-	MeshOutcomeOUTCOMES                   MeshOutcome = 32
+	MeshOutcomeCONNECT_DIRECT             MeshOutcome = 4
+	MeshOutcomeCONNECT_DENIED             MeshOutcome = 5
+	MeshOutcomeCONNECT_REFUSED_STORAGE    MeshOutcome = 6
+	MeshOutcomeCONNECT_REFUSED_MARK       MeshOutcome = 7
+	MeshOutcomeCONNECT_REFUSED_HANDSHAKES MeshOutcome = 8
+	MeshOutcomeTICKET_NODE                MeshOutcome = 9
+	MeshOutcomeTICKET_AGENT               MeshOutcome = 10
+	MeshOutcomeTICKET_DIRECT              MeshOutcome = 11
+	MeshOutcomeTICKET_USED                MeshOutcome = 12
+	MeshOutcomeTICKET_UNUSED              MeshOutcome = 13
+	MeshOutcomeTICKET_DENIED_HOST_POD     MeshOutcome = 14
+	MeshOutcomeTICKET_DENIED_QUOTA        MeshOutcome = 15
+	MeshOutcomeTICKET_DENIED_FULL         MeshOutcome = 16
+	MeshOutcomeLOOKUP_SELF                MeshOutcome = 17
+	MeshOutcomeLOOKUP_TICKET              MeshOutcome = 18
+	MeshOutcomeLOOKUP_DIRECT              MeshOutcome = 19
+	MeshOutcomeLOOKUP_OUTBOUND            MeshOutcome = 20
+	MeshOutcomeLOOKUP_INBOUND             MeshOutcome = 21
+	MeshOutcomeLOOKUP_HBONE               MeshOutcome = 22
+	MeshOutcomeLOOKUP_DROP_AGENT_PORT     MeshOutcome = 23
+	MeshOutcomeLOOKUP_DROP_NO_LISTENER    MeshOutcome = 24
+	MeshOutcomeLOOKUP_DROP_REDIRECTED     MeshOutcome = 25
+	MeshOutcomeLOOKUP_DENIED              MeshOutcome = 26
+	MeshOutcomeLOOKUP_DENIED_LATE         MeshOutcome = 27
+	MeshOutcomeGUARD_AGENT                MeshOutcome = 28
+	MeshOutcomeGUARD_VOUCHED              MeshOutcome = 29
+	MeshOutcomeGUARD_DIRECT               MeshOutcome = 30
+	MeshOutcomeGUARD_DROP_NO_SOCKET       MeshOutcome = 31
+	MeshOutcomeGUARD_DROP_UNVOUCHED       MeshOutcome = 32
+	MeshOutcomeGUARD_DROP_MESH            MeshOutcome = 33
+	MeshOutcomeGUARD_DROP_CAPTURED        MeshOutcome = 34
+	MeshOutcomeGUARD_DROP_DIRECT          MeshOutcome = 35
+	MeshOutcomeGUARD_DROP_SOURCE          MeshOutcome = 36
+	MeshOutcomeGUARD_DROP_NEIGHBOUR       MeshOutcome = 37
+	MeshOutcomeGUARD_DROP_MALFORMED       MeshOutcome = 38
+	MeshOutcomeGUARD_DROP_VLAN            MeshOutcome = 39
+	MeshOutcomeDECIDE_UNKNOWN             MeshOutcome = 40
+	MeshOutcomeEVENT_LIMITED              MeshOutcome = 41
+	MeshOutcomeEVENT_LOST                 MeshOutcome = 42
+	MeshOutcomeOUTCOMES                   MeshOutcome = 43
 )
 
 type MeshOwner struct {
@@ -96,12 +166,13 @@ type MeshOwner struct {
 }
 
 type MeshPod struct {
-	_       structs.HostLayout
-	V4      MeshAddr
-	V6      MeshAddr
-	Slot    uint32
-	Ifindex uint32
-	Uid     [64]uint8
+	_        structs.HostLayout
+	V4       MeshAddr
+	V6       MeshAddr
+	Identity uint64
+	Slot     uint32
+	Ifindex  uint32
+	Uid      [64]uint8
 }
 
 type MeshPrefix struct {
@@ -110,45 +181,103 @@ type MeshPrefix struct {
 	Addr MeshAddr
 }
 
+type MeshRulesFlags uint32
+
+const (
+	MeshRulesFlagsRULES_REFUSE      MeshRulesFlags = 1
+	MeshRulesFlagsRULES_CLOSED      MeshRulesFlags = 2
+	MeshRulesFlagsRULES_BY_IDENTITY MeshRulesFlags = 4
+	MeshRulesFlagsRULES_BY_SOURCE   MeshRulesFlags = 8
+	MeshRulesFlagsRULES_BY_PORT     MeshRulesFlags = 16
+)
+
+type MeshRulesIdentity struct {
+	_        structs.HostLayout
+	Rules    uint64
+	Identity uint64
+}
+
+type MeshRulesPort struct {
+	_     structs.HostLayout
+	Rules uint64
+	Port  uint32
+	Pad   uint32
+}
+
+type MeshRulesSource struct {
+	_     structs.HostLayout
+	Bits  uint32
+	Rules [2]uint32
+	Addr  MeshAddr
+}
+
+type MeshRuleset struct {
+	_     structs.HostLayout
+	Deny  MeshWords
+	Allow MeshWords
+	Any   MeshWords
+	Flags MeshRulesFlags
+	Words uint32
+}
+
 type MeshTicket struct {
-	_    structs.HostLayout
-	Born uint64
-	Slot uint32
-	Pad  uint32
+	_        structs.HostLayout
+	Born     uint64
+	Identity uint64
+	Rules    uint64
+	Account  uint32
+	Pad      uint32
 }
 
 type MeshVerdict struct {
 	_         structs.HostLayout
 	Fate      MeshFate
 	SavedMark uint32
+	Slot      uint32
+	Pad       uint32
+	Rules     uint64
+}
+
+type MeshWords struct {
+	_ structs.HostLayout
+	W [8]uint64
 }
 
 // Names of all BPF objects in the ELF.
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	MeshMapAgentSockets  = "agent_sockets"
-	MeshMapDestinations  = "destinations"
-	MeshMapGuards        = "guards"
-	MeshMapHandshakes    = "handshakes"
-	MeshMapListeners     = "listeners"
-	MeshMapOutcomes      = "outcomes"
-	MeshMapOwners        = "owners"
-	MeshMapPods          = "pods"
-	MeshMapPrefixes      = "prefixes"
-	MeshMapTickets       = "tickets"
-	MeshMapVerdicts      = "verdicts"
-	MeshProgMeshConnect4 = "mesh_connect4"
-	MeshProgMeshConnect6 = "mesh_connect6"
-	MeshProgMeshGuard    = "mesh_guard"
-	MeshProgMeshLookup   = "mesh_lookup"
-	MeshProgMeshSockops  = "mesh_sockops"
-	MeshVarCaptureMark   = "capture_mark"
-	MeshVarHookSeesAll   = "hook_sees_all"
-	MeshVarNodeCookie    = "node_cookie"
-	MeshVarPodSlot       = "pod_slot"
-	MeshVarPodV4         = "pod_v4"
-	MeshVarPodV6         = "pod_v6"
+	MeshMapAgentSockets    = "agent_sockets"
+	MeshMapDestinations    = "destinations"
+	MeshMapDirects         = "directs"
+	MeshMapEventBudgets    = "event_budgets"
+	MeshMapEvents          = "events"
+	MeshMapGates           = "gates"
+	MeshMapGuards          = "guards"
+	MeshMapHandshakes      = "handshakes"
+	MeshMapListeners       = "listeners"
+	MeshMapOutcomes        = "outcomes"
+	MeshMapOwners          = "owners"
+	MeshMapPods            = "pods"
+	MeshMapPrefixes        = "prefixes"
+	MeshMapRulesIdentities = "rules_identities"
+	MeshMapRulesPorts      = "rules_ports"
+	MeshMapRulesSources    = "rules_sources"
+	MeshMapRulesets        = "rulesets"
+	MeshMapTickets         = "tickets"
+	MeshMapVerdicts        = "verdicts"
+	MeshProgMeshConnect4   = "mesh_connect4"
+	MeshProgMeshConnect6   = "mesh_connect6"
+	MeshProgMeshGuard      = "mesh_guard"
+	MeshProgMeshLookup     = "mesh_lookup"
+	MeshProgMeshSockops    = "mesh_sockops"
+	MeshVarEvent           = "_event"
+	MeshVarCaptureMark     = "capture_mark"
+	MeshVarHookSeesAll     = "hook_sees_all"
+	MeshVarNodeCookie      = "node_cookie"
+	MeshVarPodSlot         = "pod_slot"
+	MeshVarPodV4           = "pod_v4"
+	MeshVarPodV6           = "pod_v6"
 )
 
 // LoadMesh returns the embedded CollectionSpec for Mesh.
@@ -204,23 +333,32 @@ type MeshProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type MeshMapSpecs struct {
-	AgentSockets *ebpf.MapSpec `ebpf:"agent_sockets"`
-	Destinations *ebpf.MapSpec `ebpf:"destinations"`
-	Guards       *ebpf.MapSpec `ebpf:"guards"`
-	Handshakes   *ebpf.MapSpec `ebpf:"handshakes"`
-	Listeners    *ebpf.MapSpec `ebpf:"listeners"`
-	Outcomes     *ebpf.MapSpec `ebpf:"outcomes"`
-	Owners       *ebpf.MapSpec `ebpf:"owners"`
-	Pods         *ebpf.MapSpec `ebpf:"pods"`
-	Prefixes     *ebpf.MapSpec `ebpf:"prefixes"`
-	Tickets      *ebpf.MapSpec `ebpf:"tickets"`
-	Verdicts     *ebpf.MapSpec `ebpf:"verdicts"`
+	AgentSockets    *ebpf.MapSpec `ebpf:"agent_sockets"`
+	Destinations    *ebpf.MapSpec `ebpf:"destinations"`
+	Directs         *ebpf.MapSpec `ebpf:"directs"`
+	EventBudgets    *ebpf.MapSpec `ebpf:"event_budgets"`
+	Events          *ebpf.MapSpec `ebpf:"events"`
+	Gates           *ebpf.MapSpec `ebpf:"gates"`
+	Guards          *ebpf.MapSpec `ebpf:"guards"`
+	Handshakes      *ebpf.MapSpec `ebpf:"handshakes"`
+	Listeners       *ebpf.MapSpec `ebpf:"listeners"`
+	Outcomes        *ebpf.MapSpec `ebpf:"outcomes"`
+	Owners          *ebpf.MapSpec `ebpf:"owners"`
+	Pods            *ebpf.MapSpec `ebpf:"pods"`
+	Prefixes        *ebpf.MapSpec `ebpf:"prefixes"`
+	RulesIdentities *ebpf.MapSpec `ebpf:"rules_identities"`
+	RulesPorts      *ebpf.MapSpec `ebpf:"rules_ports"`
+	RulesSources    *ebpf.MapSpec `ebpf:"rules_sources"`
+	Rulesets        *ebpf.MapSpec `ebpf:"rulesets"`
+	Tickets         *ebpf.MapSpec `ebpf:"tickets"`
+	Verdicts        *ebpf.MapSpec `ebpf:"verdicts"`
 }
 
 // MeshVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type MeshVariableSpecs struct {
+	Event       *ebpf.VariableSpec `ebpf:"_event"`
 	CaptureMark *ebpf.VariableSpec `ebpf:"capture_mark"`
 	HookSeesAll *ebpf.VariableSpec `ebpf:"hook_sees_all"`
 	NodeCookie  *ebpf.VariableSpec `ebpf:"node_cookie"`
@@ -249,23 +387,35 @@ func (o *MeshObjects) Close() error {
 //
 // It can be passed to LoadMeshObjects or ebpf.CollectionSpec.LoadAndAssign.
 type MeshMaps struct {
-	AgentSockets *ebpf.Map `ebpf:"agent_sockets"`
-	Destinations *ebpf.Map `ebpf:"destinations"`
-	Guards       *ebpf.Map `ebpf:"guards"`
-	Handshakes   *ebpf.Map `ebpf:"handshakes"`
-	Listeners    *ebpf.Map `ebpf:"listeners"`
-	Outcomes     *ebpf.Map `ebpf:"outcomes"`
-	Owners       *ebpf.Map `ebpf:"owners"`
-	Pods         *ebpf.Map `ebpf:"pods"`
-	Prefixes     *ebpf.Map `ebpf:"prefixes"`
-	Tickets      *ebpf.Map `ebpf:"tickets"`
-	Verdicts     *ebpf.Map `ebpf:"verdicts"`
+	AgentSockets    *ebpf.Map `ebpf:"agent_sockets"`
+	Destinations    *ebpf.Map `ebpf:"destinations"`
+	Directs         *ebpf.Map `ebpf:"directs"`
+	EventBudgets    *ebpf.Map `ebpf:"event_budgets"`
+	Events          *ebpf.Map `ebpf:"events"`
+	Gates           *ebpf.Map `ebpf:"gates"`
+	Guards          *ebpf.Map `ebpf:"guards"`
+	Handshakes      *ebpf.Map `ebpf:"handshakes"`
+	Listeners       *ebpf.Map `ebpf:"listeners"`
+	Outcomes        *ebpf.Map `ebpf:"outcomes"`
+	Owners          *ebpf.Map `ebpf:"owners"`
+	Pods            *ebpf.Map `ebpf:"pods"`
+	Prefixes        *ebpf.Map `ebpf:"prefixes"`
+	RulesIdentities *ebpf.Map `ebpf:"rules_identities"`
+	RulesPorts      *ebpf.Map `ebpf:"rules_ports"`
+	RulesSources    *ebpf.Map `ebpf:"rules_sources"`
+	Rulesets        *ebpf.Map `ebpf:"rulesets"`
+	Tickets         *ebpf.Map `ebpf:"tickets"`
+	Verdicts        *ebpf.Map `ebpf:"verdicts"`
 }
 
 func (m *MeshMaps) Close() error {
 	return _MeshClose(
 		m.AgentSockets,
 		m.Destinations,
+		m.Directs,
+		m.EventBudgets,
+		m.Events,
+		m.Gates,
 		m.Guards,
 		m.Handshakes,
 		m.Listeners,
@@ -273,6 +423,10 @@ func (m *MeshMaps) Close() error {
 		m.Owners,
 		m.Pods,
 		m.Prefixes,
+		m.RulesIdentities,
+		m.RulesPorts,
+		m.RulesSources,
+		m.Rulesets,
 		m.Tickets,
 		m.Verdicts,
 	)
@@ -282,6 +436,7 @@ func (m *MeshMaps) Close() error {
 //
 // It can be passed to LoadMeshObjects or ebpf.CollectionSpec.LoadAndAssign.
 type MeshVariables struct {
+	Event       *ebpf.Variable `ebpf:"_event"`
 	CaptureMark *ebpf.Variable `ebpf:"capture_mark"`
 	HookSeesAll *ebpf.Variable `ebpf:"hook_sees_all"`
 	NodeCookie  *ebpf.Variable `ebpf:"node_cookie"`

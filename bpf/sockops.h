@@ -5,17 +5,20 @@
  *   TCP_CONNECT_CB          the source port is known, the SYN is not sent yet: write the ticket
  *   PASSIVE_ESTABLISHED_CB  the application's side exists: the ticket is used up
  *   STATE_CB, to CLOSE      the connecting side is gone: should the ticket still be there, remove it
+ *                           the application's side of a direct connection is gone: tell what it carried
  *
- * Two kinds of sockets get tickets: those of the node's own processes, such as kubelet's probes, which are in
- * the node's namespace and outside the pods' cgroup; and the agent's, dialling the application inside the
- * pod's namespace under the real client's address.
+ * Three kinds of sockets get tickets: those of the node's own processes, such as kubelet's probes, which are in
+ * the node's namespace and outside the pods' cgroup; the agent's, dialling the application inside the
+ * pod's namespace under the real client's address; and those that the connect hook lets go to another pod directly,
+ * whose tickets say who connects and by which rules. A direct connection is in a map of its own from here to the
+ * server's close, so that the agent can end it when policy changes.
  *
  * A ticket that stays behind is a way around the agent for whoever gets the same 4-tuple, hence all three
  * events, the lifetime, and no LRU map, in which one pod's flood would push out its neighbours' tickets.
  */
 #pragma once
 
-#include "maps.h"
+#include "decide.h"
 
 /* The connection as seen from the connecting socket. For IPv4 the kernel keeps the mapped form in the IPv6
  * fields only of some sockets, so those are not relied on. */
@@ -38,50 +41,104 @@ static __always_inline void flow_of_server(struct bpf_sock_ops *ctx, struct flow
 	f->server_port = c.client_port;
 }
 
-static __always_inline void handshake_ended(__u32 slot)
+static __always_inline void handshake_ended(__u32 account)
 {
-	__s32 *out = bpf_map_lookup_elem(&handshakes, &slot);
+	__s32 *out = bpf_map_lookup_elem(&handshakes, &account);
 	if (out)
 		__sync_fetch_and_sub(out, 1);
 }
 
 /* Only one of two racing deletions succeeds, so each ticket is taken off its pod's account once. */
-static __always_inline void drop_ticket(struct flow *f, enum outcome o)
+static __always_inline bool drop_ticket(struct flow *f, enum outcome o)
 {
 	struct ticket *t = bpf_map_lookup_elem(&tickets, f);
 	if (!t)
-		return;
-	__u32 slot = t->slot;
-	if (bpf_map_delete_elem(&tickets, f) == 0) {
-		handshake_ended(slot);
-		count(o);
-	}
+		return false;
+	__u32 account = t->account;
+	bool direct = t->identity;
+	if (bpf_map_delete_elem(&tickets, f) != 0)
+		return false;
+	handshake_ended(account);
+	count(o);
+	return direct;
 }
 
-static __always_inline void write_ticket(struct bpf_sock_ops *ctx, struct flow *f, __u32 slot, enum outcome o)
+static __always_inline bool write_ticket(struct bpf_sock_ops *ctx, struct flow *f, struct ticket *t, enum outcome o)
 {
-	__s32 *out = bpf_map_lookup_elem(&handshakes, &slot);
+	__u32 account = t->account;
+	__s32 *out = bpf_map_lookup_elem(&handshakes, &account);
 	if (!out)
-		return;
+		return false;
 	if (__sync_fetch_and_add(out, 1) >= TICKETS_PER_POD) {
 		__sync_fetch_and_sub(out, 1);
 		count(TICKET_DENIED_QUOTA);
-		return;
+		return false;
 	}
-	struct ticket t = {.born = bpf_ktime_get_ns(), .slot = slot};
-	long err = bpf_map_update_elem(&tickets, f, &t, BPF_NOEXIST);
+	t->born = bpf_ktime_get_ns();
+	long err = bpf_map_update_elem(&tickets, f, t, BPF_NOEXIST);
 	if (err == -EEXIST) { /* left behind under the same 4-tuple, and on its pod's account already */
 		__sync_fetch_and_sub(out, 1);
-		err = bpf_map_update_elem(&tickets, f, &t, BPF_ANY);
+		err = bpf_map_update_elem(&tickets, f, t, BPF_ANY);
 	} else if (err) {
 		__sync_fetch_and_sub(out, 1);
 	}
 	if (err) {
 		count(TICKET_DENIED_FULL);
-		return;
+		return false;
 	}
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	count(o);
+	return true;
+}
+
+/* The connection is in the map before its SYN leaves: whoever changes a policy and then looks, finds it. */
+static __always_inline void connecting_direct(struct bpf_sock_ops *ctx, struct flow *f, __u64 cookie, struct owner *o,
+					      struct verdict *v)
+{
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod || v->slot != o->slot || !pod->identity ||
+	    !(addr_eq(&f->client, &pod->v4) || addr_eq(&f->client, &pod->v6)))
+		return;
+	struct direct d = {.client = cookie, .server = o->cookie, .identity = pod->identity, .rules = v->rules,
+			   .client_slot = pod->slot, .server_slot = o->slot};
+	struct ticket t = {.identity = pod->identity, .rules = v->rules, .account = MAX_PODS + pod->slot};
+	if (bpf_map_update_elem(&directs, f, &d, BPF_ANY)) {
+		count(TICKET_DENIED_FULL);
+		return;
+	}
+	if (!write_ticket(ctx, f, &t, TICKET_DIRECT))
+		bpf_map_delete_elem(&directs, f);
+}
+
+static __always_inline void established_direct(struct bpf_sock_ops *ctx, struct flow *f)
+{
+	struct direct *d = bpf_map_lookup_elem(&directs, f);
+	if (!d)
+		return;
+	d->established = bpf_ktime_get_ns();
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	tell_direct(EVENT_OPENED, f, d, 0, 0);
+}
+
+static __always_inline void closed_direct(struct bpf_sock_ops *ctx, struct flow *f)
+{
+	struct direct *d = bpf_map_lookup_elem(&directs, f);
+	if (!d || !d->established || d->server != bpf_get_netns_cookie(ctx))
+		return;
+	/* The kernel counts a FIN as a byte. Where the end is not an orderly one the state does not quite tell whether
+	 * there was one: one byte too many or too few. */
+	volatile struct bpf_sock_ops *c = ctx;
+	__u64 sent = c->bytes_received, received = c->bytes_acked;
+	__u32 state = c->args[0];
+	bool fin_came = state == BPF_TCP_CLOSE_WAIT || state == BPF_TCP_LAST_ACK || state == BPF_TCP_CLOSING ||
+			state == BPF_TCP_FIN_WAIT2;
+	bool fin_left = state == BPF_TCP_LAST_ACK || state == BPF_TCP_CLOSING || state == BPF_TCP_FIN_WAIT2;
+	if (fin_came && sent)
+		sent--;
+	if (fin_left && received)
+		received--;
+	tell_direct(EVENT_CLOSED, f, d, sent, received);
+	bpf_map_delete_elem(&directs, f);
 }
 
 static __always_inline void connecting(struct bpf_sock_ops *ctx, __u64 cookie)
@@ -92,14 +149,20 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, __u64 cookie)
 	struct bpf_sock *sk = ((volatile struct bpf_sock_ops *)ctx)->sk;
 	if (!o || !sk)
 		return;
+	struct ticket t = {.account = o->slot};
+	if (cookie == o->cookie) {
+		if (bpf_sk_storage_get(&agent_sockets, sk, 0, 0))
+			write_ticket(ctx, &f, &t, TICKET_AGENT);
+		return;
+	}
+	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
 	if (cookie == node_cookie) {
-		struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
 		if (v && v->fate == FATE_HOST_POD)
 			count(TICKET_DENIED_HOST_POD);
 		else
-			write_ticket(ctx, &f, o->slot, TICKET_NODE);
-	} else if (cookie == o->cookie && bpf_sk_storage_get(&agent_sockets, sk, 0, 0)) {
-		write_ticket(ctx, &f, o->slot, TICKET_AGENT);
+			write_ticket(ctx, &f, &t, TICKET_NODE);
+	} else if (v && v->fate == FATE_DIRECT) {
+		connecting_direct(ctx, &f, cookie, o, v);
 	}
 }
 
@@ -118,13 +181,17 @@ int mesh_sockops(struct bpf_sock_ops *ctx)
 		if (!bpf_map_lookup_elem(&pods, &cookie))
 			break;
 		flow_of_server(ctx, &f);
-		drop_ticket(&f, TICKET_USED);
+		if (drop_ticket(&f, TICKET_USED))
+			established_direct(ctx, &f);
 		break;
-	case BPF_SOCK_OPS_STATE_CB: /* requested by write_ticket only */
+	case BPF_SOCK_OPS_STATE_CB: /* requested for who has a ticket, and for who is served directly */
 		if (ctx->args[1] != BPF_TCP_CLOSE)
 			break;
 		flow_of_client(ctx, &f);
-		drop_ticket(&f, TICKET_UNUSED);
+		if (drop_ticket(&f, TICKET_UNUSED))
+			bpf_map_delete_elem(&directs, &f);
+		flow_of_server(ctx, &f);
+		closed_direct(ctx, &f);
 		break;
 	}
 	return 1;

@@ -26,8 +26,9 @@ struct addr {
 struct pod {
 	struct addr v4;
 	struct addr v6;
-	__u32 slot;    /* its place in the listeners and handshakes maps */
-	__u32 ifindex; /* node side of its veth */
+	__u64 identity; /* who it is, as policies see it; 0 while that is not known */
+	__u32 slot;     /* its place in the listeners, handshakes and gates maps */
+	__u32 ifindex;  /* node side of its veth */
 	__u8 uid[UID_LEN]; /* Kubernetes' UID, zero-terminated */
 };
 
@@ -53,8 +54,10 @@ struct flow {
 };
 
 struct ticket {
-	__u64 born; /* bpf_ktime_get_ns */
-	__u32 slot;
+	__u64 born;     /* bpf_ktime_get_ns */
+	__u64 identity; /* of the client of a direct connection; 0: kubelet's or the agent's, which need no policy */
+	__u64 rules;    /* the ruleset that allowed a direct connection */
+	__u32 account;  /* in handshakes */
 	__u32 pad;
 };
 
@@ -69,11 +72,118 @@ enum fate {
 	FATE_CAPTURED, /* marked; must never be seen outside the pod */
 	FATE_VOUCHED,  /* its destination is not mesh */
 	FATE_HOST_POD, /* a socket of the node's namespace that belongs to a pod: gets no ticket */
+	FATE_DIRECT,   /* policy lets it go to another pod of this node without the agent, and nowhere else */
 };
 
 struct verdict {
 	enum fate fate;
 	__u32 saved_mark; /* what the application's SO_MARK was before capture */
+	__u32 slot;       /* direct: the server's */
+	__u32 pad;
+	__u64 rules; /* direct: the ruleset that allowed it */
+};
+
+/*
+ * Policies, compiled by internal/mesh (compile.go). A ruleset is what the policies of a workload come to: up to
+ * 512 terms, a bit each. Three tables give the terms whose conditions hold for an identity, a source address and a
+ * destination port; a term whose bit is in all three matches. Rulesets are named by what they say (a hash), so one
+ * never changes: another policy is another ruleset, and a gate goes over to it in one write.
+ */
+#define TERM_WORDS 8
+
+struct words {
+	__u64 w[TERM_WORDS];
+};
+
+enum rules_flags {
+	RULES_REFUSE = 1,      /* a policy is missing: nobody may */
+	RULES_CLOSED = 2,      /* who matches no allow term may not */
+	RULES_BY_IDENTITY = 4, /* the table has rows; else the condition holds for everyone */
+	RULES_BY_SOURCE = 8,
+	RULES_BY_PORT = 16,
+};
+
+struct ruleset {
+	struct words deny;
+	struct words allow;
+	struct words any; /* all ones: stands in for a table without rows */
+	enum rules_flags flags;
+	__u32 words; /* in use */
+};
+
+struct rules_identity {
+	__u64 rules;
+	__u64 identity;
+};
+
+struct rules_port {
+	__u64 rules;
+	__u32 port; /* 0: every port that has no row */
+	__u32 pad;
+};
+
+struct rules_source {
+	__u32 bits; /* 64 of the ruleset, then those of the prefix; IPv4 prefixes count from 96 */
+	__u32 rules[2];
+	struct addr addr;
+};
+
+enum gate_flags {
+	GATE_PODS = 1,   /* connections of other pods of this node are decided at connect: no waypoint comes before */
+	GATE_DIRECT = 2, /* and those that may be go to the application without the agent */
+	GATE_UNLESS_STRICT = 4, /* but not where plaintext would be denied */
+};
+
+/* What stands at a pod's door. Without one the agent decides everything. */
+struct gate {
+	__u64 v4; /* ruleset for connections to the pod's IPv4 address; 0: the agent decides */
+	__u64 v6;
+	enum gate_flags flags;
+	__u32 slot; /* again: a value that is being replaced must not pass for another pod's */
+};
+
+/* A direct connection, from its ticket to its server's close. */
+struct direct {
+	__u64 client; /* cookies of the namespaces */
+	__u64 server;
+	__u64 identity;    /* of the client */
+	__u64 established; /* bpf_ktime_get_ns; 0: under way */
+	__u64 rules;       /* the ruleset that allowed it */
+	__u32 client_slot;
+	__u32 server_slot;
+};
+
+enum event_kind {
+	EVENT_DENIED,
+	EVENT_OPENED, /* a direct connection */
+	EVENT_CLOSED,
+};
+
+#define NO_SLOT 0xffffffff
+#define NO_WORD 0xffffffff
+
+struct event {
+	__u64 at;       /* bpf_ktime_get_ns */
+	__u64 born;     /* closed: when it was opened */
+	__u64 rules;    /* the ruleset that decided */
+	__u64 identity; /* the client's; 0: none */
+	__u64 sent;     /* closed: bytes by the client, by the server */
+	__u64 received;
+	__u64 hit;      /* denied: the terms that matched in the word; NO_WORD: no allow term did */
+	__u32 word;
+	enum event_kind kind;
+	__u32 client_slot; /* NO_SLOT: not a captured pod of this node */
+	__u32 server_slot;
+	struct flow flow; /* denied at connect: no client port */
+	__u32 pad;
+};
+
+/* Events of denied connections that a pod may cause in a second, so that none drowns the others. */
+#define EVENTS_PER_SECOND 100
+
+struct event_budget {
+	__u64 second;
+	__u64 used;
 };
 
 enum listener {
@@ -93,12 +203,15 @@ enum outcome {
 	CONNECT_VOUCHED,
 	CONNECT_AGENT,
 	CONNECT_SELF,
+	CONNECT_DIRECT,
+	CONNECT_DENIED,
 	CONNECT_REFUSED_STORAGE,
 	CONNECT_REFUSED_MARK,
 	CONNECT_REFUSED_HANDSHAKES,
 
 	TICKET_NODE,
 	TICKET_AGENT,
+	TICKET_DIRECT,
 	TICKET_USED,
 	TICKET_UNUSED,
 	TICKET_DENIED_HOST_POD,
@@ -107,23 +220,33 @@ enum outcome {
 
 	LOOKUP_SELF,
 	LOOKUP_TICKET,
+	LOOKUP_DIRECT,
 	LOOKUP_OUTBOUND,
 	LOOKUP_INBOUND,
 	LOOKUP_HBONE,
 	LOOKUP_DROP_AGENT_PORT,
 	LOOKUP_DROP_NO_LISTENER,
 	LOOKUP_DROP_REDIRECTED,
+	LOOKUP_DENIED,
+	LOOKUP_DENIED_LATE,
 
 	GUARD_AGENT,
 	GUARD_VOUCHED,
+	GUARD_DIRECT,
 	GUARD_DROP_NO_SOCKET,
 	GUARD_DROP_UNVOUCHED,
 	GUARD_DROP_MESH,
 	GUARD_DROP_CAPTURED,
+	GUARD_DROP_DIRECT,
 	GUARD_DROP_SOURCE,
 	GUARD_DROP_NEIGHBOUR,
 	GUARD_DROP_MALFORMED,
 	GUARD_DROP_VLAN,
+
+	DECIDE_UNKNOWN,
+
+	EVENT_LIMITED,
+	EVENT_LOST,
 
 	OUTCOMES,
 };

@@ -157,7 +157,7 @@ func (a *agent) build(ctx context.Context) error {
 		Node: xds.Node{Name: cfg.Node, Pod: cfg.PodName, Namespace: cfg.PodNamespace, ServiceAccount: cfg.ServiceAccount,
 			IP: cfg.InstanceIP, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, Version: cfg.Version},
 		Store:     a.store,
-		Base:      mesh.Config{TrustDomain: cfg.TrustDomain, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, RootNamespace: cfg.PodNamespace},
+		Base:      mesh.Config{SameNode: mesh.SameNodeEncrypt, TrustDomain: cfg.TrustDomain, Cluster: cfg.Cluster, ClusterDomain: cfg.ClusterDomain, Network: cfg.Network, RootNamespace: cfg.PodNamespace},
 		StateFile: filepath.Join(cfg.StateDir, stateFile), AwaitEnforced: true, OnLocalPods: a.setPods, OnNamespaces: a.setNamespaces,
 		OnTrust: a.setTrust, Log: log,
 	})

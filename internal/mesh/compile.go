@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 )
@@ -129,6 +130,17 @@ func (c *Compiled) possible(r *Rule, dst netip.Addr) (clauses [][]*Match, _ bool
 	return clauses, true
 }
 
+func (t *Term) byIdentity() bool {
+	return slices.ContainsFunc(t.Matches, func(m *Match) bool {
+		return len(m.ServiceAccounts)+len(m.NotServiceAccounts)+len(m.Principals)+len(m.NotPrincipals)+len(m.Namespaces)+len(m.NotNamespaces) > 0
+	})
+}
+
+// ByIdentity reports whether any condition looks at the client's identity.
+func (c *Compiled) ByIdentity() bool {
+	return slices.ContainsFunc(c.Terms, func(t Term) bool { return t.byIdentity() })
+}
+
 // MatchesIdentity reports whether the term's conditions on the client's identity hold.
 func (t *Term) MatchesIdentity(id Identity) bool {
 	for _, m := range t.Matches {
@@ -160,37 +172,47 @@ func (t *Term) MatchesPort(port uint16) bool {
 	return true
 }
 
-// Sources returns the prefixes that conditions on the client's address name, those of one family, each once.
-func (c *Compiled) Sources(v4 bool) []netip.Prefix {
-	var out []netip.Prefix
+// MatchesSourcesAt reports whether the term's conditions on the client's address hold for an address of which p is
+// the longest prefix that any condition names.
+func (t *Term) MatchesSourcesAt(p netip.Prefix) bool {
+	within := func(ps []netip.Prefix) bool {
+		return slices.ContainsFunc(ps, func(o netip.Prefix) bool { return o.Bits() <= p.Bits() && o.Contains(p.Addr()) })
+	}
+	for _, m := range t.Matches {
+		if len(m.SourceIPs) > 0 && !within(m.SourceIPs) || within(m.NotSourceIPs) {
+			return false
+		}
+	}
+	return true
+}
+
+// Sources returns the prefixes that conditions on the client's address name, each once.
+func (c *Compiled) Sources() []netip.Prefix {
+	seen := map[netip.Prefix]struct{}{}
 	for _, t := range c.Terms {
 		for _, m := range t.Matches {
-			for _, ps := range [][]netip.Prefix{m.SourceIPs, m.NotSourceIPs} {
-				for _, p := range ps {
-					// A prefix of mapped addresses holds none: addresses are compared unmapped.
-					if p = p.Masked(); p.IsValid() && !p.Addr().Is4In6() && p.Addr().Is4() == v4 && !slices.Contains(out, p) {
-						out = append(out, p)
-					}
+			for _, p := range slices.Concat(m.SourceIPs, m.NotSourceIPs) {
+				// A prefix of mapped addresses holds none: addresses are compared unmapped.
+				if p = p.Masked(); p.IsValid() && !p.Addr().Is4In6() {
+					seen[p] = struct{}{}
 				}
 			}
 		}
 	}
-	return out
+	return slices.Collect(maps.Keys(seen))
 }
 
 // Ports returns the destination ports that conditions name, each once.
 func (c *Compiled) Ports() []uint16 {
-	var out []uint16
+	seen := map[uint16]struct{}{}
 	for _, t := range c.Terms {
 		for _, m := range t.Matches {
 			for _, p := range slices.Concat(m.DestinationPorts, m.NotDestinationPorts) {
-				if !slices.Contains(out, p) {
-					out = append(out, p)
-				}
+				seen[p] = struct{}{}
 			}
 		}
 	}
-	return out
+	return slices.Collect(maps.Keys(seen))
 }
 
 // Decide says what the kernel says.

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/warrenmesh/warren/bpf"
+	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/internal/netns"
 )
 
@@ -66,7 +68,9 @@ func (c Config) withDefaults() Config {
 
 // Pod is what Enroll captures.
 type Pod struct {
-	UID       string        // Kubernetes' UID, at most 63 bytes
+	UID       string // Kubernetes' UID, at most 63 bytes
+	Workload  string // its UID in the mesh; with it and its identity the kernel decides for it what it can
+	Identity  mesh.Identity
 	NetNS     *netns.Handle // stays the caller's, and open until Release
 	Addrs     []netip.Addr  // one IPv4 address, one IPv6 address or both
 	Listeners Listeners     // where its connections go; they stay the caller's
@@ -83,11 +87,17 @@ type Datapath struct {
 	names    []string // of the outcomes, by number
 	spec     *ebpf.CollectionSpec
 	kernel   bpf.MeshObjects
+	canReset bool // of the kernel: it ends connections on request
+	index    atomic.Pointer[eventIndex]
 
 	mu    sync.Mutex // one writer of the kernel's state; guards what follows
 	pods  map[string]record
 	given map[string]Pod // as last passed to Enroll by this process
 	dest  *Destinations  // what the kernel has, once SetDestinations has read it
+	gates *gatekeeper
+	drift map[string]uint64 // rows that an audit found wrong, by map
+
+	stopEvents context.CancelFunc // nil before Events
 }
 
 // record is a row of the pods map.
@@ -104,7 +114,7 @@ type record struct {
 // link is pointed at its new program, which is one atomic exchange. Were the links made anew instead, a
 // connection between the old link's end and the new one's beginning would pass uncaptured.
 func Open(ctx context.Context, cfg Config) (*Datapath, error) {
-	d := &Datapath{cfg: cfg.withDefaults(), pods: map[string]record{}, given: map[string]Pod{}}
+	d := &Datapath{cfg: cfg.withDefaults(), pods: map[string]record{}, given: map[string]Pod{}, drift: map[string]uint64{}}
 	d.dir = filepath.Join(d.cfg.Dir, bpf.Schema)
 	if err := d.open(ctx); err != nil {
 		d.Close()
@@ -132,6 +142,8 @@ func (d *Datapath) open(ctx context.Context) (err error) {
 	if err := d.load(); err != nil {
 		return err
 	}
+	d.gates = newGatekeeper(&d.kernel)
+	d.canReset = canReset(d.node)
 	if err := d.readPods(); err != nil {
 		return err
 	}
@@ -205,6 +217,9 @@ func uidOf(p *bpf.MeshPod) string {
 func (d *Datapath) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if d.stopEvents != nil {
+		d.stopEvents()
+	}
 	err := d.kernel.Close()
 	if d.ownsNode && d.node != nil {
 		err = errors.Join(err, d.node.Close())
@@ -229,6 +244,9 @@ func (d *Datapath) Yield() error {
 	defer d.mu.Unlock()
 	if d.lock == nil {
 		return nil
+	}
+	if d.stopEvents != nil {
+		d.stopEvents()
 	}
 	err := d.lock.Close()
 	d.lock = nil

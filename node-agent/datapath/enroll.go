@@ -60,6 +60,9 @@ func (d *Datapath) Enroll(p Pod) error {
 		return err
 	}
 	d.given[p.UID] = p
+	if err := d.applyPolicies(); err != nil { // the pod is captured: what the kernel does not decide, the agent does
+		d.cfg.Log.Error("telling the kernel the policies of a new pod", "uid", p.UID, "error", err)
+	}
 	return nil
 }
 
@@ -70,14 +73,14 @@ func (d *Datapath) assign(p Pod, w wiring) (record, error) {
 	}}
 	copy(r.pod.Uid[:], p.UID)
 	if old, ok := d.pods[p.UID]; ok {
-		r.pod.Slot = old.pod.Slot
+		r.pod.Slot, r.pod.Identity = old.pod.Slot, old.pod.Identity
 		return r, nil
 	}
 	taken := make(map[uint32]bool, len(d.pods))
 	for _, other := range d.pods {
 		taken[other.pod.Slot] = true
 	}
-	for slot := range d.kernel.Handshakes.MaxEntries() {
+	for slot := range d.kernel.Pods.MaxEntries() {
 		if !taken[slot] {
 			r.pod.Slot = slot
 			return r, nil
@@ -95,8 +98,13 @@ func (d *Datapath) plumb(p Pod, w wiring, r record) error {
 		return err
 	}
 	if _, known := d.pods[p.UID]; !known {
-		if err := d.kernel.Handshakes.Put(r.pod.Slot, int32(0)); err != nil {
-			return fmt.Errorf("clear the count of handshakes: %w", err)
+		for _, account := range []uint32{r.pod.Slot, d.kernel.Pods.MaxEntries() + r.pod.Slot} {
+			if err := d.kernel.Handshakes.Put(account, int32(0)); err != nil {
+				return fmt.Errorf("clear the count of handshakes: %w", err)
+			}
+		}
+		if err := d.closeGate(r.pod.Slot); err != nil {
+			return err
 		}
 	}
 	if err := d.setListeners(r.pod.Slot, p.Listeners); err != nil { // 2
@@ -233,17 +241,25 @@ func (d *Datapath) loadAnother(name string, variables map[string]any) (*ebpf.Pro
 
 func (d *Datapath) sharedMaps() map[string]*ebpf.Map {
 	return map[string]*ebpf.Map{
-		bpf.MeshMapAgentSockets: d.kernel.AgentSockets,
-		bpf.MeshMapDestinations: d.kernel.Destinations,
-		bpf.MeshMapGuards:       d.kernel.Guards,
-		bpf.MeshMapHandshakes:   d.kernel.Handshakes,
-		bpf.MeshMapListeners:    d.kernel.Listeners,
-		bpf.MeshMapOutcomes:     d.kernel.Outcomes,
-		bpf.MeshMapOwners:       d.kernel.Owners,
-		bpf.MeshMapPods:         d.kernel.Pods,
-		bpf.MeshMapPrefixes:     d.kernel.Prefixes,
-		bpf.MeshMapTickets:      d.kernel.Tickets,
-		bpf.MeshMapVerdicts:     d.kernel.Verdicts,
+		bpf.MeshMapAgentSockets:    d.kernel.AgentSockets,
+		bpf.MeshMapDestinations:    d.kernel.Destinations,
+		bpf.MeshMapDirects:         d.kernel.Directs,
+		bpf.MeshMapEventBudgets:    d.kernel.EventBudgets,
+		bpf.MeshMapEvents:          d.kernel.Events,
+		bpf.MeshMapGates:           d.kernel.Gates,
+		bpf.MeshMapGuards:          d.kernel.Guards,
+		bpf.MeshMapHandshakes:      d.kernel.Handshakes,
+		bpf.MeshMapListeners:       d.kernel.Listeners,
+		bpf.MeshMapOutcomes:        d.kernel.Outcomes,
+		bpf.MeshMapOwners:          d.kernel.Owners,
+		bpf.MeshMapPods:            d.kernel.Pods,
+		bpf.MeshMapPrefixes:        d.kernel.Prefixes,
+		bpf.MeshMapRulesIdentities: d.kernel.RulesIdentities,
+		bpf.MeshMapRulesPorts:      d.kernel.RulesPorts,
+		bpf.MeshMapRulesSources:    d.kernel.RulesSources,
+		bpf.MeshMapRulesets:        d.kernel.Rulesets,
+		bpf.MeshMapTickets:         d.kernel.Tickets,
+		bpf.MeshMapVerdicts:        d.kernel.Verdicts,
 	}
 }
 
@@ -265,6 +281,9 @@ func (d *Datapath) release(uid string) error {
 	r, ok := d.pods[uid]
 	if !ok {
 		return removePins(dir)
+	}
+	if err := d.closeGate(r.pod.Slot); err != nil {
+		return fmt.Errorf("release pod %s: %w", uid, err)
 	}
 	if !d.interfaceShared(uid, r.pod.Ifindex) {
 		if err := d.removeGuard(dir, int(r.pod.Ifindex)); err != nil {

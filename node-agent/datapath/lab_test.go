@@ -370,7 +370,8 @@ func (l *lab) in(t *testing.T) *lab {
 
 // pod is the host as Enroll takes it.
 func (h *host) pod() Pod {
-	return Pod{UID: "uid-" + h.name, NetNS: h.ns, Addrs: []netip.Addr{h.v4, h.v6}, Listeners: h.listeners}
+	return Pod{UID: "uid-" + h.name, Workload: "cluster//Pod/shop/" + h.name, Identity: h.identity(), NetNS: h.ns,
+		Addrs: []netip.Addr{h.v4, h.v6}, Listeners: h.listeners}
 }
 
 // enroll makes the listeners, starts a stand-in for the agent on them and enrols the pod.

@@ -211,7 +211,8 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 	if err := r.hold(ctx, p, d); err != nil {
 		r.log.Debug("not held", "uid", d.UID, "err", err)
 	}
-	if err := r.cfg.Plumber.Enroll(datapath.Pod{UID: p.uid, NetNS: p.ns, Addrs: p.addrs, Listeners: *p.listeners}); err != nil {
+	if err := r.cfg.Plumber.Enroll(datapath.Pod{UID: p.uid, Workload: d.WorkloadUID, Identity: d.Identity, NetNS: p.ns,
+		Addrs: p.addrs, Listeners: *p.listeners}); err != nil {
 		if _, never := unsupported(err); never {
 			r.teardown(p)
 		}
@@ -332,35 +333,35 @@ func (r *Registry) evict(p *pod) {
 
 // findOpen returns the cookies of a running pod's connections that capture came too late for.
 func (r *Registry) findOpen(ns *netns.Handle) (map[uint64]bool, error) {
-	dg, err := openDiag(ns)
+	dg, err := netns.OpenDiag(ns)
 	if err != nil {
 		return nil, err
 	}
-	defer dg.close()
+	defer dg.Close()
 	var captured func(netip.Addr) bool
 	if r.cfg.Captured != nil {
 		captured = r.cfg.Captured()
 	}
-	open, err := dg.uncaptured(captured)
+	open, err := uncaptured(dg, captured)
 	if err != nil {
 		return nil, err
 	}
 	cookies := make(map[uint64]bool, len(open))
 	for i := range open {
-		cookies[open[i].cookie()] = true
+		cookies[open[i].Cookie()] = true
 	}
 	return cookies, nil
 }
 
 // resetOpen ends the connections from before enrolment: the pod is STRICT, and they are plaintext.
 func (r *Registry) resetOpen(p *pod, d LocalPod) {
-	dg, err := openDiag(p.ns)
+	dg, err := netns.OpenDiag(p.ns)
 	var n int
 	if err == nil {
-		defer dg.close()
-		var open []tcpSocket
-		if open, err = dg.remaining(p.preexisting); err == nil {
-			n, err = dg.destroy(open)
+		defer dg.Close()
+		var open []netns.TCPSocket
+		if open, err = remaining(dg, p.preexisting); err == nil {
+			n, err = dg.Destroy(open)
 		}
 	}
 	if err != nil {

@@ -1,0 +1,143 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/bpf"
+	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/netns"
+)
+
+// direct is a connection between two pods of this node that the agent has no part in.
+type direct struct {
+	key            bpf.MeshFlow
+	client, server netip.AddrPort
+	from           uint64 // cookies of the namespaces
+	to             uint64
+	identity       uint64
+}
+
+func (d *Datapath) directs() ([]direct, error) {
+	var out []direct
+	var f bpf.MeshFlow
+	var v bpf.MeshDirect
+	it := d.kernel.Directs.Iterate()
+	for it.Next(&f, &v) {
+		out = append(out, direct{key: f, from: v.Client, to: v.Server, identity: v.Identity,
+			client: netip.AddrPortFrom(goAddr(f.Client), f.ClientPort), server: netip.AddrPortFrom(goAddr(f.Server), f.ServerPort)})
+	}
+	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
+		return nil, fmt.Errorf("read the direct connections: %w", err)
+	}
+	return out, nil
+}
+
+// recheck resets the direct connections that a Snapshot no longer allows. New ones are decided by it already, and
+// one whose SYN is under way is either in the map or decided again when it arrives.
+func (d *Datapath) recheck(s *mesh.Snapshot) error {
+	open, err := d.directs()
+	if err != nil || len(open) == 0 {
+		return err
+	}
+	servers := map[uint64]Pod{}
+	for uid, p := range d.given {
+		servers[d.pods[uid].cookie] = p
+	}
+	denied := map[uint64]map[[2]netip.AddrPort]bool{} // by namespace: local, remote
+	n := 0
+	for _, c := range open {
+		if d.stillAllowed(s, &c, servers) {
+			continue
+		}
+		n++
+		for ns, ends := range map[uint64][2]netip.AddrPort{c.from: {c.client, c.server}, c.to: {c.server, c.client}} {
+			if denied[ns] == nil {
+				denied[ns] = map[[2]netip.AddrPort]bool{}
+			}
+			denied[ns][ends] = true
+		}
+	}
+	var errs []error
+	for cookie, ends := range denied {
+		if p, ok := servers[cookie]; ok {
+			errs = append(errs, resetConnections(p.NetNS, ends))
+		}
+	}
+	if n > 0 {
+		d.cfg.Log.Info("direct connections reset that policy no longer allows", "count", n)
+	}
+	return errors.Join(errs...)
+}
+
+func (d *Datapath) stillAllowed(s *mesh.Snapshot, c *direct, servers map[uint64]Pod) bool {
+	p, ok := servers[c.to]
+	if !ok {
+		return true // its server is released: an ordinary connection of an ordinary pod
+	}
+	w := s.Workload(p.Workload)
+	who, known := d.gates.wanted.identities[c.identity]
+	if !known {
+		if x := d.index.Load(); x != nil {
+			who, known = x.identities[c.identity]
+		}
+	}
+	return w != nil && known && s.Authorize(mesh.Conn{Source: who, SourceIP: c.client.Addr(), Dst: c.server, DstWorkload: w}).Allow
+}
+
+// resetConnections resets those of a namespace's connections that are named by their local and remote ends.
+func resetConnections(ns *netns.Handle, ends map[[2]netip.AddrPort]bool) error {
+	dg, err := netns.OpenDiag(ns)
+	if err != nil {
+		return err
+	}
+	defer dg.Close()
+	open, err := dg.List(netns.Carrying | 1<<netns.TCPLastAck | 1<<netns.TCPClosing | 1<<netns.TCPNewSynRecv)
+	if err != nil {
+		return err
+	}
+	var denied []netns.TCPSocket
+	for i := range open {
+		if ends[[2]netip.AddrPort{open[i].Local, open[i].Remote}] {
+			denied = append(denied, open[i])
+		}
+	}
+	_, err = dg.Destroy(denied)
+	return err
+}
+
+// pruneDirects forgets direct connections of which neither end is there any more: pods that went without their
+// sockets being closed one by one.
+func (d *Datapath) pruneDirects() error {
+	open, err := d.directs()
+	if err != nil {
+		return err
+	}
+	cookies := map[uint64]bool{}
+	for _, r := range d.pods {
+		cookies[r.cookie] = true
+	}
+	for _, c := range open {
+		if !cookies[c.from] && !cookies[c.to] {
+			if err := d.kernel.Directs.Delete(c.key); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+				return fmt.Errorf("forget a direct connection: %w", err)
+			}
+		}
+	}
+	return nil
+}
+
+// canReset reports whether this kernel ends connections on request. Without that, connections that a later policy
+// denies would go on; so there are no direct ones, and the agent has them all.
+func canReset(ns *netns.Handle) bool {
+	dg, err := netns.OpenDiag(ns)
+	if err != nil {
+		return false
+	}
+	defer dg.Close()
+	return !errors.Is(dg.TryDestroy(), unix.EOPNOTSUPP)
+}

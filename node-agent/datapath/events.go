@@ -1,0 +1,157 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"iter"
+	"math/bits"
+	"net/netip"
+	"time"
+	"unsafe"
+
+	"github.com/cilium/ebpf/ringbuf"
+	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/bpf"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// EventKind is what an Event tells of.
+type EventKind uint8
+
+const (
+	Denied EventKind = iota // the kernel refused a connection by policy
+	Opened                  // a direct connection between two pods of this node
+	Closed                  // its end
+)
+
+// Event is something that the kernel decided without the agent.
+type Event struct {
+	Kind      EventKind
+	Time      time.Time
+	Client    netip.AddrPort // the port is 0 where the connection was refused before it had one
+	Server    netip.AddrPort // of the pod
+	ClientPod string         // Kubernetes' UID of a captured pod of this node; "" for a client from elsewhere
+	ServerPod string
+	Source    mesh.Identity // the client's, asserted by the kernel; zero for plaintext from elsewhere
+	Verdict   mesh.Verdict  // Denied: by which policy and why. AUDIT and dry runs are not in it: ask Snapshot.Authorize
+
+	// Of Closed.
+	Opened         time.Time
+	Sent, Received uint64 // bytes, as the client sees it
+}
+
+// eventIndex turns the kernel's numbers back into names.
+type eventIndex struct {
+	pods       map[uint32]string // UID by slot
+	rules      map[uint64]*mesh.Compiled
+	identities map[uint64]mesh.Identity
+}
+
+// newEventIndex keeps what the index before it knew for as long as the kernel may still speak of it.
+func newEventIndex(d *Datapath, g *gatekeeper) *eventIndex {
+	x := &eventIndex{pods: map[uint32]string{}, rules: map[uint64]*mesh.Compiled{}, identities: map[uint64]mesh.Identity{}}
+	if old := d.index.Load(); old != nil {
+		for id, c := range old.rules {
+			if _, ok := g.rulesets.have[id]; ok {
+				x.rules[id] = c
+			}
+		}
+		for k := range g.identities.have {
+			if who, ok := old.identities[k.Identity]; ok {
+				x.identities[k.Identity] = who
+			}
+		}
+	}
+	for uid, r := range d.pods {
+		x.pods[r.pod.Slot] = uid
+	}
+	for id, set := range g.wanted.sets {
+		x.rules[id] = set.compiled
+	}
+	for id, who := range g.wanted.identities {
+		x.identities[id] = who
+	}
+	return x
+}
+
+// Events yields what the kernel decides without the agent, as it happens, until ctx ends or another process is the
+// writer. One caller at a time. Denials are told up to 100 a second and pod; how many were left out, and how many
+// events came while nobody read, are the outcomes event_limited and event_lost.
+func (d *Datapath) Events(ctx context.Context) iter.Seq2[Event, error] {
+	return func(yield func(Event, error) bool) {
+		r, err := ringbuf.NewReader(d.kernel.Events)
+		if err != nil {
+			yield(Event{}, fmt.Errorf("read the kernel's events: %w", err))
+			return
+		}
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		d.mu.Lock()
+		yielded := d.lock == nil
+		d.stopEvents = cancel
+		d.mu.Unlock()
+		if yielded {
+			cancel()
+		}
+		stop := context.AfterFunc(ctx, func() { r.Close() })
+		defer stop()
+		defer r.Close()
+		var rec ringbuf.Record
+		for {
+			if err := r.ReadInto(&rec); errors.Is(err, ringbuf.ErrClosed) {
+				return
+			} else if err != nil {
+				yield(Event{}, fmt.Errorf("read the kernel's events: %w", err))
+				return
+			}
+			if len(rec.RawSample) < int(unsafe.Sizeof(bpf.MeshEvent{})) {
+				continue
+			}
+			raw := *(*bpf.MeshEvent)(unsafe.Pointer(&rec.RawSample[0]))
+			if !yield(d.event(&raw), nil) {
+				return
+			}
+		}
+	}
+}
+
+func (d *Datapath) event(e *bpf.MeshEvent) Event {
+	out := Event{
+		Time:   sinceBoot(e.At),
+		Client: netip.AddrPortFrom(goAddr(e.Flow.Client), e.Flow.ClientPort),
+		Server: netip.AddrPortFrom(goAddr(e.Flow.Server), e.Flow.ServerPort),
+	}
+	x := d.index.Load()
+	if x == nil {
+		x = &eventIndex{}
+	}
+	out.ClientPod, out.ServerPod, out.Source = x.pods[e.ClientSlot], x.pods[e.ServerSlot], x.identities[e.Identity]
+	switch e.Kind {
+	case bpf.MeshEventKindEVENT_DENIED:
+		out.Kind = Denied
+		out.Verdict = mesh.Verdict{Why: mesh.WhyDenied} // by a policy that is not in force any more
+		if c := x.rules[e.Rules]; c != nil {
+			term := -1
+			if e.Word < uint32(len(bpf.MeshWords{}.W)) {
+				term = int(e.Word)*64 + bits.TrailingZeros64(e.Hit)
+			}
+			out.Verdict = c.Because(term)
+		}
+	case bpf.MeshEventKindEVENT_OPENED:
+		out.Kind = Opened
+	case bpf.MeshEventKindEVENT_CLOSED:
+		out.Kind, out.Opened, out.Sent, out.Received = Closed, sinceBoot(e.Born), e.Sent, e.Received
+	}
+	return out
+}
+
+// sinceBoot is the time of the kernel's monotonic clock.
+func sinceBoot(ns uint64) time.Time {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return time.Now()
+	}
+	return time.Now().Add(time.Duration(int64(ns) - now.Nano()))
+}
