@@ -23,13 +23,14 @@ const (
 	TypeAudit         = wds.AuditType
 	TypeAddress       = wds.AddressType
 	TypeLocalPod      = wds.LocalPodType
+	TypeTrustBundle   = wds.TrustBundleType
 )
 
-var types = []string{TypeMeshConfig, TypeNamespace, TypeAuthorization, TypeAudit, TypeAddress, TypeLocalPod}
+var types = []string{TypeMeshConfig, TypeNamespace, TypeAuthorization, TypeAudit, TypeAddress, TypeLocalPod, TypeTrustBundle}
 
 // shortNames label metrics.
 var shortNames = map[string]string{
-	TypeMeshConfig: "meshconfig", TypeNamespace: "namespace", TypeAuthorization: "wads", TypeAudit: "audit", TypeAddress: "wds", TypeLocalPod: "localpod",
+	TypeMeshConfig: "meshconfig", TypeNamespace: "namespace", TypeAuthorization: "wads", TypeAudit: "audit", TypeAddress: "wds", TypeLocalPod: "localpod", TypeTrustBundle: "trust",
 }
 
 // resource is one encoded object. It is immutable.

@@ -8,6 +8,9 @@ import (
 	"time"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
+
+	nodeapi "github.com/warrenmesh/warren/api/node"
 )
 
 // holdAddresses is how long addresses wait for the client to ask for policies too: clients subscribe to one type
@@ -48,6 +51,10 @@ type watch struct {
 
 	inflight *response
 	rejected map[string]struct{} // names of rejected responses
+
+	settled uint64            // every change of the type up to this revision of the cache holds on the node
+	refused map[string]string // resources that the node refuses, and why; the rest of their responses holds
+	trouble string            // why a response as a whole does not hold
 }
 
 // response is one that the client has not answered.
@@ -55,6 +62,7 @@ type response struct {
 	nonce   string
 	version string
 	names   []string
+	covers  uint64 // the revision up to which the node has everything of the type once it holds
 	since   time.Time
 	sentAt  time.Time
 }
@@ -116,7 +124,7 @@ func (c *client) subscribe(req *discovery.DeltaDiscoveryRequest) *watch {
 	if w == nil {
 		w = &watch{
 			names: map[string]struct{}{}, pending: map[string]struct{}{}, rejected: map[string]struct{}{},
-			retained: req.InitialResourceVersions, sent: map[string]struct{}{}, since: time.Now(),
+			retained: req.InitialResourceVersions, sent: map[string]struct{}{}, refused: map[string]string{}, since: time.Now(),
 		}
 		// A first request without names is a wildcard, whatever is subscribed to later.
 		w.wildcard = len(req.ResourceNamesSubscribe) == 0
@@ -178,7 +186,13 @@ func (c *client) plan(cache *Cache) []*discovery.DeltaDiscoveryResponse {
 	policies, addresses := c.watches[TypeAuthorization], c.watches[TypeAddress]
 	for _, kind := range types {
 		w := c.watches[kind]
-		if w == nil || w.inflight != nil || !w.due() {
+		if w == nil || w.inflight != nil {
+			continue
+		}
+		if !w.due() {
+			if w.trouble == "" {
+				w.settle(cache.revision)
+			}
 			continue
 		}
 		side := both
@@ -197,6 +211,8 @@ func (c *client) plan(cache *Cache) []*discovery.DeltaDiscoveryResponse {
 		}
 		if res := c.respond(cache, kind, w, side); res != nil {
 			out = append(out, res)
+		} else if len(w.pending) == 0 && w.trouble == "" {
+			w.settle(cache.revision)
 		}
 	}
 	return out
@@ -299,7 +315,10 @@ func (c *client) respond(cache *Cache, kind string, w *watch, side half) *discov
 	for _, r := range res.Resources {
 		names = append(names, r.Name)
 	}
-	w.inflight = &response{nonce: res.Nonce, version: res.SystemVersionInfo, names: names, since: w.since, sentAt: time.Now()}
+	w.inflight = &response{nonce: res.Nonce, version: res.SystemVersionInfo, names: names, covers: cache.revision, since: w.since, sentAt: time.Now()}
+	if len(kept) > 0 {
+		w.inflight.covers = w.settled // what is put off is not in it
+	}
 	return res
 }
 
@@ -310,13 +329,42 @@ func (w *watch) answered(req *discovery.DeltaDiscoveryRequest) *response {
 		return nil
 	}
 	w.inflight = nil
-	if req.ErrorDetail != nil {
-		for _, n := range r.names {
-			w.rejected[n] = struct{}{}
+	for _, n := range r.names {
+		delete(w.refused, n)
+	}
+	bad, message := r.names, req.ErrorDetail.GetMessage()
+	named := rejectedIn(req.ErrorDetail)
+	switch {
+	case req.ErrorDetail == nil:
+		bad, w.trouble = nil, ""
+		w.settle(r.covers)
+	case len(named) > 0: // the rest of the response holds
+		bad, w.trouble = named, ""
+		w.settle(r.covers)
+	default:
+		w.trouble = message
+	}
+	for _, n := range bad {
+		w.rejected[n] = struct{}{}
+		if len(named) > 0 {
+			w.refused[n] = message
 		}
 	}
 	return r
 }
+
+// rejectedIn are the resources that a NACK names, if it comes from an agent that does.
+func rejectedIn(s *rpcstatus.Status) []string {
+	for _, d := range s.GetDetails() {
+		var t nodeapi.TypeStatus
+		if d.MessageIs(&t) && d.UnmarshalTo(&t) == nil {
+			return t.Rejected
+		}
+	}
+	return nil
+}
+
+func (w *watch) settle(revision uint64) { w.settled = max(w.settled, revision) }
 
 // retry puts rejected names back; it reports whether there were any.
 func (w *watch) retry() bool {

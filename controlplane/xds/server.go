@@ -26,6 +26,8 @@ type Config struct {
 	NodeOf  func(*auth.Caller) (string, error)
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
+	// OnProgress is called when [Server.Nodes] has changed. It must not block.
+	OnProgress func()
 }
 
 // Server is envoy.service.discovery.v3.AggregatedDiscoveryService, the delta variant of it.
@@ -37,6 +39,7 @@ type Server struct {
 
 	mu      sync.Mutex
 	streams map[*Stream]struct{}
+	nodes   map[string]Progress
 }
 
 type metrics struct {
@@ -50,7 +53,7 @@ type metrics struct {
 
 // NewServer serves a cache.
 func NewServer(cfg Config, cache *Cache) *Server {
-	s := &Server{cfg: cfg, cache: cache, streams: map[*Stream]struct{}{}, m: metrics{
+	s := &Server{cfg: cfg, cache: cache, streams: map[*Stream]struct{}{}, nodes: map[string]Progress{}, m: metrics{
 		connected: prometheus.NewGauge(prometheus.GaugeOpts{Name: "pilot_xds", Help: "Clients connected by xDS."}),
 		pushes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "pilot_xds_pushes", Help: "Responses sent, by type.",
@@ -176,6 +179,7 @@ func (s *Server) disconnect(info *Stream, c *client) {
 	s.mu.Lock()
 	delete(s.streams, info)
 	s.mu.Unlock()
+	s.left(info)
 }
 
 func (s *Server) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscoveryRequest, discovery.DeltaDiscoveryResponse], c *client, info *Stream, log *slog.Logger) error {
@@ -222,6 +226,7 @@ func (s *Server) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscoveryR
 		s.cache.mu.RLock()
 		responses := c.plan(s.cache)
 		s.cache.mu.RUnlock()
+		s.noteProgress(info, c)
 		for _, res := range responses {
 			if err := stream.Send(res); err != nil {
 				s.m.pushErrors.WithLabelValues(shortNames[res.TypeUrl]).Inc()
