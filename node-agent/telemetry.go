@@ -16,6 +16,7 @@ var (
 	startedDesc  = prometheus.NewDesc("workload_manager_proxies_started_total", "The total number of proxies that were started (unstable).", nil, nil)
 	stoppedDesc  = prometheus.NewDesc("workload_manager_proxies_stopped_total", "The total number of proxies that were stopped (unstable).", nil, nil)
 	kernelDesc   = prometheus.NewDesc("warren_datapath_outcomes_total", "Outcomes of the BPF programs since they were first loaded.", []string{"outcome"}, nil)
+	driftDesc    = prometheus.NewDesc("warren_datapath_drift_total", "What audits have found wrong in the kernel, and repaired: rows of its maps, and pods.", []string{"map"}, nil)
 	identityDesc = prometheus.NewDesc("warren_identities", "Identities that the agent has certificates for.", nil, nil)
 	signedDesc   = prometheus.NewDesc("warren_certificates_signed_total", "Certificates received from the CA.", nil, nil)
 	unsignedDesc = prometheus.NewDesc("warren_certificates_failed_total", "Requests to the CA that failed.", nil, nil)
@@ -65,6 +66,9 @@ func (t *telemetry) Collect(ch chan<- prometheus.Metric) {
 		for name, n := range outcomes {
 			counter(kernelDesc, n, name)
 		}
+	}
+	for name, n := range a.datapath.Drift() {
+		counter(driftDesc, n, name)
 	}
 	st := a.manager.Stats()
 	gauge(identityDesc, float64(st.Identities))

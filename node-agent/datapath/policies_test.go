@@ -3,13 +3,16 @@ package datapath
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/warrenmesh/warren/bpf"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
@@ -248,4 +251,150 @@ func TestDirectConnectionsAreRechecked(t *testing.T) {
 		}
 		eventually(t, "the connection is forgotten", func() bool { return len(must(l.dp.directs())) == 0 })
 	}
+}
+
+// What somebody changes in the kernel's policies is found, put back and counted.
+func TestAuditRepairsPolicies(t *testing.T) {
+	l := enrolled(t)
+	l.setPolicies(mesh.SameNodeAuto, rule(mesh.Allow, "a", account("ui"), mesh.Match{DestinationPorts: []uint16{9}},
+		mesh.Match{SourceIPs: []netip.Prefix{netip.MustParsePrefix("10.99.0.0/16")}}))
+	if _, err := l.dp.Audit(); err != nil || len(l.dp.Drift()) != 0 {
+		t.Fatalf("nothing was changed: drift %v, %v", l.dp.Drift(), err)
+	}
+	g, slot := l.dp.gates, l.dp.pods["uid-catalog"].pod.Slot
+	for _, damage := range []struct {
+		drift string
+		do    func() error
+	}{
+		{"gates", func() error { return l.dp.kernel.Gates.Delete(slot) }},
+		{"gates", func() error { return l.dp.kernel.Gates.Put(slot, bpf.MeshGate{Slot: slot}) }},
+		{"rulesets", func() error { return l.dp.kernel.Rulesets.Put(firstKey(g.rulesets.have), bpf.MeshRuleset{}) }},
+		{"rulesets", func() error { return l.dp.kernel.Rulesets.Put(uint64(77), bpf.MeshRuleset{}) }},
+		{"rules_identities", func() error {
+			return l.dp.kernel.RulesIdentities.Put(firstKey(g.identities.have), bpf.MeshWords{W: [8]uint64{0xff}})
+		}},
+		{"rules_ports", func() error { return l.dp.kernel.RulesPorts.Delete(firstKey(g.ports.have)) }},
+		{"rules_sources", func() error { return l.dp.kernel.RulesSources.Delete(firstKey(g.sources.have)) }},
+		{"identities", func() error {
+			r := l.dp.pods["uid-ui"]
+			r.pod.Identity++
+			return l.dp.kernel.Pods.Put(r.cookie, r.pod)
+		}},
+		{"destinations", func() error { return l.dp.kernel.Destinations.Delete(kernelAddr(vip4)) }},
+		{"destinations", func() error { return l.dp.kernel.Destinations.Put(kernelAddr(l.outside.v4), uint32(1)) }},
+	} {
+		before := l.dp.Drift()[damage.drift]
+		check(t, damage.do())
+		_, err := l.dp.Audit()
+		check(t, err)
+		if n := l.dp.Drift()[damage.drift] - before; n != 1 {
+			t.Errorf("%s: drift rose by %d, want 1 (%v)", damage.drift, n, l.dp.Drift())
+		}
+		l.counted(map[string]int{"connect_direct": 1, "connect_captured": 1, "connect_vouched": 1, "decide_unknown": 0}, func() {
+			for _, dst := range []netip.AddrPort{l.cat.addrs(appPort)[0], netip.AddrPortFrom(vip4, servicePort), l.outside.addrs(appPort)[0]} {
+				conn, err := l.ui.dial(dst)
+				check(t, err)
+				conn.Close()
+			}
+		})
+		if _, err := l.outside.dial(l.cat.addrs(appPort)[0]); !errors.Is(err, unix.ECONNREFUSED) {
+			t.Errorf("%s: plaintext: %v, want a refusal", damage.drift, err)
+		}
+	}
+}
+
+func firstKey[K comparable, V any](m map[K]V) K {
+	for k := range m {
+		return k
+	}
+	panic("empty")
+}
+
+// A successor takes the policies over as they are, and decides by its own Snapshot as soon as it has one.
+func TestPoliciesOutliveTheProcess(t *testing.T) {
+	l := enrolled(t)
+	denied := []*mesh.Policy{rule(mesh.Deny, "d", account("ui"))}
+	l.setPolicies(mesh.SameNodeAuto, denied...)
+	refused := func(when string) {
+		t.Helper()
+		l.counted(map[string]int{"connect_denied": 1}, func() {
+			if _, err := l.ui.dial(l.cat.addrs(appPort)[0]); !errors.Is(err, unix.ECONNREFUSED) {
+				t.Errorf("%s: %v", when, err)
+			}
+		})
+	}
+	l.up.Lock()
+	check(t, l.dp.Close())
+	l.open()
+	l.up.Unlock()
+	refused("without an agent's word")
+	gates := must(l.dp.gates.gates.read())
+	check(t, l.dp.Enroll(l.ui.pod()))
+	check(t, l.dp.Enroll(l.cat.pod()))
+	l.setPolicies(mesh.SameNodeAuto, denied...)
+	refused("by the same policies")
+	if now := must(l.dp.gates.gates.read()); len(gates) != 2 || !maps.Equal(now, gates) {
+		t.Errorf("the successor has other gates: %v, %v", now, gates)
+	}
+	// A pod that this process does not know is left to the agent.
+	l.up.Lock()
+	check(t, l.dp.Close())
+	l.open()
+	l.up.Unlock()
+	l.setPolicies(mesh.SameNodeAuto)
+	l.counted(map[string]int{"connect_captured": 1}, func() {
+		conn, err := l.ui.dial(l.cat.addrs(appPort)[0])
+		check(t, err)
+		conn.Close()
+	})
+}
+
+// Rows that no gate needs any more go, and not before the programs that may still read them.
+func TestOldRulesetsAreSwept(t *testing.T) {
+	l := enrolled(t)
+	for i := range 20 {
+		l.setPolicies(mesh.SameNodeAuto, rule(mesh.Deny, "d", mesh.Match{DestinationPorts: []uint16{uint16(100 + i)}}))
+	}
+	if n := len(must(l.dp.gates.rulesets.read())); n < 20 {
+		t.Errorf("%d rulesets are there within the grace, want 20 and more", n)
+	}
+	check(t, l.dp.gates.sweep(time.Now().Add(2*grace)))
+	if n := len(must(l.dp.gates.rulesets.read())); n != 2 { // the catalog's and the ui's
+		t.Errorf("%d rulesets are left, want 2", n)
+	}
+	if n := len(must(l.dp.gates.ports.read())); n != 2 {
+		t.Errorf("%d rows of ports are left, want 2", n)
+	}
+}
+
+// A pod's slot is given to another: nothing of the first one's policies is.
+func TestReleaseClosesTheGate(t *testing.T) {
+	l := enrolled(t)
+	l.setPolicies(mesh.SameNodeAuto, rule(mesh.Deny, "d", account("ui")))
+	slot := l.dp.pods["uid-catalog"].pod.Slot
+	check(t, l.dp.Release("uid-catalog"))
+	if _, there := must(l.dp.gates.gates.read())[slot]; there {
+		t.Error("the gate is still there")
+	}
+	check(t, l.dp.SetPolicies(l.snapshot(mesh.SameNodeAuto)))
+	if _, there := must(l.dp.gates.gates.read())[slot]; there {
+		t.Error("the gate came back")
+	}
+}
+
+// Policies that the kernel does not take are the agent's to decide: nothing is let by.
+func TestTooManyPoliciesAreLeftToTheAgent(t *testing.T) {
+	l := enrolled(t)
+	var many []mesh.Match
+	for i := range mesh.MaxTerms + 1 {
+		many = append(many, account(fmt.Sprint("x", i)))
+	}
+	l.setPolicies(mesh.SameNodeKernel, rule(mesh.Deny, "d", many...))
+	l.counted(map[string]int{"connect_captured": 1, "lookup_inbound": -1}, func() {
+		for _, from := range []*host{l.ui, l.outside} {
+			conn, err := from.dial(l.cat.addrs(appPort)[0])
+			check(t, err)
+			conn.Close()
+		}
+	})
 }

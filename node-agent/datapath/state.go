@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -125,8 +126,8 @@ func (d *Datapath) lookupInForce(uid string) bool {
 	return err == nil && info.NetNs() != nil && info.NetNs().NetnsInode != 0
 }
 
-// Audit compares every enrolled pod with what it should be and repairs it. The states are those found
-// before the repair.
+// Audit compares every enrolled pod, the captured destinations and the policies with what they should be and repairs
+// them. The states are those found before the repair; what else was wrong is logged and counted in Drift.
 func (d *Datapath) Audit() ([]PodState, error) {
 	if err := d.write(); err != nil {
 		return nil, err
@@ -146,11 +147,82 @@ func (d *Datapath) Audit() ([]PodState, error) {
 			continue
 		}
 		d.cfg.Log.Warn("repairing the capture of a pod", "uid", s.UID, "problems", s.Problems)
+		d.drift["pods"]++
 		if err := d.repair(p); err != nil {
 			errs = append(errs, err)
 		}
 	}
+	errs = append(errs, d.auditDestinations(), d.auditPolicies(), d.pruneDirects())
 	return states, errors.Join(errs...)
+}
+
+// auditDestinations compares the captured destinations with the last SetDestinations.
+func (d *Datapath) auditDestinations() error {
+	if d.dest == nil {
+		return nil
+	}
+	want := *d.dest
+	have, err := d.readDestinations()
+	if err != nil {
+		return err
+	}
+	wrong := difference(have.Addrs, want.Addrs) + difference(have.Prefixes, want.Prefixes)
+	if wrong == 0 {
+		return nil
+	}
+	d.drifted("destinations", wrong)
+	d.dest = &have
+	return d.setDestinations(want)
+}
+
+func difference[K comparable](a, b map[K]struct{}) (n int) {
+	for k := range a {
+		if _, ok := b[k]; !ok {
+			n++
+		}
+	}
+	for k := range b {
+		if _, ok := a[k]; !ok {
+			n++
+		}
+	}
+	return n
+}
+
+// auditPolicies compares the kernel's policies with those of the last SetPolicies.
+func (d *Datapath) auditPolicies() error {
+	if d.gates.compiler == nil {
+		return nil
+	}
+	drift, err := d.gates.compare()
+	if err != nil {
+		return err
+	}
+	for name, n := range drift {
+		d.drifted(name, n)
+	}
+	for uid, r := range d.pods {
+		var now bpf.MeshPod
+		if err := d.kernel.Pods.Lookup(r.cookie, &now); err == nil && now.Identity != r.pod.Identity {
+			d.drifted("identities", 1)
+			if err := d.kernel.Pods.Put(r.cookie, r.pod); err != nil {
+				return fmt.Errorf("enter the identity of pod %s: %w", uid, err)
+			}
+		}
+	}
+	return d.applyPolicies()
+}
+
+func (d *Datapath) drifted(what string, n int) {
+	d.drift[what] += uint64(n)
+	d.cfg.Log.Warn("the kernel's state was not what it should be: repairing it", "map", what, "rows", n)
+}
+
+// Drift returns how much audits have found wrong in the kernel so far, by what it was: rows of a map, or pods.
+func (d *Datapath) Drift() map[string]uint64 {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return maps.Clone(d.drift)
 }
 
 // repair enrols a pod again.
@@ -182,6 +254,10 @@ func (d *Datapath) SetDestinations(want Destinations) error {
 		}
 		d.dest = &have
 	}
+	return d.setDestinations(want)
+}
+
+func (d *Datapath) setDestinations(want Destinations) error {
 	if err := reconcile(d.dest.Addrs, want.Addrs, d.kernel.Destinations, kernelAddr); err != nil {
 		return fmt.Errorf("set mesh addresses: %w", err)
 	}
