@@ -1,9 +1,12 @@
 package wds
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 
+	"google.golang.org/protobuf/encoding/protowire"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	"github.com/warrenmesh/warren/api/node"
@@ -127,14 +130,27 @@ func decodeRules(p *mesh.Policy, a *security.Authorization) error {
 	p.Rules, err = decodeAll(a.Groups, func(g *security.Group) (mesh.Rule, error) {
 		clauses, err := decodeAll(g.GetRules(), func(r *security.Rules) (mesh.Clause, error) {
 			matches, err := decodeAll(r.GetMatches(), decodeMatch)
-			return mesh.Clause{Matches: matches}, err
+			return mesh.Clause{Matches: matches}, errors.Join(err, understood(r))
 		})
-		return mesh.Rule{Clauses: clauses}, err
+		return mesh.Rule{Clauses: clauses}, errors.Join(err, understood(g))
 	})
 	return err
 }
 
+// understood refuses a part of a rule that has fields of a later version: an ALLOW would match more without
+// them, a DENY nothing.
+func understood(m proto.Message) error {
+	if unknown := m.ProtoReflect().GetUnknown(); len(unknown) > 0 {
+		n, _, _ := protowire.ConsumeTag(unknown)
+		return bad("a %s with the field %d", m.ProtoReflect().Descriptor().Name(), n)
+	}
+	return nil
+}
+
 func decodeMatch(m *security.Match) (d mesh.Match, err error) {
+	if err := understood(m); err != nil {
+		return d, err
+	}
 	lists := []struct {
 		to   *[]mesh.StringMatch
 		from []*security.StringMatch
@@ -156,7 +172,8 @@ func decodeMatch(m *security.Match) (d mesh.Match, err error) {
 	}
 	for _, l := range prefixes {
 		*l.to, err = decodeAll(l.from, func(a *security.Address) (netip.Prefix, error) {
-			return decodePrefix(a.GetAddress(), a.GetLength())
+			p, err := decodePrefix(a.GetAddress(), a.GetLength())
+			return p, errors.Join(err, understood(a))
 		})
 		if err != nil {
 			return d, err
@@ -191,7 +208,7 @@ func decodeString(m *security.StringMatch) (mesh.StringMatch, error) {
 }
 
 func decodeAccount(m *security.ServiceAccountMatch) (mesh.ServiceAccountMatch, error) {
-	return mesh.ServiceAccountMatch{Namespace: m.GetNamespace(), ServiceAccount: m.GetServiceAccount()}, nil
+	return mesh.ServiceAccountMatch{Namespace: m.GetNamespace(), ServiceAccount: m.GetServiceAccount()}, understood(m)
 }
 
 // decodePrefix reads a prefix. Bits beyond its length are cleared, as they are when it is matched.

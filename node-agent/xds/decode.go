@@ -92,7 +92,7 @@ func misnamed(name, own string) error {
 }
 
 // put decodes one resource and puts it into the builder. With an error nothing has changed, but for a policy
-// that could be read in part and has no earlier version: that denies.
+// that has no earlier version: that denies.
 func (c *Client) put(typeURL, name string, res *discovery.Resource) error {
 	switch typeURL {
 	case wds.AddressType:
@@ -116,19 +116,12 @@ func (c *Client) put(typeURL, name string, res *discovery.Resource) error {
 			c.builder.PutService(s)
 		}
 	case wds.AuthorizationType:
-		var p security.Authorization
-		if err := unpack(typeURL, res, &p); err != nil {
-			return err
-		}
-		policy, err := wds.DecodePolicy(&p)
-		if err == nil {
-			err = misnamed(name, policy.Name.String())
-		}
+		policy, err := decodePolicy(name, res)
 		if err == nil {
 			c.builder.PutPolicy(policy)
 			return nil
 		}
-		if policy == nil || policy.Name.String() != name {
+		if policy == nil {
 			return err
 		}
 		if have := c.builder.Policy(policy.Name); have == nil || have.Action == mesh.Audit {
@@ -204,6 +197,27 @@ func (c *Client) put(typeURL, name string, res *discovery.Resource) error {
 		return errors.New("nobody subscribed to this type")
 	}
 	return nil
+}
+
+// decodePolicy decodes one policy. With an error it returns what stands in for it: of what can be read in part
+// the same denying, of what cannot be read at all a policy that denies its namespace.
+func decodePolicy(name string, res *discovery.Resource) (*mesh.Policy, error) {
+	var p security.Authorization
+	err := unpack(wds.AuthorizationType, res, &p)
+	if err == nil {
+		var policy *mesh.Policy
+		if policy, err = wds.DecodePolicy(&p); err == nil {
+			err = misnamed(name, policy.Name.String())
+		}
+		if policy != nil && policy.Name.String() == name {
+			return policy, err
+		}
+	}
+	own, nerr := wds.ParsePolicyName(name)
+	if nerr != nil {
+		return nil, err
+	}
+	return &mesh.Policy{Name: own, Scope: mesh.ScopeNamespace, Action: mesh.Deny, Rules: []mesh.Rule{{}}}, err
 }
 
 // remove takes one resource out. Names that are not there are fine.
