@@ -34,6 +34,8 @@ type PoolConfig struct {
 	// with the caller that happened to be first.
 	Dial        func(ctx context.Context, k Key) (net.Conn, error)
 	DialTimeout time.Duration // 10 s
+	// Ended is told of each connection that Dial made when it has ended. It must not block. Nil: nobody is.
+	Ended func(net.Conn)
 	ClientConfig
 }
 
@@ -204,6 +206,9 @@ func (p *Pool) dial(k Key, e *poolEntry, d *dialing, gen int) {
 	cfg.onStop = func() {
 		<-ready
 		p.remove(k, e, c)
+		if p.cfg.Ended != nil {
+			p.cfg.Ended(nc)
+		}
 	}
 	c = NewClient(nc, cfg)
 	close(ready)

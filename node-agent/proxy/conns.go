@@ -33,6 +33,7 @@ type conn struct {
 	start time.Time
 	auth  mesh.Conn        // what Authorize decides on; zero for outbound
 	bytes hbone.RelayStats // client to server, server to client
+	via   atomic.Pointer[tunnel]
 
 	mu      sync.Mutex
 	info    ConnInfo // for listings
@@ -108,8 +109,6 @@ type connTable struct {
 	mu    sync.Mutex
 	conns map[*conn]struct{}
 	empty *sync.Cond
-
-	revoked atomic.Uint64
 }
 
 func newConnTable() *connTable {
@@ -150,20 +149,6 @@ func (t *connTable) len() int {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return len(t.conns)
-}
-
-// reevaluate resets the inbound connections that s no longer allows.
-func (t *connTable) reevaluate(s *mesh.Snapshot) {
-	for _, c := range t.list(func(c *conn) bool { return c.dir == Inbound }) {
-		a := c.auth
-		if w := s.Workload(c.pod.Pod().WorkloadUID); w != nil {
-			a.DstWorkload = w
-		}
-		if v := s.Authorize(a); !v.Allow {
-			t.revoked.Add(1)
-			c.end(PolicyRevoked, "a policy change ended the connection: "+denial(v))
-		}
-	}
 }
 
 // endAll resets the connections that match.

@@ -68,5 +68,16 @@ func (p *Proxy) dialTunnel(ctx context.Context, k hbone.Key) (net.Conn, error) {
 		p.metrics.peerRefused(Outbound, identity.Reason(err))
 		return nil, fail(TLSFailed, "TLS with %s: %w", k.Addr, err)
 	}
+	peer, err := identity.PeerIdentity(tc.ConnectionState())
+	if err != nil {
+		abort(c)
+		return nil, fail(TLSFailed, "identity of %s: %w", k.Addr, err)
+	}
+	tn := &tunnel{dir: Outbound, own: k.Src, party: party{peer, k.Addr.Addr()}, key: k, raw: c}
+	if err := p.enter(tn, tc, bundle); err != nil { // the pool tells of connections that it has had only
+		p.peers.remove(tn, tc)
+		abort(c)
+		return nil, fail(TLSFailed, "%s: %w", k.Addr, err)
+	}
 	return tc, nil
 }

@@ -50,12 +50,20 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		return
 	}
 	cancel()
+	tn := &tunnel{dir: Inbound, own: h.Pod().Identity, party: party{peer, remote.Addr()}, raw: raw}
+	defer p.peers.remove(tn, tc)
+	if err := p.enter(tn, tc, bundle); err != nil {
+		abort(raw)
+		p.metrics.peerRefused(Inbound, identity.Reason(err))
+		p.refuse(Inbound, remote, local, fail(TLSFailed, "TLS with %s: %w", remote, err))
+		return
+	}
 	err = hbone.Serve(h.accepting, tc, hbone.ServerConfig{
 		DrainTimeout: forever, // Proxy.Close and PodHandle.Close say when open streams end
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
 			h.open.Add(1)
 			defer h.open.Add(-1)
-			h.serveStream(ctx, s, peer, remote, local)
+			h.serveStream(ctx, s, tn, remote, local)
 		},
 	})
 	if err != nil && !errors.Is(err, io.EOF) {
@@ -73,8 +81,8 @@ func (p *Proxy) trustDomains(b *identity.Bundle) []string {
 }
 
 // serveStream serves one CONNECT of a peer.
-func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, peer mesh.Identity, remote, local netip.AddrPort) {
-	p := h.p
+func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn *tunnel, remote, local netip.AddrPort) {
+	p, peer := h.p, tn.party.id
 	app, err := h.target(st.Request)
 	if err != nil {
 		st.Reject(400)
@@ -95,6 +103,7 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, pee
 	}
 	c := &conn{dir: Inbound, pod: h, auth: mesh.Conn{Source: peer, SourceIP: client.Addr(), Dst: app, DstWorkload: dst}}
 	c.begin(ConnInfo{Direction: Inbound, Pod: h.Pod().WorkloadUID, Src: client, OriginalDst: local, ActualDst: app, Protocol: "HBONE", Peer: peer})
+	c.via.Store(tn)
 	p.conns.register(c)
 	defer p.conns.release(c)
 	ctx, cancel := context.WithCancel(ctx)
@@ -181,7 +190,7 @@ func (h *PodHandle) admit(ctx context.Context, c *conn, client, app netip.AddrPo
 // status is the answer to a CONNECT that failed.
 func status(err error) int {
 	switch outcomeOf(err, AppRefused) {
-	case PolicyDenied, PolicyRevoked:
+	case PolicyDenied, PolicyRevoked, PeerUntrusted:
 		return 401
 	case RequestInvalid:
 		return 400

@@ -472,7 +472,6 @@ func (ca *testCA) Bundle(_ context.Context, id mesh.Identity) (*identity.Bundle,
 	return b, nil
 }
 
-// set makes the CA hand out a bundle of the test's making.
 // logLines collects the access log.
 type logLines struct {
 	mu  sync.Mutex

@@ -61,6 +61,13 @@ func (h *PodHandle) serveOutbound(down *net.TCPConn) {
 		r.close(err)
 		return
 	}
+	if st, ok := up.(*hbone.Stream); ok {
+		if tn := p.peers.carrier(st); tn != nil {
+			c.via.Store(tn)
+			tn.conns.Add(1)
+			defer tn.conns.Add(-1)
+		}
+	}
 	c.onEnd(func() { reset(up); abort(down) })
 	r.close(r.relay(down, up))
 }

@@ -23,12 +23,14 @@ const (
 	PeerUnreachable             // TCP to the peer failed
 	AppRefused                  // the server application refused or did not answer
 	RequestInvalid              // a CONNECT for something that is not an address of the pod (400), here or at the peer
+	PeerUntrusted               // an open connection whose peer's certificate has ended, was revoked or lost its root
 	outcomes
 )
 
 var outcomeNames = [outcomes]string{
 	"completed", "reset", "drained", "source_unknown", "route_refused", "policy_denied", "policy_revoked",
 	"identity_unavailable", "tls_failed", "tunnel_failed", "peer_unreachable", "app_refused", "request_invalid",
+	"peer_untrusted",
 }
 
 // String returns the word that logs and the outcome counter use.
@@ -55,7 +57,7 @@ func (o Outcome) flag() flag {
 		return flagNone
 	case PolicyDenied, PolicyRevoked:
 		return flagDeny
-	case TLSFailed:
+	case TLSFailed, PeerUntrusted:
 		return flagTLS
 	case TunnelFailed:
 		return flagH2

@@ -68,6 +68,7 @@ type Proxy struct {
 	log      *slog.Logger
 	access   *slog.Logger
 	conns    *connTable
+	peers    *peerTable
 	pool     *hbone.Pool
 	suspects suspects
 
@@ -122,15 +123,17 @@ func New(cfg Config) (*Proxy, error) {
 		cfg.Access = slog.New(slog.DiscardHandler)
 	}
 	p := &Proxy{cfg: cfg, store: cfg.Store, metrics: cfg.Metrics, log: cfg.Log, access: cfg.Access,
-		conns: newConnTable(), pods: map[string]*PodHandle{}, changed: make(chan struct{})}
+		conns: newConnTable(), peers: newPeerTable(), pods: map[string]*PodHandle{}, changed: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel,
 		DialTimeout:  cfg.ConnectTimeout + cfg.HandshakeTimeout,
+		Ended:        p.peers.ended,
 		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, Idle: cfg.PoolIdle}})
 	// Before any connection: a state that comes between one's authorization and the watch would be missed.
 	changed, now := p.store.Watch(), p.store.Load()
 	p.checked.reach(now.Revision())
 	p.wg.Go(func() { p.watch(changed, now) })
+	p.wg.Go(p.watchPeers)
 	return p, nil
 }
 
@@ -266,12 +269,6 @@ func (p *Proxy) Connections() []ConnInfo {
 	return out
 }
 
-// DrainTunnels lets go of the pooled tunnels under an identity, whose certificate was renewed or whose trust
-// changed: new connections make new ones.
-func (p *Proxy) DrainTunnels(id mesh.Identity) int {
-	return p.pool.Drain(func(k hbone.Key) bool { return k.Src == id })
-}
-
 // StopAccepting takes no new connections for any pod.
 func (p *Proxy) StopAccepting() {
 	var wg sync.WaitGroup
@@ -296,35 +293,6 @@ func (p *Proxy) Close(ctx context.Context) error {
 	err := p.pool.Close()
 	p.wg.Wait()
 	return err
-}
-
-// watch re-evaluates open connections whenever policies, or what binds them, change.
-func (p *Proxy) watch(changed <-chan struct{}, last *mesh.Snapshot) {
-	defer p.store.Unwatch(changed)
-	for {
-		select {
-		case <-p.ctx.Done():
-			return
-		case <-changed:
-		}
-		s := p.store.Load()
-		p.mu.Lock()
-		close(p.changed)
-		p.changed = make(chan struct{})
-		p.mu.Unlock()
-		if p.concerns(s, last) {
-			p.conns.reevaluate(s)
-		}
-		p.dropVanished(s, last)
-		last = s
-		p.checked.reach(s.Revision())
-	}
-}
-
-// Rechecked returns when every open connection that the state of a revision, or of a later one, does not allow
-// has been ended.
-func (p *Proxy) Rechecked(ctx context.Context, revision uint64) error {
-	return p.checked.await(ctx, revision)
 }
 
 // state returns the current Snapshot, after the pod has appeared in it.
@@ -353,24 +321,6 @@ func (h *PodHandle) state(ctx context.Context) (*mesh.Snapshot, *mesh.Workload, 
 			return s, nil, fail(SourceUnknown, "pod %s was not yet in the state of the mesh", uid)
 		}
 	}
-}
-
-// concerns reports whether s may decide otherwise than last about the pods of this node.
-func (p *Proxy) concerns(s, last *mesh.Snapshot) bool {
-	workloads, _, policies := s.Changes(last)
-	for range policies {
-		return true
-	}
-	local := map[string]bool{}
-	for _, h := range p.Pods() {
-		local[h.Pod().WorkloadUID] = true
-	}
-	for c := range workloads {
-		if c.New != nil && local[c.New.UID] && (c.Old == nil || !slices.Equal(c.Old.Policies, c.New.Policies)) {
-			return true
-		}
-	}
-	return !s.Config().Equal(last.Config())
 }
 
 // dropVanished lets go of tunnels to endpoints that are gone, before somebody else gets their address.
