@@ -14,19 +14,28 @@ import (
 	"github.com/warrenmesh/warren/test/e2e/lab"
 )
 
+// agentProcesses are the processes of agents on a node.
+func agentProcesses(ctx context.Context, node string) ([]string, error) {
+	n, err := mesh.Cluster.Node(node)
+	if err != nil {
+		return nil, err
+	}
+	out, err := n.Exec(ctx, "sh", "-c", `for p in /proc/[0-9]*; do [ "$(cat $p/comm 2>/dev/null)" = node-agent ] && echo ${p#/proc/}; done; true`)
+	return strings.Fields(out), err
+}
+
 // killAgent kills the agent of a node outright. The kubelet starts another.
 func killAgent(ctx context.Context, node string) error {
+	pids, err := agentProcesses(ctx, node)
+	if err != nil {
+		return err
+	}
+	if len(pids) == 0 {
+		return fmt.Errorf("no agent runs on %s", node)
+	}
 	n, err := mesh.Cluster.Node(node)
 	if err != nil {
 		return err
-	}
-	out, err := n.Exec(ctx, "sh", "-c", `for p in /proc/[0-9]*; do [ "$(cat $p/comm 2>/dev/null)" = node-agent ] && echo ${p#/proc/}; done; true`)
-	if err != nil {
-		return err
-	}
-	pids := strings.Fields(out)
-	if len(pids) == 0 {
-		return fmt.Errorf("no agent runs on %s", node)
 	}
 	for _, p := range pids {
 		if _, err := n.Exec(ctx, "sh", "-c", "kill -9 "+p); err != nil {
@@ -47,20 +56,26 @@ func replaceAgent(ctx context.Context, node string) error {
 	return agentReady(ctx, node)
 }
 
-// agentReady waits for the node's agent.
+// agentReady waits for the node's agent, and for the end of any that came before it.
 func agentReady(ctx context.Context, node string) error {
-	return lab.Eventually(ctx, 90*time.Second, func() error {
-		pods, err := mesh.Pods(ctx, lab.Namespace, lab.NodeApp)
-		if err != nil {
-			return err
-		}
-		for _, p := range pods {
-			if p.Node == node && p.Ready && !p.Terminating {
-				return nil
-			}
-		}
+	return lab.Eventually(ctx, 90*time.Second, func() error { return soleAgent(ctx, node) })
+}
+
+// soleAgent says why a node has not exactly one agent, and that ready. One whose pod was deleted by force may run
+// for seconds next to its successor, and what it carries ends with it.
+func soleAgent(ctx context.Context, node string) error {
+	by, err := agents(ctx)
+	if err != nil {
+		return err
+	}
+	if p := by[node]; !p.Ready || p.Terminating {
 		return fmt.Errorf("the agent on %s is not ready", node)
-	})
+	}
+	pids, err := agentProcesses(ctx, node)
+	if err == nil && len(pids) != 1 {
+		err = fmt.Errorf("%d agents run on %s", len(pids), node)
+	}
+	return err
 }
 
 // New connections wait while an agent is away, killed or replaced: none is refused and none goes in clear.
