@@ -42,6 +42,7 @@ type Config struct {
 	XDSAddr        string // xDS and CA, TLS
 	MonitoringAddr string // /metrics /version /ready
 	ReadyAddr      string // /ready
+	AdmissionAddr  string // the admission webhook, TLS
 
 	Log *slog.Logger
 }
@@ -95,7 +96,7 @@ func (c Config) Validate() error {
 	if c.DefaultCertTTL < time.Minute || c.MaxCertTTL < c.DefaultCertTTL {
 		errs = append(errs, fmt.Errorf("certificate lifetimes: default %s, maximum %s; want 1m <= default <= maximum", c.DefaultCertTTL, c.MaxCertTTL))
 	}
-	for _, a := range []string{c.XDSAddr, c.MonitoringAddr, c.ReadyAddr} {
+	for _, a := range []string{c.XDSAddr, c.MonitoringAddr, c.ReadyAddr, c.AdmissionAddr} {
 		if a == "" || strings.HasPrefix(a, ":") {
 			continue
 		}

@@ -84,9 +84,10 @@ func (cp *controlPlane) leaderWork(ctx context.Context) {
 	defer factory.Shutdown()
 	cp.recheckRoots()
 	var wg sync.WaitGroup
-	wg.Add(2)
+	wg.Add(3)
 	go func() { defer wg.Done(); cp.roots.Run(ctx) }()
 	go func() { defer wg.Done(); cp.notices.Run(ctx) }()
+	go func() { defer wg.Done(); cp.bundle.Run(ctx) }()
 	wg.Wait()
 }
 

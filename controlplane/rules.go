@@ -8,6 +8,9 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies", "peerauthentications", "requestauthentications"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries", "workloadentries"}, Verbs: []string{"get", "list", "watch"}},
+	// Which nodes enforce a policy is written on it.
+	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
+		Verbs: []string{"patch"}},
 	// The annotation ambient.istio.io/redirection.
 	{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},
@@ -16,12 +19,18 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"istio-ca-root-cert"}, Verbs: []string{"update"}},
 	// Callers present service account tokens.
 	{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}},
+	// The webhook that judges policies trusts the mesh's root.
+	{APIGroups: []string{"admissionregistration.k8s.io"}, Resources: []string{"validatingwebhookconfigurations"},
+		ResourceNames: []string{"warren-validator"}, Verbs: []string{"get", "patch"}},
 }
 
 // NamespaceRules is what it needs in its own namespace besides.
 var NamespaceRules = []rbacv1.PolicyRule{
 	{APIGroups: []string{""}, Resources: []string{"secrets"}, Verbs: []string{"create"}},
 	{APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: []string{"istio-ca-secret", "cacerts"}, Verbs: []string{"get"}},
+	// A root is exchanged before it ends: the new one in the Secret, how far it has come in the ConfigMap.
+	{APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: []string{"istio-ca-secret"}, Verbs: []string{"update"}},
+	{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"warren-trust"}, Verbs: []string{"update"}},
 	{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, Verbs: []string{"create"}},
 	{APIGroups: []string{"coordination.k8s.io"}, Resources: []string{"leases"}, ResourceNames: []string{"warren-control-leader"}, Verbs: []string{"get", "update"}},
 }

@@ -20,6 +20,7 @@ import (
 
 	caapi "github.com/warrenmesh/warren/api/ca"
 	nodeapi "github.com/warrenmesh/warren/api/node"
+	"github.com/warrenmesh/warren/controlplane/admission"
 	"github.com/warrenmesh/warren/controlplane/auth"
 	"github.com/warrenmesh/warren/controlplane/ca"
 	"github.com/warrenmesh/warren/controlplane/index"
@@ -50,17 +51,20 @@ type controlPlane struct {
 	clients Clients
 	metrics *prometheus.Registry
 
-	store   mesh.Store
-	source  *index.Source
-	cache   *xds.Cache
-	xds     *xds.Server
-	ca      *ca.Server
-	keys    *ca.Keys
-	roots   *ca.Roots
-	events  *status.Events
-	notices *status.Notices
-	nodes   *status.Nodes
-	grpc    *grpc.Server
+	store     mesh.Store
+	source    *index.Source
+	cache     *xds.Cache
+	xds       *xds.Server
+	ca        *ca.Server
+	keys      *ca.Keys
+	roots     *ca.Roots
+	events    *status.Events
+	notices   *status.Notices
+	nodes     *status.Nodes
+	grpc      *grpc.Server
+	serving   *ca.Serving
+	admission *admission.Server
+	bundle    *admission.Bundle
 
 	services prometheus.Gauge
 	ready    atomic.Bool // everything that exists has been read, and there is a key
@@ -116,13 +120,15 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		Kube: clients.Kube, Callers: callers, NodeOf: authorizer.NodeOf, Pods: cp.source, Events: cp.events,
 		Log: log.With("scope", "status"), Metrics: cp.metrics,
 	})
-	serving := &ca.Serving{
+	cp.admission = cp.newAdmission()
+	cp.bundle = &admission.Bundle{Client: clients.Kube, Root: cp.root, Log: log.With("scope", "admission")}
+	cp.serving = &ca.Serving{
 		Names:    cfg.dnsNames(),
 		Identity: mesh.Identity{TrustDomain: cfg.Mesh.TrustDomain, Namespace: cfg.Namespace, ServiceAccount: cfg.ServiceAccount},
 		Signer:   cp.ca.Signer,
 	}
 	cp.grpc = grpc.NewServer(
-		grpc.Creds(credentials.NewTLS(serving.TLS())),
+		grpc.Creds(credentials.NewTLS(cp.serving.TLS())),
 		grpc.MaxConcurrentStreams(100_000),
 		grpc.MaxRecvMsgSize(16<<20), // a reconnecting node lists what it has
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
@@ -153,7 +159,7 @@ func (cp *controlPlane) run(ctx context.Context) error {
 	}
 	var lc net.ListenConfig
 	var listeners []net.Listener
-	for _, addr := range []string{cp.cfg.XDSAddr, cp.cfg.MonitoringAddr, cp.cfg.ReadyAddr} {
+	for _, addr := range []string{cp.cfg.XDSAddr, cp.cfg.MonitoringAddr, cp.cfg.ReadyAddr, cp.cfg.AdmissionAddr} {
 		if addr == "" {
 			listeners = append(listeners, nil)
 			continue
@@ -194,6 +200,17 @@ func (cp *controlPlane) run(ctx context.Context) error {
 			return ended(ctx, cp.grpc.Serve(l))
 		})
 		g.Go(func() error { <-ctx.Done(); cp.grpc.Stop(); return nil })
+	}
+	if l := listeners[3]; l != nil {
+		g.Go(func() error {
+			select { // a webhook that does not answer yet is gone without
+			case <-ctx.Done():
+				return l.Close()
+			case <-synced:
+			}
+			cp.cfg.Log.Info("serving admission reviews", "address", l.Addr().String())
+			return ended(ctx, cp.admission.Serve(ctx, l, admission.HTTP1(cp.serving.TLS())))
+		})
 	}
 	for i, h := range []http.Handler{cp.monitoring(), cp.readiness()} {
 		if l := listeners[i+1]; l != nil {

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -104,6 +105,15 @@ func (e *environment) duration(name string) time.Duration {
 	return d
 }
 
+func (e *environment) boolean(name string, otherwise bool) bool {
+	v := e.text(name, strconv.FormatBool(otherwise))
+	b, err := strconv.ParseBool(v)
+	if err != nil {
+		e.errs = append(e.errs, fmt.Errorf("%s=%q: use true or false", name, v))
+	}
+	return b
+}
+
 func (e *environment) list(name string) []string {
 	var out []string
 	for _, v := range strings.Split(e.text(name, ""), ",") {
@@ -124,6 +134,10 @@ func (e *environment) config() controlplane.Config {
 	if e.text("LOG_FORMAT", "") == "json" {
 		handler = slog.NewJSONHandler(os.Stdout, opts)
 	}
+	admissionAddr := e.text("ADMISSION_LISTEN", ":15017")
+	if !e.boolean("ADMISSION", true) {
+		admissionAddr = ""
+	}
 	return controlplane.Config{
 		Namespace:      e.text("POD_NAMESPACE", ""),
 		PodName:        e.text("POD_NAME", ""),
@@ -143,6 +157,7 @@ func (e *environment) config() controlplane.Config {
 		XDSAddr:        e.text("XDS_LISTEN", ":15012"),
 		MonitoringAddr: e.text("MONITORING_LISTEN", ":15014"),
 		ReadyAddr:      e.text("READY_LISTEN", ":8080"),
+		AdmissionAddr:  admissionAddr,
 		Log:            slog.New(handler),
 	}
 }

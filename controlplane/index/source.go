@@ -36,6 +36,8 @@ type Source struct {
 	core  informers.SharedInformerFactory
 	pods  cache.SharedIndexInformer
 
+	stores sync.Map // Kind → cache.Store
+
 	mu      sync.Mutex
 	changed map[ref]cache.Store // what changed, and where its state is
 	wake    chan struct{}
@@ -106,6 +108,7 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 			return fmt.Errorf("watch %s: %w", kind, err)
 		}
 		synced = append(synced, h.HasSynced)
+		s.stores.Store(kind, i.GetStore())
 		return nil
 	}
 	for _, k := range []struct {

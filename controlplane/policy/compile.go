@@ -179,7 +179,7 @@ func (c *Compiled) attach(refs []*typev1beta1.PolicyTargetReference) {
 		what = "it is neither evaluated nor reported until there is one"
 		c.Inert, c.Policy.Rules = true, nil
 	}
-	c.not(ReasonNoWaypoint, fmt.Sprintf("for the waypoint of %s, and there is none: %s (warren waypoint apply)", strings.Join(names, ", "), what))
+	c.not(ReasonNoWaypoint, fmt.Sprintf("for the waypoint of %s, and there is none: %s", strings.Join(names, ", "), what))
 }
 
 // instead says what a policy without its rules does.

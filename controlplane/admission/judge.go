@@ -1,0 +1,44 @@
+package admission
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	"github.com/warrenmesh/warren/controlplane/policy"
+)
+
+// maxEmptyLists are named of one object.
+const maxEmptyLists = 5
+
+// Judge says what is wrong with objects: by themselves, as they are written, and in their cluster.
+type Judge struct {
+	Mesh    policy.Mesh
+	Cluster Cluster
+}
+
+// Judge names errors first. It is safe for concurrent use.
+func (j Judge) Judge(_ context.Context, o *Object) []policy.Problem {
+	obj, err := o.typed()
+	if err != nil {
+		return []policy.Problem{{Code: policy.Unreadable, Severity: policy.Error, Field: "spec", Message: err.Error()}}
+	}
+	if obj == nil {
+		return nil
+	}
+	out := j.Mesh.Check(obj)
+	if anyError(out) {
+		return out
+	}
+	if o.Kind == "AuthorizationPolicy" {
+		n := 0
+		emptyLists(o.Spec, func(path string) {
+			if n++; n <= maxEmptyLists {
+				out = append(out, policy.Problem{Code: policy.EmptyList, Severity: policy.Warning, Field: path,
+					Message: fmt.Sprintf("an empty list counts as one that is left out: it restricts nothing. Remove %s, or give it a value", path[strings.LastIndexByte(path, '.')+1:])})
+			}
+		})
+	}
+	return slices.Concat(out, around(j.Mesh, j.Cluster, obj))
+}

@@ -1,0 +1,117 @@
+package admission
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"strconv"
+
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/warrenmesh/warren/controlplane/policy"
+)
+
+// Object is what somebody wants to store.
+type Object struct {
+	Kind, Namespace, Name string
+	Annotations           map[string]string
+	// Spec is as it was written: a typed object no longer tells an empty list from none.
+	Spec json.RawMessage
+
+	deleted bool
+}
+
+func parse(raw []byte) (*Object, error) {
+	var in struct {
+		Metadata struct {
+			Name              string            `json:"name"`
+			Annotations       map[string]string `json:"annotations"`
+			DeletionTimestamp *string           `json:"deletionTimestamp"`
+		} `json:"metadata"`
+		Spec json.RawMessage `json:"spec"`
+	}
+	if err := json.Unmarshal(raw, &in); err != nil {
+		return nil, fmt.Errorf("the object cannot be read: %w", err)
+	}
+	return &Object{
+		Name: in.Metadata.Name, Annotations: in.Metadata.Annotations, Spec: in.Spec, deleted: in.Metadata.DeletionTimestamp != nil,
+	}, nil
+}
+
+// sameMeaning reports whether nothing that is judged differs. The API server writes both in one order.
+func (o *Object) sameMeaning(other *Object) bool {
+	dry, was := o.Annotations[policy.AnnotationDryRun]
+	otherDry, otherWas := other.Annotations[policy.AnnotationDryRun]
+	return bytes.Equal(o.Spec, other.Spec) && dry == otherDry && was == otherWas
+}
+
+// typed returns the object as its Go type; nil for a kind that is not judged.
+func (o *Object) typed() (any, error) {
+	meta := metav1.ObjectMeta{Namespace: o.Namespace, Name: o.Name, Annotations: o.Annotations}
+	spec := o.Spec
+	if len(spec) == 0 {
+		spec = []byte("{}")
+	}
+	var out any
+	var err error
+	switch o.Kind {
+	case "AuthorizationPolicy":
+		p := &securityv1.AuthorizationPolicy{ObjectMeta: meta}
+		out, err = p, p.Spec.UnmarshalJSON(spec)
+	case "PeerAuthentication":
+		p := &securityv1.PeerAuthentication{ObjectMeta: meta}
+		out, err = p, p.Spec.UnmarshalJSON(spec)
+	case "RequestAuthentication":
+		p := &securityv1.RequestAuthentication{ObjectMeta: meta}
+		out, err = p, p.Spec.UnmarshalJSON(spec)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("spec cannot be read as that of a %s: %w", o.Kind, err)
+	}
+	return out, nil
+}
+
+// emptyLists yields the paths of lists and of nulls in a list's place that say nothing beside lists that do: the
+// author may think that they mean "none". A source or operation of which all lists are empty is an error of its own.
+func emptyLists(spec []byte, yield func(path string)) {
+	type entry struct {
+		Source    map[string]json.RawMessage `json:"source"`
+		Operation map[string]json.RawMessage `json:"operation"`
+	}
+	var in struct {
+		Rules []struct {
+			From []entry `json:"from"`
+			To   []entry `json:"to"`
+		} `json:"rules"`
+	}
+	if json.Unmarshal(spec, &in) != nil {
+		return
+	}
+	look := func(at string, lists map[string]json.RawMessage) {
+		var empty []string
+		for name, v := range lists {
+			switch string(bytes.TrimSpace(v)) {
+			case "[]", "null":
+				empty = append(empty, name)
+			}
+		}
+		if len(empty) == len(lists) {
+			return
+		}
+		slices.Sort(empty)
+		for _, name := range empty {
+			yield(at + "." + name)
+		}
+	}
+	for i, r := range in.Rules {
+		at := "spec.rules[" + strconv.Itoa(i) + "]"
+		for j, f := range r.From {
+			look(at+".from["+strconv.Itoa(j)+"].source", f.Source)
+		}
+		for j, t := range r.To {
+			look(at+".to["+strconv.Itoa(j)+"].operation", t.Operation)
+		}
+	}
+}

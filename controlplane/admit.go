@@ -1,0 +1,50 @@
+package controlplane
+
+import (
+	"iter"
+
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+
+	"github.com/warrenmesh/warren/controlplane/admission"
+	"github.com/warrenmesh/warren/controlplane/policy"
+)
+
+// newAdmission makes the webhook's server.
+func (cp *controlPlane) newAdmission() *admission.Server {
+	judge := admission.Judge{
+		Mesh: policy.Mesh{
+			RootNamespace: cp.cfg.Mesh.RootNamespace, TrustDomain: cp.cfg.Mesh.TrustDomain, TrustDomainAliases: cp.cfg.Mesh.TrustDomainAliases,
+		},
+		Cluster: surroundings{cp},
+	}
+	return admission.NewServer(admission.Config{Judge: judge.Judge, Log: cp.cfg.Log.With("scope", "admission"), Metrics: cp.metrics})
+}
+
+// surroundings shows the state of the cluster to admission.
+type surroundings struct{ cp *controlPlane }
+
+func (s surroundings) Namespaces() []string          { return s.cp.source.NamespaceNames() }
+func (s surroundings) HasNamespace(name string) bool { return s.cp.source.HasNamespace(name) }
+
+func (s surroundings) Pods(namespace string) iter.Seq[admission.Pod] {
+	now := s.cp.store.Load()
+	prefix := s.cp.cfg.Mesh.ClusterID + "//Pod/"
+	return func(yield func(admission.Pod) bool) {
+		for p := range s.cp.source.SeenPods(namespace) {
+			out := admission.Pod{
+				Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.ServiceAccount, Labels: p.Labels, Captured: p.Captured,
+			}
+			if p.Captured {
+				w := now.Workload(prefix + p.Namespace + "/" + p.Name)
+				out.Waypoint = w != nil && w.Waypoint != nil
+			}
+			if !yield(out) {
+				return
+			}
+		}
+	}
+}
+
+func (s surroundings) PeerAuthentications(namespace string) iter.Seq[*securityv1.PeerAuthentication] {
+	return s.cp.source.PeerAuthentications(namespace)
+}
