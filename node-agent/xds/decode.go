@@ -243,7 +243,9 @@ func (c *Client) remove(typeURL, name string) {
 		delete(c.namespaces, name)
 		c.dirty.namespaces = true
 	case wds.MeshConfigType:
-		c.builder.SetConfig(c.cfg.Base)
-		c.dirty.config = true
+		if name == wds.MeshConfigName {
+			c.builder.SetConfig(c.cfg.Base)
+			c.dirty.config = true
+		}
 	}
 }

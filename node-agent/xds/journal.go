@@ -139,7 +139,7 @@ func readRecord(in *bytes.Reader, node string) (*discovery.DeltaDiscoveryRespons
 	}
 	start := in.Size() - int64(in.Len())
 	r := &discovery.DeltaDiscoveryResponse{}
-	if err := (protodelim.UnmarshalOptions{MaxSize: -1}).UnmarshalFrom(in, r); err != nil {
+	if err := (protodelim.UnmarshalOptions{MaxSize: int64(in.Len())}).UnmarshalFrom(in, r); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrState, err)
 	}
 	body := make([]byte, in.Size()-int64(in.Len())-start)

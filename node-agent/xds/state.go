@@ -141,7 +141,7 @@ func decodeState(data []byte, node string) ([]*discovery.DeltaDiscoveryResponse,
 	in := bytes.NewReader(body)
 	for {
 		r := &discovery.DeltaDiscoveryResponse{}
-		err := protodelim.UnmarshalOptions{MaxSize: -1}.UnmarshalFrom(in, r)
+		err := protodelim.UnmarshalOptions{MaxSize: int64(in.Len())}.UnmarshalFrom(in, r)
 		if errors.Is(err, io.EOF) {
 			return responses, nil
 		}
