@@ -58,11 +58,9 @@ static __always_inline int connect_from_node(struct bpf_sock *sk, const struct a
  *   - it knows what to do and the kernel does not: no gate, no ruleset, an identity that is new
  *   - a waypoint comes before the pod
  *   - the mesh wants it encrypted: sameNode
- *   - it is MPTCP: later subflows have other addresses
  *   - too many direct connections of this client are under way
  */
-static __always_inline int same_node(const struct pod *pod, const struct owner *o, const struct flow *f, bool mptcp,
-				     __u64 *rules)
+static __always_inline int same_node(const struct pod *pod, const struct owner *o, const struct flow *f, __u64 *rules)
 {
 	__u32 flags = 0, slot = o->slot;
 	struct reason why;
@@ -77,7 +75,7 @@ static __always_inline int same_node(const struct pod *pod, const struct owner *
 	if (d != ALLOWED)
 		return d;
 
-	if (!(flags & GATE_DIRECT) || mptcp)
+	if (!(flags & GATE_DIRECT))
 		return LEFT_TO_AGENT;
 	if (flags & GATE_UNLESS_STRICT) {
 		/* STRICT is a DENY of who has no identity. That no ALLOW lets it in is another matter. */
@@ -131,7 +129,7 @@ static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct ad
 	if (o && o->cookie != cookie) {
 		struct flow f = {.client = addr_is_v4(dst) ? pod->v4 : pod->v6, .server = *dst,
 				 .server_port = ntohs(((volatile struct bpf_sock_addr *)ctx)->user_port)};
-		switch (same_node(pod, o, &f, ctx->protocol == IPPROTO_MPTCP, &rules)) {
+		switch (same_node(pod, o, &f, &rules)) {
 		case DENIED:
 			count(CONNECT_DENIED);
 			bpf_set_retval(-ECONNREFUSED);

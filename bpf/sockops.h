@@ -76,8 +76,9 @@ static __always_inline bool write_ticket(struct bpf_sock_ops *ctx, struct flow *
 	}
 	t->born = bpf_ktime_get_ns();
 	long err = bpf_map_update_elem(&tickets, f, t, BPF_NOEXIST);
-	if (err == -EEXIST) { /* left behind under the same 4-tuple, and on its pod's account already */
-		__sync_fetch_and_sub(out, 1);
+	if (err == -EEXIST) { /* left behind under the same 4-tuple, and on somebody's account already */
+		struct ticket *old = bpf_map_lookup_elem(&tickets, f);
+		handshake_ended(old ? old->account : account);
 		err = bpf_map_update_elem(&tickets, f, t, BPF_ANY);
 	} else if (err) {
 		__sync_fetch_and_sub(out, 1);
@@ -120,10 +121,18 @@ static __always_inline void established_direct(struct bpf_sock_ops *ctx, struct 
 	tell_direct(EVENT_OPENED, f, d, 0, 0);
 }
 
-static __always_inline void closed_direct(struct bpf_sock_ops *ctx, struct flow *f)
+/* The client is gone before there was a server. */
+static __always_inline void forget_direct(struct flow *f, __u64 cookie)
 {
 	struct direct *d = bpf_map_lookup_elem(&directs, f);
-	if (!d || !d->established || d->server != bpf_get_netns_cookie(ctx))
+	if (d && !d->established && d->client == cookie)
+		bpf_map_delete_elem(&directs, f);
+}
+
+static __always_inline void closed_direct(struct bpf_sock_ops *ctx, struct flow *f, __u64 cookie)
+{
+	struct direct *d = bpf_map_lookup_elem(&directs, f);
+	if (!d || !d->established || d->server != cookie)
 		return;
 	/* The kernel counts a FIN as a byte. Where the end is not an orderly one the state does not quite tell whether
 	 * there was one: one byte too many or too few. */
@@ -181,17 +190,22 @@ int mesh_sockops(struct bpf_sock_ops *ctx)
 		if (!bpf_map_lookup_elem(&pods, &cookie))
 			break;
 		flow_of_server(ctx, &f);
+		/* A forged mark takes a direct connection to the agent in its own pod. That is not its server. */
+		struct direct *d = bpf_map_lookup_elem(&directs, &f);
+		if (d && d->server != cookie)
+			break;
 		if (drop_ticket(&f, TICKET_USED))
 			established_direct(ctx, &f);
 		break;
 	case BPF_SOCK_OPS_STATE_CB: /* requested for who has a ticket, and for who is served directly */
 		if (ctx->args[1] != BPF_TCP_CLOSE)
 			break;
+		cookie = bpf_get_netns_cookie(ctx);
 		flow_of_client(ctx, &f);
-		if (drop_ticket(&f, TICKET_UNUSED))
-			bpf_map_delete_elem(&directs, &f);
+		drop_ticket(&f, TICKET_UNUSED);
+		forget_direct(&f, cookie);
 		flow_of_server(ctx, &f);
-		closed_direct(ctx, &f);
+		closed_direct(ctx, &f, cookie);
 		break;
 	}
 	return 1;
