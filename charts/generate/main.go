@@ -127,6 +127,9 @@ func (s source) write(b *bytes.Buffer, dir string) (int, error) {
 				}
 			}
 			strip(crd["spec"])
+			if err := addRules(name, crd["spec"]); err != nil {
+				return 0, err
+			}
 			if docs[name], err = yaml.Marshal(crd); err != nil {
 				return 0, err
 			}
