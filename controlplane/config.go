@@ -191,10 +191,14 @@ func (c Config) withConfigMap(ctx context.Context, kube kubernetes.Interface) (C
 		c.Mesh.TrustDomainAliases = m.TrustDomainAliases
 	}
 	switch w.SameNode {
-	case "", "encrypt": // what every agent of this version does
+	case "", "auto":
+		c.Mesh.SameNode = mesh.SameNodeAuto
+	case "kernel":
+		c.Mesh.SameNode = mesh.SameNodeKernel
+	case "encrypt":
 		c.Mesh.SameNode = mesh.SameNodeEncrypt
 	default:
-		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q, which the node agents of this version cannot do; use encrypt or nothing", c.Namespace, name, w.SameNode)
+		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q: it must be auto, kernel or encrypt", c.Namespace, name, w.SameNode)
 	}
 	for _, e := range w.EnablementSelectors {
 		sel, err := e.selector()
