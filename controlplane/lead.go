@@ -87,6 +87,7 @@ func (cp *controlPlane) leaderWork(ctx context.Context) {
 	wg.Add(3)
 	go func() { defer wg.Done(); cp.roots.Run(ctx) }()
 	go func() { defer wg.Done(); cp.notices.Run(ctx) }()
+	wg.Go(func() { cp.policies.Run(ctx) })
 	go func() { defer wg.Done(); cp.bundle.Run(ctx) }()
 	wg.Wait()
 }

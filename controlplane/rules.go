@@ -11,6 +11,9 @@ var Rules = []rbacv1.PolicyRule{
 	// Which nodes enforce a policy is written on it.
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
 		Verbs: []string{"patch"}},
+	// Which nodes enforce a policy is written on it.
+	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
+		Verbs: []string{"patch"}},
 	// The annotation ambient.istio.io/redirection.
 	{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},

@@ -61,6 +61,7 @@ type controlPlane struct {
 	events    *status.Events
 	notices   *status.Notices
 	nodes     *status.Nodes
+	policies  *status.Policies
 	grpc      *grpc.Server
 	serving   *ca.Serving
 	admission *admission.Server
@@ -107,7 +108,9 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	cp.cache = xds.NewCache()
 	cp.xds = xds.NewServer(xds.Config{
 		Callers: callers, NodeOf: authorizer.NodeOf, Log: log.With("scope", "xds"), Metrics: cp.metrics,
+		OnProgress: func() { cp.policies.Progress() },
 	}, cp.cache)
+	cp.policies = cp.newPolicies()
 	cp.ca = ca.NewServer(ca.Config{
 		Callers: callers, Authorizer: authorizer, DefaultTTL: cfg.DefaultCertTTL, MaxTTL: cfg.MaxCertTTL,
 		Log: log.With("scope", "ca"), Metrics: cp.metrics,
@@ -246,6 +249,7 @@ func (cp *controlPlane) publish(u *index.Update) {
 	if err := cp.cache.Update(u); err != nil {
 		cp.cfg.Log.Error("objects not published", "error", err)
 	}
+	cp.policies.Take(u, cp.cache.Revision())
 	cp.store.Swap(u.Snapshot)
 	_, services, _ := u.Snapshot.Len()
 	cp.services.Set(float64(services))

@@ -1,0 +1,61 @@
+package status
+
+import (
+	"strings"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/wds"
+)
+
+// accepted are the conditions with which Istio says what it took an AuthorizationPolicy for, in its words. They say
+// nothing about any node.
+func accepted(k index.PolicyKey, s *index.PolicyState, o Object) []condition {
+	if k.Kind != index.AuthorizationPolicy {
+		return nil
+	}
+	if len(o.Targets) > 0 {
+		return []condition{waypointAccepted(s, o)}
+	}
+	c := condition{ConditionZtunnelAccepted, string(metav1.ConditionTrue), "Accepted", "attached to ztunnel"}
+	if !s.Exact {
+		c.Reason, c.Message = s.Reason, s.Message
+		if s.Reason == policy.ReasonNoWaypoint {
+			c.Reason = policy.ReasonUnsupported
+		}
+		if len(s.Compiled) == 0 {
+			c.Status = string(metav1.ConditionFalse)
+		}
+	}
+	return []condition{c}
+}
+
+func waypointAccepted(s *index.PolicyState, o Object) condition {
+	c := condition{Type: ConditionWaypointAccepted, Status: string(metav1.ConditionFalse)}
+	if len(o.Targets) > 1 {
+		c.Reason, c.Message = "Invalid", "Invalid targetRefs: "+few(o.Targets)
+		return c
+	}
+	kind, name, _ := strings.Cut(o.Targets[0], " ")
+	switch {
+	case s.Reason == index.ReasonTargetNotFound:
+		c.Reason, c.Message = "TargetNotFound", o.Targets[0]+" was not found"
+	case kind == "Gateway" || kind == "GatewayClass":
+		c.Reason, c.Message = "TargetNotFound", "not bound"
+	default:
+		c.Reason, c.Message = "AncestorNotBound", kind+" "+name+" is not bound to a waypoint"
+	}
+	return c
+}
+
+// policyName reads the name of a resource that a node refuses; the zero name fits no policy.
+func policyName(resource string) mesh.PolicyName {
+	n, err := wds.ParsePolicyName(resource)
+	if err != nil {
+		return mesh.PolicyName{}
+	}
+	return n
+}

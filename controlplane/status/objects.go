@@ -1,0 +1,45 @@
+package status
+
+import (
+	metav1alpha1 "istio.io/api/meta/v1alpha1"
+	typev1beta1 "istio.io/api/type/v1beta1"
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/warrenmesh/warren/controlplane/index"
+)
+
+// Objects is Object of PoliciesConfig on what the index reads.
+func Objects(s *index.Source) func(index.PolicyKey) (Object, bool) {
+	return func(k index.PolicyKey) (Object, bool) {
+		o, ok := s.Object(k.Kind, k.Namespace, k.Name)
+		if !ok {
+			return Object{}, false
+		}
+		return objectOf(o)
+	}
+}
+
+func objectOf(o any) (Object, bool) {
+	switch p := o.(type) {
+	case *securityv1.AuthorizationPolicy:
+		out := object(p, &p.Status)
+		refs := p.Spec.TargetRefs
+		if len(refs) == 0 && p.Spec.TargetRef != nil {
+			refs = []*typev1beta1.PolicyTargetReference{p.Spec.TargetRef}
+		}
+		for _, r := range refs {
+			out.Targets = append(out.Targets, r.GetKind()+" "+p.Namespace+"/"+r.GetName())
+		}
+		return out, true
+	case *securityv1.PeerAuthentication:
+		return object(p, &p.Status), true
+	case *securityv1.RequestAuthentication:
+		return object(p, &p.Status), true
+	}
+	return Object{}, false
+}
+
+func object(m metav1.Object, s *metav1alpha1.IstioStatus) Object {
+	return Object{UID: string(m.GetUID()), ResourceVersion: m.GetResourceVersion(), Generation: m.GetGeneration(), Conditions: s.GetConditions()}
+}

@@ -1,0 +1,512 @@
+package status
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	metav1alpha1 "istio.io/api/meta/v1alpha1"
+	istio "istio.io/client-go/pkg/clientset/versioned"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/util/flowcontrol"
+	"k8s.io/client-go/util/workqueue"
+
+	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/xds"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Object is a policy object as the watch has it.
+type Object struct {
+	UID, ResourceVersion string
+	Generation           int64
+	Conditions           []*metav1alpha1.IstioCondition
+	Targets              []string // targetRefs, as "Service shop/ui"
+}
+
+// PoliciesConfig is what Policies need.
+type PoliciesConfig struct {
+	// Object returns an object as the watch has it, false where it has none.
+	Object func(index.PolicyKey) (Object, bool)
+	// Write applies a merge patch to the status of an object.
+	Write func(ctx context.Context, k index.PolicyKey, patch []byte) error
+	// Nodes tells how far the nodes are; Forget is called about one that is gone.
+	Nodes  func() map[string]xds.Progress
+	Forget func(node string)
+
+	RootNamespace string
+	Log           *slog.Logger
+	Metrics       prometheus.Registerer
+}
+
+// A change that all nodes enforce within patience is written once, and not as pending before.
+const (
+	patience = time.Second
+	// lagPatience is the same where the object was enforced already: nodes catch up with pods that come and go, and
+	// agents are replaced.
+	lagPatience = 5 * time.Second
+	// pace is how often what is still pending is written anew.
+	pace = 2 * time.Second
+	// watchLag is how long the watch may take to show what was written.
+	watchLag = 5 * time.Second
+	// resync is how often all objects are compared with what they should say.
+	resync = 10 * time.Minute
+
+	writers      = 8
+	writesPerS   = 50
+	burst        = 100
+	retryAtFirst = 20 * time.Millisecond
+	retryAtMost  = 30 * time.Second
+	fieldManager = "warren-control"
+)
+
+// Policies writes on every policy object which nodes enforce it.
+//
+// Take and Progress only note what has to be looked at again; while this replica leads, Run looks at it and writes
+// what is not there yet.
+type Policies struct {
+	cfg     PoliciesConfig
+	writes  *prometheus.CounterVec
+	seconds prometheus.Histogram
+
+	moved chan struct{} // one token: nodes have come further
+
+	mu          sync.Mutex
+	tally       *tally
+	entries     map[index.PolicyKey]*entry
+	byNamespace map[string]map[index.PolicyKey]struct{}
+	byCompiled  map[mesh.PolicyName]map[index.PolicyKey]struct{}
+	waiting     map[index.PolicyKey]struct{} // some nodes do not enforce it yet
+	refused     map[string]map[string]string // by node, as of the last look
+	queue       workqueue.TypedRateLimitingInterface[index.PolicyKey]
+}
+
+// entry is what is known about one object.
+type entry struct {
+	state    *index.PolicyState
+	revision uint64    // as of which it is what it is
+	taken    time.Time // when that was
+	timed    bool      // the time until all nodes enforced it has been measured
+	behind   time.Time // since when nodes are; zero: they are not
+
+	wrote   []condition // last
+	wroteOf int64       // generation
+	wroteAt time.Time
+}
+
+// NewPolicies returns Policies that know none.
+func NewPolicies(cfg PoliciesConfig) *Policies {
+	p := &Policies{cfg: cfg, moved: make(chan struct{}, 1), tally: newTally(), entries: map[index.PolicyKey]*entry{},
+		byNamespace: map[string]map[index.PolicyKey]struct{}{}, byCompiled: map[mesh.PolicyName]map[index.PolicyKey]struct{}{},
+		waiting: map[index.PolicyKey]struct{}{}, refused: map[string]map[string]string{},
+		writes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "warren_policy_status_writes_total", Help: "Writes of the conditions of policies, by result.",
+		}, []string{"result"}),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name:    "warren_policy_enforcement_seconds",
+			Help:    "Seconds from when the control plane learned of a policy's change until all nodes concerned enforced it.",
+			Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
+		})}
+	if cfg.Metrics != nil {
+		cfg.Metrics.MustRegister(p.writes, p.seconds)
+	}
+	return p
+}
+
+// Take follows an Update that is served as of a revision of the xDS cache. It does not block.
+func (p *Policies) Take(u *index.Update, revision uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	m := p.tally.take(u.Snapshot, revision)
+	now := time.Now()
+	for k, s := range u.Policies {
+		p.set(k, s, revision, now)
+	}
+	for name := range m.policies {
+		for k := range p.byCompiled[name] {
+			p.look(k)
+		}
+	}
+	for ns := range m.namespaces {
+		for k := range p.byNamespace[ns] {
+			p.look(k)
+		}
+	}
+	if m.mesh {
+		for k := range p.byNamespace[p.cfg.RootNamespace] {
+			p.look(k)
+		}
+	}
+}
+
+func (p *Policies) set(k index.PolicyKey, s *index.PolicyState, revision uint64, now time.Time) {
+	if old := p.entries[k]; old != nil {
+		for _, name := range old.state.Compiled {
+			delete(p.byCompiled[name], k)
+			if len(p.byCompiled[name]) == 0 {
+				delete(p.byCompiled, name)
+			}
+		}
+	}
+	if s == nil {
+		delete(p.entries, k)
+		delete(p.waiting, k)
+		delete(p.byNamespace[k.Namespace], k)
+		if len(p.byNamespace[k.Namespace]) == 0 {
+			delete(p.byNamespace, k.Namespace)
+		}
+		return
+	}
+	e := p.entries[k]
+	if e == nil || e.state.UID != s.UID {
+		e = &entry{}
+		p.entries[k] = e
+	}
+	e.state, e.revision, e.taken, e.timed, e.behind = s, revision, now, false, time.Time{}
+	for _, name := range s.Compiled {
+		if p.byCompiled[name] == nil {
+			p.byCompiled[name] = map[index.PolicyKey]struct{}{}
+		}
+		p.byCompiled[name][k] = struct{}{}
+	}
+	if p.byNamespace[k.Namespace] == nil {
+		p.byNamespace[k.Namespace] = map[index.PolicyKey]struct{}{}
+	}
+	p.byNamespace[k.Namespace][k] = struct{}{}
+	p.look(k)
+}
+
+// look has an object looked at, if this replica writes.
+func (p *Policies) look(k index.PolicyKey) {
+	if p.queue != nil {
+		p.queue.Add(k)
+	}
+}
+
+// Progress notes that nodes have come further. It does not block.
+func (p *Policies) Progress() {
+	select {
+	case p.moved <- struct{}{}:
+	default:
+	}
+}
+
+// Run writes until ctx ends, beginning with everything. It is the leader's.
+func (p *Policies) Run(ctx context.Context) {
+	queue := workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[index.PolicyKey](retryAtFirst, retryAtMost))
+	limit := flowcontrol.NewTokenBucketRateLimiter(writesPerS, burst)
+	p.mu.Lock()
+	p.queue = queue
+	p.mu.Unlock()
+	all := func() {
+		p.mu.Lock()
+		for k := range p.entries {
+			queue.Add(k)
+		}
+		p.mu.Unlock()
+	}
+	all()
+	var work sync.WaitGroup
+	for range writers {
+		work.Go(func() {
+			for {
+				k, ended := queue.Get()
+				if ended {
+					return
+				}
+				p.reconcile(ctx, queue, limit, k)
+				queue.Done(k)
+			}
+		})
+	}
+	tick := time.NewTicker(resync)
+	defer tick.Stop()
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+		case <-tick.C:
+			all()
+		case <-p.moved:
+			p.advanced()
+		}
+	}
+	p.mu.Lock()
+	p.queue = nil
+	p.mu.Unlock()
+	queue.ShutDown()
+	work.Wait()
+}
+
+// advanced has everything looked at that the nodes' progress may have changed.
+func (p *Policies) advanced() {
+	nodes := p.cfg.Nodes()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for k := range p.waiting {
+		p.look(k)
+	}
+	for node := range p.refused {
+		if _, ok := nodes[node]; !ok {
+			delete(p.refused, node)
+		}
+	}
+	for node, now := range nodes {
+		was := p.refused[node]
+		for _, m := range []map[string]string{was, now.Refused} {
+			for name := range m {
+				if was[name] == now.Refused[name] {
+					continue
+				}
+				for k := range p.byCompiled[policyName(name)] {
+					p.look(k)
+				}
+			}
+		}
+		p.refused[node] = now.Refused
+		if now.Connected.IsZero() && p.tally.all[node] == 0 {
+			p.cfg.Forget(node)
+		}
+	}
+}
+
+// reconcile looks at one object and writes what it has to say, if it does not say so already.
+func (p *Policies) reconcile(ctx context.Context, queue workqueue.TypedRateLimitingInterface[index.PolicyKey], limit flowcontrol.RateLimiter, k index.PolicyKey) {
+	o, ok := p.cfg.Object(k)
+	if !ok {
+		queue.Forget(k)
+		return // gone; the index will say so
+	}
+	now := time.Now()
+	want, again := p.assess(k, o, now)
+	if again > 0 {
+		queue.AddAfter(k, again)
+	}
+	if want == nil {
+		queue.Forget(k)
+		return
+	}
+	patch, err := statusPatch(o, want, now)
+	if err != nil {
+		p.cfg.Log.Error("conditions not written", "kind", k.Kind, "namespace", k.Namespace, "name", k.Name, "error", err)
+		return
+	}
+	if limit.Wait(ctx) != nil {
+		return
+	}
+	err = p.cfg.Write(ctx, k, patch)
+	switch {
+	case err == nil:
+		p.writes.WithLabelValues("ok").Inc()
+		p.wrote(k, o, want, now)
+		queue.Forget(k)
+	case apierrors.IsNotFound(err):
+		p.writes.WithLabelValues("gone").Inc()
+		queue.Forget(k)
+	case apierrors.IsConflict(err): // it has changed; the watch will show how
+		p.writes.WithLabelValues("conflict").Inc()
+		queue.AddRateLimited(k)
+	case ctx.Err() != nil:
+	default:
+		p.writes.WithLabelValues("error").Inc()
+		p.cfg.Log.Warn("conditions not written, trying again", "kind", k.Kind, "namespace", k.Namespace, "name", k.Name, "error", err)
+		queue.AddRateLimited(k)
+	}
+}
+
+func (p *Policies) wrote(k index.PolicyKey, o Object, want []condition, now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if e := p.entries[k]; e != nil && e.state.UID == o.UID {
+		e.wrote, e.wroteOf, e.wroteAt = want, o.Generation, now
+	}
+}
+
+// assess returns the conditions to write, nil for none, and when to look again without a reason to, 0 for never.
+func (p *Policies) assess(k index.PolicyKey, o Object, now time.Time) (want []condition, again time.Duration) {
+	p.mu.Lock()
+	p.waiting[k] = struct{}{} // before the nodes are read: what they do from here on has it looked at again
+	p.mu.Unlock()
+	nodes := p.cfg.Nodes()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	e := p.entries[k]
+	if e == nil || e.state.UID != o.UID || e.state.Generation != o.Generation {
+		delete(p.waiting, k)
+		return nil, 0 // the index has not come as far as the watch: it will
+	}
+	enforced, done := p.enforced(k, e, nodes)
+	if done {
+		delete(p.waiting, k)
+		e.behind = time.Time{}
+		if !e.timed {
+			e.timed = true
+			p.seconds.Observe(now.Sub(e.taken).Seconds())
+		}
+	} else if e.behind.IsZero() {
+		e.behind = now
+	}
+	want = append(accepted(k, e.state, o), enforced)
+	if unchanged(o.Conditions, want, o.Generation) {
+		return nil, 0
+	}
+	if e.wroteOf == o.Generation && now.Sub(e.wroteAt) < watchLag && equalConditions(e.wrote, want) {
+		return nil, e.wroteAt.Add(watchLag).Sub(now)
+	}
+	if !done {
+		was := find(o.Conditions, ConditionEnforced)
+		wait := e.behind.Add(patience)
+		switch {
+		case was != nil && was.ObservedGeneration == o.Generation && was.Status == string(metav1.ConditionTrue):
+			wait = e.behind.Add(lagPatience)
+		case was != nil && was.ObservedGeneration == o.Generation:
+			wait = e.wroteAt.Add(pace)
+		}
+		if now.Before(wait) {
+			return nil, wait.Sub(now)
+		}
+	}
+	return want, 0
+}
+
+func equalConditions(a, b []condition) bool {
+	if len(a) != len(b) {
+		return false
+	}
+	for i := range a {
+		x, y := a[i], b[i]
+		x.Message, y.Message = atRevision.ReplaceAllString(x.Message, ""), atRevision.ReplaceAllString(y.Message, "")
+		if x != y {
+			return false
+		}
+	}
+	return true
+}
+
+// enforced counts the nodes. done reports that every one that has to holds what is compiled for the object.
+func (p *Policies) enforced(k index.PolicyKey, e *entry, nodes map[string]xds.Progress) (_ condition, done bool) {
+	concerned := p.concerned(k, e.state)
+	revision := max(e.revision, p.tally.since(e.state.Compiled))
+	var pending, disconnected, unknown, refusing []string
+	why := ""
+	n := 0
+	for _, node := range concerned.names() {
+		at, seen := nodes[node]
+		refused, trouble := "", at.Trouble
+		for _, name := range e.state.Compiled {
+			if r := at.Refused[name.String()]; r != "" {
+				refused = r
+			}
+		}
+		switch {
+		case refused != "":
+			refusing = append(refusing, node)
+			why = first(why, node+" says: "+short(refused))
+		case at.Revision >= revision:
+			n++
+		case trouble != "":
+			refusing = append(refusing, node)
+			why = first(why, node+" says: "+short(trouble))
+		case !seen:
+			unknown = append(unknown, node)
+		case at.Connected.IsZero():
+			disconnected = append(disconnected, node)
+		default:
+			pending = append(pending, node)
+		}
+	}
+	total := len(concerned)
+	c := condition{Type: ConditionEnforced, Status: string(metav1.ConditionTrue), Reason: reasonEnforced,
+		Message: fmt.Sprintf("%d/%d nodes at revision %d", n, total, revision)}
+	for _, part := range []struct {
+		reason, word string
+		nodes        []string
+	}{
+		{reasonPending, "waiting for", pending},
+		{reasonPending, "not connected and behind:", disconnected},
+		{reasonDisconnected, "not connected:", unknown},
+		{reasonRefused, "refused by", refusing},
+	} {
+		if len(part.nodes) > 0 {
+			c.Status, c.Reason = string(metav1.ConditionFalse), part.reason
+			c.Message += "; " + part.word + " " + few(part.nodes)
+		}
+	}
+	if why != "" {
+		c.Message += "; " + why
+	}
+	if c.Reason == reasonDisconnected {
+		c.Status = string(metav1.ConditionUnknown)
+	}
+	done = n == total
+	switch {
+	case !e.state.Exact:
+		if done || c.Reason == reasonPending {
+			c.Reason = e.state.Reason
+		}
+		c.Status = string(metav1.ConditionFalse)
+		if total == 0 {
+			c.Message, done = e.state.Message, true
+		} else {
+			c.Message = e.state.Message + " (so on " + c.Message + ")"
+		}
+	case total == 0:
+		c.Reason, c.Message = reasonNoWorkloads, "no captured workload is selected, so there is nothing to enforce yet"
+	case e.state.Message != "":
+		c.Message += "; " + e.state.Message
+	}
+	return c, done
+}
+
+// concerned are the nodes with workloads that the object selects. A PeerAuthentication with a selector is counted
+// on all nodes of its namespace, because it may be the reason why a workload is not strict.
+func (p *Policies) concerned(k index.PolicyKey, s *index.PolicyState) nodeCount {
+	if len(s.Compiled) == 0 || p.tally.snapshot == nil {
+		return nil
+	}
+	if k.Kind == index.PeerAuthentication {
+		if k.Namespace == p.cfg.RootNamespace {
+			return p.tally.all
+		}
+		return p.tally.byNamespace[k.Namespace]
+	}
+	nodes := nodeCount{}
+	for _, name := range s.Compiled {
+		if c := p.tally.snapshot.Policy(name); c != nil {
+			maps.Copy(nodes, p.tally.nodesOf(c))
+		}
+	}
+	return nodes
+}
+
+func first(a, b string) string {
+	if a != "" {
+		return a
+	}
+	return b
+}
+
+// WriteStatus is Write of PoliciesConfig with a client of the API server.
+func WriteStatus(client istio.Interface) func(context.Context, index.PolicyKey, []byte) error {
+	return func(ctx context.Context, k index.PolicyKey, patch []byte) (err error) {
+		o := metav1.PatchOptions{FieldManager: fieldManager}
+		security := client.SecurityV1()
+		switch k.Kind {
+		case index.AuthorizationPolicy:
+			_, err = security.AuthorizationPolicies(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		case index.PeerAuthentication:
+			_, err = security.PeerAuthentications(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		case index.RequestAuthentication:
+			_, err = security.RequestAuthentications(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		default:
+			err = errors.New("not a policy object: " + k.Kind.String())
+		}
+		return err
+	}
+}
