@@ -88,6 +88,7 @@ func Run(ctx context.Context, cfg Config) error {
 	start("certificates", a.manager.Run)
 	start("holder", func(ctx context.Context) error { a.keeper.Run(ctx); return nil })
 	start("enforcement", a.enforce)
+	start("the kernel's decisions", a.reportKernel)
 	start("certificates for a successor", a.keepCertificates)
 	start("xds", a.xds.Run)
 	start("state", a.awaitState)

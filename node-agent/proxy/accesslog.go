@@ -18,6 +18,7 @@ type report struct {
 	series  *series
 	dstAddr netip.AddrPort // what was connected to, or for inbound what the peer connected to
 	hbone   string         // authority of the CONNECT
+	kernel  bool           // the agent has no part in it
 }
 
 // open counts the connection. shared says that the objects of k belong to the Snapshot.
@@ -38,6 +39,13 @@ func (r *report) close(err error) {
 	if !log.Enabled(ctx, level) {
 		return
 	}
+	var suppressed int
+	if o == PolicyDenied {
+		var may bool
+		if may, suppressed = r.c.pod.denials.allow(time.Now()); !may {
+			return
+		}
+	}
 	// The keys are ztunnel's. Its log turns the metrics' point of view around: bytes_sent is what this
 	// reporter's own workload sent.
 	sent, recv := r.c.bytes.AtoB.Load(), r.c.bytes.BtoA.Load()
@@ -53,9 +61,7 @@ func (r *report) close(err error) {
 	str("src.addr", r.c.info.Src.String())
 	str("src.workload", podName(r.key.src))
 	str("src.namespace", namespaceOf(r.key.src))
-	if r.key.mtls {
-		str("src.identity", r.key.peer.String())
-	}
+	str("src.identity", r.key.peer.String())
 	str("src.cluster", clusterOf(r.key.src))
 	str("dst.addr", r.dstAddr.String())
 	str("dst.hbone_addr", r.hbone)
@@ -64,7 +70,7 @@ func (r *report) close(err error) {
 	}
 	str("dst.workload", podName(r.key.dst))
 	str("dst.namespace", namespaceOf(r.key.dst))
-	if r.key.mtls && r.key.dst != nil {
+	if !r.key.peer.IsZero() && r.key.dst != nil {
 		str("dst.identity", r.key.dst.Identity.String())
 	}
 	str("dst.cluster", clusterOf(r.key.dst))
@@ -76,6 +82,14 @@ func (r *report) close(err error) {
 	}
 	if err != nil && o.flag() != flagNone {
 		str("error", fold(err.Error()))
+	}
+	if r.kernel {
+		str("path", "kernel")
+	}
+	str("authz.audit", names(r.c.noted.Audit))
+	str("authz.dry_run", dryRuns(r.c.noted.DryRun))
+	if suppressed > 0 {
+		a = append(a, slog.Int("suppressed", suppressed)) // lines like this one that were left out before it
 	}
 	log.LogAttrs(ctx, level, msg, a...)
 }

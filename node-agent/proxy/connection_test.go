@@ -267,9 +267,9 @@ func TestAConnectionThatNobodyTakesIsReset(t *testing.T) {
 	}
 	l.nodes["node-a"].log.find(t, map[string]any{"direction": "outbound", "outcome": "app_refused", "level": "ERROR"})
 	l.nodes["node-b"].log.find(t, map[string]any{"direction": "inbound", "outcome": "app_refused"})
-	if n := l.nodes["node-a"].metric("istio_tcp_connections_failed_total", map[string]string{"response_flags": "CONNECT"}); n != 3 {
-		t.Errorf("%v connections counted as failed, want 3", n)
-	}
+	eventually(t, "3 connections are counted as failed", func() bool { // which happens after the reset
+		return l.nodes["node-a"].metric("istio_tcp_connections_failed_total", map[string]string{"response_flags": "CONNECT"}) == 3
+	})
 }
 
 func TestTCPsManners(t *testing.T) {

@@ -34,6 +34,7 @@ type conn struct {
 	auth  mesh.Conn        // what Authorize decides on; zero for outbound
 	bytes hbone.RelayStats // client to server, server to client
 	via   atomic.Pointer[tunnel]
+	noted mesh.Verdict // Audit and DryRun of its authorization, for the log; set before its report ends
 
 	mu      sync.Mutex
 	info    ConnInfo // for listings

@@ -167,13 +167,7 @@ func (h *PodHandle) source(s *mesh.Snapshot, a netip.Addr, peer mesh.Identity, h
 // it, be it meanwhile by end.
 func (h *PodHandle) admit(ctx context.Context, c *conn, client, app netip.AddrPort) (*net.TCPConn, error) {
 	v := h.p.store.Load().Authorize(c.auth)
-	for _, name := range v.Audit {
-		h.p.log.Info("an AUDIT policy matches", "policy", name, "source", c.auth.Source, "source_ip", c.auth.SourceIP, "destination", app)
-	}
-	for _, d := range v.DryRun {
-		h.p.log.Info("a dry-run policy would have decided", "policy", d.Policy, "allow", d.Allow, "source", c.auth.Source,
-			"source_ip", c.auth.SourceIP, "destination", app)
-	}
+	h.p.note(c, v)
 	if !v.Allow {
 		return nil, fail(PolicyDenied, "%s", denial(v))
 	}

@@ -315,7 +315,7 @@ func (p *labPod) enroll() {
 	p.handle, err = p.node.proxy.AddPod(Pod{UID: "uid-" + p.name, WorkloadUID: "test//Pod/shop/" + p.name, Identity: p.id,
 		Addrs: []netip.Addr{p.v4, p.v6}, NetNS: p.ns}, ls)
 	check(t, err)
-	check(t, p.node.dp.Enroll(datapath.Pod{UID: "uid-" + p.name, NetNS: p.ns, Addrs: []netip.Addr{p.v4, p.v6}, Listeners: p.listeners}))
+	check(t, p.node.dp.Enroll(datapath.Pod{UID: "uid-" + p.name, Workload: "test//Pod/shop/" + p.name, Identity: p.id, NetNS: p.ns, Addrs: []netip.Addr{p.v4, p.v6}, Listeners: p.listeners}))
 	t.Cleanup(func() { p.listeners.Close() })
 }
 

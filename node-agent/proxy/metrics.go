@@ -72,7 +72,16 @@ type Metrics struct {
 	outcomes [2][outcomes]atomic.Uint64 // by Direction
 	attempts [2]atomic.Uint64           // failovers: tried again, given up
 	refused  map[refusal]uint64         // guarded by mu
-	descs    struct{ opened, closed, failed, received, sent, sockets, outcomes, failovers, refused *prometheus.Desc }
+	shadows  map[unenforced]uint64      // guarded by mu
+	descs    struct {
+		opened, closed, failed, received, sent, sockets, outcomes, failovers, refused, audits, dryRuns *prometheus.Desc
+	}
+}
+
+// unenforced is a result that is reported and not enforced.
+type unenforced struct {
+	policy         mesh.PolicyName
+	action, result string
 }
 
 // refusal is a failed TLS handshake by side and by identity.Reason.
@@ -83,7 +92,8 @@ type refusal struct {
 
 // NewMetrics returns empty counters.
 func NewMetrics() *Metrics {
-	m := &Metrics{now: time.Now, recent: map[seriesKey]*series{}, byLabel: map[labels]*series{}, refused: map[refusal]uint64{}}
+	m := &Metrics{now: time.Now, recent: map[seriesKey]*series{}, byLabel: map[labels]*series{}, refused: map[refusal]uint64{},
+		shadows: map[unenforced]uint64{}}
 	traffic := func(name, help string) *prometheus.Desc {
 		return prometheus.NewDesc(name, help, labelNames[:], nil)
 	}
@@ -98,7 +108,16 @@ func NewMetrics() *Metrics {
 	d.failovers = prometheus.NewDesc("warren_failovers_total",
 		"Connections tried on another endpoint before any byte was sent, by whether that was possible.", []string{"result"}, nil)
 	d.refused = prometheus.NewDesc("warren_tls_failures_total", "TLS handshakes with a peer that failed, by why.", []string{"reporter", "reason"}, nil)
+	d.audits = prometheus.NewDesc("warren_authz_audit_total", "Connections that an AUDIT policy matched.", []string{"policy"}, nil)
+	d.dryRuns = prometheus.NewDesc("warren_authz_dry_run_total", "What policies under istio.io/dry-run would have decided.",
+		[]string{"policy", "authz_dry_run_action", "authz_dry_run_result"}, nil)
 	return m
+}
+
+func (m *Metrics) unenforced(u unenforced) {
+	m.mu.Lock()
+	m.shadows[u]++
+	m.mu.Unlock()
 }
 
 // opened counts a new connection and returns its series, which the caller gives back to closed. shared says
@@ -207,7 +226,7 @@ func labelsOf(k seriesKey) labels {
 // Describe implements prometheus.Collector.
 func (m *Metrics) Describe(ch chan<- *prometheus.Desc) {
 	d := &m.descs
-	for _, x := range []*prometheus.Desc{d.opened, d.closed, d.failed, d.received, d.sent, d.sockets, d.outcomes, d.failovers, d.refused} {
+	for _, x := range []*prometheus.Desc{d.opened, d.closed, d.failed, d.received, d.sent, d.sockets, d.outcomes, d.failovers, d.refused, d.audits, d.dryRuns} {
 		ch <- x
 	}
 }
@@ -243,8 +262,15 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(m.descs.failovers, prometheus.CounterValue, float64(m.attempts[i].Load()), result)
 	}
 	m.mu.Lock()
-	refused := maps.Clone(m.refused)
+	refused, shadows := maps.Clone(m.refused), maps.Clone(m.shadows)
 	m.mu.Unlock()
+	for u, n := range shadows {
+		if u.action == "audit" {
+			ch <- prometheus.MustNewConstMetric(m.descs.audits, prometheus.CounterValue, float64(n), u.policy.String())
+		} else {
+			ch <- prometheus.MustNewConstMetric(m.descs.dryRuns, prometheus.CounterValue, float64(n), u.policy.String(), u.action, u.result)
+		}
+	}
 	for r, n := range refused {
 		ch <- prometheus.MustNewConstMetric(m.descs.refused, prometheus.CounterValue, float64(n), reporters[r.dir], r.reason)
 	}

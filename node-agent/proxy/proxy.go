@@ -82,6 +82,9 @@ type Proxy struct {
 	changed chan struct{} // closed and replaced when the state changes
 	checked progress
 
+	flowsMu sync.Mutex
+	flows   map[flowKey]*flow
+
 	started, stopped atomic.Uint64 // pods
 }
 
@@ -96,6 +99,7 @@ type PodHandle struct {
 	listeners []net.Listener
 	loops     sync.WaitGroup
 	open      atomic.Int64
+	denials   lineBudget
 }
 
 // New returns a Proxy without pods. Close ends it.
@@ -123,7 +127,7 @@ func New(cfg Config) (*Proxy, error) {
 		cfg.Access = slog.New(slog.DiscardHandler)
 	}
 	p := &Proxy{cfg: cfg, store: cfg.Store, metrics: cfg.Metrics, log: cfg.Log, access: cfg.Access,
-		conns: newConnTable(), peers: newPeerTable(), pods: map[string]*PodHandle{}, changed: make(chan struct{})}
+		conns: newConnTable(), peers: newPeerTable(), pods: map[string]*PodHandle{}, flows: map[flowKey]*flow{}, changed: make(chan struct{})}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel,
 		DialTimeout:  cfg.ConnectTimeout + cfg.HandshakeTimeout,
@@ -221,6 +225,7 @@ func (h *PodHandle) Close(ctx context.Context) {
 		}
 	}
 	p.conns.endAll(func(c *conn) bool { return c.pod == h }, Drained, "the pod left the mesh")
+	p.forgetFlows(h)
 }
 
 func (p *Proxy) podByUID(uid string) *PodHandle {
