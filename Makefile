@@ -32,6 +32,7 @@ test-kernels: deps              # the kernel side on Debian's 6.1 and 6.12, in Q
 soak: export WARREN_RECORD = 1
 soak: deps                      # the suites with the numbers of a long run
 	@go test -count=1 -v -timeout 1h -run TestPeersThatMustBeRefused ./test/interop -long
+	@go test -count=1 -v -timeout 1h ./test/reference -long
 	@cd test/e2e && go test -count=1 -v -timeout 6h . -long
 
 generate: deps
