@@ -10,7 +10,11 @@
 //
 // It owns everything under its bpffs directory, the rule and route of each enrolled pod's namespace and the
 // guard on the node side of its veth; there is one writer, by a lock on that directory. It must not know
-// identities, policies, tunnels or Kubernetes: a pod is a UID, a namespace and addresses.
+// tunnels or Kubernetes: a pod is a UID, a namespace, addresses, and who it is in the mesh.
+//
+// Policies are internal/mesh's. What this package adds is their form in the kernel: rules.go computes the rows of a
+// Snapshot, gates.go writes them, directs.go ends what a new Snapshot does not allow, events.go tells what the kernel
+// decided by itself.
 //
 // Whatever fails, fails closed: a pod that is enrolled has no way around the agent, and what cannot be
 // enrolled is refused with a reason and left as it was.
