@@ -35,6 +35,7 @@ type Config struct {
 
 	DefaultCertTTL time.Duration
 	MaxCertTTL     time.Duration
+	RootTTL        time.Duration // of a self-signed root; 0: 10 years
 	// CACertsDir is where a plugged-in signing key is mounted, "" for nowhere.
 	CACertsDir string
 

@@ -83,6 +83,7 @@ func (cp *controlPlane) leaderWork(ctx context.Context) {
 	factory.Start(ctx.Done())
 	defer factory.Shutdown()
 	cp.recheckRoots()
+	cp.authority.Lead(ctx)
 	var wg sync.WaitGroup
 	wg.Add(3)
 	go func() { defer wg.Done(); cp.roots.Run(ctx) }()

@@ -56,7 +56,7 @@ type controlPlane struct {
 	cache     *xds.Cache
 	xds       *xds.Server
 	ca        *ca.Server
-	keys      *ca.Keys
+	authority *ca.Authority
 	roots     *ca.Roots
 	events    *status.Events
 	notices   *status.Notices
@@ -115,9 +115,9 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		Callers: callers, Authorizer: authorizer, DefaultTTL: cfg.DefaultCertTTL, MaxTTL: cfg.MaxCertTTL,
 		Log: log.With("scope", "ca"), Metrics: cp.metrics,
 	})
-	cp.keys = &ca.Keys{Client: clients.Kube, Namespace: cfg.Namespace, TrustDomain: cfg.Mesh.TrustDomain, Dir: cfg.CACertsDir}
 	cp.roots = ca.NewRoots(clients.Kube, cp.root, log.With("scope", "ca"))
 	cp.events = status.NewEvents(clients.Kube)
+	cp.authority = cp.newAuthority()
 	cp.notices = status.NewNotices(cp.events)
 	cp.nodes = status.NewNodes(status.Config{
 		Kube: clients.Kube, Callers: callers, NodeOf: authorizer.NodeOf, Pods: cp.source, Events: cp.events,
@@ -128,7 +128,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	cp.serving = &ca.Serving{
 		Names:    cfg.dnsNames(),
 		Identity: mesh.Identity{TrustDomain: cfg.Mesh.TrustDomain, Namespace: cfg.Namespace, ServiceAccount: cfg.ServiceAccount},
-		Signer:   cp.ca.Signer,
+		Standing: cp.ca.Standing,
 	}
 	cp.grpc = grpc.NewServer(
 		grpc.Creds(credentials.NewTLS(cp.serving.TLS())),
@@ -148,16 +148,9 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	return cp, nil
 }
 
-func (cp *controlPlane) root() []byte {
-	if s := cp.ca.Signer(); s != nil {
-		return s.RootPEM()
-	}
-	return nil
-}
-
 func (cp *controlPlane) run(ctx context.Context) error {
 	defer cp.events.Close()
-	if err := cp.loadKey(ctx); err != nil {
+	if err := cp.authority.Begin(ctx); err != nil {
 		return err
 	}
 	var lc net.ListenConfig
@@ -191,7 +184,7 @@ func (cp *controlPlane) run(ctx context.Context) error {
 		})
 		return ended(ctx, err)
 	})
-	g.Go(func() error { cp.watchKey(ctx); return nil })
+	g.Go(func() error { cp.authority.Follow(ctx); return nil })
 	if l := listeners[0]; l != nil {
 		g.Go(func() error { // only what has been read is served, and only then are pods known to the CA
 			select {
@@ -259,50 +252,6 @@ func (cp *controlPlane) publish(u *index.Update) {
 			cp.roots.Forget(name)
 		} else {
 			cp.roots.Check(name)
-		}
-	}
-}
-
-const keyCheck = time.Minute
-
-// loadKey reads the signing key, waiting for an API server that does not answer yet.
-func (cp *controlPlane) loadKey(ctx context.Context) error {
-	for {
-		s, err := cp.keys.Load(ctx)
-		if err == nil {
-			cp.ca.SetSigner(s)
-			return nil
-		}
-		cp.cfg.Log.Error("no signing key", "error", err)
-		select {
-		case <-ctx.Done():
-			return err
-		case <-time.After(2 * time.Second):
-		}
-	}
-}
-
-// watchKey takes over a key that was exchanged. What cannot be read leaves the old one in use.
-func (cp *controlPlane) watchKey(ctx context.Context) {
-	tick := time.NewTicker(keyCheck)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-		}
-		s, err := cp.keys.Load(ctx)
-		if err != nil {
-			if ctx.Err() == nil {
-				cp.cfg.Log.Warn("signing key not read, the last one stays in use", "error", err)
-			}
-			continue
-		}
-		if !s.Equal(cp.ca.Signer()) {
-			cp.ca.SetSigner(s)
-			cp.cfg.Log.Info("signing key exchanged", "notAfter", s.NotAfter())
-			cp.recheckRoots()
 		}
 	}
 }

@@ -153,6 +153,7 @@ func (e *environment) config() controlplane.Config {
 		TrustedNodes:   e.list("CA_TRUSTED_NODE_ACCOUNTS"),
 		DefaultCertTTL: e.duration("DEFAULT_WORKLOAD_CERT_TTL"),
 		MaxCertTTL:     e.duration("MAX_WORKLOAD_CERT_TTL"),
+		RootTTL:        e.duration("CITADEL_SELF_SIGNED_CA_CERT_TTL"),
 		CACertsDir:     e.text("CA_CERTS_DIR", "/etc/cacerts"),
 		XDSAddr:        e.text("XDS_LISTEN", ":15012"),
 		MonitoringAddr: e.text("MONITORING_LISTEN", ":15014"),

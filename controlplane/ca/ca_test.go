@@ -128,7 +128,7 @@ func newServer(t *testing.T, c caller, p Placement) *Server {
 		Callers: c, Log: slog.New(slog.DiscardHandler),
 		Authorizer: &Authorizer{TrustDomain: "cluster.local", Nodes: map[string]bool{"istio-system/warren-node": true}, Pods: p},
 	})
-	s.SetSigner(selfSigned(t))
+	s.Set(alone(selfSigned(t)))
 	return s
 }
 
@@ -236,7 +236,7 @@ func TestWhatIsCertified(t *testing.T) {
 			if len(leaf.URIs) != 1 || leaf.URIs[0].String() != uiID || len(leaf.DNSNames) > 0 || leaf.IsCA || len(leaf.ExtKeyUsage) != 2 {
 				t.Errorf("leaf: URIs %v, DNS %v, CA %t, usage %v", leaf.URIs, leaf.DNSNames, leaf.IsCA, leaf.ExtKeyUsage)
 			}
-			if _, err := leaf.Verify(x509.VerifyOptions{Roots: s.Signer().Pool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}); err != nil {
+			if _, err := leaf.Verify(x509.VerifyOptions{Roots: s.Standing().Pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}); err != nil {
 				t.Error(err)
 			}
 		})
@@ -287,12 +287,12 @@ func TestOneRoot(t *testing.T) {
 		wg.Add(1)
 		go func() {
 			defer wg.Done()
-			s, err := (&Keys{Client: kube, Namespace: "istio-system", TrustDomain: "cluster.local"}).Load(context.Background())
+			s, err := (&Keys{Client: kube, Namespace: "istio-system", TrustDomain: "cluster.local"}).load(context.Background())
 			if err != nil {
 				t.Error(err)
 				return
 			}
-			roots[i] = s
+			roots[i] = s.want
 		}()
 	}
 	wg.Wait()
@@ -331,11 +331,11 @@ func TestPluggedIn(t *testing.T) {
 			"cert-chain.pem": append(bytes.Clone(between), rootCert...), "root-cert.pem": rootCert,
 		},
 	})
-	s, err := (&Keys{Client: kube, Namespace: "istio-system", TrustDomain: "cluster.local"}).Load(t.Context())
+	s, err := (&Keys{Client: kube, Namespace: "istio-system", TrustDomain: "cluster.local"}).load(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	chain := s.chainPEM([]byte("leaf"))
+	chain := s.want.chainPEM([]byte("leaf"), s.want.RootPEM())
 	if len(chain) != 3 || chain[1] != string(between) || chain[2] != string(rootCert) {
 		t.Errorf("a chain of %d", len(chain))
 	}

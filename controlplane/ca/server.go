@@ -33,9 +33,9 @@ type Config struct {
 // Server is istio.v1.auth.IstioCertificateService.
 type Server struct {
 	ca.UnimplementedIstioCertificateServiceServer
-	cfg    Config
-	signer atomic.Pointer[Signer]
-	m      metrics
+	cfg Config
+	now atomic.Pointer[Standing]
+	m   metrics
 }
 
 type metrics struct {
@@ -74,14 +74,14 @@ func NewServer(cfg Config) *Server {
 	return s
 }
 
-// SetSigner switches to another key; requests under way end with the one they began with.
-func (s *Server) SetSigner(signer *Signer) {
-	s.signer.Store(signer)
-	s.m.rootExpiry.Set(float64(signer.NotAfter().Unix()))
+// Set switches to what holds now; requests under way end with what they began with.
+func (s *Server) Set(now *Standing) {
+	s.now.Store(now)
+	s.m.rootExpiry.Set(float64(now.Own.NotAfter().Unix()))
 }
 
-// Signer returns the current key, nil before there is one.
-func (s *Server) Signer() *Signer { return s.signer.Load() }
+// Standing returns what holds now, nil before there is a key.
+func (s *Server) Standing() *Standing { return s.now.Load() }
 
 // refusal is an answer to a request that was not granted.
 type refusal struct {
@@ -132,15 +132,18 @@ func (s *Server) create(ctx context.Context, req *ca.IstioCertificateRequest) (*
 	if err != nil {
 		return nil, id, &refusal{codes.InvalidArgument, "bad-request", err}
 	}
-	signer := s.signer.Load()
-	if signer == nil {
+	now := s.now.Load()
+	switch {
+	case now == nil:
 		return nil, id, &refusal{codes.Unavailable, "no-key", errNoKey}
+	case now.Signer == nil:
+		return nil, id, &refusal{codes.Unavailable, "no-key", now.Why}
 	}
-	der, _, err := signer.sign(pub, leaf{identity: id, ttl: s.ttl(req.GetValidityDuration())})
+	der, _, err := now.Signer.sign(pub, leaf{identity: id, ttl: s.ttl(req.GetValidityDuration())})
 	if err != nil {
 		return nil, id, &refusal{codes.Internal, "sign", err}
 	}
-	return &ca.IstioCertificateResponse{CertChain: signer.chainPEM(der)}, id, nil
+	return &ca.IstioCertificateResponse{CertChain: now.Signer.chainPEM(der, now.Roots)}, id, nil
 }
 
 func (s *Server) ttl(seconds int64) time.Duration {

@@ -20,8 +20,8 @@ type Serving struct {
 	Names []string
 	// Identity is what the control plane runs as.
 	Identity mesh.Identity
-	// Signer returns the current key.
-	Signer func() *Signer
+	// Standing returns what holds now.
+	Standing func() *Standing
 
 	mu    sync.Mutex
 	cert  *tls.Certificate
@@ -36,7 +36,11 @@ func (s *Serving) TLS() *tls.Config {
 		MinVersion: tls.VersionTLS12, // what stock clients of istiod may use
 		NextProtos: []string{"h2"},
 		GetConfigForClient: func(*tls.ClientHelloInfo) (*tls.Config, error) {
-			cert, err := s.certificate()
+			now := s.Standing()
+			if now == nil {
+				return nil, errNoKey
+			}
+			cert, err := s.certificate(now.Own)
 			if err != nil {
 				return nil, err
 			}
@@ -45,19 +49,15 @@ func (s *Serving) TLS() *tls.Config {
 				NextProtos:   []string{"h2"},
 				Certificates: []tls.Certificate{*cert},
 				ClientAuth:   tls.VerifyClientCertIfGiven,
-				ClientCAs:    s.Signer().Pool(),
+				ClientCAs:    now.Pool,
 			}, nil
 		},
 	}
 }
 
-func (s *Serving) certificate() (*tls.Certificate, error) {
+func (s *Serving) certificate(signer *Signer) (*tls.Certificate, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	signer := s.Signer()
-	if signer == nil {
-		return nil, errNoKey
-	}
 	now := signer.now()
 	if s.cert != nil && s.by.Equal(signer) && now.Before(s.renew) {
 		return s.cert, nil

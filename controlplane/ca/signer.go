@@ -6,23 +6,28 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
 	"math/big"
 	"net/url"
+	"slices"
 	"time"
 
+	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
 const (
 	rootTTL = 10 * 365 * 24 * time.Hour
 
-	// clockSkew is how far a peer's clock may be behind ours.
-	clockSkew = 2 * time.Minute
+	// clockSkew is how far a peer's clock may be behind ours: two clocks that are each five minutes off.
+	clockSkew = 10 * time.Minute
 )
 
 // Signer holds the signing certificate and key. It is immutable.
@@ -32,11 +37,19 @@ type Signer struct {
 	chain [][]byte // DER of the certificates between a leaf and the root: the signing one, unless it is the root
 	roots []byte   // PEM of all trusted roots
 	pool  *x509.CertPool
-	now   func() time.Time
+	// anchors are the trusted roots, leads those of them (by sum) to which the signing certificate leads.
+	anchors []*x509.Certificate
+	leads   map[string]bool
+	lists   [][]byte // revocation lists of its own or of a CA above it, DER
+	now     func() time.Time
 }
 
 // NewSelfSigned makes a root of the mesh's own. It returns the PEM of certificate and key.
 func NewSelfSigned(trustDomain string, now time.Time) (certPEM, keyPEM []byte, err error) {
+	return newRoot(trustDomain, now, rootTTL)
+}
+
+func newRoot(trustDomain string, now time.Time, life time.Duration) (certPEM, keyPEM []byte, err error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make a root key: %w", err)
@@ -49,7 +62,7 @@ func NewSelfSigned(trustDomain string, now time.Time) (certPEM, keyPEM []byte, e
 		SerialNumber:          serial,
 		Subject:               pkix.Name{Organization: []string{trustDomain}},
 		NotBefore:             now.Add(-clockSkew),
-		NotAfter:              now.Add(rootTTL),
+		NotAfter:              now.Add(life),
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		BasicConstraintsValid: true,
 		IsCA:                  true,
@@ -80,6 +93,13 @@ func NewSigner(cert, key, chain, roots []byte) (*Signer, error) {
 	if !ok || !pub.Equal(s.key.Public()) {
 		return nil, errors.New("the signing key does not belong to the signing certificate")
 	}
+	if now := s.now(); now.After(s.cert.NotAfter) || now.Before(s.cert.NotBefore) {
+		return nil, fmt.Errorf("the signing certificate is valid from %s to %s, now is %s",
+			s.cert.NotBefore.UTC().Format(time.RFC3339), s.cert.NotAfter.UTC().Format(time.RFC3339), now.UTC().Format(time.RFC3339))
+	}
+	if k, ok := s.cert.PublicKey.(*rsa.PublicKey); ok && k.N.BitLen() < 2048 {
+		return nil, fmt.Errorf("the signing key is RSA with %d bits, at least 2048 are needed", k.N.BitLen())
+	}
 	if !s.cert.IsCA || s.cert.KeyUsage&x509.KeyUsageCertSign == 0 {
 		return nil, errors.New("the signing certificate may not sign certificates: basic constraints need CA, key usage needs certSign")
 	}
@@ -90,7 +110,7 @@ func NewSigner(cert, key, chain, roots []byte) (*Signer, error) {
 	if err != nil {
 		return nil, fmt.Errorf("root certificates: %w", err)
 	}
-	s.pool = x509.NewCertPool()
+	s.pool, s.anchors, s.leads = x509.NewCertPool(), trusted, map[string]bool{}
 	isRoot := map[string]bool{}
 	for _, r := range trusted {
 		s.pool.AddCert(r)
@@ -114,18 +134,91 @@ func NewSigner(cert, key, chain, roots []byte) (*Signer, error) {
 		intermediates.AddCert(c)
 		s.chain = append(s.chain, c.Raw)
 	}
-	if _, err := s.cert.Verify(x509.VerifyOptions{
+	ways, err := s.cert.Verify(x509.VerifyOptions{
 		Roots: s.pool, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
-	}); err != nil {
+	})
+	if err != nil {
 		return nil, fmt.Errorf("the signing certificate does not lead to a trusted root: %w", err)
+	}
+	for _, way := range ways {
+		s.leads[sumOf(way[len(way)-1])] = true
 	}
 	return s, nil
 }
 
-// RootPEM is what peers must trust.
+// sumOf names a certificate.
+func sumOf(c *x509.Certificate) string {
+	sum := sha256.Sum256(c.Raw)
+	return hex.EncodeToString(sum[:])
+}
+
+// revoke takes revocation lists (PEM). Each has to be signed by the signing certificate, one above it or a root.
+func (s *Signer) revoke(lists []byte) error {
+	issuers := append([]*x509.Certificate{s.cert}, s.anchors...)
+	for _, der := range s.chain {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return err
+		}
+		issuers = append(issuers, c)
+	}
+	rest := lists
+	for len(bytes.TrimSpace(rest)) > 0 {
+		var block *pem.Block
+		if block, rest = pem.Decode(rest); block == nil {
+			return errors.New("revocation lists: not in PEM form")
+		}
+		if block.Type != "X509 CRL" {
+			return fmt.Errorf("revocation lists: PEM block %q where a list belongs", block.Type)
+		}
+		if _, err := identity.CheckRevocationList(block.Bytes, issuers); err != nil {
+			return fmt.Errorf("revocation lists: %w", err)
+		}
+		s.lists = append(s.lists, block.Bytes)
+	}
+	return nil
+}
+
+// try issues a certificate to nobody and checks it as a peer will: a name constraint or a key usage above the
+// signing certificate, or a revocation of it, shows only there.
+func (s *Signer) try(trustDomain string) error {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	id := mesh.Identity{TrustDomain: trustDomain, Namespace: "nobody", ServiceAccount: "nobody"}
+	der, _, err := s.sign(key.Public(), leaf{identity: id, ttl: time.Minute})
+	if err != nil {
+		return err
+	}
+	var roots [][]byte
+	for _, c := range s.anchors {
+		roots = append(roots, c.Raw)
+	}
+	trust, err := identity.NewTrust(roots, s.lists)
+	if err != nil {
+		return err
+	}
+	var chain []*x509.Certificate
+	for _, d := range append([][]byte{der}, s.chain...) {
+		c, err := x509.ParseCertificate(d)
+		if err != nil {
+			return err
+		}
+		chain = append(chain, c)
+	}
+	for _, usage := range []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth} {
+		if err := trust.CheckFor(chain, s.now(), usage); err != nil {
+			return fmt.Errorf("peers would refuse what it signs for %s: %w", id, err)
+		}
+	}
+	return nil
+}
+
+// RootPEM is the roots that came with it.
 func (s *Signer) RootPEM() []byte { return s.roots }
 
-// Pool is what peers must trust.
+// Pool is what its own roots are, whatever else is published.
 func (s *Signer) Pool() *x509.CertPool { return s.pool }
 
 // NotAfter is when the signing certificate ends.
@@ -133,7 +226,8 @@ func (s *Signer) NotAfter() time.Time { return s.cert.NotAfter }
 
 // Equal reports whether both sign with the same certificate and trust the same roots.
 func (s *Signer) Equal(o *Signer) bool {
-	return s != nil && o != nil && s.cert.Equal(o.cert) && bytes.Equal(s.roots, o.roots)
+	return s != nil && o != nil && s.cert.Equal(o.cert) && bytes.Equal(s.roots, o.roots) &&
+		slices.EqualFunc(s.lists, o.lists, bytes.Equal) && slices.EqualFunc(s.chain, o.chain, bytes.Equal)
 }
 
 // leaf is what a certificate is made out for: an identity, DNS names, or both.
@@ -180,13 +274,13 @@ func (s *Signer) sign(pub crypto.PublicKey, l leaf) (der []byte, notAfter time.T
 	return der, notAfter, nil
 }
 
-// chainPEM is the answer to a request: the leaf, what is between, the roots.
-func (s *Signer) chainPEM(der []byte) []string {
+// chainPEM is the answer to a request: the leaf, what is between, and what peers are to trust.
+func (s *Signer) chainPEM(der, roots []byte) []string {
 	out := []string{string(pemBlock("CERTIFICATE", der))}
 	for _, c := range s.chain {
 		out = append(out, string(pemBlock("CERTIFICATE", c)))
 	}
-	return append(out, string(s.roots))
+	return append(out, string(roots))
 }
 
 func serialNumber() (*big.Int, error) {

@@ -127,6 +127,7 @@ func (n *Nodes) Report(stream grpc.ClientStreamingServer[node.StatusReport, node
 		}
 	}()
 	w := &writer{n: n, node: name, written: map[string]string{}, told: map[string]string{}, missing: map[string]time.Time{}}
+	trusts := ""
 	defer func() {
 		n.mu.Lock()
 		delete(n.nodes, name)
@@ -148,6 +149,10 @@ func (n *Nodes) Report(stream grpc.ClientStreamingServer[node.StatusReport, node
 				return status.Errorf(codes.PermissionDenied, "the report is about node %s, the caller runs on %s", r.Node, name)
 			}
 			w.last = r
+			if r.RootsDigest != trusts {
+				trusts = r.RootsDigest
+				n.noteTrust(ctx, caller, trusts)
+			}
 			n.mu.Lock()
 			n.nodes[name] = NodeState{Node: name, Version: r.Version, At: time.Now(), Types: r.Types, Pods: r.Pods}
 			n.mu.Unlock()

@@ -148,7 +148,12 @@ func (t *Trust) Check(chain []*x509.Certificate, now time.Time) error {
 	if len(chain) == 0 {
 		return refuse(ReasonNoCertificate, "it has no certificate")
 	}
-	_, err := t.chains(chain, now, x509.ExtKeyUsageAny)
+	return t.CheckFor(chain, now, x509.ExtKeyUsageAny)
+}
+
+// CheckFor is Check for one usage.
+func (t *Trust) CheckFor(chain []*x509.Certificate, now time.Time, usage x509.ExtKeyUsage) error {
+	_, err := t.chains(chain, now, usage)
 	return err
 }
 
@@ -165,10 +170,13 @@ func (t *Trust) chains(chain []*x509.Certificate, now time.Time, usage x509.ExtK
 	if err != nil {
 		return nil, err
 	}
-	if chains = t.unrevoked(chains); len(chains) == 0 {
-		return nil, refuse(ReasonRevoked, "the certificate with serial number %s, or a CA's above it, was revoked", chain[0].SerialNumber.Text(16))
+	good := t.unrevoked(chains)
+	if len(good) == 0 {
+		i := slices.IndexFunc(chains[0], t.isRevoked)
+		bad := chains[0][max(i, 0)]
+		return nil, refuse(ReasonRevoked, "the certificate with serial number %s was revoked by its issuer %q", bad.SerialNumber.Text(16), bad.Issuer)
 	}
-	return chains, nil
+	return good, nil
 }
 
 // CheckRevocationList reads a revocation list (DER) and checks that one of the issuers signed it and that it is
