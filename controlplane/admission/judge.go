@@ -1,7 +1,6 @@
 package admission
 
 import (
-	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -19,7 +18,7 @@ type Judge struct {
 }
 
 // Judge names errors first. It is safe for concurrent use.
-func (j Judge) Judge(_ context.Context, o *Object) []policy.Problem {
+func (j Judge) Judge(o *Object) []policy.Problem {
 	obj, err := o.typed()
 	if err != nil {
 		return []policy.Problem{{Code: policy.Unreadable, Severity: policy.Error, Field: "spec", Message: err.Error()}}
@@ -28,6 +27,15 @@ func (j Judge) Judge(_ context.Context, o *Object) []policy.Problem {
 		return nil
 	}
 	out := j.Mesh.Check(obj)
+	if o.Kind == "AuthorizationPolicy" {
+		n := 0
+		emptyClauses(o.Spec, func(path string) {
+			if n++; n <= maxEmptyLists {
+				out = append([]policy.Problem{{Code: policy.EmptyClause, Severity: policy.Error, Field: path,
+					Message: "the list is empty; remove it for any, or give it an entry"}}, out...)
+			}
+		})
+	}
 	if anyError(out) {
 		return out
 	}

@@ -23,10 +23,13 @@ type Object struct {
 	deleted bool
 }
 
-func parse(raw []byte) (*Object, error) {
+// Parse reads an object as the API server writes it, or as a user does, in JSON.
+func Parse(raw []byte) (*Object, error) {
 	var in struct {
+		Kind     string `json:"kind"`
 		Metadata struct {
 			Name              string            `json:"name"`
+			Namespace         string            `json:"namespace"`
 			Annotations       map[string]string `json:"annotations"`
 			DeletionTimestamp *string           `json:"deletionTimestamp"`
 		} `json:"metadata"`
@@ -36,7 +39,7 @@ func parse(raw []byte) (*Object, error) {
 		return nil, fmt.Errorf("the object cannot be read: %w", err)
 	}
 	return &Object{
-		Name: in.Metadata.Name, Annotations: in.Metadata.Annotations, Spec: in.Spec, deleted: in.Metadata.DeletionTimestamp != nil,
+		Kind: in.Kind, Namespace: in.Metadata.Namespace, Name: in.Metadata.Name, Annotations: in.Metadata.Annotations, Spec: in.Spec, deleted: in.Metadata.DeletionTimestamp != nil,
 	}, nil
 }
 
@@ -68,9 +71,38 @@ func (o *Object) typed() (any, error) {
 		out, err = p, p.Spec.UnmarshalJSON(spec)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("spec cannot be read as that of a %s: %w", o.Kind, err)
+		return nil, fmt.Errorf("it is not of the form that a spec of kind %s has: %w", o.Kind, err)
 	}
 	return out, nil
+}
+
+// emptyClauses yields the paths of empty lists of sources or operations: a typed rule would be one for any.
+func emptyClauses(spec []byte, yield func(path string)) {
+	var in struct {
+		Rules []struct {
+			From json.RawMessage `json:"from"`
+			To   json.RawMessage `json:"to"`
+		} `json:"rules"`
+	}
+	if json.Unmarshal(spec, &in) != nil {
+		return
+	}
+	for i, r := range in.Rules {
+		if isEmpty(r.From) {
+			yield(fmt.Sprintf("spec.rules[%d].from", i))
+		}
+		if isEmpty(r.To) {
+			yield(fmt.Sprintf("spec.rules[%d].to", i))
+		}
+	}
+}
+
+func isEmpty(v json.RawMessage) bool {
+	switch string(bytes.TrimSpace(v)) {
+	case "[]", "null":
+		return true
+	}
+	return false
 }
 
 // emptyLists yields the paths of lists and of nulls in a list's place that say nothing beside lists that do: the
@@ -92,8 +124,7 @@ func emptyLists(spec []byte, yield func(path string)) {
 	look := func(at string, lists map[string]json.RawMessage) {
 		var empty []string
 		for name, v := range lists {
-			switch string(bytes.TrimSpace(v)) {
-			case "[]", "null":
+			if isEmpty(v) {
 				empty = append(empty, name)
 			}
 		}

@@ -43,7 +43,7 @@ const Path = "/validate"
 // Config is what a Server needs.
 type Config struct {
 	// Judge says what is wrong with an object. It runs on many goroutines at once.
-	Judge   func(context.Context, *Object) []policy.Problem
+	Judge   func(*Object) []policy.Problem
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
 }
@@ -221,7 +221,7 @@ func (s *Server) answer(ctx context.Context, q *admissionv1.AdmissionRequest) (o
 	if q.Operation != admissionv1.Create && q.Operation != admissionv1.Update {
 		return pass()
 	}
-	o, err := parse(q.Object.Raw)
+	o, err := Parse(q.Object.Raw)
 	if err != nil {
 		return refused("unreadable", refuse(q.UID, http.StatusUnprocessableEntity, metav1.StatusReasonInvalid, err.Error()))
 	}
@@ -232,10 +232,10 @@ func (s *Server) answer(ctx context.Context, q *admissionv1.AdmissionRequest) (o
 	if o.Name == "" {
 		o.Name = q.Name
 	}
-	problems := s.cfg.Judge(ctx, o)
+	problems := s.cfg.Judge(o)
 	if q.Operation == admissionv1.Update && anyError(problems) {
 		// What was stored before may stay: labels, owners and finalizers of it can be changed.
-		if old, err := parse(q.OldObject.Raw); err == nil && old.sameMeaning(o) {
+		if old, err := Parse(q.OldObject.Raw); err == nil && old.sameMeaning(o) {
 			return pass(warnings(problems)...)
 		}
 	}

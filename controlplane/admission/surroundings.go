@@ -50,7 +50,7 @@ type surroundings struct {
 }
 
 func (s *surroundings) warn(code policy.Code, field, format string, args ...any) {
-	s.problems = append(s.problems, policy.Problem{Code: code, Field: field, Message: fmt.Sprintf(format, args...)})
+	s.problems = append(s.problems, policy.Problem{Code: code, Severity: policy.Warning, Field: field, Message: fmt.Sprintf(format, args...)})
 }
 
 // around tells what will surprise about an object in this cluster.
@@ -147,8 +147,8 @@ func (s *surroundings) reach(in scope) {
 		s.warn(policy.SelectsNothing, "spec.selector", "no pod in %s has the labels %s now, so that the policy applies to nothing; %s",
 			in.where, labels(in.selector), hint)
 	case in.pods > 0 && in.captured == 0:
-		s.warn(policy.NotCaptured, "spec", "it applies to %s, none of which is in the mesh, and is not enforced for them; put a namespace in with: kubectl label namespace NAME istio.io/dataplane-mode=ambient",
-			count(in.pods, "pod"))
+		s.warn(policy.NotCaptured, "spec", "none of the pods that it applies to (%d now) is in the mesh, so that nothing enforces it; put a namespace in with: kubectl label namespace NAME istio.io/dataplane-mode=ambient",
+			in.pods)
 	}
 }
 
@@ -169,10 +169,10 @@ func (s *surroundings) http(p *securityv1.AuthorizationPolicy, in scope) {
 	if len(c.HTTP) == 0 || in.blind == 0 {
 		return
 	}
-	what := "a rule with " + strings.Join(c.HTTP, ", ") + " lets nothing in to"
+	what := "allows nothing to them"
 	switch p.Spec.Action {
 	case securityv1beta1.AuthorizationPolicy_DENY, securityv1beta1.AuthorizationPolicy_CUSTOM:
-		what = "a rule with " + strings.Join(c.HTTP, ", ") + " denies whatever else it matches to"
+		what = "denies them whatever its other conditions match"
 	case securityv1beta1.AuthorizationPolicy_AUDIT:
 		return
 	}
@@ -185,8 +185,8 @@ func (s *surroundings) http(p *securityv1.AuthorizationPolicy, in scope) {
 	if len(names) > maxSamples {
 		names = append(names[:maxSamples], "…")
 	}
-	s.warn(policy.DeniedWithoutWaypoint, "spec.rules", "%s the %s without a waypoint that it applies to (%s)",
-		what, count(in.blind, "workload"), strings.Join(names, ", "))
+	s.warn(policy.DeniedWithoutWaypoint, "spec.rules", "%s that it applies to have no waypoint (%s): a rule with %s %s",
+		count(in.blind, "workload"), strings.Join(names, ", "), strings.Join(c.HTTP, ", "), what)
 }
 
 // names warns of sources that are not there.
@@ -356,7 +356,7 @@ func nearest(name string, all []string) string {
 	if len(name) > 63 || len(all) > maxSuggestFrom {
 		return ""
 	}
-	best, at := "", min(2, len(name)/3)+1
+	best, at := "", min(2, (len(name)+2)/3)+1
 	for _, n := range all {
 		if d := distance(name, n, at); d < at || d == at && best != "" && n < best {
 			best, at = n, d

@@ -149,7 +149,7 @@ func set(fields []field) bool {
 
 func (c *checker) rule(at string, r *securityv1beta1.Rule, spec *securityv1beta1.AuthorizationPolicy) {
 	if r == nil {
-		c.err(NullRule, at, "the rule is null; remove it, or write {} for a rule that matches everything")
+		c.err(Unreadable, at, "the rule is null; remove it, or write {} for a rule that matches everything")
 		return
 	}
 	if r.From != nil && len(r.From) == 0 {

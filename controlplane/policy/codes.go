@@ -26,7 +26,6 @@ const (
 	MixedSource           Code = "mixed-source"
 	NoProvider            Code = "no-provider"
 	NoRules               Code = "no-rules"
-	NullRule              Code = "null-rule"
 	PortsWithoutSelector  Code = "ports-without-selector"
 	ProviderWithoutCustom Code = "provider-without-custom"
 	SelectorAndTargets    Code = "selector-and-targets"
@@ -73,7 +72,6 @@ var Explanations = []Explanation{
 	{EmptyClause, Error, "`from: []` or `to: []`. Without the line a rule is for any source or operation; with an empty list nobody can tell what was meant."},
 	{EmptyCondition, Error, "A `when` condition without values."},
 	{EmptyValue, Error, "An empty string in a list."},
-	{NullRule, Error, "A rule that is null, such as a `-` with nothing behind it. `{}` is the rule that matches everything."},
 	{NoRules, Error, "A DENY or CUSTOM policy without rules would never do anything."},
 	{BadPort, Error, "Ports of policies are numbers from 1 to 65535; the names of ports cannot be used."},
 	{BadAddress, Error, "`ipBlocks` are addresses or CIDR ranges."},
