@@ -31,6 +31,7 @@ func (a *agent) steps() []step {
 		{"open connections", func(ctx context.Context, s *mesh.Snapshot) error {
 			return a.proxy.Rechecked(ctx, s.Revision())
 		}},
+		{"connections from before enrolment", func(context.Context, *mesh.Snapshot) error { return a.registry.Recheck() }},
 	}
 }
 

@@ -178,7 +178,7 @@ func (a *agent) build(ctx context.Context) error {
 	a.registry, err = enroll.New(enroll.Config{
 		SystemNamespace: cfg.PodNamespace, Exempt: cfg.Exempt, Plumber: a.datapath,
 		Acceptor: acceptor{proxy: a.proxy, network: a.network}, Certs: a.manager, Keeper: a.keeper, Held: held,
-		Captured: a.captured, Report: a.reportPods,
+		Captured: a.captured, Allowed: a.allowed, Report: a.reportPods,
 		Socket: cfg.CNISocket, StateFile: cfg.enrolledFile(), Proc: cfg.Proc, Log: log,
 	})
 	if err != nil {
@@ -255,6 +255,19 @@ func (a *agent) captured() func(netip.Addr) bool {
 		}
 		return false
 	}
+}
+
+// allowed decides about a plaintext connection that the agent does not carry.
+func (a *agent) allowed(workload string, client, server netip.AddrPort) (why string, ok bool) {
+	s := a.store.Load()
+	if s.Revision() == 0 {
+		return "", true // nothing is known yet: the first state decides
+	}
+	v := s.Authorize(mesh.Conn{SourceIP: client.Addr(), Dst: server, DstWorkload: s.Workload(workload), Plaintext: true})
+	if v.By != (mesh.PolicyName{}) {
+		return string(v.Why) + " by policy " + v.By.String(), v.Allow
+	}
+	return string(v.Why), v.Allow || v.Why == mesh.WhyNoWorkload
 }
 
 func (a *agent) serveAdmin(ctx context.Context) (*admin.Server, error) {

@@ -13,13 +13,9 @@ import (
 // ones are told by the mark, which capture sets on a client's socket and the inbound leg hands to the server's,
 // and the agent's own by their ports. Looking afterwards leaves no gap between look and switch.
 func uncaptured(d *netns.Diag, capture func(netip.Addr) bool) ([]netns.TCPSocket, error) {
-	listeners, err := d.List(1 << netns.TCPListen)
+	ports, err := listening(d)
 	if err != nil {
 		return nil, err
-	}
-	ports := map[uint16]bool{}
-	for i := range listeners {
-		ports[listeners[i].Local.Port()] = true
 	}
 	open, err := d.List(netns.Carrying)
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/warrenmesh/warren/internal/netns"
@@ -31,6 +32,7 @@ type pod struct {
 	captured    bool            // by this agent or the one before it
 	preexisting map[uint64]bool // cookies of the connections from before enrolment, which go on uncaptured
 	open        int             // how many there were
+	hasOld      atomic.Bool     // preexisting has some, or may have in a moment
 
 	// Guarded by Registry.mu.
 	local       LocalPod
@@ -220,6 +222,7 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 	}
 	if !p.captured && sb.nsPath == "" { // a pod that a CNI ADD is about has not run yet
 		var err error
+		p.hasOld.Store(true) // a change of policies from here on looks at them
 		p.preexisting, err = r.findOpen(p.ns)
 		p.open = len(p.preexisting)
 		if err != nil {
@@ -228,6 +231,9 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 	}
 	if d.Strict && len(p.preexisting) > 0 {
 		r.resetOpen(p, d)
+	}
+	if err := r.resetDenied(p, d); err != nil {
+		r.log.Error("connections from before enrolment are not checked", "namespace", d.Namespace, "pod", d.Name, "err", err)
 	}
 	if !p.captured {
 		p.captured = true
@@ -388,6 +394,7 @@ func (r *Registry) release(_ context.Context, uid string) {
 		return
 	}
 	p.captured, p.preexisting, p.open = false, nil, 0
+	p.hasOld.Store(false)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	p.set(Disabled, "")
@@ -439,6 +446,7 @@ func (r *Registry) teardown(p *pod) {
 	}
 	p.accepting, p.ns, p.addrs = nil, nil, nil
 	p.captured, p.preexisting, p.open = false, nil, 0
+	p.hasOld.Store(false)
 }
 
 // retire lets open connections end by themselves; their namespace is closed after them.

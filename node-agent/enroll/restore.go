@@ -38,12 +38,18 @@ type record struct {
 	NetNSPath   string       `json:"netns,omitempty"`
 	Captured    bool         `json:"captured"`
 	Open        int          `json:"openConnections,omitempty"`
+	Cookies     string       `json:"cookies,omitempty"` // of those of them that were open last
 }
 
 // hold gives the pod's namespace and listeners to the holder. Without a holder the keeper puts them later.
 func (r *Registry) hold(ctx context.Context, p *pod, d LocalPod) error {
+	cookies, left := encodeCookies(p.preexisting)
+	if left > 0 {
+		r.log.Warn("some connections from before enrolment will not be known to an agent that follows this one",
+			"namespace", d.Namespace, "pod", d.Name, "count", left)
+	}
 	r.mu.Lock()
-	rec := record{Version: heldVersion, Pod: d, Addrs: p.addrs, ContainerID: p.containerID, NetNSPath: p.nsPath, Captured: p.captured, Open: p.open}
+	rec := record{Version: heldVersion, Pod: d, Addrs: p.addrs, ContainerID: p.containerID, NetNSPath: p.nsPath, Captured: p.captured, Open: p.open, Cookies: cookies}
 	r.mu.Unlock()
 	meta, err := json.Marshal(rec)
 	if err != nil {
@@ -122,6 +128,10 @@ func (r *Registry) restorePod(it *holder.Item) (err error) {
 	}
 	p.addrs, p.listeners, p.captured = rec.Addrs, &l, rec.Captured
 	p.open = rec.Open
+	if p.preexisting, err = decodeCookies(rec.Cookies); err != nil {
+		return err
+	}
+	p.hasOld.Store(len(p.preexisting) > 0)
 	if p.accepting, err = r.cfg.Acceptor.AddPod(p.served(rec.Pod), l); err != nil {
 		return err
 	}
