@@ -229,15 +229,18 @@ func TestPolicyDifferential(t *testing.T) {
 		s := b.Commit(1)
 		check(t, l.dp.SetPolicies(s))
 
+		compiled := map[netip.Addr]*mesh.Compiled{}
+		for _, a := range w.Addrs {
+			compiled[a] = must(s.Compile(w.UID, a))
+		}
+
 		compare := func(refused bool, id mesh.Identity, src netip.Addr, dst netip.AddrPort) {
 			done++
 			if refused {
 				denied++
 			}
-			compiled, err := s.Compile(w.UID, dst.Addr())
-			check(t, err)
 			kernel := !refused
-			inCompiled := compiled.Decide(id, src, dst.Port()).Allow
+			inCompiled := compiled[dst.Addr()].Decide(id, src, dst.Port()).Allow
 			inAgent := s.Authorize(mesh.Conn{Source: id, SourceIP: src, Dst: dst, DstWorkload: w}).Allow
 			if ref := reference(s, w, id, src, dst); kernel != ref || inCompiled != ref || inAgent != ref {
 				wrong++
@@ -250,9 +253,11 @@ func TestPolicyDifferential(t *testing.T) {
 		}
 		before := must(l.dp.Counters())
 		start := done
-		for _, id := range diceIdentities {
-			check(t, l.dp.setIdentity("uid-ui", l.dp.pods["uid-ui"], idOf(id)))
-			check(t, l.ui.as(func() error {
+		check(t, l.ui.as(func() error {
+			for _, id := range diceIdentities {
+				if err := l.dp.setIdentity("uid-ui", l.dp.pods["uid-ui"], idOf(id)); err != nil {
+					return err
+				}
 				for _, port := range dicePorts {
 					for i, a := range []netip.Addr{l.cat.v4, l.cat.v6} {
 						dst := netip.AddrPortFrom(a, port)
@@ -263,9 +268,9 @@ func TestPolicyDifferential(t *testing.T) {
 						compare(refused, id, []netip.Addr{l.ui.v4, l.ui.v6}[i], dst)
 					}
 				}
-				return nil
-			}))
-		}
+			}
+			return nil
+		}))
 		after := must(l.dp.Counters())
 		if n := int(after["connect_direct"] + after["connect_denied"] - before["connect_direct"] - before["connect_denied"]); n != done-start {
 			t.Fatalf("the kernel decided %d of %d connections itself: %d unknown, %d captured", n, done-start,
@@ -293,7 +298,8 @@ func TestPolicyDifferential(t *testing.T) {
 		t.Errorf("%d of %d were denied: that compares nothing", denied, done)
 	}
 	t.Logf("%d connections, %d denied, under %d random sets of policies", done, denied, snapshots)
-	if err := results.Record("policy", results.Row{Name: "policy-differential", Inputs: done, Failures: wrong, Figure: float64(snapshots), Unit: "sets of policies"}); err != nil {
+	if err := results.Record("policy-differential", results.Row{Name: "kernel against compiled form, agent and reference", Inputs: done, Failures: wrong,
+		Figure: float64(wrong), Unit: "disagreements"}); err != nil {
 		t.Error(err)
 	}
 }
@@ -405,7 +411,8 @@ func TestKernelVerdictCost(t *testing.T) {
 	if ns > 2000 {
 		failures = 1
 	}
-	if err := results.Record("policy", results.Row{Name: "kernel-verdict", Inputs: connects, Failures: failures, Figure: ns / 1000, Unit: "µs"}); err != nil {
+	if err := results.Record("kernel-verdict", results.Row{Name: "all of the hook at connect, 10,000 policies in the mesh", Inputs: connects,
+		Failures: failures, Figure: ns / 1000, Unit: "µs"}); err != nil {
 		t.Error(err)
 	}
 }

@@ -23,6 +23,7 @@ var errTooManyRows = fmt.Errorf("the policies that apply name more than %d ports
 // node's pods.
 type ruleset struct {
 	id         uint64
+	digest     [sha256.Size]byte
 	compiled   *mesh.Compiled
 	head       bpf.MeshRuleset
 	ports      map[bpf.MeshRulesPort]bpf.MeshWords
@@ -102,7 +103,8 @@ func (c *compiler) ruleset(w *mesh.Workload, dst netip.Addr) (*ruleset, error) {
 }
 
 func newRuleset(c *mesh.Compiled) (*ruleset, error) {
-	r := &ruleset{id: number(c.Digest()), compiled: c, ports: map[bpf.MeshRulesPort]bpf.MeshWords{},
+	digest := c.Digest()
+	r := &ruleset{id: number(digest), digest: digest, compiled: c, ports: map[bpf.MeshRulesPort]bpf.MeshWords{},
 		sources: map[bpf.MeshRulesSource]bpf.MeshWords{}, identities: map[bpf.MeshRulesIdentity]bpf.MeshWords{}}
 	for i := range r.head.Any.W {
 		r.head.Any.W[i] = ^uint64(0)
@@ -178,7 +180,6 @@ func (r *ruleset) identity(id uint64, who mesh.Identity) {
 // which decides by the same Snapshot. direct says that the kernel can end the direct connections it lets through.
 func (c *compiler) desired(pods []Pod, direct bool) rules {
 	out := rules{sets: map[uint64]*ruleset{}, pods: map[string]podRules{}, identities: map[uint64]mesh.Identity{}}
-	digests := map[uint64]*mesh.Compiled{}
 	for _, p := range pods {
 		var pr podRules
 		if !p.Identity.IsZero() {
@@ -205,11 +206,10 @@ func (c *compiler) desired(pods []Pod, direct bool) rules {
 				err = e
 				continue
 			}
-			if other, ok := digests[set.id]; ok && other.Digest() != set.compiled.Digest() {
+			if other, ok := out.sets[set.id]; ok && other.digest != set.digest {
 				err = errors.New("two policies have the same number")
 				continue
 			}
-			digests[set.id] = set.compiled
 			out.sets[set.id] = set
 			if a.Is4() {
 				pr.v4 = set.id

@@ -109,14 +109,14 @@ func TestEscapes(t *testing.T) {
 		{name: "DNAT in the pod", from: insider, way: "dnat", args: to(vault4, "-via", outside), counter: "guard_drop_mesh"},
 		{name: "rule of its own before the agent's", from: insider, way: "earlier-rule", args: to(vault4), counter: "guard_drop_captured"},
 
-		{name: "pod of another node", from: onHost, way: "dial", args: to(vault4), counter: "lookup_inbound", at: 1, loud: true},
+		{name: "pod of another node", from: onHost, way: "dial", args: to(vault4), counter: "lookup_denied", at: 1, loud: true},
 		{name: "pod of the same node, IPv4", from: onHost, way: "dial", args: to(near4), counter: "ticket_denied_host_pod", loud: true},
 		{name: "pod of the same node, IPv6", from: onHost, way: "dial", args: to(near6), counter: "ticket_denied_host_pod", loud: true},
 		{name: "flood of 500 connections", from: onHost, way: "flood", args: to(near4, "-n", "500"), counter: "ticket_denied_host_pod", loud: true},
 		{name: "port that a probe of kubelet has just had", from: onHost, way: "dial", args: to(addr(ns, "neighbour", 0, "9001"), "-from", "probe"), counter: "ticket_denied_host_pod", loud: true},
 		{name: "bpf()", from: onHost, way: "bpf", args: to(near4), counter: "ticket_denied_host_pod", loud: true},
 
-		{name: "plaintext to a STRICT pod", from: stranger, way: "dial", args: to(vault4), counter: "lookup_inbound", at: 1, loud: true},
+		{name: "plaintext to a STRICT pod", from: stranger, way: "dial", args: to(vault4), counter: "lookup_denied", at: 1, loud: true},
 		{name: "port 15001 of a pod", from: stranger, way: "dial", args: to(vault("15001")), counter: "lookup_drop_agent_port", at: 1, loud: true},
 		{name: "port 15006 of a pod, IPv6", from: stranger, way: "dial", args: to(addr(ns, "vault", 1, "15006")), counter: "lookup_drop_agent_port", at: 1, loud: true},
 		{name: "port 15008 of a pod, plain", from: stranger, way: "dial", args: to(vault("15008")), counter: "lookup_hbone", at: 1, loud: true},
@@ -137,7 +137,7 @@ func TestEscapes(t *testing.T) {
 		if e.control {
 			c := *e
 			c.from, c.name, c.token = stranger, "without the mesh: "+e.name, fmt.Sprintf("%s-c%02d.", tokenPrefix, i)
-			if e.carried || strings.HasPrefix(e.way, "mark") { // plaintext to a STRICT pod is refused after the handshake: use one outside
+			if e.carried || strings.HasPrefix(e.way, "mark") { // plaintext to a STRICT pod is refused: use one outside
 				c.args = to(addr(out, "outside", map[bool]int{true: 1}[strings.HasPrefix(e.args[1], "[")], "9000"))
 			}
 			s.try(t, &c, ns, out)
