@@ -7,6 +7,8 @@ package auth
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -140,8 +142,28 @@ func (a *Authenticator) byToken(ctx context.Context, token string) (*Caller, err
 			clear(a.known)
 		}
 	}
-	a.known[sum] = review{caller: *c, until: now.Add(reviewTTL)}
+	until := now.Add(reviewTTL)
+	if exp := expiry(token); !exp.IsZero() && exp.Before(until) {
+		until = exp
+	}
+	a.known[sum] = review{caller: *c, until: until}
 	return c, nil
+}
+
+// expiry is when a token that the API server has verified ends, zero where it does not say.
+func expiry(token string) time.Time {
+	parts := strings.Split(token, ".")
+	if len(parts) != 3 {
+		return time.Time{}
+	}
+	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
+	var claims struct {
+		Exp int64 `json:"exp"`
+	}
+	if err != nil || json.Unmarshal(payload, &claims) != nil || claims.Exp == 0 {
+		return time.Time{}
+	}
+	return time.Unix(claims.Exp, 0)
 }
 
 // The keys under which the API server reports what a token is bound to.

@@ -83,11 +83,28 @@ func (z *Authorizer) await(ctx context.Context, node string, id mesh.Identity) b
 	}
 }
 
+// Own returns the caller's own identity if a pod of it runs that the caller's token is bound to. A certificate is
+// not enough: whoever stole one could renew it for ever.
+func (z *Authorizer) Own(c *auth.Caller) (mesh.Identity, error) {
+	if c.Identity.TrustDomain != z.TrustDomain {
+		return mesh.Identity{}, fmt.Errorf("%s is not of this mesh's trust domain %q", c.Identity, z.TrustDomain)
+	}
+	if _, err := z.podOf(c); err != nil {
+		return mesh.Identity{}, err
+	}
+	return c.Identity, nil
+}
+
 // NodeOf returns the node that a node agent speaks for, or why the caller is not one.
 func (z *Authorizer) NodeOf(c *auth.Caller) (string, error) {
 	if !z.Nodes[c.ServiceAccount()] {
 		return "", fmt.Errorf("service account %s is not a trusted node agent", c.ServiceAccount())
 	}
+	return z.podOf(c)
+}
+
+// podOf returns the node of the pod that a caller's token is bound to, or why there is none.
+func (z *Authorizer) podOf(c *auth.Caller) (string, error) {
 	if c.PodName == "" || c.PodUID == "" {
 		return "", errors.New("the caller's token is not bound to a pod; use a projected service account token")
 	}

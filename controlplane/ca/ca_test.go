@@ -249,10 +249,25 @@ func TestCallers(t *testing.T) {
 	if status.Code(err) != codes.Unavailable {
 		t.Errorf("an API server that does not answer: %v", err)
 	}
-	// Without an identity to impersonate, a caller gets its own.
-	s = newServer(t, caller{Caller: &auth.Caller{Identity: mesh.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: "ui"}}}, placed())
-	if _, err := s.CreateCertificate(t.Context(), &caapi.IstioCertificateRequest{Csr: request(t, newKey(t), nil)}); err != nil {
-		t.Error(err)
+	// Without an identity to impersonate, a caller gets its own, while the pod runs that its token was made for.
+	id := mesh.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: "ui"}
+	p := placed()
+	p.byName["shop/ui-1"] = PlacedPod{UID: "uid-ui", ServiceAccount: "ui", Node: "n1"}
+	p.byName["shop/ui-2"] = PlacedPod{UID: "uid-2", ServiceAccount: "ui", Node: "n1", Finished: true}
+	for name, tt := range map[string]struct {
+		caller auth.Caller
+		code   codes.Code
+	}{
+		"its pod runs":             {auth.Caller{Identity: id, PodName: "ui-1", PodUID: "uid-ui"}, codes.OK},
+		"a certificate, no token":  {auth.Caller{Identity: id}, codes.PermissionDenied},
+		"another pod has the name": {auth.Caller{Identity: id, PodName: "ui-1", PodUID: "uid-0"}, codes.PermissionDenied},
+		"its pod has finished":     {auth.Caller{Identity: id, PodName: "ui-2", PodUID: "uid-2"}, codes.PermissionDenied},
+		"its pod is gone":          {auth.Caller{Identity: id, PodName: "ui-3", PodUID: "uid-3"}, codes.PermissionDenied},
+	} {
+		s = newServer(t, caller{Caller: &tt.caller}, p)
+		if _, err := s.CreateCertificate(t.Context(), &caapi.IstioCertificateRequest{Csr: request(t, newKey(t), nil)}); status.Code(err) != tt.code {
+			t.Errorf("%s: got %v, want %s", name, err, tt.code)
+		}
 	}
 }
 

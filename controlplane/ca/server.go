@@ -2,6 +2,7 @@ package ca
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -121,12 +122,14 @@ func (s *Server) create(ctx context.Context, req *ca.IstioCertificateRequest) (*
 		}
 		return nil, mesh.Identity{}, &refusal{codes.Unavailable, "token-review", err}
 	}
-	id := caller.Identity
+	var id mesh.Identity
 	if f, ok := req.GetMetadata().GetFields()[impersonated]; ok {
 		want := f.GetStringValue()
 		if id, err = s.cfg.Authorizer.Impersonate(ctx, caller, want); err != nil {
-			return nil, id, &refusal{codes.PermissionDenied, "not-permitted", err}
+			return nil, id, &refusal{codes.PermissionDenied, reasonOf(err), err}
 		}
+	} else if id, err = s.cfg.Authorizer.Own(caller); err != nil {
+		return nil, caller.Identity, &refusal{codes.PermissionDenied, "no-pod", err}
 	}
 	pub, err := checkRequest(req.GetCsr(), id)
 	if err != nil {
@@ -144,6 +147,14 @@ func (s *Server) create(ctx context.Context, req *ca.IstioCertificateRequest) (*
 		return nil, id, &refusal{codes.Internal, "sign", err}
 	}
 	return &ca.IstioCertificateResponse{CertChain: now.Signer.chainPEM(der, now.Roots)}, id, nil
+}
+
+// reasonOf is the label of a refusal to act for somebody else.
+func reasonOf(err error) string {
+	if errors.Is(err, ErrNotOnNode) {
+		return "not-on-node"
+	}
+	return "not-permitted"
 }
 
 func (s *Server) ttl(seconds int64) time.Duration {
