@@ -96,3 +96,37 @@ func TestIstioNames(t *testing.T) {
 	object(t, all, "Deployment", "istiod")
 	object(t, render(t), "Service", "istiod")
 }
+
+func TestAdmission(t *testing.T) {
+	all := render(t)
+	hook := object(t, all, "ValidatingWebhookConfiguration", "warren-validator")
+	for _, want := range []string{
+		"failurePolicy: Ignore", "timeoutSeconds: 3", "sideEffects: None", "matchPolicy: Equivalent", "apiGroups: [security.istio.io]",
+		"service: {name: warren-control, namespace: istio-system, path: /validate, port: 443}",
+	} {
+		if !strings.Contains(hook, want) {
+			t.Errorf("the webhook lacks %q", want)
+		}
+	}
+	if strings.Contains(hook, "caBundle:") {
+		t.Error("the chart sets caBundle, which an upgrade would take from the control plane")
+	}
+	for _, name := range []string{"warren-control", "istiod"} {
+		if !strings.Contains(object(t, all, "Service", name), "{name: https-webhook, port: 443, targetPort: 15017}") {
+			t.Errorf("Service %s has no port for the webhook", name)
+		}
+	}
+	rights := object(t, all, "ClusterRole", "warren-control-istio-system")
+	if !strings.Contains(rights, "resources: [validatingwebhookconfigurations]\n    resourceNames: [warren-validator]\n    verbs: [get, patch]") {
+		t.Error("the right to write webhook configurations is not bound to one name")
+	}
+	without := render(t, "admission.enabled=false")
+	for _, gone := range []string{"ValidatingWebhookConfiguration", "15017", "https-webhook"} {
+		if strings.Contains(without, gone) {
+			t.Errorf("admission.enabled=false renders %s", gone)
+		}
+	}
+	if !strings.Contains(object(t, without, "Deployment", "warren-control"), `{name: ADMISSION, value: "false"}`) {
+		t.Error("admission.enabled=false does not reach the control plane")
+	}
+}
