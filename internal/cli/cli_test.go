@@ -5,9 +5,13 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
+	metav1alpha1 "istio.io/api/meta/v1alpha1"
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	istiofake "istio.io/client-go/pkg/clientset/versioned/fake"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -32,9 +36,15 @@ func run(t *testing.T, objects []runtime.Object, args ...string) (code int, stdo
 	var out, errs bytes.Buffer
 	a := &app{env: Env{Program: "warren", Args: args, Version: "test", Out: &out, Err: &errs}}
 	a.connect = func(*app) (*conn, error) {
-		k := fake.NewClientset(objects...)
+		k := fake.NewClientset(slices.DeleteFunc(slices.Clone(objects), func(o runtime.Object) bool { _, ok := o.(*securityv1.AuthorizationPolicy); return ok })...)
 		k.Discovery().(*fakediscovery.FakeDiscovery).FakedServerVersion = &version.Info{Major: "1", Minor: "36", GitVersion: "v1.36.3"}
-		return &conn{Interface: k, admin: func(_ context.Context, p *corev1.Pod, path string) ([]byte, error) {
+		var security []runtime.Object
+		for _, o := range objects {
+			if _, ok := o.(*securityv1.AuthorizationPolicy); ok {
+				security = append(security, o)
+			}
+		}
+		return &conn{Interface: k, istio: istiofake.NewSimpleClientset(security...), admin: func(_ context.Context, p *corev1.Pod, path string) ([]byte, error) {
 			if path != "/config_dump" {
 				return nil, errors.New("unexpected path " + path)
 			}
@@ -92,6 +102,25 @@ func TestStatus(t *testing.T) {
 	}
 	if code != ExitFound || len(s.Pending) != 1 || s.Pending[0].Name != "late" || s.Pending[0].Why == "" {
 		t.Errorf("code %d, %+v", code, s)
+	}
+}
+
+func TestStatusSaysWhichPoliciesAreEnforced(t *testing.T) {
+	p := func(name string, generation int64, c *metav1alpha1.IstioCondition) *securityv1.AuthorizationPolicy {
+		return &securityv1.AuthorizationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, Generation: generation},
+			Status: metav1alpha1.IstioStatus{Conditions: []*metav1alpha1.IstioCondition{c}}}
+	}
+	enforced := &metav1alpha1.IstioCondition{Type: "Enforced", Status: "True", Reason: "Enforced", Message: "2/2 nodes at revision 7", ObservedGeneration: 1}
+	lagging := &metav1alpha1.IstioCondition{Type: "Enforced", Status: "False", Reason: "NodesPending", Message: "1/2 nodes at revision 8; waiting for node2", ObservedGeneration: 1}
+	_, out, errs := run(t, append(installed(), p("good", 1, enforced), p("changed", 2, enforced), p("slow", 1, lagging)), "status")
+	for _, want := range []string{
+		"shop        authorizationpolicy/changed   Unknown    -              nothing has been said about its last change yet",
+		"shop        authorizationpolicy/good      True       Enforced       2/2 nodes at revision 7",
+		"shop        authorizationpolicy/slow      False      NodesPending   1/2 nodes at revision 8; waiting for node2",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s%s", want, out, errs)
+		}
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	istio "istio.io/client-go/pkg/clientset/versioned"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
@@ -36,7 +37,8 @@ const (
 // conn is a Kubernetes API.
 type conn struct {
 	kubernetes.Interface
-	rest *rest.Config
+	istio istio.Interface
+	rest  *rest.Config
 	// admin asks the admin port of an agent; a seam for tests.
 	admin func(ctx context.Context, pod *corev1.Pod, path string) ([]byte, error)
 }
@@ -56,7 +58,11 @@ func dialCluster(a *app) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Interface: k, rest: cfg}
+	i, err := istio.NewForConfig(cfg)
+	if err != nil {
+		return nil, err
+	}
+	c := &conn{Interface: k, istio: i, rest: cfg}
 	c.admin = c.forward
 	return c, nil
 }

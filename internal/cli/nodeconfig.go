@@ -108,7 +108,7 @@ func (a *app) nodeConfig(ctx context.Context, v view, file string, target []stri
 	return a.print(dumps, func(w io.Writer) error {
 		// What all nodes know alike is printed once.
 		t := table{head: v.head}
-		seen := map[string]bool{}
+		seen := map[string]int{} // how many nodes have the row
 		perNode := v.key == "workloadState" || v.key == "certificates"
 		if perNode {
 			t.head = append([]string{"NODE"}, v.head...)
@@ -122,10 +122,16 @@ func (a *app) nodeConfig(ctx context.Context, v view, file string, target []stri
 				if perNode {
 					r = append([]string{d.Node}, r...)
 				}
-				if k := strings.Join(r, "\x00"); !seen[k] {
-					seen[k] = true
+				k := strings.Join(r, "\x00")
+				if seen[k]++; seen[k] == 1 {
 					t.add(r...)
 				}
+			}
+		}
+		if v.key == "policies" {
+			t.head = append(slices.Clone(t.head), "NODES")
+			for i, r := range t.rows {
+				t.rows[i] = append(slices.Clone(r), fmt.Sprintf("%d/%d", seen[strings.Join(r, "\x00")], len(dumps)))
 			}
 		}
 		slices.SortStableFunc(t.rows, func(x, y []string) int { return slices.Compare(x[:2], y[:2]) })

@@ -22,6 +22,7 @@ type meshStatus struct {
 	Holders    ratio             `json:"holders"`
 	Namespaces []namespaceStatus `json:"namespaces"`
 	Pending    []pendingPod      `json:"pending,omitempty"`
+	Policies   []policyStatus    `json:"policies,omitempty"`
 }
 
 // ratio is how many of those that should be ready are.
@@ -57,7 +58,7 @@ func (a *app) statusCommand() *cobra.Command {
 	var wait bool
 	var limit time.Duration
 	cmd := &cobra.Command{
-		Use: "status", Short: "Say what runs and which pods are captured", Args: args(cobra.NoArgs),
+		Use: "status", Short: "Say what runs, which pods are captured and which policies are enforced", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			c, err := a.connect(a)
 			if err != nil {
@@ -111,6 +112,9 @@ func (a *app) status(ctx context.Context, c *conn) (*meshStatus, error) {
 	}
 	if s.Control.Want == 0 && s.Agents.Want == 0 {
 		return nil, errors.New("Warren is not installed in " + a.namespace + ": helm install warren charts/warren -n " + a.namespace + " --create-namespace, or name its namespace with -n")
+	}
+	if s.Policies, err = a.policies(ctx, c.istio); err != nil {
+		return nil, err
 	}
 	return s, a.capture(ctx, c, s)
 }
@@ -198,6 +202,9 @@ func (a *app) printStatus(w io.Writer, s *meshStatus) error {
 		t.add(n.Name, dash(n.Mode), fmt.Sprint(n.Captured), pending, fmt.Sprint(n.Outside))
 	}
 	if err := t.write(w); err != nil {
+		return err
+	}
+	if err := a.printPolicies(w, s.Policies); err != nil {
 		return err
 	}
 	for _, p := range s.Pending {
