@@ -358,7 +358,7 @@ func nearest(name string, all []string) string {
 	}
 	best, at := "", min(2, (len(name)+2)/3)+1
 	for _, n := range all {
-		if d := distance(name, n, at); d < at || d == at && best != "" && n < best {
+		if d := distance(name, n, at+1); d < at || d == at && best != "" && n < best {
 			best, at = n, d
 		}
 	}
