@@ -21,7 +21,7 @@ struct reason {
 	__u32 word;
 };
 
-/* How many connections the rules of a workload decide costs three lookups, whatever number of policies there is. */
+/* Four lookups, or five for a port that no policy names, whatever number of policies there is. */
 static __noinline int decide(__u64 rules, __u64 identity, const struct addr *source, __u32 port, struct reason *why)
 {
 	if (!source || !why)

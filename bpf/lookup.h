@@ -106,8 +106,12 @@ int mesh_lookup(struct bpf_sk_lookup *ctx)
 	if (identity) {
 		if (now && now == rules)
 			return pass(LOOKUP_DIRECT);
-		if (now && decide(now, identity, &f.client, f.server_port, &why) == ALLOWED)
+		int d = now ? decide(now, identity, &f.client, f.server_port, &why) : LEFT_TO_AGENT;
+		if (d == ALLOWED)
 			return pass(LOOKUP_DIRECT);
+		struct owner *o = bpf_map_lookup_elem(&owners, &f.client);
+		if (d == DENIED && o)
+			tell_denied(o->slot, o->slot, pod_slot, &f, identity, now, &why);
 		return refuse(LOOKUP_DENIED_LATE);
 	}
 	if (now && decide(now, 0, &f.client, f.server_port, &why) == DENIED) {

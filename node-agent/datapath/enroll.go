@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -276,6 +277,9 @@ func (d *Datapath) Release(uid string) error {
 	return d.release(uid)
 }
 
+// inFlight is what a connection takes from the connect hook to its SYN. One that was captured last needs sk_lookup still.
+const inFlight = 10 * time.Millisecond
+
 func (d *Datapath) release(uid string) error {
 	dir := d.podDir(uid)
 	r, ok := d.pods[uid]
@@ -293,7 +297,9 @@ func (d *Datapath) release(uid string) error {
 			return fmt.Errorf("release pod %s: forget its interface: %w", uid, err)
 		}
 	}
-	if err := d.kernel.Pods.Delete(r.cookie); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+	if err := d.kernel.Pods.Delete(r.cookie); err == nil {
+		time.Sleep(inFlight)
+	} else if !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("release pod %s: %w", uid, err)
 	}
 	if err := removePins(dir); err != nil {

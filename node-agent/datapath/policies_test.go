@@ -226,6 +226,13 @@ func TestEvents(t *testing.T) {
 		e.ServerPod != "uid-catalog" || e.Client.Addr() != l.outside.v4 || !e.Source.IsZero() {
 		t.Errorf("%+v", e)
 	}
+	fd := l.ui.deferred(dst) // allowed, and denied before its SYN
+	l.setPolicies(mesh.SameNodeAuto, denial)
+	check(t, unix.SetNonblock(fd, true))
+	unix.Write(fd, []byte("x"))
+	if e := next(); e.Kind != Denied || e.Verdict.By != denial.Name || e.ClientPod != "uid-ui" || e.Client.Port() == 0 || e.Source != l.ui.identity() {
+		t.Errorf("%+v", e)
+	}
 }
 
 // An open direct connection that a new policy denies is reset; the others go on.

@@ -1,0 +1,97 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// Between pods of one node the kernel decides by identity: who may goes straight to the application, who may not is
+// refused at connect, and under STRICT the tunnel is used.
+func TestSameNode(t *testing.T) {
+	ns := pair(t, "e2e-same-node")
+	const n = 50
+	for _, c := range []struct {
+		name, manifest, counter string
+		refused                 bool
+	}{
+		{name: "no policy", counter: "connect_direct"},
+		{name: "allowed by identity", counter: "connect_direct", manifest: `
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: who, namespace: %[1]s}
+spec:
+  action: ALLOW
+  rules: [{from: [{source: {principals: [cluster.local/ns/%[1]s/sa/client]}}]}]
+`},
+		{name: "another identity is allowed", counter: "connect_denied", refused: true, manifest: `
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: who, namespace: %[1]s}
+spec:
+  action: ALLOW
+  rules: [{from: [{source: {principals: [cluster.local/ns/%[1]s/sa/somebody]}}]}]
+`},
+		{name: "denied by identity", counter: "connect_denied", refused: true, manifest: `
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: who, namespace: %[1]s}
+spec:
+  action: DENY
+  rules: [{from: [{source: {principals: [cluster.local/ns/%[1]s/sa/client]}}]}]
+`},
+		{name: "STRICT", counter: "connect_captured", manifest: `
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: who, namespace: %[1]s}
+spec:
+  action: ALLOW
+  rules: [{from: [{source: {principals: [cluster.local/ns/%[1]s/sa/client]}}]}]
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: %[1]s}
+spec: {mtls: {mode: STRICT}}
+`},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			if c.manifest != "" {
+				must(t, mesh.Apply(t.Context(), fmt.Sprintf(c.manifest, ns)))
+			}
+			for _, ip := range pod(t, ns, "near").IPs {
+				at := net.JoinHostPort(ip, "9000")
+				outcome := func() float64 {
+					samples, err := mesh.Metrics(t.Context())
+					must(t, err)
+					return lab.Sum(samples, "warren_datapath_outcomes_total", map[string]string{"outcome": c.counter})
+				}
+				var s storm
+				err := lab.Eventually(t.Context(), 30*time.Second, func() error { // until the policy is everywhere
+					before := outcome()
+					s = runStorm(t, ns, "client", n, 4, at, at)
+					if rose := outcome() - before; rose < n {
+						return fmt.Errorf("%s rose by %g in %d connections: %+v", c.counter, rose, n, s)
+					}
+					return nil
+				})
+				must(t, err)
+				bad := s.bad()
+				if c.refused {
+					bad = n - s.Failed
+				}
+				family := "IPv4"
+				if strings.Contains(ip, ":") {
+					family = "IPv6"
+				}
+				record("same-node", c.name+", "+family+": "+c.counter, n, bad, float64(n)/s.Seconds, "connections/s")
+				if bad != 0 {
+					t.Errorf("%s: %+v", at, s)
+				}
+			}
+		})
+	}
+}
