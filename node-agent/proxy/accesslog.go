@@ -86,6 +86,9 @@ func (r *report) close(err error) {
 	if r.kernel {
 		str("path", "kernel")
 	}
+	if r.c.excepted != (mesh.PolicyName{}) {
+		str("authz.exception", r.c.excepted.String())
+	}
 	str("authz.audit", names(r.c.noted.Audit))
 	str("authz.dry_run", dryRuns(r.c.noted.DryRun))
 	if suppressed > 0 {

@@ -199,6 +199,40 @@ func TestStrictRefusesPlaintextAndLetsTheMeshIn(t *testing.T) {
 	c.Close()
 }
 
+// The API server has no identity to show and calls webhooks all the same: STRICT excepts its address, on their port.
+func TestAnExceptionFromStrictForAnAddressIsSeen(t *testing.T) {
+	l := shop(t)
+	out, cat, n := l.pods["outside"], l.pods["catalog-1"], l.nodes["node-b"]
+	p := strict()
+	p.Rules = nil
+	for _, m := range []mesh.Match{{NotDestinationPorts: []uint16{appPort}}, {DestinationPorts: []uint16{appPort}, NotSourceIPs: []netip.Prefix{netip.PrefixFrom(out.v4, 32)}}} {
+		m.NotPrincipals = []mesh.StringMatch{{Kind: mesh.MatchPresence}}
+		p.Rules = append(p.Rules, mesh.Rule{Clauses: []mesh.Clause{{Matches: []mesh.Match{m}}}})
+	}
+	l.builder.PutPolicy(p)
+	l.commit()
+	cat.listen(appPort+1, cat.greet)
+	try := func(dst netip.AddrPort) error {
+		c, err := out.dial(dst)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		_, _, _, err = seen(c)
+		return err
+	}
+	check(t, try(netip.AddrPortFrom(cat.v4, appPort)))
+	n.log.find(t, map[string]any{"level": "INFO", "direction": "inbound", "authz.exception": p.Name, "dst.addr": netip.AddrPortFrom(cat.v4, appPort)})
+	if v := n.metric("warren_authz_exceptions_total", map[string]string{"policy": p.Name.String()}); v != 1 {
+		t.Errorf("the exception is counted %v times, want once", v)
+	}
+	for what, dst := range map[string]netip.AddrPort{"another port": netip.AddrPortFrom(cat.v4, appPort+1), "another address": netip.AddrPortFrom(cat.v6, appPort)} {
+		if err := try(dst); !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: %v, want a reset", what, err)
+		}
+	}
+}
+
 func TestAPolicyChangeResetsWhatItNoLongerAllows(t *testing.T) {
 	l := shop(t)
 	var kept, lost *net.TCPConn

@@ -34,7 +34,9 @@ type conn struct {
 	auth  mesh.Conn        // what Authorize decides on; zero for outbound
 	bytes hbone.RelayStats // client to server, server to client
 	via   atomic.Pointer[tunnel]
-	noted mesh.Verdict // Audit and DryRun of its authorization, for the log; set before its report ends
+	// For the log; set before its report ends.
+	noted    mesh.Verdict    // Audit and DryRun of its authorization
+	excepted mesh.PolicyName // the policy that let it in for its address alone
 
 	mu      sync.Mutex
 	info    ConnInfo // for listings

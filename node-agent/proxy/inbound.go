@@ -166,10 +166,14 @@ func (h *PodHandle) source(s *mesh.Snapshot, a netip.Addr, peer mesh.Identity, h
 // admit decides about a registered connection and connects it to the application. The error is what ended
 // it, be it meanwhile by end.
 func (h *PodHandle) admit(ctx context.Context, c *conn, client, app netip.AddrPort) (*net.TCPConn, error) {
-	v := h.p.store.Load().Authorize(c.auth)
+	s := h.p.store.Load()
+	v := s.Authorize(c.auth)
 	h.p.note(c, v)
 	if !v.Allow {
 		return nil, fail(PolicyDenied, "%s", denial(v))
+	}
+	if c.auth.Plaintext {
+		h.p.noteException(c, s)
 	}
 	up, err := h.dialApp(ctx, client, app)
 	if ended := c.endedBy(); ended != nil {

@@ -74,11 +74,11 @@ type Metrics struct {
 	refused  map[refusal]uint64         // guarded by mu
 	shadows  map[unenforced]uint64      // guarded by mu
 	descs    struct {
-		opened, closed, failed, received, sent, sockets, outcomes, failovers, refused, audits, dryRuns *prometheus.Desc
+		opened, closed, failed, received, sent, sockets, outcomes, failovers, refused, audits, dryRuns, exceptions *prometheus.Desc
 	}
 }
 
-// unenforced is a result that is reported and not enforced.
+// unenforced is a result that is reported beside what is enforced.
 type unenforced struct {
 	policy         mesh.PolicyName
 	action, result string
@@ -111,6 +111,8 @@ func NewMetrics() *Metrics {
 	d.audits = prometheus.NewDesc("warren_authz_audit_total", "Connections that an AUDIT policy matched.", []string{"policy"}, nil)
 	d.dryRuns = prometheus.NewDesc("warren_authz_dry_run_total", "What policies under istio.io/dry-run would have decided.",
 		[]string{"policy", "authz_dry_run_action", "authz_dry_run_result"}, nil)
+	d.exceptions = prometheus.NewDesc("warren_authz_exceptions_total",
+		"Plaintext connections that a DENY policy lets in for their source address alone, such as the API server's under STRICT.", []string{"policy"}, nil)
 	return m
 }
 
@@ -226,7 +228,7 @@ func labelsOf(k seriesKey) labels {
 // Describe implements prometheus.Collector.
 func (m *Metrics) Describe(ch chan<- *prometheus.Desc) {
 	d := &m.descs
-	for _, x := range []*prometheus.Desc{d.opened, d.closed, d.failed, d.received, d.sent, d.sockets, d.outcomes, d.failovers, d.refused, d.audits, d.dryRuns} {
+	for _, x := range []*prometheus.Desc{d.opened, d.closed, d.failed, d.received, d.sent, d.sockets, d.outcomes, d.failovers, d.refused, d.audits, d.dryRuns, d.exceptions} {
 		ch <- x
 	}
 }
@@ -265,9 +267,12 @@ func (m *Metrics) Collect(ch chan<- prometheus.Metric) {
 	refused, shadows := maps.Clone(m.refused), maps.Clone(m.shadows)
 	m.mu.Unlock()
 	for u, n := range shadows {
-		if u.action == "audit" {
+		switch u.action {
+		case "audit":
 			ch <- prometheus.MustNewConstMetric(m.descs.audits, prometheus.CounterValue, float64(n), u.policy.String())
-		} else {
+		case "exception":
+			ch <- prometheus.MustNewConstMetric(m.descs.exceptions, prometheus.CounterValue, float64(n), u.policy.String())
+		default:
 			ch <- prometheus.MustNewConstMetric(m.descs.dryRuns, prometheus.CounterValue, float64(n), u.policy.String(), u.action, u.result)
 		}
 	}

@@ -63,6 +63,14 @@ func TestAConnectForAnythingButThePodIsRefused(t *testing.T) {
 	if n := l.nodes["node-b"].metric("warren_connections_total", map[string]string{"outcome": "request_invalid", "reporter": "destination"}); n < 15 {
 		t.Errorf("%v requests counted as invalid", n)
 	}
+	for _, why := range []string{
+		"authority 127.0.0.1:8080 is not an address of this pod", "authority 169.254.169.254:80 is not an address of this pod",
+		"authority [::ffff:" + cat.v4.String() + "]:8080 is not an address of this pod",
+		"authority " + cat.v4.String() + ":15008 has a port that no application may have",
+		`authority "localhost:8080" is not an address and port`,
+	} {
+		l.nodes["node-b"].log.find(t, map[string]any{"msg": "connection failed", "direction": "inbound", "outcome": "request_invalid", "error": why})
+	}
 }
 
 func TestAPeerThatCannotProveItselfIsRefused(t *testing.T) {

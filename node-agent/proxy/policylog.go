@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"net/netip"
 	"strings"
 	"sync"
 	"time"
@@ -27,6 +28,18 @@ func (p *Proxy) note(c *conn, v mesh.Verdict) {
 			u.action = "allow"
 		}
 		p.metrics.unenforced(u)
+	}
+}
+
+// noteException counts a plaintext connection that a DENY policy would refuse from any other address, and keeps the
+// policy for the connection's line: STRICT excepts the API server's calls to webhooks so, and that is less than an
+// identity.
+func (p *Proxy) noteException(c *conn, s *mesh.Snapshot) {
+	a := c.auth
+	a.SourceIP = netip.Addr{}
+	if v := s.Authorize(a); !v.Allow && v.Why == mesh.WhyDenied {
+		c.excepted = v.By
+		p.metrics.unenforced(unenforced{policy: v.By, action: "exception"})
 	}
 }
 
