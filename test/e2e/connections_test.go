@@ -1,0 +1,81 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// A client that knows nothing of the mesh has connections to a pod: some from before the pod's enrolment, which
+// nobody carries, and some that came in later, in plaintext. All end when the pod becomes STRICT, also where the
+// agent that enrolled it is gone since.
+func TestPlaintextThatIsOpenEndsUnderStrict(t *testing.T) {
+	ownCluster(t)
+	ctx := t.Context()
+	out := namespace(t, "e2e-plain-out")
+	in := namespace(t, "e2e-plain-in")
+	deploy(t, out, false, client(out, "early", nodes[0]), client(out, "late", nodes[0]))
+	deploy(t, in, false, server(in, "far", nodes[1]))
+	const hold = 10
+	held := func(client, lasting string) func() loadReport {
+		return startLoad(t, out, client, "-rate", "0", "-for", lasting, "-hold", fmt.Sprint(hold), "-timeout", "60s", net.JoinHostPort(pod(t, in, "far").IP, "9000"))
+	}
+	before := held("early", "45s")
+	time.Sleep(3 * time.Second) // they are open
+	must(t, mesh.Enrol(ctx, in, true))
+	_, err := mesh.AwaitRedirection(ctx, in, "enabled", 30*time.Second)
+	must(t, err)
+	must(t, crashAgent(ctx, nodes[1]))
+	must(t, awaitAgents(ctx, 90*time.Second))
+	after := held("late", "12s")
+	time.Sleep(4 * time.Second)
+
+	changed := time.Now()
+	must(t, mesh.Apply(ctx, `{"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": {"name": "default", "namespace": "`+in+`"},
+		"spec": {"mtls": {"mode": "STRICT"}}}`))
+	for _, of := range []struct {
+		name   string
+		report func() loadReport
+	}{
+		{"plaintext through the agent", after},
+		{"plaintext from before enrolment, after a restart of the agent", before},
+	} {
+		r := of.report()
+		var slowest time.Duration
+		missed := r.Held - len(r.HeldEnds)
+		for _, ms := range r.HeldEnds {
+			at := time.UnixMilli(ms)
+			slowest = max(slowest, at.Sub(changed))
+			if at.Before(changed.Truncate(time.Millisecond)) {
+				missed++
+			}
+		}
+		record("open-connections", of.name+": cut when the pod becomes STRICT, the slowest", r.Held, missed, float64(slowest.Milliseconds()), "ms after kubectl apply began")
+		if r.Held != hold || missed > 0 {
+			t.Errorf("%s: of %d connections %d went on or ended before the change: %+v", of.name, r.Held, missed, r)
+		}
+	}
+	must(t, lab.Eventually(ctx, 10*time.Second, func() error {
+		logs, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "logs", "-l", lab.NodeApp, "--tail=1000")
+		if err != nil {
+			return err
+		}
+		carried, early := 0, 0
+		for line := range strings.Lines(logs) {
+			switch {
+			case strings.Contains(line, "policy_revoked") && strings.Contains(line, "dst.namespace="+in) && strings.Contains(line, "by policy"):
+				carried++
+			case strings.Contains(line, "connections from before enrolment reset") && strings.Contains(line, "namespace="+in):
+				early++
+			}
+		}
+		if carried != hold || early == 0 {
+			return fmt.Errorf("%d lines of the access log name the policy, want %d; the connections from before enrolment are told of %d times", carried, hold, early)
+		}
+		return nil
+	}))
+}
