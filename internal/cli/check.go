@@ -206,6 +206,7 @@ func (a *app) checkInstallation(ctx context.Context, c *conn, s *meshStatus) []f
 	default:
 		out = append(out, finding{"root certificate", "ok", "published", ""})
 	}
+	out = append(out, a.checkAdmission(ctx, c))
 	out = append(out, a.checkLabels(ctx, c)...)
 	if len(s.Pending) > 0 {
 		p := s.Pending[0]
@@ -218,6 +219,23 @@ func (a *app) checkInstallation(ctx context.Context, c *conn, s *meshStatus) []f
 		captured += n.Captured
 	}
 	return append(out, finding{"capture", "ok", plural(captured, "pod") + " captured, none pending", ""})
+}
+
+// checkAdmission tells whether policies are judged before they are stored.
+func (a *app) checkAdmission(ctx context.Context, c *conn) finding {
+	const name = "warren-validator"
+	config, err := c.AdmissionregistrationV1().ValidatingWebhookConfigurations().Get(ctx, name, metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		return finding{"admission", "warning", "policies are not checked when they are applied: there is no ValidatingWebhookConfiguration " + name,
+			"install the chart with admission.enabled=true"}
+	case err != nil:
+		return finding{"admission", "warning", "cannot tell: " + err.Error(), "this needs the right to get validatingwebhookconfigurations"}
+	case len(config.Webhooks) == 0 || len(config.Webhooks[0].ClientConfig.CABundle) == 0:
+		return finding{"admission", "warning", "policies are not checked when they are applied: the webhook has no root certificate yet",
+			"the control plane writes it: kubectl -n " + a.namespace + " logs -l " + controlSelector}
+	}
+	return finding{"admission", "ok", "policies are checked when they are applied", ""}
 }
 
 // checkLabels finds values of the mode label that mean nothing.

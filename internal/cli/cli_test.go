@@ -12,6 +12,7 @@ import (
 	metav1alpha1 "istio.io/api/meta/v1alpha1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	istiofake "istio.io/client-go/pkg/clientset/versioned/fake"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -79,6 +80,8 @@ func installed() []runtime.Object {
 		set("warren-node", "ztunnel"), set("warren-holder", "warren-holder"),
 		&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "istio-ca-root-cert"}},
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{modeLabel: "ambient"}}},
+		&admissionv1.ValidatingWebhookConfiguration{ObjectMeta: metav1.ObjectMeta{Name: "warren-validator"},
+			Webhooks: []admissionv1.ValidatingWebhook{{ClientConfig: admissionv1.WebhookClientConfig{CABundle: []byte("root")}}}},
 		pod("istio-system", "warren-node-a", "node1", map[string]string{"app": "ztunnel"}, nil),
 		pod("istio-system", "warren-node-b", "node2", map[string]string{"app": "ztunnel"}, nil),
 		pod("shop", "ui-1", "node1", nil, map[string]string{redirection: "enabled"}),
@@ -153,6 +156,22 @@ func TestCheck(t *testing.T) {
 	}
 	if code != ExitFound {
 		t.Errorf("code %d", code)
+	}
+}
+
+func TestCheckTellsThatPoliciesAreNotChecked(t *testing.T) {
+	var without []runtime.Object
+	for _, o := range installed() {
+		if _, ok := o.(*admissionv1.ValidatingWebhookConfiguration); !ok {
+			without = append(without, o)
+		}
+	}
+	untrusted := append(without[:len(without):len(without)], &admissionv1.ValidatingWebhookConfiguration{
+		ObjectMeta: metav1.ObjectMeta{Name: "warren-validator"}, Webhooks: make([]admissionv1.ValidatingWebhook, 1)})
+	for want, objects := range map[string][]runtime.Object{"there is no ValidatingWebhookConfiguration": without, "no root certificate": untrusted} {
+		if code, out, _ := run(t, objects, "check"); code != ExitOK || !strings.Contains(out, "warning  admission: ") || !strings.Contains(out, want) {
+			t.Errorf("code %d, want %q:\n%s", code, want, out)
+		}
 	}
 }
 

@@ -138,6 +138,10 @@ The examples are read in a cluster in which the namespaces shop (pods ui, catalo
 			return "", fmt.Errorf("example %q: %w", f.Name, err)
 		}
 	}
+	b.WriteString(`
+A list with nothing behind its colon (` + "`namespaces:`" + `) is null in YAML, and the API server refuses it by itself: ` + "`must be of type array: \"null\"`" + `.
+Give the list a value, or remove the line.
+`)
 	for _, s := range []struct {
 		severity policy.Severity
 		title    string
