@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -115,6 +116,10 @@ const (
 	firstSparePort = 16384
 	endSparePorts  = 32768
 	portTries      = 16
+	// A connection under the very 4-tuple is one that the client has given up: of a tunnel that broke, or of an
+	// attempt that is repeated. It is about to end.
+	tupleWait  = 10 * time.Millisecond
+	tupleTries = 30
 )
 
 // DialInbound connects to the application in a pod, dst being the pod's own address, and shows it src as
@@ -128,7 +133,7 @@ func (d *Datapath) DialInbound(ctx context.Context, ns *netns.Handle, src, dst n
 		return ns.DialTCP(ctx, to.String(), d.Tag)
 	}
 	port := src.Port()
-	for try := 0; ; try++ {
+	for try, again := 0, 0; ; try++ {
 		if port == 0 {
 			port = uint16(firstSparePort + rand.IntN(endSparePorts-firstSparePort))
 		}
@@ -136,6 +141,16 @@ func (d *Datapath) DialInbound(ctx context.Context, ns *netns.Handle, src, dst n
 		c, err := ns.DialTCP(ctx, to.String(), func(fd int) error { return d.prepareInbound(fd, as) })
 		if err == nil || try == portTries || !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			return c, err
+		}
+		if port == src.Port() && errors.Is(err, unix.EADDRNOTAVAIL) && again < tupleTries {
+			again++
+			try--
+			select {
+			case <-time.After(tupleWait):
+				continue
+			case <-ctx.Done():
+				return nil, err
+			}
 		}
 		port = 0
 	}
