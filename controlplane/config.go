@@ -131,6 +131,7 @@ type warrenFile struct {
 	Network             string             `json:"network"`
 	SameNode            string             `json:"sameNode"`
 	EnablementSelectors []enablementSource `json:"enablementSelectors"`
+	APIServerSources    []string           `json:"apiServerSources"`
 }
 
 // enablementSource is an enablement selector in istio-cni's form, or a bare label selector of namespaces.
@@ -200,6 +201,16 @@ func (c Config) withConfigMap(ctx context.Context, kube kubernetes.Interface) (C
 		c.Mesh.SameNode = mesh.SameNodeEncrypt
 	default:
 		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q: it must be auto, kernel or encrypt", c.Namespace, name, w.SameNode)
+	}
+	for _, v := range w.APIServerSources {
+		p, err := netip.ParsePrefix(v)
+		if a, aerr := netip.ParseAddr(v); err != nil && aerr == nil {
+			p, err = netip.PrefixFrom(a, a.BitLen()), nil
+		}
+		if err != nil || p.Addr().Is4In6() || p.Addr().Zone() != "" {
+			return c, fmt.Errorf("ConfigMap %s/%s: apiServerSources: %q is neither an address nor a CIDR range", c.Namespace, name, v)
+		}
+		c.Mesh.APIServerSources = append(c.Mesh.APIServerSources, p.Masked())
 	}
 	for _, e := range w.EnablementSelectors {
 		sel, err := e.selector()

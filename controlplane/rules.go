@@ -14,6 +14,10 @@ var Rules = []rbacv1.PolicyRule{
 	// Which nodes enforce a policy is written on it.
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
 		Verbs: []string{"patch"}},
+	// Which ports the API server calls, so that STRICT lets it.
+	{APIGroups: []string{"admissionregistration.k8s.io"}, Resources: []string{"validatingwebhookconfigurations", "mutatingwebhookconfigurations"}, Verbs: []string{"list", "watch"}},
+	{APIGroups: []string{"apiregistration.k8s.io"}, Resources: []string{"apiservices"}, Verbs: []string{"list", "watch"}},
+	{APIGroups: []string{"apiextensions.k8s.io"}, Resources: []string{"customresourcedefinitions"}, Verbs: []string{"list", "watch"}},
 	// The annotation ambient.istio.io/redirection.
 	{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	istio "istio.io/client-go/pkg/clientset/versioned"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 
 	caapi "github.com/warrenmesh/warren/api/ca"
@@ -33,6 +34,8 @@ import (
 type Clients struct {
 	Kube  kubernetes.Interface
 	Istio istio.Interface
+	// Dynamic reads APIServices and CustomResourceDefinitions; nil leaves their calls without exemption from STRICT.
+	Dynamic dynamic.Interface
 }
 
 // placement shows the index's view of pods to the CA.
@@ -97,6 +100,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	if cp.source, err = index.NewSource(clients.Kube, clients.Istio, cfg.Mesh, log.With("scope", "index")); err != nil {
 		return nil, err
 	}
+	cp.source.Dynamic = clients.Dynamic
 	trusted := map[string]bool{}
 	for _, a := range cfg.TrustedNodes {
 		trusted[a] = true

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	istio "istio.io/client-go/pkg/clientset/versioned"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
@@ -77,7 +78,11 @@ func connect() (controlplane.Clients, error) {
 	if err != nil {
 		return controlplane.Clients{}, fmt.Errorf("make a client of Istio's resources: %w", err)
 	}
-	return controlplane.Clients{Kube: kube, Istio: istioClient}, nil
+	dynamicClient, err := dynamic.NewForConfig(restConfig)
+	if err != nil {
+		return controlplane.Clients{}, fmt.Errorf("make a client of other resources: %w", err)
+	}
+	return controlplane.Clients{Kube: kube, Istio: istioClient, Dynamic: dynamicClient}, nil
 }
 
 // environment reads variables and collects what is wrong with them.

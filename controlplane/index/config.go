@@ -3,6 +3,7 @@ package index
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -21,6 +22,10 @@ type Config struct {
 	TrustDomainAliases []string // peers of these are accepted too
 	SameNode           mesh.SameNode
 	RootNamespace      string // of mesh-wide policies
+
+	// APIServerSources are further addresses from which the API server calls pods, where it does not come from those
+	// under which the cluster knows it (a managed control plane behind tunnels or NAT).
+	APIServerSources []netip.Prefix
 
 	// Enablement enrols pods beyond the istio.io/dataplane-mode labels, as istio-cni's enablementSelectors do.
 	Enablement []EnablementSelector

@@ -29,11 +29,13 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 	nk := NoticeKey{Kind: Pod, Namespace: k.Namespace, Name: k.Name}
 	if f == nil {
 		x.setLocal(k, nil, u)
+		x.use(source{Pod, k}, bindings{})
 		x.notice(u, nk, "", "", "")
 		return nil
 	}
 	services := x.servicesOfPod(f)
 	bound := x.policiesFor(subject{k.Namespace, f.labels, services})
+	x.use(source{Pod, k}, bound)
 	uid := x.uid("", "Pod", k)
 	d := x.c.decide(x.namespaces[k.Namespace], PodTraits{Labels: f.labels, HostNetwork: f.hostNetwork, Sidecar: f.sidecar})
 	if d.Warning != "" {
@@ -66,7 +68,7 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 		Healthy:      f.healthy,
 		WorkloadName: f.workloadName,
 		Kind:         f.kind,
-		Locality:     x.localities[f.node],
+		Locality:     x.localityOf(f.node),
 		Services:     services,
 		Policies:     bound.policies,
 		Audits:       bound.audits,
@@ -234,6 +236,7 @@ func (x *Index) deriveEntry(k key) []*mesh.Workload {
 func (x *Index) deriveWorkloadEntry(k key) []*mesh.Workload {
 	e := x.endpoints[k.Namespace][k.Name]
 	if e == nil || (!e.addr.IsValid() && e.hostname == "") {
+		x.use(source{WorkloadEntry, k}, bindings{})
 		return nil
 	}
 	var hosts []*serviceFact
@@ -254,6 +257,7 @@ func (x *Index) deriveWorkloadEntry(k key) []*mesh.Workload {
 	w.WorkloadName = first(e.labels, k.Name, "service.istio.io/workload-name")
 	w.CanonicalName, w.CanonicalRevision = canonical(e.labels, w.WorkloadName)
 	bound := x.policiesFor(subject{k.Namespace, e.labels, w.Services})
+	x.use(source{WorkloadEntry, k}, bound)
 	w.Policies, w.Audits = bound.policies, bound.audits
 	return []*mesh.Workload{w}
 }

@@ -68,6 +68,7 @@ func (x *Index) setPod(k key, f *podFact) {
 }
 
 func (x *Index) touchClaimants(a netip.Addr) {
+	x.dirtyAPIServer = x.dirtyAPIServer || x.inside[a] > 0
 	for k := range x.podsByAddr[a] {
 		x.touch(Pod, k)
 	}
@@ -97,20 +98,6 @@ func (x *Index) setNamespace(name string, f *namespaceFact) {
 		for _, h := range e.hosts {
 			x.dirtyHosts[h.service.Name] = struct{}{}
 		}
-	}
-}
-
-func (x *Index) setNode(name string, l mesh.Locality) {
-	if x.localities[name] == l {
-		return
-	}
-	if l == (mesh.Locality{}) {
-		delete(x.localities, name)
-	} else {
-		x.localities[name] = l
-	}
-	for k := range x.podsByNode[name] {
-		x.touch(Pod, k)
 	}
 }
 
@@ -179,6 +166,9 @@ func (x *Index) touchSlice(f *sliceFact) {
 }
 
 func (x *Index) setSlice(k key, f *sliceFact) {
+	if k.Namespace == apiServerService.Namespace {
+		x.dirtyAPIServer = true
+	}
 	if old := x.slices[k]; old != nil {
 		x.touchSlice(old)
 		unlink(x.slicesOf, key{k.Namespace, old.service}, k)

@@ -6,8 +6,10 @@ import (
 
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -26,11 +28,15 @@ const (
 	ServiceEntry
 	WorkloadEntry
 	RequestAuthentication
+	ValidatingWebhookConfiguration
+	MutatingWebhookConfiguration
+	APIService
+	CustomResourceDefinition
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
-	"RequestAuthentication",
+	"RequestAuthentication", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -106,7 +112,8 @@ type Index struct {
 	podsByNode map[string]map[key]struct{}
 	podsByAddr map[netip.Addr]map[key]struct{} // but for those on the host network
 	namespaces map[string]*namespaceFact
-	localities map[string]mesh.Locality
+	nodes      map[string]*nodeFact
+	inside     map[netip.Addr]int                 // how many nodes have it, see nodeFact
 	services   map[string]map[string]*serviceFact // by namespace and name
 	slices     map[key]*sliceFact
 	slicesOf   map[key]map[key]struct{} // Service → its slices
@@ -116,6 +123,8 @@ type Index struct {
 	authz      map[string]map[string]*authorizationFact
 	peerAuths  map[string]map[string]*peerAuthFact
 	requests   map[string]map[string]*requestFact
+	calledBy   map[ref][]called                    // what the API server calls on behalf of an object
+	callers    map[key]map[uint16]map[ref]struct{} // the same by Service and port
 
 	candidates map[mesh.ServiceName]map[owner]*serviceFact // who claims a host
 	winners    map[mesh.ServiceName]*serviceFact           // as of the last Commit
@@ -126,12 +135,16 @@ type Index struct {
 	nsStates    map[string]*NamespaceState
 	states      map[PolicyKey]*PolicyState
 	notices     map[NoticeKey]*Notice
+	exemptions  map[mesh.PolicyName]*exemption
+	exemptOf    map[source]mesh.PolicyName
 
 	// What has to be derived anew.
 	dirtySources    map[source]struct{}
 	dirtyHosts      map[mesh.ServiceName]struct{}
 	dirtyPolicies   map[mesh.PolicyName]struct{}
 	dirtyStates     map[PolicyKey]struct{}
+	dirtyExemptions map[mesh.PolicyName]struct{}
+	dirtyAPIServer  bool // its addresses
 	dirtyNamespaces map[string]struct{}
 }
 
@@ -148,7 +161,8 @@ func New(cfg Config) (*Index, error) {
 		podsByNode:      map[string]map[key]struct{}{},
 		podsByAddr:      map[netip.Addr]map[key]struct{}{},
 		namespaces:      map[string]*namespaceFact{},
-		localities:      map[string]mesh.Locality{},
+		nodes:           map[string]*nodeFact{},
+		inside:          map[netip.Addr]int{},
 		services:        map[string]map[string]*serviceFact{},
 		slices:          map[key]*sliceFact{},
 		slicesOf:        map[key]map[key]struct{}{},
@@ -158,6 +172,11 @@ func New(cfg Config) (*Index, error) {
 		authz:           map[string]map[string]*authorizationFact{},
 		peerAuths:       map[string]map[string]*peerAuthFact{},
 		requests:        map[string]map[string]*requestFact{},
+		calledBy:        map[ref][]called{},
+		callers:         map[key]map[uint16]map[ref]struct{}{},
+		exemptions:      map[mesh.PolicyName]*exemption{},
+		exemptOf:        map[source]mesh.PolicyName{},
+		dirtyExemptions: map[mesh.PolicyName]struct{}{},
 		candidates:      map[mesh.ServiceName]map[owner]*serviceFact{},
 		winners:         map[mesh.ServiceName]*serviceFact{},
 		workloadsOf:     map[source][]string{},
@@ -185,7 +204,7 @@ func (x *Index) Set(obj any) {
 	case *discoveryv1.EndpointSlice:
 		x.setSlice(keyOf(o), sliceFactOf(o))
 	case *corev1.Node:
-		x.setNode(o.Name, localityOf(o))
+		x.setNode(o.Name, nodeFactOf(o))
 	case *securityv1.AuthorizationPolicy:
 		x.setAuthorization(keyOf(o), x.c.authorizationFactOf(o))
 	case *securityv1.PeerAuthentication:
@@ -196,6 +215,16 @@ func (x *Index) Set(obj any) {
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
 	case *networkingv1.WorkloadEntry:
 		x.setEndpoint(keyOf(o), x.c.workloadEntryFactOf(o))
+	case *admissionv1.ValidatingWebhookConfiguration:
+		x.setCalled(ref{ValidatingWebhookConfiguration, keyOf(o)}, calledByValidating(o))
+	case *admissionv1.MutatingWebhookConfiguration:
+		x.setCalled(ref{MutatingWebhookConfiguration, keyOf(o)}, calledByMutating(o))
+	case *unstructured.Unstructured:
+		kind := APIService
+		if o.GetKind() == CustomResourceDefinition.String() {
+			kind = CustomResourceDefinition
+		}
+		x.setCalled(ref{kind, keyOf(o)}, calledByUnstructured(o))
 	default:
 		panic(fmt.Sprintf("index: no converter for %T", obj))
 	}
@@ -214,11 +243,13 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 	case EndpointSlice:
 		x.setSlice(k, nil)
 	case Node:
-		x.setNode(name, mesh.Locality{})
+		x.setNode(name, nil)
 	case AuthorizationPolicy:
 		x.setAuthorization(k, nil)
 	case PeerAuthentication:
 		x.setPeerAuth(k, nil)
+	case ValidatingWebhookConfiguration, MutatingWebhookConfiguration, APIService, CustomResourceDefinition:
+		x.setCalled(ref{kind, k}, nil)
 	case RequestAuthentication:
 		x.setRequestAuth(k, nil)
 	case ServiceEntry:
@@ -244,6 +275,7 @@ func (x *Index) Commit() *Update {
 	x.commitPolicies(b, u)
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
+	x.commitExemptions(b) // after the workloads, which need them or no more
 	x.commitNamespaces(u)
 	x.commitStates(u)
 
@@ -252,6 +284,7 @@ func (x *Index) Commit() *Update {
 	x.dirtySources = emptied(x.dirtySources)
 	x.dirtyNamespaces = emptied(x.dirtyNamespaces)
 	x.dirtyStates = emptied(x.dirtyStates)
+	x.dirtyExemptions = emptied(x.dirtyExemptions)
 	if b.Changed() {
 		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
 	}

@@ -16,9 +16,11 @@ import (
 	"golang.org/x/tools/txtar"
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"pgregory.net/rapid"
@@ -145,6 +147,20 @@ func decode(t testing.TB, doc string) any {
 		obj = &securityv1.PeerAuthentication{}
 	case "RequestAuthentication":
 		obj = &securityv1.RequestAuthentication{}
+	case "ValidatingWebhookConfiguration":
+		obj = &admissionv1.ValidatingWebhookConfiguration{}
+	case "MutatingWebhookConfiguration":
+		obj = &admissionv1.MutatingWebhookConfiguration{}
+	case "APIService", "CustomResourceDefinition":
+		o := &unstructured.Unstructured{}
+		text, err := yaml.YAMLToJSON([]byte(doc))
+		if err == nil {
+			err = o.UnmarshalJSON(text)
+		}
+		if err != nil {
+			t.Fatalf("%s: %v", meta.Kind, err)
+		}
+		return o
 	case "ServiceEntry":
 		obj = &networkingv1.ServiceEntry{}
 	case "WorkloadEntry":
@@ -309,7 +325,19 @@ var podLabels = []map[string]string{
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	switch kind := Kind(rapid.IntRange(0, int(WorkloadEntry)).Draw(t, "kind")); kind {
+	switch kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)).Draw(t, "kind")); kind {
+	case RequestAuthentication:
+		r := &securityv1.RequestAuthentication{ObjectMeta: drawMeta(t, "name", "ra0", "ra1")}
+		return ref{kind, keyOf(r)}, r
+	case ValidatingWebhookConfiguration:
+		v := &admissionv1.ValidatingWebhookConfiguration{}
+		v.Name = pick(t, "name", "v0", "v1")
+		for range rapid.IntRange(0, 2).Draw(t, "webhooks") {
+			port := pick(t, "port", int32(80), 443)
+			v.Webhooks = append(v.Webhooks, admissionv1.ValidatingWebhook{ClientConfig: admissionv1.WebhookClientConfig{Service: &admissionv1.ServiceReference{
+				Namespace: pick(t, "namespace", "a", "b", "istio-system"), Name: pick(t, "service", "s0", "s1"), Port: &port}}})
+		}
+		return ref{kind, key{"", v.Name}}, v
 	case Pod:
 		p := &corev1.Pod{ObjectMeta: drawMeta(t, "pod", "p0", "p1", "p2")}
 		p.UID = types.UID(pick(t, "uid", "u0-", "u1-") + p.Namespace + "-" + p.Name)
@@ -347,6 +375,11 @@ func drawObject(t *rapid.T) (ref, any) {
 		return ref{kind, keyOf(s)}, s
 	case EndpointSlice:
 		e := &discoveryv1.EndpointSlice{ObjectMeta: drawMeta(t, "slice", "e0", "e1"), AddressType: discoveryv1.AddressTypeIPv4}
+		if rapid.IntRange(0, 2).Draw(t, "api server") == 0 {
+			e.Namespace, e.Name, e.Labels = "default", "kubernetes", map[string]string{discoveryv1.LabelServiceName: "kubernetes"}
+			e.Endpoints = []discoveryv1.Endpoint{{Addresses: []string{pick(t, "address", "192.0.2.1", "192.0.2.2")}}}
+			return ref{kind, keyOf(e)}, e
+		}
 		e.Labels = map[string]string{discoveryv1.LabelServiceName: pick(t, "of", "s0", "s1")}
 		name, port := "http", int32(8080)
 		e.Ports = []discoveryv1.EndpointPort{{Name: &name, Port: &port}}
@@ -360,6 +393,8 @@ func drawObject(t *rapid.T) (ref, any) {
 		n := &corev1.Node{}
 		n.Name = pick(t, "node", "n0", "n1")
 		n.Labels = pick(t, "labels", nil, map[string]string{corev1.LabelTopologyZone: "z"})
+		n.Spec.PodCIDRs = pick(t, "cidr", nil, []string{"10.0.0.0/24"})
+		n.Status.Addresses = pick(t, "addresses", nil, []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2.1"}})
 		return ref{kind, key{"", n.Name}}, n
 	case AuthorizationPolicy:
 		p := &securityv1.AuthorizationPolicy{}

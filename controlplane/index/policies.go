@@ -114,6 +114,9 @@ func (x *Index) boundTo(f *authorizationFact, s subject, waypoints []key) bool {
 type bindings struct {
 	policies, audits []mesh.PolicyName
 	strict           bool // on every port
+
+	exempt     *exemption // nil where the API server calls nothing
+	exemptName mesh.PolicyName
 }
 
 // policiesFor finds the policies that bind to a workload.
@@ -139,8 +142,12 @@ func (x *Index) policiesFor(s subject) bindings {
 	}
 	slices.SortFunc(b.policies, mesh.PolicyName.Compare)
 	slices.SortFunc(b.audits, mesh.PolicyName.Compare)
-	converted, strict := x.c.peerPolicies(x.peerAuthsFor(s))
+	meshWide, namespace, workload := x.peerAuthsFor(s)
+	converted, strict := x.c.peerPolicies(meshWide, namespace, workload)
 	b.policies, b.strict = append(b.policies, converted...), strict
+	if len(converted) > 0 {
+		x.exempt(&b, s, workload, effectiveStrict(meshWide, namespace, workload), converted[0])
+	}
 	return b
 }
 

@@ -11,10 +11,14 @@ import (
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	istio "istio.io/client-go/pkg/clientset/versioned"
 	istioinformers "istio.io/client-go/pkg/informers/externalversions"
+	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/client-go/dynamic"
+	"k8s.io/client-go/dynamic/dynamicinformer"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
@@ -25,6 +29,9 @@ type Source struct {
 	Kube  kubernetes.Interface
 	Istio istio.Interface
 	Log   *slog.Logger
+	// Dynamic reads what has no typed client here: APIServices and CustomResourceDefinitions. Without it their
+	// calls get no exemption from STRICT.
+	Dynamic dynamic.Interface
 
 	// Settle is how long after a change others are waited for, so that a burst makes one Update. The first
 	// change of a quiet time waits no longer than that.
@@ -120,10 +127,25 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 		{Service, s.core.Core().V1().Services().Informer()},
 		{EndpointSlice, s.core.Discovery().V1().EndpointSlices().Informer()},
 		{Node, s.core.Core().V1().Nodes().Informer()},
+		{ValidatingWebhookConfiguration, s.core.Admissionregistration().V1().ValidatingWebhookConfigurations().Informer()},
+		{MutatingWebhookConfiguration, s.core.Admissionregistration().V1().MutatingWebhookConfigurations().Informer()},
 	} {
 		if err := add(k.kind, k.i); err != nil {
 			return err
 		}
+	}
+	if s.Dynamic != nil {
+		factory := dynamicinformer.NewDynamicSharedInformerFactory(s.Dynamic, 0)
+		for kind, r := range map[Kind]schema.GroupVersionResource{
+			APIService:               {Group: "apiregistration.k8s.io", Version: "v1", Resource: "apiservices"},
+			CustomResourceDefinition: {Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"},
+		} {
+			if err := add(kind, factory.ForResource(r).Informer()); err != nil {
+				return err
+			}
+		}
+		factory.Start(ctx.Done())
+		defer factory.Shutdown()
 	}
 	missing := map[Kind]bool{}
 	for _, c := range crds {
@@ -286,7 +308,19 @@ func strip(obj any) (any, error) {
 	case *discoveryv1.EndpointSlice:
 		o.ManagedFields, o.OwnerReferences, o.Annotations = nil, nil, nil
 	case *corev1.Node:
-		o.ManagedFields, o.Annotations, o.Spec, o.Status = nil, nil, corev1.NodeSpec{}, corev1.NodeStatus{}
+		stripNode(o)
+	case *admissionv1.ValidatingWebhookConfiguration:
+		o.ManagedFields = nil
+		for i := range o.Webhooks {
+			o.Webhooks[i] = admissionv1.ValidatingWebhook{ClientConfig: admissionv1.WebhookClientConfig{Service: o.Webhooks[i].ClientConfig.Service}}
+		}
+	case *admissionv1.MutatingWebhookConfiguration:
+		o.ManagedFields = nil
+		for i := range o.Webhooks {
+			o.Webhooks[i] = admissionv1.MutatingWebhook{ClientConfig: admissionv1.WebhookClientConfig{Service: o.Webhooks[i].ClientConfig.Service}}
+		}
+	case *unstructured.Unstructured:
+		return stripUnstructured(o), nil
 	case *securityv1.AuthorizationPolicy:
 		o.ManagedFields = nil
 	case *securityv1.PeerAuthentication:
@@ -299,6 +333,18 @@ func strip(obj any) (any, error) {
 		o.ManagedFields = nil
 	}
 	return obj, nil
+}
+
+// stripNode keeps what nodeFactOf reads.
+func stripNode(o *corev1.Node) {
+	annotations := map[string]string{}
+	for _, name := range overlayAnnotations {
+		if v, ok := o.Annotations[name]; ok {
+			annotations[name] = v
+		}
+	}
+	o.ManagedFields, o.Annotations = nil, annotations
+	o.Spec, o.Status = corev1.NodeSpec{PodCIDRs: o.Spec.PodCIDRs}, corev1.NodeStatus{Addresses: o.Status.Addresses}
 }
 
 // stripPod keeps what podFactOf and the placement read.

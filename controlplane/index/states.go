@@ -155,6 +155,13 @@ func (x *Index) peerAuthState(f *peerAuthFact) *PolicyState {
 		s.Message = fmt.Sprintf("of several PeerAuthentications of a %s the oldest holds: %s", level, strings.Join(older, ", "))
 		return s
 	}
+	ns := f.Namespace
+	if level == "mesh" {
+		ns = ""
+	}
+	if text := x.exemptText(ns, f.selector); text != "" {
+		s.Message = strings.TrimPrefix(s.Message+"; "+text, "; ")
+	}
 	// The static policy stands for whatever is strict on all ports; a policy of its own for exceptions by port.
 	s.Compiled = []mesh.PolicyName{x.c.strictName()}
 	if p := x.policy(f.portPolicyName()); p != nil {
