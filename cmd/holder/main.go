@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/warrenmesh/warren/internal/logformat"
 	"github.com/warrenmesh/warren/node-agent/holder"
 )
 
@@ -20,7 +21,7 @@ func main() {
 	blobs := flag.Int64("max-blob-mib", 256, "sealed memory to hold at most, in MiB")
 	flag.Parse()
 
-	log := slog.New(slog.NewJSONHandler(os.Stderr, nil))
+	log := slog.New(logformat.New(os.Stderr, true, slog.LevelInfo))
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	err := holder.NewServer(holder.ServerConfig{
