@@ -24,6 +24,7 @@ import (
 
 	"github.com/warrenmesh/warren/controlplane"
 	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/internal/logformat"
 )
 
 // version is set when the binary is linked.
@@ -134,11 +135,7 @@ func (e *environment) config() controlplane.Config {
 	if v := e.text("LOG_LEVEL", "info"); level.UnmarshalText([]byte(v)) != nil {
 		e.errs = append(e.errs, fmt.Errorf("LOG_LEVEL=%q: use debug, info, warn or error", v))
 	}
-	opts := &slog.HandlerOptions{Level: level}
-	var handler slog.Handler = slog.NewTextHandler(os.Stdout, opts)
-	if e.text("LOG_FORMAT", "") == "json" {
-		handler = slog.NewJSONHandler(os.Stdout, opts)
-	}
+	handler := logformat.New(os.Stdout, e.text("LOG_FORMAT", "") == "json", level)
 	admissionAddr := e.text("ADMISSION_LISTEN", ":15017")
 	if !e.boolean("ADMISSION", true) {
 		admissionAddr = ""
