@@ -166,6 +166,15 @@ func load(ctx context.Context, args []string) error {
 		took []int64
 		wg   sync.WaitGroup
 	)
+	// Whoever waits for the load to be under way reads this line: the first exchange was made, and one on each
+	// connection that stays open.
+	var begun sync.WaitGroup
+	begun.Add(*hold + min(*rate, 1))
+	go func() {
+		begun.Wait()
+		fmt.Fprintln(os.Stderr, "begun")
+	}()
+	exchanged := sync.OnceFunc(begun.Done)
 	start := time.Now()
 	note := func(what string) {
 		if len(r.Examples) < 12 {
@@ -187,6 +196,7 @@ func load(ctx context.Context, args []string) error {
 			note(fmt.Sprintf("client %s, server saw %s", x.Local, x.ServerSaw))
 		case err == nil:
 			r.OK++
+			exchanged()
 			r.Servers[x.Server]++
 			took = append(took, ms)
 		case errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, syscall.ETIMEDOUT):
@@ -205,7 +215,7 @@ func load(ctx context.Context, args []string) error {
 	var held sync.WaitGroup
 	for range *hold {
 		held.Go(func() {
-			if err := keep(stop, addr, *timeout); err != nil {
+			if err := keep(stop, addr, *timeout, begun.Done); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -244,8 +254,8 @@ func rank(v []int64) (largest, p99 int64) {
 	return v[len(v)-1], v[(len(v)-1)*99/100]
 }
 
-// keep holds a connection open and exchanges a numbered line on it until ctx ends.
-func keep(ctx context.Context, addr string, timeout time.Duration) error {
+// keep holds a connection open and exchanges a numbered line on it until ctx ends. It calls begun after the first.
+func keep(ctx context.Context, addr string, timeout time.Duration, begun func()) error {
 	c, err := net.DialTimeout("tcp", addr, timeout)
 	if err != nil {
 		return err
@@ -269,6 +279,9 @@ func keep(ctx context.Context, addr string, timeout time.Duration) error {
 		}
 		if back != line {
 			return fmt.Errorf("line %d came back as %q", n, back)
+		}
+		if n == 0 {
+			begun()
 		}
 		select {
 		case <-ctx.Done():

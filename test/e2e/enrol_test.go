@@ -42,8 +42,10 @@ func TestLabelCapturesRunningPods(t *testing.T) {
 	must(t, lab.Eventually(t.Context(), 30*time.Second, func() error { return redirections("enabled") }))
 	record("enrolment", "label to annotation, running pods", 2, 0, time.Since(start).Seconds(), "s")
 	strict(t, ns)
-	_, err = mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-dial", "far:9000")
-	must(t, err)
+	must(t, lab.Eventually(t.Context(), 15*time.Second, func() error { // the other node hears that far is captured
+		_, err := mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-dial", "-timeout", "3s", "far:9000")
+		return err
+	}))
 
 	must(t, mesh.Enrol(t.Context(), ns, false))
 	must(t, lab.Eventually(t.Context(), 30*time.Second, func() error { return redirections("") }))

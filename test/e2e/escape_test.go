@@ -193,7 +193,7 @@ func TestEscapes(t *testing.T) {
 	// The audit has put the rule and the route back.
 	must(t, lab.Eventually(ctx, 40*time.Second, func() error {
 		for _, ap := range []string{vault4, vault6} {
-			said, err := mesh.Exec(ctx, ns, insider, "/escape", "dial", "-to", ap, "-token", "afterwards")
+			said, err := mesh.Exec(ctx, ns, insider, "/escape", "dial", "-to", ap, "-token", "afterwards", "-wait", "10s")
 			if err != nil || !strings.HasPrefix(said, "answered") {
 				return fmt.Errorf("%s: %v %s", ap, err, said)
 			}
@@ -236,6 +236,7 @@ func escapePods(t *testing.T) (ns, out string) {
 		}
 		return nil
 	}))
+	waysKnown(t, ns)
 	// STRICT has reached both nodes when a stranger is refused.
 	for _, name := range []string{"vault", "neighbour"} {
 		target := net.JoinHostPort(pod(t, ns, name).IP, "9000")
@@ -367,6 +368,9 @@ func (s *escapes) try(t *testing.T, e *escape, ns, out string) {
 		where = out
 	}
 	args := append([]string{"/escape", e.way, "-token", e.token}, e.args...)
+	if e.carried { // what is to arrive has all the time that a busy machine takes
+		args = append(args, "-wait", "15s")
+	}
 	if args[len(args)-1] == "probe" {
 		args[len(args)-1] = lastProbe(t, ns)
 	}
@@ -412,13 +416,13 @@ func listenOnTheTunnelsPort(t *testing.T, ns string) {
 	ctx := t.Context()
 	said := make(chan string, 1)
 	go func() {
-		out, err := mesh.Exec(ctx, ns, insider, "/escape", "listen", "-to", "0.0.0.0:15008", "-wait", "3s")
+		out, err := mesh.Exec(ctx, ns, insider, "/escape", "listen", "-to", "0.0.0.0:15008", "-wait", "5s")
 		b, _ := json.Marshal(fmt.Sprint(out, err))
 		said <- string(b)
 	}()
 	target := net.JoinHostPort(pod(t, ns, insider).IP, "9000")
 	time.Sleep(time.Second)
-	out, err := mesh.Exec(ctx, ns, plain, "/escape", "dial", "-to", target, "-token", "tunnel")
+	out, err := mesh.Exec(ctx, ns, plain, "/escape", "dial", "-to", target, "-token", "tunnel", "-wait", "15s")
 	failed := 0
 	if got := <-said; err != nil || !strings.HasPrefix(out, "answered: name="+insider) || strings.Contains(got, "answered") {
 		failed = 1

@@ -25,7 +25,11 @@ func TestLoadWhileAgentsDie(t *testing.T) {
 	during := func(t *testing.T, name string, graceful bool, fault func(context.Context, int) error) {
 		stop, err := mesh.Watch(t.Context())
 		must(t, err)
-		report := startLoad(t, ns, "client", "-rate", fmt.Sprint(rate), "-n", fmt.Sprint(total), "-hold", "20", "-timeout", "60s", "far:9000")
+		much := []string{"-n", fmt.Sprint(total)}
+		if graceful { // what is open for longer than the agents' grace time, 30 s, ends with them
+			much = []string{"-for", "20s"}
+		}
+		report := startLoad(t, ns, "client", append(much, "-rate", fmt.Sprint(rate), "-hold", "20", "-timeout", "60s", "far:9000")...)
 		ctx, cancel := context.WithCancel(t.Context())
 		faults := make(chan int, 1)
 		go func() {
@@ -35,7 +39,7 @@ func TestLoadWhileAgentsDie(t *testing.T) {
 				select {
 				case <-ctx.Done():
 					return
-				case <-time.After(2 * time.Second):
+				case <-time.After(time.Second):
 				}
 				if err := fault(ctx, n); err != nil {
 					if ctx.Err() == nil {
@@ -73,7 +77,6 @@ func TestLoadWhileAgentsDie(t *testing.T) {
 		during(t, "kill -9 under load", false, func(ctx context.Context, n int) error { return crashAgent(ctx, nodes[n%2]) })
 	})
 	t.Run("rolling restart", func(t *testing.T) {
-		// Once: the grace time of an agent is 30 s, what is open for longer than that ends with it.
 		once := false
 		during(t, "rolling restart under load", true, func(ctx context.Context, _ int) error {
 			if once {
@@ -140,7 +143,7 @@ func TestControlPlaneAway(t *testing.T) {
 	must(t, mesh.Run(t.Context(), client(ns, "known-account", nodes[0]),
 		lab.PodSpec{Namespace: ns, Name: "new-account", Account: "new", Node: nodes[1], Args: []string{"sleep"}}, client(free, "free", nodes[0])))
 	must(t, mesh.AwaitReady(t.Context(), free, time.Minute))
-	time.Sleep(5 * time.Second)
+	must(t, held(t.Context(), ns, "known-account", "new-account"))
 	for _, name := range []string{"known-account", "new-account"} {
 		failed := 0
 		if p := pod(t, ns, name); p.Phase != "Pending" {
@@ -151,7 +154,7 @@ func TestControlPlaneAway(t *testing.T) {
 	}
 	events, err := mesh.Kubectl(t.Context(), "-n", ns, "get", "events", "--field-selector=reason=FailedCreatePodSandBox", "-o", "jsonpath={.items[*].message}")
 	must(t, err)
-	if !strings.Contains(events, "waits to be captured by the mesh") || !strings.Contains(events, "has not told this node about the pod") {
+	if !strings.Contains(events, "has not told this node about the pod") {
 		t.Errorf("the pods' events do not say what they wait for: %s", events)
 	}
 	must(t, scale(t.Context(), 1))
@@ -190,7 +193,7 @@ spec: {selector: {both: "yes"}, ports: [{name: tcp, port: 9000}]}
 	// By address: a resolver's retries are not the mesh's.
 	report := startLoad(t, ns, "client", "-rate", "20", "-for", "20s", "-timeout", "20s", net.JoinHostPort(vips[0], "9000"))
 	held := startLoad(t, ns, "holder", "-rate", "0", "-for", "20s", "-hold", "8", "-timeout", "25s", net.JoinHostPort(pod(t, ns, "lost").IP, "9000"))
-	time.Sleep(4 * time.Second)
+	time.Sleep(time.Second) // some twenty connections, to both servers
 	n, err := mesh.Cluster.Node(nodes[1])
 	must(t, err)
 	cut := time.Now()
@@ -211,7 +214,7 @@ spec: {selector: {both: "yes"}, ports: [{name: tcp, port: 9000}]}
 	w, err := stop()
 	must(t, err)
 	record("failover", "new connections to a Service of which one node lost power", r.Connections, r.failures(), float64(r.SlowestMS), "ms, the slowest")
-	if r.failures() > 0 || r.Servers["kept"] == 0 || r.Servers["lost"] == 0 || r.SlowestMS > 8000 {
+	if r.failures() > 0 || r.Servers["kept"] == 0 || r.Servers["lost"] == 0 || r.SlowestMS > 15000 {
 		t.Errorf("%+v", r)
 	}
 	noticed := 0.0
@@ -220,7 +223,7 @@ spec: {selector: {both: "yes"}, ports: [{name: tcp, port: 9000}]}
 	}
 	missed := h.Held - len(h.HeldEnds) + h.HeldHung
 	record("failover", "open connections to a node that lost power are reset", h.Held, missed, noticed, "s")
-	if missed > 0 || noticed > 11 {
+	if missed > 0 || noticed > 15 {
 		t.Errorf("a dead peer was noticed after %.1f s: %+v", noticed, h)
 	}
 	record("clear-packets", "power cut of a node", int(w.Frames), int(w.Clear), float64(w.Tunnel), "tunnel frames")
@@ -309,7 +312,6 @@ spec: {selector: {matchLabels: {who: bob}}}
 			return err
 		}))
 		asked := startLoad(t, ns, "client", "-rate", "50", "-for", "12s", "-timeout", "3s", at)
-		time.Sleep(2 * time.Second)
 		must(t, freeAddress(t.Context(), a))
 		began := time.Now()
 		// Bob serves, and asks far from his first moment on: for half of the rounds each.

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"regexp"
 	"slices"
@@ -55,30 +53,18 @@ func TestFigures(t *testing.T) {
 	record("figures", "RssAnon of an agent with 30 pods", pods, 0, rss/1024, "MiB")
 
 	// The agent says at level debug how long it kept the runtime waiting.
-	level := func(ctx context.Context, level string) error {
-		return n.InNetNS(func() error {
-			// Not the shared transport: its connections are of another network namespace.
-			c, err := net.DialTimeout("tcp", "127.0.0.1:15000", time.Second)
-			if err != nil {
-				return err
-			}
-			defer c.Close()
-			fmt.Fprintf(c, "POST /logging?level=%s HTTP/1.0\r\nHost: localhost\r\n\r\n", level)
-			answer, err := io.ReadAll(c)
-			if err == nil && !strings.Contains(string(answer), strconv.Itoa(http.StatusOK)) {
-				err = errors.New(string(answer))
-			}
-			return err
-		})
+	level := func(level string) error {
+		_, err := agentAdmin(nodes[0], http.MethodPost, "/logging?level="+level)
+		return err
 	}
-	must(t, level(t.Context(), "debug"))
+	must(t, level("debug"))
 	specs = nil
 	for i := range 10 {
 		specs = append(specs, lab.PodSpec{Namespace: ns, Name: fmt.Sprintf("added-%d", i), Node: nodes[0], Args: []string{"sleep"}})
 	}
 	must(t, mesh.Run(t.Context(), specs...))
 	must(t, mesh.AwaitReady(t.Context(), ns, time.Minute))
-	must(t, level(t.Context(), "info"))
+	must(t, level("info"))
 	by, err := agents(t.Context())
 	must(t, err)
 	logs, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "logs", by[nodes[0]].Name, "--since=90s")

@@ -156,7 +156,7 @@ func namespace(t *testing.T, name string, labels ...string) string {
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(ctx)
 		if t.Failed() {
-			t.Log(mesh.Diagnose(ctx))
+			t.Log(mesh.Diagnose(ctx, name))
 		}
 		if _, err := mesh.Kubectl(ctx, "delete", "namespace", name, "--wait=false"); err != nil {
 			t.Error(err)

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"testing"
+	"time"
 
 	"github.com/warrenmesh/warren/test/e2e/lab"
 )
@@ -36,6 +37,17 @@ func loaded(ns, name, node string) lab.PodSpec {
 		Probes: map[string]any{"readinessProbe": map[string]any{"tcpSocket": map[string]any{"port": 8080}, "periodSeconds": 1}}}
 }
 
+// answers waits until a server answers: without a mesh that is when kube-proxy knows its Service.
+func answers(t *testing.T, ns, pod, server string) {
+	t.Helper()
+	must(t, lab.Eventually(t.Context(), 30*time.Second, func() error {
+		if o := runLoad(t, ns, pod, "churn", "-n", "5", "-c", "1", server); o.OK != o.Requests {
+			return fmt.Errorf("%s is not reached from %s/%s: %+v", server, ns, pod, o)
+		}
+		return nil
+	}))
+}
+
 func median(v []float64) float64 {
 	s := slices.Sorted(slices.Values(v))
 	return s[len(s)/2]
@@ -55,6 +67,7 @@ func TestRequestLatency(t *testing.T) {
 	}
 	sides := []*side{{name: "without a mesh", ns: free}, {name: "with Warren", ns: ns}}
 	for _, s := range sides { // certificates, tunnels and caches
+		answers(t, s.ns, "client", "far:8080")
 		runLoad(t, s.ns, "client", "qps", "-n", "500", "-c", "16", "far:8080")
 	}
 	var ratios []float64
@@ -129,6 +142,7 @@ func TestManyInboundConnections(t *testing.T) {
 	deploy(t, free, false, client(free, "client", nodes[0]))
 	deploy(t, ns, true, client(ns, "client", nodes[0]), loaded(ns, "far", nodes[1]))
 	for _, from := range []struct{ name, ns string }{{"outside the mesh", free}, {"inside the mesh", ns}} {
+		answers(t, from.ns, "client", "far."+ns+":8080")
 		n := size(6000, 60000)
 		o := runLoad(t, from.ns, "client", "churn", "-rate", strconv.Itoa(size(1000, 1100)), "-c", "64", "-bytes", "64", "-n", strconv.Itoa(n), "far."+ns+":8080")
 		if from.name == "outside the mesh" && *long {

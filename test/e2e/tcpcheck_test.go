@@ -1,8 +1,13 @@
 package e2e
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -31,9 +36,88 @@ func deploy(t *testing.T, ns string, captured bool, specs ...lab.PodSpec) {
 	must(t, mesh.Run(t.Context(), specs...))
 	must(t, mesh.AwaitReady(t.Context(), ns, 2*time.Minute))
 	if captured {
-		_, err := mesh.AwaitRedirection(t.Context(), ns, "enabled", 30*time.Second)
-		must(t, err)
+		inMesh(t, ns)
 	}
+}
+
+// inMesh waits until the pods of a namespace are captured and every node knows the way to them.
+func inMesh(t *testing.T, ns string) {
+	t.Helper()
+	_, err := mesh.AwaitRedirection(t.Context(), ns, "enabled", time.Minute)
+	must(t, err)
+	waysKnown(t, ns)
+}
+
+// waysKnown waits until both nodes know that captured pods are reached by the tunnel. A pod's own node says that it
+// is captured; the other one hears of it a moment later.
+func waysKnown(t *testing.T, ns string) {
+	t.Helper()
+	if mesh.Cluster == nil {
+		return
+	}
+	must(t, lab.Eventually(t.Context(), 30*time.Second, func() error {
+		pods, err := mesh.Pods(t.Context(), ns, "")
+		if err != nil {
+			return err
+		}
+		for _, node := range nodes[:2] {
+			dump, err := agentAdmin(node, "GET", "/config_dump")
+			if err != nil {
+				return err
+			}
+			var known struct {
+				Workloads []struct{ Name, Namespace, Protocol string }
+			}
+			if err := json.Unmarshal(dump, &known); err != nil {
+				return fmt.Errorf("what the agent on %s knows: %w", node, err)
+			}
+			tunnels := map[string]bool{}
+			for _, w := range known.Workloads {
+				if w.Namespace == ns && w.Protocol == "HBONE" {
+					tunnels[w.Name] = true
+				}
+			}
+			for _, p := range pods {
+				if p.Redirection() == "enabled" && !p.Terminating && !tunnels[p.Name] {
+					return fmt.Errorf("%s does not know the way to %s/%s", node, ns, p.Name)
+				}
+			}
+		}
+		return nil
+	}))
+}
+
+// agentAdmin asks a node's agent what it answers on the node alone.
+func agentAdmin(node, method, path string) ([]byte, error) {
+	n, err := mesh.Cluster.Node(node)
+	if err != nil {
+		return nil, err
+	}
+	var body []byte
+	err = n.InNetNS(func() error {
+		// Not the shared transport: its connections are of another network namespace.
+		c, err := net.DialTimeout("tcp", "127.0.0.1:15000", 5*time.Second)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		c.SetDeadline(time.Now().Add(20 * time.Second))
+		fmt.Fprintf(c, "%s %s HTTP/1.0\r\nHost: localhost\r\n\r\n", method, path)
+		req, err := http.NewRequest(method, "http://localhost"+path, nil)
+		if err != nil {
+			return err
+		}
+		res, err := http.ReadResponse(bufio.NewReader(c), req)
+		if err != nil {
+			return err
+		}
+		defer res.Body.Close()
+		if body, err = io.ReadAll(res.Body); err == nil && res.StatusCode != http.StatusOK {
+			err = fmt.Errorf("%s %s on %s: %s: %s", method, path, node, res.Status, body)
+		}
+		return err
+	})
+	return body, err
 }
 
 // loadReport is what `tcpcheck load` prints.
@@ -50,25 +134,17 @@ type loadReport struct {
 // failures are new connections that did not come to a right end.
 func (r loadReport) failures() int { return r.Refused + r.TimedOut + r.Cut + r.WrongSource }
 
-// startLoad begins a load in a pod; the function it returns waits for the report.
+// startLoad begins a load in a pod and returns when connections are made; the function it returns waits for the report.
 func startLoad(t *testing.T, ns, pod string, args ...string) func() loadReport {
 	t.Helper()
-	ctx := t.Context()
-	type answer struct {
-		out string
-		err error
-	}
-	done := make(chan answer, 1)
-	go func() {
-		out, err := mesh.Exec(ctx, ns, pod, append([]string{tcpcheck, "load"}, args...)...)
-		done <- answer{out, err}
-	}()
+	wait, err := mesh.Start(t.Context(), "begun", ns, pod, append([]string{tcpcheck, "load"}, args...)...)
+	must(t, err)
 	return sync.OnceValue(func() loadReport {
 		t.Helper()
-		a := <-done
+		out, ended := wait()
 		var r loadReport
-		if err := json.Unmarshal([]byte(a.out), &r); err != nil {
-			t.Fatalf("no report from %s/%s: %v, %v: %s", ns, pod, a.err, err, a.out)
+		if err := json.Unmarshal([]byte(out), &r); err != nil {
+			t.Fatalf("no report from %s/%s: %v, %v: %s", ns, pod, ended, err, out)
 		}
 		t.Logf("load in %s/%s %s: %+v", ns, pod, strings.Join(args, " "), r)
 		return r

@@ -49,8 +49,7 @@ func pair(t *testing.T, name string) string {
 		lab.PodSpec{Namespace: ns, Name: "far", Account: "server", Node: nodes[1], Args: []string{"tcp-echo"}, Port: 9000},
 	))
 	must(t, mesh.AwaitReady(t.Context(), ns, time.Minute))
-	_, err := mesh.AwaitRedirection(t.Context(), ns, "enabled", 30*time.Second)
-	must(t, err)
+	inMesh(t, ns)
 	return ns
 }
 
@@ -173,13 +172,14 @@ func TestOutsideTheMesh(t *testing.T) {
 		lab.PodSpec{Namespace: out, Name: "server", Node: nodes[1], Args: []string{"tcp-echo"}, Port: 9000}))
 	must(t, mesh.AwaitReady(t.Context(), out, time.Minute))
 	dial := func(namespace, to string) error {
-		_, err := mesh.Exec(t.Context(), namespace, "client", "/demo", "tcp-dial", "-timeout", "3s", to+":9000")
+		_, err := mesh.Exec(t.Context(), namespace, "client", "/demo", "tcp-dial", "-timeout", "10s", to+":9000")
 		return err
 	}
-	if err := dial(ns, "server."+out); err != nil {
+	// kube-proxy takes a second or so to know a new Service.
+	if err := lab.Eventually(t.Context(), 20*time.Second, func() error { return dial(ns, "server."+out) }); err != nil {
 		t.Errorf("from the mesh to a pod outside: %v", err)
 	}
-	if err := dial(out, "far."+ns); err != nil {
+	if err := lab.Eventually(t.Context(), 20*time.Second, func() error { return dial(out, "far."+ns) }); err != nil {
 		t.Errorf("from outside to a PERMISSIVE pod: %v", err)
 	}
 	// The agent's own connection with the client has that address and port already: the application sees another port.
@@ -245,14 +245,17 @@ func TestNothingInClear(t *testing.T) {
 	// The watch sees a marker where there is one.
 	stop, err := mesh.Watch(t.Context())
 	must(t, err)
-	_, err = mesh.Exec(t.Context(), plain, "client", "/demo", "tcp-dial", "server:9000")
-	must(t, err)
+	must(t, lab.Eventually(t.Context(), 20*time.Second, func() error { // kube-proxy takes a second or so
+		_, err := mesh.Exec(t.Context(), plain, "client", "/demo", "tcp-dial", "server:9000")
+		return err
+	}))
 	w, err := stop()
 	must(t, err)
 	if w.Clear == 0 {
 		t.Fatalf("the watch does not see a marker that was sent in clear: %+v", w)
 	}
 
+	target := net.JoinHostPort(pod(t, ns, "far").IP, "9000")
 	phase := func(name string, during func()) {
 		t.Run(name, func(t *testing.T) {
 			stop, err := mesh.Watch(t.Context())
@@ -263,8 +266,7 @@ func TestNothingInClear(t *testing.T) {
 				n := 0
 				for ctx.Err() == nil {
 					// Failures are the other tests' matter; here only what can be read counts.
-					if _, err := mesh.Exec(ctx, ns, "client", "/demo", "tcp-storm", "-n", "200", "-c", "4", "-timeout", "5s",
-						net.JoinHostPort(pod(t, ns, "far").IP, "9000")); err == nil {
+					if _, err := mesh.Exec(ctx, ns, "client", "/demo", "tcp-storm", "-n", "200", "-c", "4", "-timeout", "5s", target); err == nil {
 						n += 200
 					}
 				}

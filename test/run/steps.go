@@ -36,12 +36,15 @@ func stages() []stage {
 		{name: "test/e2e/lab", dir: "test/e2e", run: goTest("./lab/...")},
 		{name: "peers that must be refused", run: goTest("-count=1", "-run=TestPeersThatMustBeRefused", "./test/interop")},
 	}}
+	fuzzing := stage{name: "fuzz", about: "every fuzz target for a moment, or for as long as FUZZTIME says", steps: []step{
+		{name: "fuzz targets", run: fuzz, limit: fuzzLimit()},
+	}}
 	e2e := stage{name: "e2e", about: "on a cluster of two nodes", steps: []step{
 		{name: "end to end", dir: "test/e2e", run: goTest("-count=1", "-timeout=24m", "."), limit: 25 * time.Minute},
 		{name: "a real istiod", run: goTest("-count=1", "-timeout=39m", "-run=Istiod", "./test/interop", "-istiod=build"), limit: 40 * time.Minute},
 		{name: "the cluster itself", dir: "test/cluster", run: goTest("-count=1", "-timeout=11m", "./..."), limit: 12 * time.Minute},
 	}}
-	return []stage{house, unit, e2e}
+	return []stage{house, unit, fuzzing, e2e}
 }
 
 // program is a step that passes when the program exits with 0.
@@ -139,14 +142,19 @@ func count(r *bufio.Reader) (result, string) {
 			if e.Action == "build-fail" {
 				key = e.ImportPath + " "
 			}
-			fmt.Fprintf(&detail, "%s %s\n%s", e.Package, e.Test, tail(output[key], 60))
+			fmt.Fprintf(&detail, "%s %s\n%s", e.Package, e.Test, excerpt(output[key], 40, 80))
 		}
 	}
 	return res, detail.String()
 }
 
-func tail(lines []string, n int) string {
-	return strings.Join(lines[max(0, len(lines)-n):], "")
+// excerpt is the beginning, where a test says what failed, and the end, where it says what it found around it.
+func excerpt(lines []string, head, tail int) string {
+	if len(lines) <= head+tail {
+		return strings.Join(lines, "")
+	}
+	return strings.Join(lines[:head], "") + fmt.Sprintf("    ... %d lines left out ...\n", len(lines)-head-tail) +
+		strings.Join(lines[len(lines)-tail:], "")
 }
 
 func gofmt(ctx context.Context, _ step) result {

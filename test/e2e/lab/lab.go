@@ -5,6 +5,7 @@
 package lab
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -19,6 +20,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/warrenmesh/warren/test/cluster"
@@ -191,23 +193,44 @@ func (l *Lab) Uninstall(ctx context.Context) error {
 	return err
 }
 
-// Diagnose collects what a reader of a failure wants to see.
-func (l *Lab) Diagnose(ctx context.Context) string {
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+// Diagnose collects what a reader of a failure wants to see, of Warren and of the given namespaces, shortly: what
+// is ordinary is left out.
+func (l *Lab) Diagnose(ctx context.Context, namespaces ...string) string {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
 	var b strings.Builder
-	for _, args := range [][]string{
-		{"get", "pods", "-A", "-o", "wide"},
-		{"-n", Namespace, "get", "events", "--sort-by=.lastTimestamp"},
-		{"-n", Namespace, "logs", "-l", NodeApp, "--tail=30", "--prefix"},
-		{"-n", Namespace, "logs", "-l", "app=istiod", "--tail=30", "--prefix"},
-		{"-n", Namespace, "logs", "-l", "app=warren-holder", "--tail=10", "--prefix"},
-	} {
-		out, err := l.Kubectl(ctx, args...)
+	say := func(what, out string, err error, keep int) {
 		if err != nil {
 			out += err.Error()
 		}
-		fmt.Fprintf(&b, "--- kubectl %s\n%s\n", strings.Join(args, " "), out)
+		lines := slices.Collect(strings.Lines(out))
+		fmt.Fprintf(&b, "--- %s\n%s\n", what, strings.TrimRight(strings.Join(lines[max(0, len(lines)-keep):], ""), "\n"))
+	}
+	for _, ns := range append([]string{Namespace}, namespaces...) {
+		out, err := l.Kubectl(ctx, "-n", ns, "get", "pods", "-o", "wide")
+		say("pods of "+ns, out, err, 15)
+		out, err = l.Kubectl(ctx, "-n", ns, "get", "events", "--field-selector=type!=Normal", "--sort-by=.lastTimestamp",
+			"-o", `jsonpath={range .items[*]}{.lastTimestamp} {.involvedObject.name} {.reason}: {.message}{"\n"}{end}`)
+		say("warnings of "+ns, out, err, 6)
+	}
+	for _, app := range []string{NodeApp, "app=istiod", "app=warren-holder"} {
+		out, err := l.Kubectl(ctx, "-n", Namespace, "logs", "-l", app, "--tail=2000", "--prefix")
+		var odd strings.Builder
+		for line := range strings.Lines(out) {
+			if strings.Contains(line, "level=info") && !strings.Contains(line, "error=") || strings.Contains(line, "level=debug") {
+				continue
+			}
+			odd.WriteString(line)
+		}
+		say("what "+app+" warns of", odd.String(), err, 16)
+	}
+	if l.Cluster == nil {
+		return b.String()
+	}
+	for _, n := range l.Cluster.Nodes() {
+		// Neighbours between the nodes, and pods that do not answer.
+		out, err := n.Exec(ctx, "sh", "-c", "ip neigh show dev eth0; ip neigh show nud failed; ip neigh show nud incomplete")
+		say("neighbours of "+n.Name(), out, err, 10)
 	}
 	return b.String()
 }
@@ -335,6 +358,44 @@ func (l *Lab) AwaitRedirection(ctx context.Context, namespace, want string, limi
 // Exec runs a command in a pod and returns its standard output.
 func (l *Lab) Exec(ctx context.Context, namespace, pod string, args ...string) (string, error) {
 	return l.Kubectl(ctx, append([]string{"-n", namespace, "exec", pod, "--"}, args...)...)
+}
+
+// Start begins a command in a pod and returns when it has said a line on its standard error, or has ended. The
+// function it returns waits for its end and returns its standard output.
+func (l *Lab) Start(ctx context.Context, line, namespace, pod string, args ...string) (wait func() (string, error), err error) {
+	cmd := exec.CommandContext(ctx, l.kubectl, append([]string{"-n", namespace, "exec", pod, "--"}, args...)...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+l.kubeconfig)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	errs, err := cmd.StderrPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	said, ended := make(chan struct{}), make(chan struct{})
+	var other strings.Builder
+	go func() {
+		defer close(ended)
+		seen := sync.OnceFunc(func() { close(said) })
+		defer seen()
+		for s := bufio.NewScanner(errs); s.Scan(); {
+			if s.Text() == line {
+				seen()
+			} else {
+				fmt.Fprintln(&other, s.Text())
+			}
+		}
+	}()
+	<-said
+	return sync.OnceValues(func() (string, error) {
+		<-ended
+		if err := cmd.Wait(); err != nil {
+			return out.String(), fmt.Errorf("%s in %s/%s: %w: %s", strings.Join(args, " "), namespace, pod, err, other.String())
+		}
+		return out.String(), nil
+	}), nil
 }
 
 // Eventually calls f until it succeeds or the limit has passed, and returns its last error.
