@@ -8,7 +8,7 @@ ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))
 endif
 
-.PHONY: demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
+.PHONY: fuzz demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
 
 demo: deps
 	@cd test/e2e && go run ./cmd/demo $(ON)
@@ -34,6 +34,10 @@ soak: deps                      # the suites with the numbers of a long run
 	@go test -count=1 -v -timeout 1h -run TestPeersThatMustBeRefused ./test/interop -long
 	@go test -count=1 -v -timeout 1h ./test/reference -long
 	@cd test/e2e && go test -count=1 -v -timeout 6h . -long
+
+fuzz: export FUZZTIME ?= 2m
+fuzz: deps                      # every fuzz target for minutes, guided by coverage; FUZZTIME=10m for longer
+	@go run ./test/run fuzz
 
 generate: deps
 	go generate ./...

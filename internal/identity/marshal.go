@@ -118,5 +118,8 @@ func Unmarshal(data []byte) ([]*Bundle, error) {
 			return nil, fmt.Errorf("%w: an unknown block %q", ErrBundle, block.Type)
 		}
 	}
-	return bundles, finish()
+	if err := finish(); err != nil {
+		return nil, err
+	}
+	return bundles, nil
 }
