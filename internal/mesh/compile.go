@@ -141,6 +141,13 @@ func (c *Compiled) ByIdentity() bool {
 	return slices.ContainsFunc(c.Terms, func(t Term) bool { return t.byIdentity() })
 }
 
+// BySource reports whether any condition looks at the client's address, be it one that holds for none.
+func (c *Compiled) BySource() bool {
+	return slices.ContainsFunc(c.Terms, func(t Term) bool {
+		return slices.ContainsFunc(t.Matches, func(m *Match) bool { return len(m.SourceIPs)+len(m.NotSourceIPs) > 0 })
+	})
+}
+
 // MatchesIdentity reports whether the term's conditions on the client's identity hold.
 func (t *Term) MatchesIdentity(id Identity) bool {
 	for _, m := range t.Matches {

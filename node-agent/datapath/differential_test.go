@@ -243,12 +243,13 @@ func TestPolicyDifferential(t *testing.T) {
 			inCompiled := compiled[dst.Addr()].Decide(id, src, dst.Port()).Allow
 			inAgent := s.Authorize(mesh.Conn{Source: id, SourceIP: src, Dst: dst, DstWorkload: w}).Allow
 			if ref := reference(s, w, id, src, dst); kernel != ref || inCompiled != ref || inAgent != ref {
-				wrong++
+				if wrong++; wrong == 1 {
+					for p := range s.Policies() {
+						t.Logf("%+v", *p)
+					}
+				}
 				t.Errorf("seed %d, snapshot %d: %q from %s to %s: allowed by the kernel %v, compiled %v, Authorize %v, the reference %v",
 					seed, snapshots, id, src, dst, kernel, inCompiled, inAgent, ref)
-				for p := range s.Policies() {
-					t.Logf("%+v", *p)
-				}
 			}
 		}
 		before := must(l.dp.Counters())

@@ -189,7 +189,7 @@ func (d *Datapath) SetPolicies(s *mesh.Snapshot) error {
 	if s.Revision() == 0 {
 		return nil // nothing is known: what an earlier process knew holds
 	}
-	d.gates.compiler = newCompiler(s)
+	d.gates.compiler = newCompiler(s, d.gates.wanted.sets)
 	return errors.Join(d.applyPolicies(), d.recheck(s))
 }
 

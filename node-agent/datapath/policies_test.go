@@ -125,6 +125,8 @@ func TestPlaintextVerdict(t *testing.T) {
 		{"its address may", rule(mesh.Allow, "a", mesh.Match{SourceIPs: []netip.Prefix{
 			netip.MustParsePrefix("10.88.0.2/32"), netip.MustParsePrefix("fd88::/16")}}), false},
 		{"another address may", rule(mesh.Allow, "a", mesh.Match{SourceIPs: []netip.Prefix{netip.MustParsePrefix("10.88.0.3/32")}}), true},
+		{"a mapped address may, which nobody has", rule(mesh.Allow, "a", mesh.Match{SourceIPs: []netip.Prefix{
+			netip.MustParsePrefix("::ffff:10.88.0.2/128")}}), true},
 		{"every other address may not", rule(mesh.Deny, "a", mesh.Match{NotSourceIPs: []netip.Prefix{
 			netip.MustParsePrefix("10.88.0.2/32"), netip.MustParsePrefix("fd88::2/128")}}), false},
 	} {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -60,8 +61,9 @@ func number(sum [sha256.Size]byte) uint64 {
 
 // compiler keeps what was compiled of one Snapshot: pods of one workload kind share their policies.
 type compiler struct {
-	s    *mesh.Snapshot
-	done map[string]compiledOrError
+	s      *mesh.Snapshot
+	before map[uint64]*ruleset // of the Snapshot before: most are the same again
+	done   map[string]compiledOrError
 }
 
 type compiledOrError struct {
@@ -69,8 +71,8 @@ type compiledOrError struct {
 	err error
 }
 
-func newCompiler(s *mesh.Snapshot) *compiler {
-	return &compiler{s: s, done: map[string]compiledOrError{}}
+func newCompiler(s *mesh.Snapshot, before map[uint64]*ruleset) *compiler {
+	return &compiler{s: s, before: before, done: map[string]compiledOrError{}}
 }
 
 // ruleset compiles the policies of a workload for connections to one of its addresses.
@@ -96,14 +98,17 @@ func (c *compiler) ruleset(w *mesh.Workload, dst netip.Addr) (*ruleset, error) {
 		if !compiled.ByDst {
 			key = anywhere
 		}
-		r.set, r.err = newRuleset(compiled)
+		r.set, r.err = newRuleset(compiled, c.before)
 	}
 	c.done[key] = r
 	return r.set, r.err
 }
 
-func newRuleset(c *mesh.Compiled) (*ruleset, error) {
+func newRuleset(c *mesh.Compiled, before map[uint64]*ruleset) (*ruleset, error) {
 	digest := c.Digest()
+	if old := before[number(digest)]; old != nil && old.digest == digest {
+		return old, nil
+	}
 	r := &ruleset{id: number(digest), digest: digest, compiled: c, ports: map[bpf.MeshRulesPort]bpf.MeshWords{},
 		sources: map[bpf.MeshRulesSource]bpf.MeshWords{}, identities: map[bpf.MeshRulesIdentity]bpf.MeshWords{}}
 	for i := range r.head.Any.W {
@@ -143,7 +148,7 @@ func newRuleset(c *mesh.Compiled) (*ruleset, error) {
 			}
 		}
 	}
-	if len(sources) > 0 {
+	if c.BySource() {
 		r.head.Flags |= bpf.MeshRulesFlagsRULES_BY_SOURCE
 		// The two widest are always there: what no condition names finds one of them.
 		all := append(sources, netip.PrefixFrom(netip.IPv4Unspecified(), 0), netip.PrefixFrom(netip.IPv6Unspecified(), 0))
@@ -227,6 +232,10 @@ func (c *compiler) desired(pods []Pod, direct bool) rules {
 		for id, who := range out.identities {
 			set.identity(id, who)
 		}
+		maps.DeleteFunc(set.identities, func(k bpf.MeshRulesIdentity, _ bpf.MeshWords) bool {
+			_, here := out.identities[k.Identity]
+			return !here && k.Identity != 0
+		})
 	}
 	return out
 }
