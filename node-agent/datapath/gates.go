@@ -119,8 +119,9 @@ type gatekeeper struct {
 	sources    *table[bpf.MeshRulesSource, bpf.MeshWords]
 	gates      *table[uint32, bpf.MeshGate]
 
-	compiler *compiler // of the last Snapshot; nil before there is one
-	read     bool      // the tables know what an earlier process left
+	compiler *compiler      // of the last Snapshot; nil before there is one
+	applied  *mesh.Snapshot // what the kernel decides by; nil where that failed
+	read     bool           // the tables know what an earlier process left
 	wanted   rules
 	told     string // the problems that were logged
 }
@@ -189,8 +190,42 @@ func (d *Datapath) SetPolicies(s *mesh.Snapshot) error {
 	if s.Revision() == 0 {
 		return nil // nothing is known: what an earlier process knew holds
 	}
-	d.gates.compiler = newCompiler(s, d.gates.wanted.sets)
-	return errors.Join(d.applyPolicies(), d.recheck(s))
+	g := d.gates
+	same := g.applied != nil && d.unaffected(g.applied, s)
+	g.compiler = newCompiler(s, g.wanted.sets)
+	if !same {
+		g.applied = nil
+		if err := errors.Join(d.applyPolicies(), d.recheck(s)); err != nil {
+			return err
+		}
+	}
+	g.applied = s
+	return nil
+}
+
+// unaffected reports whether nothing has changed between two Snapshots that the kernel's policies depend on. Most changes
+// are other nodes' pods.
+func (d *Datapath) unaffected(old, now *mesh.Snapshot) bool {
+	if !old.Config().Equal(now.Config()) {
+		return false
+	}
+	local := make(map[string]bool, len(d.given))
+	for _, p := range d.given {
+		local[p.Workload] = true
+	}
+	workloads, services, policies := now.Changes(old)
+	for c := range workloads {
+		if c.Old != nil && local[c.Old.UID] || c.New != nil && local[c.New.UID] {
+			return false
+		}
+	}
+	for range services {
+		return false
+	}
+	for range policies {
+		return false
+	}
+	return true
 }
 
 // applyPolicies brings the kernel's policies into line with the last Snapshot and the pods that are enrolled.

@@ -95,6 +95,39 @@ func TestDesiredServiceAtThePodsAddress(t *testing.T) {
 	}
 }
 
+// What happens to other nodes' pods leaves the kernel's policies alone; what they depend on does not.
+func TestUnaffected(t *testing.T) {
+	s, pods := crowd()
+	d := &Datapath{given: map[string]Pod{}}
+	for _, p := range pods {
+		d.given[p.UID] = p
+	}
+	change := func(f func(b *mesh.Builder)) *mesh.Snapshot {
+		b := mesh.NewBuilder(s)
+		f(b)
+		return b.Commit(2)
+	}
+	moved := *s.Workload("w1")
+	moved.Policies = []mesh.PolicyName{{Namespace: "x", Name: "y"}}
+	for _, c := range []struct {
+		what string
+		to   *mesh.Snapshot
+		want bool
+	}{
+		{"nothing", change(func(*mesh.Builder) {}), true},
+		{"another node's pod", change(func(b *mesh.Builder) { b.PutWorkload(&mesh.Workload{UID: "elsewhere"}) }), true},
+		{"a pod of this node", change(func(b *mesh.Builder) { b.PutWorkload(&moved) }), false},
+		{"a pod of this node is gone", change(func(b *mesh.Builder) { b.DeleteWorkload("w1") }), false},
+		{"a policy", change(func(b *mesh.Builder) { b.PutPolicy(rule(mesh.Deny, "new")) }), false},
+		{"a service", change(func(b *mesh.Builder) { b.PutService(&mesh.Service{Name: mesh.ServiceName{Hostname: "x"}}) }), false},
+		{"the configuration", change(func(b *mesh.Builder) { b.SetConfig(mesh.Config{SameNode: mesh.SameNodeEncrypt}) }), false},
+	} {
+		if got := d.unaffected(s, c.to); got != c.want {
+			t.Errorf("%s: unaffected %v, want %v", c.what, got, c.want)
+		}
+	}
+}
+
 func BenchmarkDesired(b *testing.B) {
 	s, pods := crowd()
 	b.Run("at first", func(b *testing.B) {
