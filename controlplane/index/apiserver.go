@@ -266,6 +266,9 @@ var apiServerService = key{"default", "kubernetes"}
 func (x *Index) apiServerAddrs() []netip.Prefix {
 	known := map[netip.Addr]bool{}
 	for k := range x.slicesOf[apiServerService] {
+		if k != apiServerService { // the API server writes the one of this name; others may be anybody's
+			continue
+		}
 		for _, e := range x.slices[k].endpoints {
 			known[e.addr] = true
 		}
