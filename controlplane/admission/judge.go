@@ -8,8 +8,12 @@ import (
 	"github.com/warrenmesh/warren/controlplane/policy"
 )
 
-// maxEmptyLists are named of one object.
-const maxEmptyLists = 5
+const (
+	maxEmptyLists = 5 // are named of one object
+
+	// maxSpec is beyond every policy within policy.MaxValues and policy.MaxBytes: what is larger is not read.
+	maxSpec = 1 << 20
+)
 
 // Judge says what is wrong with objects: by themselves, as they are written, and in their cluster.
 type Judge struct {
@@ -19,6 +23,10 @@ type Judge struct {
 
 // Judge names errors first. It is safe for concurrent use.
 func (j Judge) Judge(o *Object) []policy.Problem {
+	if len(o.Spec) > maxSpec {
+		return []policy.Problem{{Code: policy.TooLarge, Severity: policy.Error, Field: "spec",
+			Message: fmt.Sprintf("%d KiB; every node gets every policy, so divide it into several (values of one list can also be replaced by a pattern or a CIDR)", len(o.Spec)>>10)}}
+	}
 	obj, err := o.typed()
 	if err != nil {
 		return []policy.Problem{{Code: policy.Unreadable, Severity: policy.Error, Field: "spec", Message: err.Error()}}
