@@ -138,7 +138,7 @@ func (c *checker) enforcement(p *securityv1.AuthorizationPolicy) {
 			effect = "a DENY rule with them denies every connection that its other conditions match, HTTP or not"
 		}
 		c.warn(NeedsWaypoint, "spec.rules", "%s: HTTP, which only a waypoint sees. Without one, %s. "+Waypoints,
-			strings.Join(compiled.HTTP, ", "), effect)
+			some(compiled.HTTP, 8), effect)
 	}
 }
 

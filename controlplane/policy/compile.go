@@ -62,7 +62,7 @@ type Target struct {
 	Name string
 }
 
-func (t Target) String() string { return t.Kind.String() + " " + t.Name }
+func (t Target) String() string { return t.Kind.String() + " " + short(t.Name) }
 
 func targetOf(r *typev1beta1.PolicyTargetReference) Target {
 	t := Target{Kind: TargetUnknown, Name: r.GetName()}
@@ -146,7 +146,7 @@ func (m Mesh) Compile(p *securityv1.AuthorizationPolicy) Compiled {
 	}
 	if len(c.HTTP) > 0 {
 		c.not(ReasonNoWaypoint, fmt.Sprintf("nodes do not see %s, for which a waypoint is needed: %s",
-			strings.Join(c.HTTP, ", "), b.effect()))
+			some(c.HTTP, 8), b.effect()))
 	}
 	if spec.Action == securityv1beta1.AuthorizationPolicy_CUSTOM {
 		c.not(ReasonNoWaypoint, fmt.Sprintf("only a waypoint can ask the provider %q: until there is one, what the rules match is denied",

@@ -101,7 +101,7 @@ func (b *ruleCompiler) rule(r *securityv1beta1.Rule) []mesh.Rule {
 			m.DestinationPorts = positive(b, &m, w.Values, parsePort)
 			m.NotDestinationPorts = negative(b, &m, w.NotValues, parsePort)
 		default: // of HTTP, or one that nobody knows
-			b.unseen[w.GetKey()] = true
+			b.unseen[short(w.GetKey())] = true
 			unseenHere = true
 			continue
 		}
@@ -250,6 +250,14 @@ func quote(v string) string {
 		return strconv.Quote(v[:64]) + "..."
 	}
 	return strconv.Quote(v)
+}
+
+// short is quote for what reads better bare.
+func short(v string) string {
+	if len(v) > 64 {
+		return quote(v)
+	}
+	return v
 }
 
 func parsePort(s string) (uint16, bool) {
