@@ -1,0 +1,180 @@
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// trustStatus is the sentence in which the control plane says how far an exchange of roots has come.
+func trustStatus(ctx context.Context) (string, error) {
+	return mesh.Kubectl(ctx, "-n", lab.Namespace, "get", "configmap", "warren-trust", "-o", "jsonpath={.data.status}")
+}
+
+// issuers are the serial numbers of the roots above the certificates that a node's agent uses for a namespace.
+func issuers(ctx context.Context, node, ns string) (map[string]bool, error) {
+	page, err := agentAdmin(node, "GET", "/config_dump")
+	if err != nil {
+		return nil, err
+	}
+	var dump struct {
+		Certificates []struct {
+			Identity  string
+			RootCerts []struct{ SerialNumber string }
+		}
+	}
+	if err := json.Unmarshal(page, &dump); err != nil {
+		return nil, err
+	}
+	roots := map[string]bool{}
+	for _, c := range dump.Certificates {
+		if strings.Contains(c.Identity, "/ns/"+ns+"/") {
+			for _, r := range c.RootCerts {
+				roots[r.SerialNumber] = true
+			}
+		}
+	}
+	return roots, ctx.Err()
+}
+
+func rotateRoot(ctx context.Context) error {
+	_, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "annotate", "secret", "istio-ca-secret", "warren.io/rotate-root=now", "--overwrite")
+	return err
+}
+
+// awaitTrust waits until the status begins with one of the phases.
+func awaitTrust(t *testing.T, limit time.Duration, phases ...string) {
+	t.Helper()
+	must(t, lab.Eventually(t.Context(), limit, func() error {
+		s, err := trustStatus(t.Context())
+		for _, p := range phases {
+			if err == nil && strings.HasPrefix(s, p) {
+				return nil
+			}
+		}
+		return fmt.Errorf("the exchange of roots is at %q, %v; want %q", s, err, phases)
+	}))
+}
+
+func unharmed(t *testing.T, what string, r loadReport) {
+	t.Helper()
+	failed := r.Refused + r.TimedOut + r.WrongSource + r.Cut + r.HeldHung + r.HeldLost
+	record("certificates", what, r.Connections+r.Held, failed, float64(r.Connections), "connections")
+	if failed > 0 || r.Connections == 0 {
+		t.Errorf("%s: %+v", what, r)
+	}
+}
+
+// The operator asks for a new root by an annotation. Connections go on; pods whose certificates come from the new
+// root and pods that still have one of the old reach each other.
+func TestRootRotation(t *testing.T) {
+	ns := namespace(t, "e2e-roots", ambient)
+	strict(t, ns)
+	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
+	if s, err := trustStatus(t.Context()); err != nil || !strings.HasPrefix(s, "settled") {
+		t.Skipf("an exchange of roots is under way: %q, %v", s, err)
+	}
+	report := startLoad(t, ns, "client", "-for", "25s", "-rate", "200", "-hold", "20", "-timeout", "60s", "far:9000")
+	must(t, rotateRoot(t.Context()))
+	awaitTrust(t, time.Minute, "phase 2 of 3")
+	for _, node := range nodes { // before that it may not have begun
+		roots, err := issuers(t.Context(), node, ns)
+		if err != nil || len(roots) != 2 {
+			t.Errorf("%s trusts the roots %v, %v; want both", node, roots, err)
+		}
+	}
+	deploy(t, ns, true, lab.PodSpec{Namespace: ns, Name: "late-client", Account: "late", Node: nodes[0], Args: []string{"sleep"}},
+		lab.PodSpec{Namespace: ns, Name: "late", Account: "late-server", Node: nodes[1], Program: tcpcheck, Args: []string{"serve"}, Port: 9000})
+	late := startLoad(t, ns, "late-client", "-for", "5s", "-rate", "100", "-timeout", "60s", "far:9000")
+	toLate := startLoad(t, ns, "client", "-for", "5s", "-rate", "100", "-timeout", "60s", "late:9000")
+	unharmed(t, "root-rotation, certificates of both roots", late())
+	unharmed(t, "root-rotation, certificates of both roots, the other way", toLate())
+	unharmed(t, "root-rotation on a cluster", report())
+	events, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "get", "events", "--field-selector=reason=RootRotation", "-o", "jsonpath={.items[*].message}")
+	if err != nil || !strings.Contains(events, "phase 1") || !strings.Contains(events, "phase 2") {
+		t.Errorf("the events say %q, %v", events, err)
+	}
+}
+
+// Certificates that live for a minute, for ten minutes of connections; then a root in all three phases; then
+// nobody who signs.
+func TestShortCertificates(t *testing.T) {
+	if !*long {
+		t.Skip("ten minutes; the same without a cluster is in test/certificates")
+	}
+	must(t, mesh.Install(t.Context(), "control.env.MAX_WORKLOAD_CERT_TTL=60s", "control.env.DEFAULT_WORKLOAD_CERT_TTL=60s"))
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(t.Context())
+		if err := mesh.Install(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	ns := namespace(t, "e2e-short", ambient)
+	strict(t, ns)
+	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
+	load := func(d string) func() loadReport {
+		return startLoad(t, ns, "client", "-for", d, "-rate", "1000", "-timeout", "60s", "far:9000")
+	}
+	unharmed(t, "certificate-rotation on a cluster", load("10m")())
+	report := load("6m")
+	must(t, rotateRoot(t.Context()))
+	awaitTrust(t, 3*time.Minute, "phase 2 of 3", "settled")
+	awaitTrust(t, 5*time.Minute, "settled")
+	unharmed(t, "root-rotation on a cluster, three phases", report())
+
+	_, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "scale", "deployment", "-l", "app=istiod", "--replicas=0")
+	must(t, err)
+	must(t, lab.Eventually(t.Context(), 5*time.Minute, func() error {
+		_, err := mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-dial", "-timeout", "3s", "far:9000")
+		if err == nil {
+			return fmt.Errorf("connections are still accepted")
+		}
+		return nil
+	}))
+	s := runStorm(t, ns, "client", 200, 8, "far", "far:9000", "-timeout", "2s")
+	record("certificates", "after expiry, on a cluster", s.Connections, s.Connections-s.Failed, float64(s.Connections-s.Failed), "accepted")
+	if s.Failed != s.Connections {
+		t.Errorf("after every certificate has ended: %+v", s)
+	}
+}
+
+// keyMaterial finds private keys in whatever form the agent could write one: PEM, PKCS 8 or SEC 1 in DER, and
+// PKCS 8 in base64.
+const keyMaterial = `export LC_ALL=C; grep -rlaE 'PRIVATE KEY|MIGHAgEAMBMGByqGSM49' %[1]s 2>/dev/null; ` +
+	`grep -rlaP '\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x04\x6d\x30\x6b\x02\x01\x01\x04\x20' %[1]s 2>/dev/null; ` +
+	`grep -rlaP '\x30\x77\x02\x01\x01\x04\x20' %[1]s 2>/dev/null; true`
+
+// No private key is where an agent can write: its directories on the node, its log, what its admin port shows.
+func TestKeysAreNowhere(t *testing.T) {
+	ownCluster(t)
+	ns := namespace(t, "e2e-keys", ambient)
+	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
+	places := "/var/lib/warren /run/warren /etc/cni/net.d /var/log/pods/" + lab.Namespace + "_*"
+	for _, name := range nodes {
+		n, err := mesh.Cluster.Node(name)
+		must(t, err)
+		found, err := n.Exec(t.Context(), "sh", "-c", fmt.Sprintf(keyMaterial, places))
+		if err != nil || strings.TrimSpace(found) != "" {
+			t.Errorf("%s: private keys in %s, %v", name, found, err)
+		}
+		// The search finds one that is there, in each form.
+		planted, err := n.Exec(t.Context(), "sh", "-c", `d=$(mktemp -d) && cd $d && `+
+			`printf -- '-----BEGIN PRIVATE KEY-----\n' > pem && printf 'x MIGHAgEAMBMGByqGSM49AgEG x' > base64 && `+
+			`printf '\060\201\207\006\010\052\206\110\316\075\003\001\007\004\155\060\153\002\001\001\004\040abc' > der && printf 'a\060\167\002\001\001\004\040abc' > sec1 && `+
+			fmt.Sprintf(keyMaterial, "$d")+`; rm -r $d`)
+		if err != nil || len(strings.Fields(planted)) != 4 {
+			t.Errorf("%s: the search finds %q of four keys that are there, %v", name, planted, err)
+		}
+		for _, page := range []string{"/config_dump", "/debug/pprof/cmdline"} {
+			text, err := agentAdmin(name, "GET", page)
+			if err == nil && strings.Contains(string(text), "PRIVATE KEY") {
+				t.Errorf("%s: %s shows a private key", name, page)
+			}
+		}
+	}
+}
