@@ -209,10 +209,14 @@ func TestPolicyDifferential(t *testing.T) {
 		l.dp.given[uid] = Pod{UID: uid, Identity: id}
 	}
 
+	limit := *cases
+	if testing.Short() {
+		limit = min(limit, 1000)
+	}
 	seed := uint64(time.Now().UnixNano())
 	d := dice{rand.New(rand.NewPCG(seed, 0))}
 	done, wrong, denied, snapshots := 0, 0, 0, 0
-	for ; done < *cases && wrong < 10; snapshots++ {
+	for ; done < limit && wrong < 10; snapshots++ {
 		b := mesh.NewBuilder(nil)
 		b.SetConfig(mesh.Config{TrustDomain: "cluster.local", SameNode: mesh.SameNodeKernel})
 		var bound []mesh.PolicyName
@@ -361,7 +365,10 @@ func (h *host) spread(t *testing.T, more ...string) []netip.Addr {
 // connections that are refused, so that nothing else is in it.
 func TestKernelVerdictCost(t *testing.T) {
 	l := enrolled(t)
-	const policies, connects = 10000, 20000
+	policies, connects := 10000, 20000
+	if testing.Short() {
+		connects = 2000
+	}
 	b := mesh.NewBuilder(nil)
 	b.SetConfig(mesh.Config{TrustDomain: "cluster.local", SameNode: mesh.SameNodeAuto})
 	var bound []mesh.PolicyName

@@ -330,6 +330,9 @@ func TestFlipsLeaveNothingStale(t *testing.T) {
 		})
 	}()
 	flips, stale := 400, 0
+	if testing.Short() {
+		flips = 50
+	}
 	check(t, l.ui.as(func() error {
 		for i := range flips {
 			p := allow
