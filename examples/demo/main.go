@@ -5,6 +5,7 @@
 //	catalog    GET /items   calls inventory, answers with the items and their stock
 //	inventory  GET /stock   answers with the stock
 //	load       calls one URL at a steady rate and logs what came back
+//	hook       see hook.go
 //	tcp-*      see tcp.go
 package main
 
@@ -38,6 +39,7 @@ var commands = []command{
 	{"tcp-hello", "wait for the server's greeting, answer, print both its lines", runHello},
 	{"tcp-halfclose", "send, shut down the sending side, then read to the end", runHalfClose},
 	{"tcp-storm", "open many connections and compare the addresses that each side saw", runStorm},
+	{"hook", "a webhook and an aggregated API for an API server", runHook},
 	{"sleep", "do nothing until told to stop", runSleep},
 }
 
