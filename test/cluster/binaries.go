@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/warrenmesh/warren/test/cluster/image"
 	"github.com/warrenmesh/warren/test/cluster/internal/plan"
@@ -65,6 +66,9 @@ func cacheDir() (string, error) {
 	return filepath.Join(d, "warren", "cluster"), nil
 }
 
+// cacheLife is how long a directory of the cache stays when nobody asks for it.
+const cacheLife = 7 * 24 * time.Hour
+
 // cached returns the directory for the given key, calling fill to make it first
 // if it is not there. A directory appears complete or not at all.
 func cached(kind, key string, fill func(dir string) error) (string, error) {
@@ -72,9 +76,17 @@ func cached(kind, key string, fill func(dir string) error) (string, error) {
 	if err != nil {
 		return "", err
 	}
+	return cachedIn(top, kind, key, fill)
+}
+
+func cachedIn(top, kind, key string, fill func(dir string) error) (string, error) {
 	dir := filepath.Join(top, kind+"-"+key)
-	if _, err := os.Stat(dir); err == nil {
+	now := time.Now()
+	if err := os.Chtimes(dir, now, now); err == nil { // there, and used just now
 		return dir, nil
+	}
+	if err := prune(top, kind, now.Add(-cacheLife)); err != nil {
+		return "", err
 	}
 	if err := os.MkdirAll(top, 0o755); err != nil {
 		return "", err
@@ -97,6 +109,23 @@ func cached(kind, key string, fill func(dir string) error) (string, error) {
 		return "", err
 	}
 	return dir, nil
+}
+
+// prune deletes what was last asked for before a time. Fresh builds are the
+// moment for it: each change of the sources leaves a directory behind.
+func prune(top, kind string, before time.Time) error {
+	l, err := filepath.Glob(filepath.Join(top, kind+"-*"))
+	if err != nil {
+		return err
+	}
+	for _, d := range l {
+		if fi, err := os.Stat(d); err == nil && fi.ModTime().Before(before) {
+			if err := os.RemoveAll(d); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // inputKey hashes the files below dirs (relative to root) and everything else

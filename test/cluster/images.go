@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
+	"time"
 
 	"github.com/warrenmesh/warren/test/cluster/image"
 )
@@ -39,6 +40,9 @@ var products = []product{
 	{"cli", []program{{"cmd/warren", "warren"}}, image.Config{Entrypoint: []string{"/warren"}, User: "65532:65532"}},
 }
 
+// fipsModule is the version of Go's cryptographic module that has a CMVP certificate (5247).
+const fipsModule = "v1.0.0"
+
 const (
 	demoImage = "demo"
 	demoDir   = "examples"
@@ -49,6 +53,7 @@ type ImageOptions struct {
 	Out       string // directory for NAME.tar
 	Platforms string // "linux/amd64,linux/arm64"; empty is this machine's
 	Tag       string
+	FIPS      bool // with the certified cryptographic module of the Go toolchain, in its FIPS 140-3 mode; tag TAG-fips
 	Log       func(string)
 }
 
@@ -84,10 +89,19 @@ func BuildImages(ctx context.Context, o ImageOptions) error {
 	}
 	sum := sha256.Sum256([]byte(root))
 	kept := filepath.Join(cache, "programs-"+hex.EncodeToString(sum[:4]))
+	module := "GOFIPS140=off"
+	if o.FIPS {
+		module, kept, o.Tag = "GOFIPS140="+fipsModule, kept+"-fips", o.Tag+"-fips"
+	}
+	now := time.Now()
+	err = errors.Join(os.MkdirAll(kept, 0o755), os.Chtimes(kept, now, now), prune(cache, "programs", now.Add(-cacheLife)))
+	if err != nil {
+		return err
+	}
 	for _, p := range list {
 		im := image.Image{Name: imagePrefix + p.name + ":" + o.Tag, Config: p.config}
 		for _, pf := range platforms {
-			v, err := p.build(ctx, root, filepath.Join(kept, pf.Arch), pf, o.Log)
+			v, err := p.build(ctx, root, filepath.Join(kept, pf.Arch), pf, o.Log, module)
 			if err != nil {
 				return err
 			}
@@ -110,7 +124,7 @@ func BuildImages(ctx context.Context, o ImageOptions) error {
 }
 
 // build compiles a product's programs for one platform.
-func (p product) build(ctx context.Context, root, out string, pf image.Platform, log func(string)) (image.Variant, error) {
+func (p product) build(ctx context.Context, root, out string, pf image.Platform, log func(string), env ...string) (image.Variant, error) {
 	v := image.Variant{Platform: pf, Files: map[string]string{}}
 	for _, pr := range p.programs {
 		if l, _ := filepath.Glob(filepath.Join(root, pr.pkg, "*.go")); len(l) == 0 {
@@ -119,7 +133,7 @@ func (p product) build(ctx context.Context, root, out string, pf image.Platform,
 		}
 		b := build{".", "./" + pr.pkg, pr.path, []string{"-trimpath", "-ldflags=-s -w"}}
 		// Fix what the environment could choose differently elsewhere.
-		if err := b.run(ctx, root, out, "GOOS=linux", "GOARCH="+pf.Arch, "GOAMD64=v1", "GOARM64=v8.0"); err != nil {
+		if err := b.run(ctx, root, out, append([]string{"GOOS=linux", "GOARCH=" + pf.Arch, "GOAMD64=v1", "GOARM64=v8.0"}, env...)...); err != nil {
 			return v, err
 		}
 		v.Files[pr.path] = filepath.Join(out, pr.path)
