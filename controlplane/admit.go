@@ -6,6 +6,7 @@ import (
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 
 	"github.com/warrenmesh/warren/controlplane/admission"
+	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/controlplane/policy"
 )
 
@@ -47,4 +48,13 @@ func (s surroundings) Pods(namespace string) iter.Seq[admission.Pod] {
 
 func (s surroundings) PeerAuthentications(namespace string) iter.Seq[*securityv1.PeerAuthentication] {
 	return s.cp.source.PeerAuthentications(namespace)
+}
+
+func (s surroundings) HasTarget(kind policy.TargetKind, namespace, name string) bool {
+	of := index.Service
+	if kind == policy.TargetServiceEntry {
+		of = index.ServiceEntry
+	}
+	_, ok := s.cp.source.Object(of, namespace, name)
+	return ok
 }

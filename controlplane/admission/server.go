@@ -28,9 +28,10 @@ const (
 	maxDrain  = 32 << 20 // of a review that is only read to be answered
 	smallBody = 64 << 10
 
-	smallReviews = 64 // at once
-	largeReviews = 1  // at once: large ones wait for each other, and nobody else for them
-	largeQueue   = 8  // that are read or wait; the next is refused
+	smallReviews = 8 // at once
+	smallQueue   = 256
+	largeReviews = 1 // at once: large ones wait for each other, and nobody else for them
+	largeQueue   = 8 // that are read or wait; the next is refused
 
 	maxConns = 512
 	// answerIn is below timeoutSeconds of the webhook, so that a refusal for want of time still arrives.
@@ -62,7 +63,7 @@ type Server struct {
 func NewServer(cfg Config) *Server {
 	s := &Server{
 		cfg:   cfg,
-		small: newLane(smallReviews, 4*smallReviews),
+		small: newLane(smallReviews, smallQueue),
 		large: newLane(largeReviews, largeQueue),
 		passed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "galley_validation_passed", Help: "Objects that were let pass.",

@@ -28,9 +28,10 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 // nowhere is a cluster with nothing in it.
 type nowhere struct{}
 
-func (nowhere) Namespaces() []string      { return nil }
-func (nowhere) HasNamespace(string) bool  { return true }
-func (nowhere) Pods(string) iter.Seq[Pod] { return func(func(Pod) bool) {} }
+func (nowhere) Namespaces() []string                             { return nil }
+func (nowhere) HasNamespace(string) bool                         { return true }
+func (nowhere) Pods(string) iter.Seq[Pod]                        { return func(func(Pod) bool) {} }
+func (nowhere) HasTarget(policy.TargetKind, string, string) bool { return true }
 func (nowhere) PeerAuthentications(string) iter.Seq[*securityv1.PeerAuthentication] {
 	return func(func(*securityv1.PeerAuthentication) bool) {}
 }

@@ -21,6 +21,8 @@ type Cluster interface {
 	HasNamespace(name string) bool
 	// Pods yields those of a namespace that have not finished, or those of all for "".
 	Pods(namespace string) iter.Seq[Pod]
+	// HasTarget reports whether there is what a targetRef names, in the policy's namespace.
+	HasTarget(kind policy.TargetKind, namespace, name string) bool
 	// PeerAuthentications yields those of a namespace.
 	PeerAuthentications(namespace string) iter.Seq[*securityv1.PeerAuthentication]
 }
@@ -58,8 +60,9 @@ func around(m policy.Mesh, c Cluster, obj any) []policy.Problem {
 	s := &surroundings{mesh: m, cluster: c, accounts: map[string]map[string]bool{}, asked: map[string]bool{}}
 	switch o := obj.(type) {
 	case *securityv1.AuthorizationPolicy:
-		targeted := o.Spec.TargetRef != nil || len(o.Spec.TargetRefs) > 0
-		if !targeted {
+		if targets := m.Compile(o).Targets; len(targets) > 0 {
+			s.targets(o.Namespace, targets)
+		} else {
 			in := s.scope(o.Namespace, o.Spec.Selector.GetMatchLabels())
 			s.reach(in)
 			s.http(o, in)
@@ -161,6 +164,16 @@ func labels(m map[string]string) string {
 		out = append(out[:maxSamples], "…")
 	}
 	return short(strings.Join(out, ","))
+}
+
+// targets warns of those that are not there, of the kinds that are watched.
+func (s *surroundings) targets(namespace string, targets []policy.Target) {
+	for _, t := range targets {
+		if (t.Kind == policy.TargetService || t.Kind == policy.TargetServiceEntry) && !s.cluster.HasTarget(t.Kind, namespace, t.Name) {
+			s.warn(policy.UnknownTarget, "spec.targetRefs", "there is no %s in namespace %s now; check the name with: kubectl get %s -n %s",
+				short(t.String()), namespace, strings.ToLower(t.Kind.String()), namespace)
+		}
+	}
 }
 
 // http counts the pods for which a rule on HTTP is decided without looking at it.

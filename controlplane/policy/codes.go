@@ -52,6 +52,7 @@ const (
 	SelectsNothing        Code = "selects-nothing"
 	SpiffePrefix          Code = "spiffe-prefix"
 	UnknownNamespace      Code = "unknown-namespace"
+	UnknownTarget         Code = "unknown-target"
 	UnusedServiceAccount  Code = "unused-service-account"
 )
 
@@ -100,6 +101,7 @@ var Explanations = []Explanation{
 	{NotCaptured, Warning, "The nodes enforce policies for the pods that they capture. Pods outside the mesh accept everything."},
 	{SelectsNothing, Warning, "No pod has the labels. Often a mistake of typing; the pods may also come later."},
 	{UnknownNamespace, Warning, "A source namespace that does not exist. An ALLOW rule lets nobody in from it, a DENY rule keeps nobody out."},
+	{UnknownTarget, Warning, "A target that does not exist. The policy is for it alone, and does nothing until it is there."},
 	{UnusedServiceAccount, Warning, "No pod runs as the service account."},
 	{EmptyList, Warning, "An empty list beside others that have values restricts nothing."},
 	{AllowsNothing, Warning, "An ALLOW policy without rules is the way to deny everything by default. Write it knowingly."},

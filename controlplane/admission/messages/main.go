@@ -76,6 +76,10 @@ func (town) Pods(namespace string) iter.Seq[admission.Pod] {
 	}
 }
 
+func (town) HasTarget(_ policy.TargetKind, namespace, name string) bool {
+	return slices.ContainsFunc(pods[namespace], func(p admission.Pod) bool { return p.ServiceAccount == name })
+}
+
 func (town) PeerAuthentications(namespace string) iter.Seq[*securityv1.PeerAuthentication] {
 	return func(yield func(*securityv1.PeerAuthentication) bool) {
 		if namespace == "bank" {
