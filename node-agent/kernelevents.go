@@ -27,6 +27,25 @@ func (a *agent) reportKernel(ctx context.Context) error {
 	return nil
 }
 
+// measureEvery is how often the bytes of open connections are read that the kernel carries.
+const measureEvery = 10 * time.Second
+
+// measureFlows keeps the metrics of long connections current.
+func (a *agent) measureFlows(ctx context.Context) error {
+	t := time.NewTicker(measureEvery)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+		if err := a.proxy.MeasureFlows(); err != nil {
+			a.cfg.Log.Debug("reading what direct connections carried", "error", err)
+		}
+	}
+}
+
 func (a *agent) reportEvent(e datapath.Event) {
 	f := proxy.Flow{Client: e.Client, Server: e.Server, ClientPod: e.ClientPod, ServerPod: e.ServerPod, Source: e.Source}
 	switch e.Kind {

@@ -2,6 +2,7 @@ package nodeagent
 
 import (
 	"context"
+	"crypto/fips140"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -57,7 +58,7 @@ func Run(ctx context.Context, cfg Config) error {
 		return fmt.Errorf("configuration: %w", err)
 	}
 	log := cfg.Log
-	log.Info("starting", "version", cfg.Version, "node", cfg.Node, "xds", cfg.XDSAddress)
+	log.Info("starting", "version", cfg.Version, "node", cfg.Node, "xds", cfg.XDSAddress, "fips140", fips140.Enabled())
 	a := &agent{cfg: cfg, store: &mesh.Store{}, metrics: prometheus.NewRegistry(),
 		rotated: make(chan struct{}, 1),
 		missing: map[string]string{"datapath": "is not open", "state": "is not there"}}
@@ -89,6 +90,7 @@ func Run(ctx context.Context, cfg Config) error {
 	start("holder", func(ctx context.Context) error { a.keeper.Run(ctx); return nil })
 	start("enforcement", a.enforce)
 	start("the kernel's decisions", a.reportKernel)
+	start("the kernel's connections", a.measureFlows)
 	start("certificates for a successor", a.keepCertificates)
 	start("xds", a.xds.Run)
 	start("state", a.awaitState)

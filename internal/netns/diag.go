@@ -34,6 +34,10 @@ const (
 	diagReqLen       = 56 // struct inet_diag_req_v2
 	diagMsgLen       = 72 // struct inet_diag_msg
 	diagMark         = 15 // INET_DIAG_MARK
+	diagInfo         = 2  // INET_DIAG_INFO: struct tcp_info
+	infoAcked        = 120
+	infoReceived     = 128
+	infoLen          = 136 // as far as it is read
 )
 
 // TCPSocket is one TCP socket of a namespace as inet_diag lists it.
@@ -42,7 +46,9 @@ type TCPSocket struct {
 	State         uint8
 	Local, Remote netip.AddrPort
 	Mark          uint32
-	id            [diagIDLen]byte // with the socket's cookie: names it and no later one
+	// Bytes that the peer has acknowledged and that have come from it, of [Diag.ListTraffic].
+	Acked, Received uint64
+	id              [diagIDLen]byte // with the socket's cookie: names it and no later one
 }
 
 // Cookie is the socket's own number, which no other socket gets.
@@ -73,11 +79,18 @@ func OpenDiag(h *Handle) (*Diag, error) {
 func (d *Diag) Close() { unix.Close(d.fd) }
 
 // List returns the TCP sockets of both families in the given states.
-func (d *Diag) List(states uint32) ([]TCPSocket, error) {
+func (d *Diag) List(states uint32) ([]TCPSocket, error) { return d.list(states, 0) }
+
+// ListTraffic is List with the bytes that passed.
+func (d *Diag) ListTraffic(states uint32) ([]TCPSocket, error) {
+	return d.list(states, 1<<(diagInfo-1))
+}
+
+func (d *Diag) list(states uint32, more uint8) ([]TCPSocket, error) {
 	var out []TCPSocket
 	for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
 		req := make([]byte, diagReqLen)
-		req[0], req[1] = family, unix.IPPROTO_TCP
+		req[0], req[1], req[2] = family, unix.IPPROTO_TCP, more
 		binary.NativeEndian.PutUint32(req[4:], states)
 		err := d.ask(sockDiagByFamily, unix.NLM_F_REQUEST|unix.NLM_F_DUMP, req, func(msg []byte) {
 			if s, ok := parseSocket(msg); ok {
@@ -180,8 +193,11 @@ func parseSocket(b []byte) (TCPSocket, bool) {
 		if size < 4 || size > len(a) {
 			break
 		}
-		if binary.NativeEndian.Uint16(a[2:]) == diagMark && size >= 8 {
+		switch kind := binary.NativeEndian.Uint16(a[2:]); {
+		case kind == diagMark && size >= 8:
 			s.Mark = binary.NativeEndian.Uint32(a[4:])
+		case kind == diagInfo && size >= 4+infoLen:
+			s.Acked, s.Received = binary.NativeEndian.Uint64(a[4+infoAcked:]), binary.NativeEndian.Uint64(a[4+infoReceived:])
 		}
 		a = a[min(len(a), (size+3)&^3):]
 	}

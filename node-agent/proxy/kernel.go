@@ -1,10 +1,12 @@
 package proxy
 
 import (
+	"errors"
 	"net/netip"
 	"time"
 
 	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/netns"
 )
 
 // Flow is a connection that the kernel decided about without the agent: one between two pods of this node, or one
@@ -25,7 +27,7 @@ type flowKey struct{ client, server netip.AddrPort }
 
 // FlowOpened reports a connection that the kernel carries. As the agent has no part in it, and nothing encrypts it,
 // connection_security_policy is "unknown", as for plaintext; source_principal is the identity that the kernel asserts,
-// which policies were evaluated for. Its bytes are counted when it ends.
+// which policies were evaluated for. Its bytes are counted by MeasureFlows and when it ends.
 func (p *Proxy) FlowOpened(f Flow, at time.Time) {
 	x := p.flow(f, at)
 	if x == nil {
@@ -151,6 +153,63 @@ func (p *Proxy) forgetFlows(h *PodHandle) {
 	for _, x := range left {
 		x.close(nil)
 	}
+}
+
+// MeasureFlows counts what the connections have carried until now that the kernel carries: they may last for days,
+// and their metrics do not wait.
+func (p *Proxy) MeasureFlows() error {
+	type open struct {
+		key flowKey
+		*flow
+	}
+	byServer := map[*PodHandle][]open{}
+	p.flowsMu.Lock()
+	for k, x := range p.flows {
+		if x.in != nil {
+			byServer[x.in.c.pod] = append(byServer[x.in.c.pod], open{k, x})
+		}
+	}
+	p.flowsMu.Unlock()
+	var errs []error
+	for h, flows := range byServer {
+		carried, err := traffic(h.Pod().NetNS)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		p.flowsMu.Lock()
+		for _, f := range flows {
+			s, ok := carried[f.key]
+			if !ok || p.flows[f.key] != f.flow {
+				continue
+			}
+			for _, r := range f.both() {
+				r.c.bytes.AtoB.Store(int64(s.Received))
+				r.c.bytes.BtoA.Store(int64(s.Acked))
+			}
+		}
+		p.flowsMu.Unlock()
+	}
+	return errors.Join(errs...)
+}
+
+// traffic is what the established connections of a namespace's servers have carried. Once one is being closed, the
+// kernel counts its FIN as a byte.
+func traffic(ns *netns.Handle) (map[flowKey]netns.TCPSocket, error) {
+	d, err := netns.OpenDiag(ns)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close()
+	socks, err := d.ListTraffic(1 << netns.TCPEstablished)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[flowKey]netns.TCPSocket, len(socks))
+	for _, s := range socks {
+		out[flowKey{client: s.Remote, server: s.Local}] = s
+	}
+	return out, nil
 }
 
 // Flows returns how many connections are open that the kernel carries, as far as their beginnings were told.

@@ -69,8 +69,15 @@ func TestWhatTheKernelCarriesIsReportedByBothEnds(t *testing.T) {
 			t.Errorf("%s counts %v connections, want 1", reporter, v)
 		}
 	}
-	c.Close()
 	greeting := len(to.name) + len(" ") + len(netip.AddrPortFrom(to.v4, appPort).String()) + len(" ") + len(remote.String()) + len("\n")
+	for _, reporter := range reporters {
+		eventually(t, reporter+" counts the bytes while the connection lives", func() bool { // the last one as soon as it is acknowledged
+			check(t, n.proxy.MeasureFlows())
+			return n.metric("istio_tcp_received_bytes_total", labels(reporter)) == 1 &&
+				n.metric("istio_tcp_sent_bytes_total", labels(reporter)) == float64(greeting+1)
+		})
+	}
+	c.Close()
 	for _, reporter := range reporters {
 		eventually(t, reporter+" counts the end and the bytes", func() bool {
 			return n.metric("istio_tcp_connections_closed_total", labels(reporter)) == 1 &&

@@ -47,7 +47,8 @@ type tunnel struct {
 // peer is what a party proved last, and its tunnels.
 type peer struct {
 	chain   []*x509.Certificate
-	until   time.Time // the first of the chain's ends
+	until   time.Time       // the first of the chain's ends
+	under   *identity.Trust // by which the chain was found good last
 	tunnels map[*tunnel]struct{}
 }
 
@@ -79,7 +80,7 @@ func (t *peerTable) wake(c chan struct{}) {
 const renewAfter = 0.75
 
 // add enters a tunnel whose handshake has just been made.
-func (t *peerTable) add(tn *tunnel, cs tls.ConnectionState, nc net.Conn) {
+func (t *peerTable) add(tn *tunnel, cs tls.ConnectionState, nc net.Conn, by *identity.Trust) {
 	until := cs.PeerCertificates[0].NotAfter
 	for _, c := range cs.PeerCertificates[1:] {
 		if c.NotAfter.Before(until) {
@@ -94,7 +95,7 @@ func (t *peerTable) add(tn *tunnel, cs tls.ConnectionState, nc net.Conn) {
 		t.peers[tn.party] = p
 	}
 	if p.chain == nil || until.After(p.until) {
-		p.chain, p.until = cs.PeerCertificates, until
+		p.chain, p.until, p.under = cs.PeerCertificates, until, by
 	}
 	p.tunnels[tn] = struct{}{}
 	if tn.dir == Outbound {
@@ -175,7 +176,9 @@ func (t *peerTable) distrusted(now time.Time, trust func(mesh.Identity) *identit
 		trust *identity.Trust
 	}
 	type tunnels struct {
+		of    *peer
 		chain []*x509.Certificate
+		good  bool // under this very trust already
 		list  []*tunnel
 	}
 	// Chains are verified without the lock: that takes a while.
@@ -194,16 +197,20 @@ func (t *peerTable) distrusted(now time.Time, trust func(mesh.Identity) *identit
 			}
 			q := question{p.chain[0], trusts[tn.own]}
 			if ask[q] == nil {
-				ask[q] = &tunnels{chain: p.chain}
+				good := p.under != nil && q.trust != nil && (p.under == q.trust || p.under.Equal(q.trust))
+				ask[q] = &tunnels{of: p, chain: p.chain, good: good}
 			}
 			ask[q].list = append(ask[q].list, tn)
 		}
 	}
 	t.mu.Unlock()
+	found := map[*peer]question{}
 	for q, of := range ask {
 		var err error
-		if q.trust != nil {
-			err = q.trust.Check(of.chain, now)
+		if q.trust != nil && !of.good {
+			if err = q.trust.Check(of.chain, now); err == nil {
+				found[of.of] = q
+			}
 		}
 		for _, tn := range of.list {
 			switch {
@@ -216,6 +223,11 @@ func (t *peerTable) distrusted(now time.Time, trust func(mesh.Identity) *identit
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	for p, q := range found {
+		if p.chain != nil && p.chain[0] == q.leaf {
+			p.under = q.trust
+		}
+	}
 	for tn := range out {
 		if p := t.peers[tn.party]; p != nil && p.chain != nil && ask[question{p.chain[0], trusts[tn.own]}] != nil && tn.dir == Outbound {
 			p.chain = nil
@@ -411,7 +423,7 @@ func (p *Proxy) endTunnels(why map[*tunnel]error) {
 
 // enter adds a tunnel, whose peer the given bundle has verified. Trust that changed since then counts.
 func (p *Proxy) enter(tn *tunnel, tc *tls.Conn, b *identity.Bundle) error {
-	p.peers.add(tn, tc.ConnectionState(), tc)
+	p.peers.add(tn, tc.ConnectionState(), tc, b.Trust())
 	if now := p.trust(tn.own); now != nil && now != b.Trust() {
 		if err := now.Check(tc.ConnectionState().PeerCertificates, time.Now()); err != nil {
 			return err
