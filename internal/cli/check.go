@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -81,7 +82,10 @@ func (a *app) check(ctx context.Context, c *conn) ([]finding, error) {
 	out = append(out, checkNodes(nodes.Items))
 	out = append(out, a.checkOthers(ctx, c)...)
 	s, err := a.status(ctx, c)
-	if err != nil {
+	switch {
+	case err != nil && !errors.Is(err, errNotInstalled):
+		return append(out, finding{"installation", "warning", "cannot tell: " + err.Error(), "this needs the right to list what is in " + a.namespace + ", namespaces and pods"}), nil
+	case err != nil:
 		out = append(out, finding{"installation", "warning", "Warren is not installed in " + a.namespace,
 			"helm install warren charts/warren -n " + a.namespace + " --create-namespace"})
 		return append(out, a.checkRights(ctx, c)), nil

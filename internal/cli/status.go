@@ -15,6 +15,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
+var errNotInstalled = errors.New("Warren is not installed")
+
 // meshStatus is what status prints.
 type meshStatus struct {
 	Control    ratio             `json:"control"`
@@ -111,7 +113,7 @@ func (a *app) status(ctx context.Context, c *conn) (*meshStatus, error) {
 		}
 	}
 	if s.Control.Want == 0 && s.Agents.Want == 0 {
-		return nil, errors.New("Warren is not installed in " + a.namespace + ": helm install warren charts/warren -n " + a.namespace + " --create-namespace, or name its namespace with -n")
+		return nil, fmt.Errorf("%w in %s: helm install warren charts/warren -n %[2]s --create-namespace, or name its namespace with -n", errNotInstalled, a.namespace)
 	}
 	if s.Policies, err = a.policies(ctx, c.istio); err != nil {
 		return nil, err
