@@ -89,6 +89,7 @@ func (cp *controlPlane) leaderWork(ctx context.Context) {
 	go func() { defer wg.Done(); cp.roots.Run(ctx) }()
 	go func() { defer wg.Done(); cp.notices.Run(ctx) }()
 	wg.Go(func() { cp.policies.Run(ctx) })
+	wg.Go(func() { cp.waypoints().Run(ctx) })
 	go func() { defer wg.Done(); cp.bundle.Run(ctx) }()
 	wg.Wait()
 }

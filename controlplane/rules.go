@@ -8,16 +8,14 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies", "peerauthentications", "requestauthentications"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries", "workloadentries"}, Verbs: []string{"get", "list", "watch"}},
-	// Which nodes enforce a policy is written on it.
-	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
-		Verbs: []string{"patch"}},
-	// Which nodes enforce a policy is written on it.
-	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
-		Verbs: []string{"patch"}},
 	// Which ports the API server calls, so that STRICT lets it.
 	{APIGroups: []string{"admissionregistration.k8s.io"}, Resources: []string{"validatingwebhookconfigurations", "mutatingwebhookconfigurations"}, Verbs: []string{"list", "watch"}},
 	{APIGroups: []string{"apiregistration.k8s.io"}, Resources: []string{"apiservices"}, Verbs: []string{"list", "watch"}},
 	{APIGroups: []string{"apiextensions.k8s.io"}, Resources: []string{"customresourcedefinitions"}, Verbs: []string{"list", "watch"}},
+	// Which nodes enforce a policy is written on it.
+	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
+		Verbs: []string{"patch"}},
+	{APIGroups: []string{""}, Resources: []string{"services/status"}, Verbs: []string{"patch"}},
 	// The annotation ambient.istio.io/redirection.
 	{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},

@@ -7,6 +7,7 @@
 //	tcpcheck load HOST:PORT   new connections at a steady rate and some that stay open, as JSON
 //	tcpcheck first HOST:PORT  an exchange, at once: the first thing this process does
 //	tcpcheck who HOST:PORT    which server answers
+//	tcpcheck decide NAME=HOST:PORT ...  whether connections are let in, again and again
 package main
 
 import (
@@ -39,10 +40,10 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	verbs := map[string]func(context.Context, []string) error{
-		"serve": serve, "manners": manners, "load": load, "first": first, "who": who,
+		"serve": serve, "manners": manners, "load": load, "first": first, "who": who, "decide": decide,
 	}
 	if len(os.Args) < 2 || verbs[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: tcpcheck serve|manners|load|first|who [flags] [HOST[:PORT]]")
+		fmt.Fprintln(os.Stderr, "usage: tcpcheck serve|manners|load|first|who|decide [flags] [HOST[:PORT]]")
 		os.Exit(2)
 	}
 	if err := verbs[os.Args[1]](ctx, os.Args[2:]); err != nil {
