@@ -408,31 +408,58 @@ func (x *Index) exemptPolicy(name mesh.PolicyName, e *exemption, addrs []netip.P
 	return p
 }
 
-// exemptText tells of the exemptions among the pods of a namespace, or of all for "", that have the labels.
-func (x *Index) exemptText(ns string, selector map[string]string) string {
-	services := map[string]bool{}
+// exempted is a pod that the API server calls, and how.
+type exempted struct {
+	namespace string
+	labels    map[string]string
+	calls     []string // service:port
+}
+
+// exempted lists the pods with an exemption.
+func (x *Index) exempted() []exempted {
+	var out []exempted
 	for _, e := range x.exemptions {
 		for src := range e.users {
-			if ns != "" && src.Namespace != ns {
-				continue
-			}
 			f := x.pods[src.Namespace][src.Name]
-			if src.kind != Pod || f == nil || len(selector) > 0 && !selects(selector, f.labels) {
+			if src.kind != Pod || f == nil {
 				continue
 			}
+			p := exempted{namespace: src.Namespace, labels: f.labels}
 			for name := range x.servicesOfPod(f) {
 				w := x.winners[name]
 				if w == nil || w.owner.entry {
 					continue
 				}
 				for port := range x.callers[w.owner.key] {
-					services[fmt.Sprintf("%s/%s:%d", w.owner.Namespace, w.owner.Name, port)] = true
+					p.calls = append(p.calls, fmt.Sprintf("%s/%s:%d", w.owner.Namespace, w.owner.Name, port))
 				}
 			}
+			out = append(out, p)
 		}
 	}
-	if len(services) == 0 {
+	return out
+}
+
+// exemptText tells of the exemptions among the pods of a namespace, or of all for "", that have the labels.
+func exemptText(pods []exempted, ns string, selector map[string]string) string {
+	calls := map[string]bool{}
+	for _, p := range pods {
+		if ns != "" && p.namespace != ns || len(selector) > 0 && !selects(selector, p.labels) {
+			continue
+		}
+		for _, c := range p.calls {
+			calls[c] = true
+		}
+	}
+	list := slices.Sorted(maps.Keys(calls))
+	if len(list) == 0 {
 		return ""
 	}
-	return "exempt for the API server alone, which calls them: " + strings.Join(slices.Sorted(maps.Keys(services)), ", ")
+	const most = 10
+	more := ""
+	if len(list) > most {
+		more = fmt.Sprintf(" and %d more", len(list)-most)
+		list = list[:most]
+	}
+	return "exempt for the API server alone, which calls them: " + strings.Join(list, ", ") + more
 }

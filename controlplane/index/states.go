@@ -59,8 +59,12 @@ func (x *Index) touchTargeting(ns string) {
 }
 
 func (x *Index) commitStates(u *Update) {
+	if len(x.dirtyStates) == 0 {
+		return
+	}
+	pods := x.exempted()
 	for k := range x.dirtyStates {
-		next := x.policyState(k)
+		next := x.policyState(k, pods)
 		old := x.states[k]
 		switch {
 		case next == nil && old != nil:
@@ -79,7 +83,7 @@ func (s *PolicyState) equal(o *PolicyState) bool {
 }
 
 // policyState tells what has become of an object, nil where there is none.
-func (x *Index) policyState(k PolicyKey) *PolicyState {
+func (x *Index) policyState(k PolicyKey, pods []exempted) *PolicyState {
 	switch k.Kind {
 	case AuthorizationPolicy:
 		if f := x.authz[k.Namespace][k.Name]; f != nil {
@@ -87,7 +91,7 @@ func (x *Index) policyState(k PolicyKey) *PolicyState {
 		}
 	case PeerAuthentication:
 		if f := x.peerAuths[k.Namespace][k.Name]; f != nil {
-			return x.peerAuthState(f)
+			return x.peerAuthState(f, pods)
 		}
 	case RequestAuthentication:
 		if f := x.requests[k.Namespace][k.Name]; f != nil {
@@ -102,6 +106,11 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 	s := &PolicyState{UID: f.uid, Generation: f.generation, Exact: f.Exact, Reason: f.Reason, Message: f.Message}
 	if !f.Inert {
 		s.Compiled = []mesh.PolicyName{f.Policy.Name}
+	}
+	if f.Exact && f.Policy.DryRun {
+		s.Message = "it is a dry run: evaluated and reported, and decides nothing"
+	} else if f.Exact && f.Policy.Action == mesh.Audit {
+		s.Message = "AUDIT: what it matches is reported, and nothing decided"
 	}
 	var missing []string
 	for _, t := range f.Targets {
@@ -123,7 +132,7 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 	return s
 }
 
-func (x *Index) peerAuthState(f *peerAuthFact) *PolicyState {
+func (x *Index) peerAuthState(f *peerAuthFact, pods []exempted) *PolicyState {
 	s := &PolicyState{UID: f.uid, Generation: f.generation, Exact: true}
 	level := "mesh"
 	switch {
@@ -159,7 +168,7 @@ func (x *Index) peerAuthState(f *peerAuthFact) *PolicyState {
 	if level == "mesh" {
 		ns = ""
 	}
-	if text := x.exemptText(ns, f.selector); text != "" {
+	if text := exemptText(pods, ns, f.selector); text != "" {
 		s.Message = strings.TrimPrefix(s.Message+"; "+text, "; ")
 	}
 	// The static policy stands for whatever is strict on all ports; a policy of its own for exceptions by port.
