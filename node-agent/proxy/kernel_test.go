@@ -6,9 +6,13 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/node-agent/datapath"
@@ -168,5 +172,18 @@ func TestLinesAboutDenialsAreBounded(t *testing.T) {
 	may, suppressed := b.allow(now.Add(time.Second))
 	if !may || suppressed != 1000-denialBurst {
 		t.Errorf("a second later: %v, and %d lines were left out; want true and %d", may, suppressed, 1000-denialBurst)
+	}
+}
+
+func TestEveryMetricIsDocumented(t *testing.T) {
+	page, err := os.ReadFile("../../docs/telemetry.md")
+	check(t, err)
+	descs := make(chan *prometheus.Desc)
+	go func() { NewMetrics().Describe(descs); close(descs) }()
+	for d := range descs {
+		name, _, _ := strings.Cut(strings.TrimPrefix(d.String(), `Desc{fqName: "`), `"`)
+		if !strings.Contains(string(page), "`"+name+"`") {
+			t.Errorf("docs/telemetry.md does not say what %s counts", name)
+		}
 	}
 }

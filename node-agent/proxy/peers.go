@@ -58,13 +58,14 @@ type peerTable struct {
 	peers    map[party]*peer
 	outbound map[net.Conn]*tunnel
 	renew    map[hbone.Key]time.Time // when the peer of an outbound tunnel is asked to prove itself again
+	tunnels  map[hbone.Key]int       // outbound
 
 	early    chan struct{} // something is due before watchPeers meant to look
 	distrust chan struct{} // what is trusted has changed
 }
 
 func newPeerTable() *peerTable {
-	return &peerTable{peers: map[party]*peer{}, outbound: map[net.Conn]*tunnel{}, renew: map[hbone.Key]time.Time{},
+	return &peerTable{peers: map[party]*peer{}, outbound: map[net.Conn]*tunnel{}, renew: map[hbone.Key]time.Time{}, tunnels: map[hbone.Key]int{},
 		early: make(chan struct{}, 1), distrust: make(chan struct{}, 1)}
 }
 
@@ -100,6 +101,7 @@ func (t *peerTable) add(tn *tunnel, cs tls.ConnectionState, nc net.Conn, by *ide
 	p.tunnels[tn] = struct{}{}
 	if tn.dir == Outbound {
 		t.outbound[nc] = tn
+		t.tunnels[tn.key]++
 		t.renew[tn.key] = time.Now().Add(max(time.Duration(float64(time.Until(p.until))*renewAfter), time.Second))
 	}
 	t.wake(t.early)
@@ -108,7 +110,13 @@ func (t *peerTable) add(tn *tunnel, cs tls.ConnectionState, nc net.Conn, by *ide
 func (t *peerTable) remove(tn *tunnel, nc net.Conn) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	delete(t.outbound, nc)
+	if t.outbound[nc] == tn {
+		delete(t.outbound, nc)
+		if t.tunnels[tn.key]--; t.tunnels[tn.key] == 0 {
+			delete(t.tunnels, tn.key)
+			delete(t.renew, tn.key)
+		}
+	}
 	if p := t.peers[tn.party]; p != nil {
 		delete(p.tunnels, tn)
 		if len(p.tunnels) == 0 {
@@ -272,7 +280,9 @@ func (t *peerTable) busy(k hbone.Key) bool {
 
 func (t *peerTable) renewAt(k hbone.Key, at time.Time) {
 	t.mu.Lock()
-	t.renew[k] = at
+	if t.tunnels[k] > 0 {
+		t.renew[k] = at
+	}
 	t.mu.Unlock()
 	t.wake(t.early)
 }

@@ -130,6 +130,12 @@ func TestAConnectionOutlivesTheCertificatesItWasMadeUnder(t *testing.T) {
 	if err := untilEnd(c, 2*valid+5*time.Second); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("without new certificates: %v, want a reset", err)
 	}
+	eventually(t, "nothing is left of the tunnels", func() bool {
+		p := l.nodes["node-a"].proxy.peers
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		return len(p.peers)+len(p.renew)+len(p.tunnels)+len(p.outbound) == 0
+	})
 }
 
 func TestAConnectionEndsWithTheRootOfItsPeer(t *testing.T) {
