@@ -44,7 +44,7 @@ generate: deps
 	go generate ./...
 
 images: deps                    # archives of all images for amd64 and arm64 in out/images
-	@$(CLUSTER) images --out $(CURDIR)/out/images --platform linux/amd64,linux/arm64
+	@$(CLUSTER) images --out $(CURDIR)/out/images --platform linux/amd64,linux/arm64 $(if $(FIPS),--fips)
 
 cluster: deps
 	@$(CLUSTER) up

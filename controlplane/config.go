@@ -36,6 +36,8 @@ type Config struct {
 	DefaultCertTTL time.Duration
 	MaxCertTTL     time.Duration
 	RootTTL        time.Duration // of a self-signed root; 0: 10 years
+	// ExternalCA is who signs for workloads instead of this control plane, "" for nobody.
+	ExternalCA string
 	// CACertsDir is where a plugged-in signing key is mounted, "" for nowhere.
 	CACertsDir string
 
@@ -122,6 +124,7 @@ type meshFile struct {
 	RootNamespace      string   `json:"rootNamespace"`
 	TrustDomain        string   `json:"trustDomain"`
 	TrustDomainAliases []string `json:"trustDomainAliases"`
+	CAAddress          string   `json:"caAddress"`
 }
 
 // warrenFile is what only Warren knows (key warren of the same ConfigMap).
@@ -186,6 +189,7 @@ func (c Config) withConfigMap(ctx context.Context, kube kubernetes.Interface) (C
 	}
 	set(&c.Mesh.RootNamespace, m.RootNamespace)
 	set(&c.Mesh.TrustDomain, m.TrustDomain)
+	set(&c.ExternalCA, m.CAAddress)
 	set(&c.Mesh.ClusterID, w.ClusterID)
 	set(&c.Mesh.ClusterDomain, w.ClusterDomain)
 	set(&c.Mesh.Network, w.Network)

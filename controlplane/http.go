@@ -1,9 +1,11 @@
 package controlplane
 
 import (
+	"crypto/fips140"
 	"encoding/json"
 	"net/http"
 	"runtime"
+	"strconv"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
@@ -54,6 +56,7 @@ func (cp *controlPlane) version(w http.ResponseWriter, r *http.Request) {
 		w.Header().Set("Content-Type", "application/json")
 		_ = json.NewEncoder(w).Encode(map[string]string{
 			"version": cp.cfg.Version, "revision": cp.cfg.Revision, "golang_version": runtime.Version(), "status": "Clean", "tag": cp.cfg.Version,
+			"fips140": strconv.FormatBool(fips140.Enabled()),
 		})
 		return
 	}

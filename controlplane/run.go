@@ -116,7 +116,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	}, cp.cache)
 	cp.policies = cp.newPolicies()
 	cp.ca = ca.NewServer(ca.Config{
-		Callers: callers, Authorizer: authorizer, DefaultTTL: cfg.DefaultCertTTL, MaxTTL: cfg.MaxCertTTL,
+		Callers: callers, Authorizer: authorizer, DefaultTTL: cfg.DefaultCertTTL, MaxTTL: cfg.MaxCertTTL, External: cfg.ExternalCA,
 		Log: log.With("scope", "ca"), Metrics: cp.metrics,
 	})
 	cp.roots = ca.NewRoots(clients.Kube, cp.root, log.With("scope", "ca"))

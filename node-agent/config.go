@@ -2,6 +2,7 @@ package nodeagent
 
 import (
 	"cmp"
+	"crypto/fips140"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -81,7 +82,6 @@ func (c *Config) Validate() error {
 	def(&c.XDSRoot, "/var/run/secrets/istio/root-cert.pem")
 	def(&c.CAAddress, c.XDSAddress)
 	def(&c.CARoot, c.XDSRoot)
-	def(&c.CAServerName, c.XDSServerName)
 	def(&c.Token, "/var/run/secrets/tokens/istio-token")
 	def(&c.BPFDir, "/sys/fs/bpf/warren")
 	def(&c.CgroupRoot, "/sys/fs/cgroup")
@@ -126,6 +126,9 @@ func (c *Config) Validate() error {
 			errs = append(errs, fmt.Errorf("%s %q is not an absolute path", name, path))
 		}
 	}
+	if !c.externalCA() {
+		def(&c.CAServerName, c.XDSServerName)
+	}
 	if c.SecretTTL < time.Minute {
 		errs = append(errs, fmt.Errorf("SECRET_TTL %s is too short: a certificate must live for a minute", c.SecretTTL))
 	}
@@ -162,6 +165,7 @@ func (c *Config) enrolledFile() string {
 // settings is the part of the configuration that /config_dump shows.
 func (c *Config) settings() map[string]any {
 	return map[string]any{
+		"fips140":   fips140.Enabled(),
 		"localNode": c.Node, "clusterId": c.Cluster, "clusterDomain": c.ClusterDomain, "network": c.Network,
 		"xdsAddress": c.XDSAddress, "caAddress": c.CAAddress, "secretTtl": c.SecretTTL.String(),
 		"adminAddr": c.AdminAddr, "statsAddr": c.MetricsAddr, "readinessAddr": c.ReadyAddr,

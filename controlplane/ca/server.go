@@ -3,6 +3,7 @@ package ca
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"sync/atomic"
 	"time"
@@ -27,6 +28,7 @@ type Config struct {
 	Authorizer *Authorizer
 	DefaultTTL time.Duration // where the request names none; 24h
 	MaxTTL     time.Duration // longer requests are shortened to it; 24h
+	External   string        // who signs instead; then every request is refused
 	Log        *slog.Logger
 	Metrics    prometheus.Registerer
 }
@@ -115,6 +117,10 @@ func (s *Server) CreateCertificate(ctx context.Context, req *ca.IstioCertificate
 }
 
 func (s *Server) create(ctx context.Context, req *ca.IstioCertificateRequest) (*ca.IstioCertificateResponse, mesh.Identity, *refusal) {
+	if s.cfg.External != "" { // nobody trusts what would be signed here
+		return nil, mesh.Identity{}, &refusal{codes.FailedPrecondition, "external-ca",
+			fmt.Errorf("the mesh's certificates come from the CA at %s", s.cfg.External)}
+	}
 	caller, err := s.cfg.Callers.Authenticate(ctx)
 	if err != nil {
 		if auth.IsUnauthenticated(err) {

@@ -224,6 +224,14 @@ func (w *world) newNode(dir, pod, name string, life time.Duration) *node {
 	return n
 }
 
+// manage runs a node's manager until the test ends.
+func (w *world) manage(n *node, signer io.Closer) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = n.manager.Run(ctx) }()
+	w.Cleanup(func() { cancel(); <-done; signer.Close() })
+}
+
 // serve is catalog's end of the tunnels: what comes in goes back.
 func (w *world) serve() netip.AddrPort {
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -32,7 +32,7 @@ const usage = `usage: cluster COMMAND [argument...]
   start-node NAME           boot it again from its disk
   reboot-node NAME          both
   load IMAGE.tar...         import image archives on every node
-  images [--out DIR] [--platform linux/amd64,linux/arm64] [--tag T]
+  images [--out DIR] [--platform linux/amd64,linux/arm64] [--tag T] [--fips]
                             build Warren's images as archives
   pcap FILE                 record the frames between nodes until interrupted
   deps                      install missing programs with apt-get
@@ -207,9 +207,10 @@ func images(ctx context.Context, args []string) error {
 	out := f.String("out", "out/images", "directory for the archives")
 	platforms := f.String("platform", "", "comma-separated platforms (default: this machine's)")
 	tag := f.String("tag", "dev", "tag of the images")
+	fips := f.Bool("fips", false, "with the certified FIPS 140-3 module; -fips is added to the tag")
 	_ = f.Parse(args)
 	return cluster.BuildImages(ctx, cluster.ImageOptions{
-		Out: *out, Platforms: *platforms, Tag: *tag,
+		Out: *out, Platforms: *platforms, Tag: *tag, FIPS: *fips,
 		Log: func(s string) { fmt.Println(s) },
 	})
 }
