@@ -2,6 +2,9 @@
 // and static test binaries into an initramfs, and boots that in QEMU without KVM.
 //
 //	go run ./test/kernels [-series 6.1,6.12] [-package FILE.deb] [-v] [PACKAGE-TO-TEST...]
+//	go run ./test/kernels -pack DIR [-series 6.12] NAME=FILE...
+//
+// The second form boots nothing: it writes vmlinuz and initrd, with the named files in it, into a directory.
 //
 // Needs apt, dpkg-deb, xz and qemu-system-x86_64. A series that apt does not offer is left out, saying so.
 package main
@@ -11,23 +14,33 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
 
 // modules that the tests need; what they depend on is added, and what is built in is not missed.
-var modules = []string{"veth", "sch_ingress", "cls_bpf", "bridge", "dummy", "tcp_diag"}
+var modules = []string{"veth", "sch_ingress", "cls_bpf", "bridge", "dummy", "tcp_diag", "virtio_pci", "virtio_net"}
 
 func main() {
 	series := flag.String("series", "6.1,6.12", "kernel series to test, the newest package of each")
 	pkg := flag.String("package", "", "test this kernel package instead")
 	timeout := flag.Duration("timeout", 15*time.Minute, "how long one machine may run")
 	verbose := flag.Bool("v", false, "print passing tests too")
+	packTo := flag.String("pack", "", "write kernel and initramfs into this directory and boot nothing")
 	flag.Parse()
+	if *packTo != "" {
+		if err := packOnly(*packTo, strings.Split(*series, ","), *pkg, flag.Args()); err != nil {
+			fmt.Fprintln(os.Stderr, "kernels:", err)
+			os.Exit(1)
+		}
+		return
+	}
 	tests := flag.Args()
 	if len(tests) == 0 {
 		tests = []string{"./internal/netns", "./node-agent/datapath"}
@@ -128,13 +141,44 @@ func static(args ...string) error {
 }
 
 func testOn(ctx context.Context, dir, pkg, guest string, binaries []string, verbose bool) error {
-	k, err := readPackage(pkg)
+	files := map[string]string{"init": guest}
+	for _, b := range binaries {
+		files["tests/"+filepath.Base(b)] = b
+	}
+	vmlinuz, initrd, err := pack(dir, pkg, files)
 	if err != nil {
 		return err
 	}
-	order, err := k.closure(modules)
+	return boot(ctx, vmlinuz, initrd, verbose)
+}
+
+// packOnly packs the first of the kernels with files that are given as NAME=FILE.
+func packOnly(dir string, series []string, pkg string, args []string) error {
+	files := map[string]string{}
+	for _, a := range args {
+		name, file, ok := strings.Cut(a, "=")
+		if !ok {
+			return fmt.Errorf("%q is not NAME=FILE", a)
+		}
+		files[name] = file
+	}
+	packages, err := choose(series[:1], pkg)
 	if err != nil {
 		return err
+	}
+	_, _, err = pack(dir, packages[0], files)
+	return err
+}
+
+// pack writes a package's kernel and an initramfs with its modules and the named files.
+func pack(dir, pkg string, files map[string]string) (vmlinuz, initrd string, err error) {
+	k, err := readPackage(pkg)
+	if err != nil {
+		return "", "", err
+	}
+	order, err := k.closure(modules)
+	if err != nil {
+		return "", "", err
 	}
 	fs := newInitramfs()
 	var list []string
@@ -143,17 +187,11 @@ func testOn(ctx context.Context, dir, pkg, guest string, binaries []string, verb
 		list = append(list, m.name)
 	}
 	fs.file("modules.list", 0o644, []byte(strings.Join(list, "\n")))
-	if err := fs.copy("init", guest); err != nil {
-		return err
-	}
-	for _, b := range binaries {
-		if err := fs.copy("tests/"+filepath.Base(b), b); err != nil {
-			return err
+	for _, name := range slices.Sorted(maps.Keys(files)) {
+		if err := fs.copy(name, files[name]); err != nil {
+			return "", "", err
 		}
 	}
-	vmlinuz, initrd := filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "initrd")
-	if err := errors.Join(os.WriteFile(vmlinuz, k.image, 0o600), os.WriteFile(initrd, fs.end(), 0o600)); err != nil {
-		return err
-	}
-	return boot(ctx, vmlinuz, initrd, verbose)
+	vmlinuz, initrd = filepath.Join(dir, "vmlinuz"), filepath.Join(dir, "initrd")
+	return vmlinuz, initrd, errors.Join(os.WriteFile(vmlinuz, k.image, 0o600), os.WriteFile(initrd, fs.end(), 0o600))
 }

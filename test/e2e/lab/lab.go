@@ -217,10 +217,11 @@ func (l *Lab) Diagnose(ctx context.Context, namespaces ...string) string {
 		out, err := l.Kubectl(ctx, "-n", Namespace, "logs", "-l", app, "--tail=2000", "--prefix")
 		var odd strings.Builder
 		for line := range strings.Lines(out) {
-			if strings.Contains(line, "level=info") && !strings.Contains(line, "error=") || strings.Contains(line, "level=debug") {
-				continue
+			_, said, _ := strings.Cut(line, "] ") // after the pod's name; I begins a line of client-go's
+			ordinary := strings.Contains(line, "level=info") || strings.Contains(line, `"level":"INFO"`) || strings.HasPrefix(said, "I")
+			if !ordinary && !strings.Contains(line, "level=debug") || strings.Contains(line, "error=") {
+				odd.WriteString(line)
 			}
-			odd.WriteString(line)
 		}
 		say("what "+app+" warns of", odd.String(), err, 16)
 	}

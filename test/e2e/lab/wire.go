@@ -113,3 +113,9 @@ func tcp(frame []byte) (src, dst uint16, payload []byte) {
 	}
 	return binary.BigEndian.Uint16(p), binary.BigEndian.Uint16(p[2:]), p[off:]
 }
+
+// InTunnel reports whether an Ethernet frame carries payload of a tunnel.
+func InTunnel(frame []byte) bool {
+	src, dst, payload := tcp(frame)
+	return len(payload) > 0 && (src == hbonePort || dst == hbonePort)
+}
