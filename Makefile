@@ -25,9 +25,10 @@ unit: deps                      # with the race detector; kernel tests need root
 e2e: deps                       # on the two-node cluster, or with KUBECONFIG=file on that
 	@WARREN_E2E_KUBECONFIG=$(if $(ON),$(abspath $(KUBECONFIG))) go run ./test/run e2e
 
-test-kernels: deps              # the kernel side on Debian's 6.1 and 6.12, in QEMU
+test-kernels: deps              # the kernel side on Debian's 6.1 and 6.12, in QEMU; then a node of a cluster with a kernel of its own
 	@command -v qemu-system-x86_64 xz >/dev/null || apt-get install -y --no-install-recommends qemu-system-x86 xz-utils
 	@go run ./test/kernels
+	@cd test/e2e && go test -count=1 -v -timeout 1h -run TestNodeWithAKernelOfItsOwn . -machine=6.12
 
 soak: export WARREN_RECORD = 1
 soak: deps                      # the suites with the numbers of a long run
