@@ -180,7 +180,7 @@ func (a *agent) build(ctx context.Context) error {
 	a.registry, err = enroll.New(enroll.Config{
 		SystemNamespace: cfg.PodNamespace, Exempt: cfg.Exempt, Plumber: a.datapath,
 		Acceptor: acceptor{proxy: a.proxy, network: a.network}, Certs: a.manager, Keeper: a.keeper, Held: held,
-		Captured: a.captured, Allowed: a.allowed, Report: a.reportPods,
+		Captured: a.captured, Direct: a.datapath.IsDirect, Allowed: a.allowed, Report: a.reportPods,
 		Socket: cfg.CNISocket, StateFile: cfg.enrolledFile(), Proc: cfg.Proc, Log: log,
 	})
 	if err != nil {

@@ -37,6 +37,13 @@ func (d *Datapath) directs() ([]direct, error) {
 	return out, nil
 }
 
+// IsDirect reports whether the kernel carries a connection without the agent, and keeps an eye on it.
+func (d *Datapath) IsDirect(client, server netip.AddrPort) bool {
+	var v bpf.MeshDirect
+	key := bpf.MeshFlow{Client: kernelAddr(client.Addr()), Server: kernelAddr(server.Addr()), ClientPort: client.Port(), ServerPort: server.Port()}
+	return d.kernel.Directs.Lookup(key, &v) == nil
+}
+
 // recheck resets the direct connections that a Snapshot no longer allows. New ones are decided by it already, and
 // one whose SYN is under way is either in the map or decided again when it arrives.
 func (d *Datapath) recheck(s *mesh.Snapshot) error {

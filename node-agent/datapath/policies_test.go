@@ -251,6 +251,9 @@ func TestDirectConnectionsAreRechecked(t *testing.T) {
 		if open := must(l.dp.directs()); len(open) != 1 || open[0].server != dst {
 			t.Fatalf("%+v", open)
 		}
+		if me := addrOf(conn.LocalAddr()); !l.dp.IsDirect(me, dst) || l.dp.IsDirect(dst, me) {
+			t.Error("the direct connection is not known for one")
+		}
 		l.setPolicies(mesh.SameNodeAuto, rule(mesh.Deny, "d", account("x")))
 		echoes(t, conn)
 		l.setPolicies(mesh.SameNodeAuto, rule(mesh.Deny, "d", account("ui")))

@@ -354,6 +354,10 @@ func (r *Registry) findOpen(ns *netns.Handle) (map[uint64]bool, error) {
 	}
 	cookies := make(map[uint64]bool, len(open))
 	for i := range open {
+		a, b := open[i].Local, open[i].Remote
+		if direct := r.cfg.Direct; direct != nil && (direct(a, b) || direct(b, a)) {
+			continue
+		}
 		cookies[open[i].Cookie()] = true
 	}
 	return cookies, nil

@@ -30,6 +30,8 @@ type Config struct {
 	// Captured returns which addresses' connections go through the mesh now: of the connections that were open at
 	// enrolment only outbound ones to such addresses count. Nil: none do.
 	Captured func() func(netip.Addr) bool
+	// Direct reports whether a connection is one that capture has seen and left to the kernel. Nil: none is.
+	Direct func(client, server netip.AddrPort) bool
 	// Allowed decides about the inbound ones of them. Nil: only STRICT ends them.
 	Allowed Allowed
 	// Report is called with the whole state after each change, never concurrently. Nil: nobody is told.

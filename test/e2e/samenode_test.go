@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"net"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -94,4 +95,39 @@ spec: {mtls: {mode: STRICT}}
 			}
 		})
 	}
+}
+
+// What goes directly costs what it costs without a mesh: rounds of both take turns.
+func TestSameNodeLatency(t *testing.T) {
+	free, ns := namespace(t, "e2e-near-free"), namespace(t, "e2e-near", ambient)
+	deploy(t, free, false, client(free, "client", nodes[0]), loaded(free, "near", nodes[0]))
+	deploy(t, ns, true, client(ns, "client", nodes[0]), loaded(ns, "near", nodes[0]))
+	type side struct {
+		name, ns, at  string
+		p50           []float64
+		requests, bad int
+	}
+	sides := []*side{{name: "without a mesh", ns: free}, {name: "with Warren, directly", ns: ns}}
+	for _, s := range sides {
+		s.at = net.JoinHostPort(pod(t, s.ns, "near").IP, "8080")
+		answers(t, s.ns, "client", s.at)
+	}
+	var ratios []float64
+	for round := range size(3, 9) {
+		for _, s := range sides {
+			o := runLoad(t, s.ns, "client", "qps", "-rate", "1000", "-c", "16", "-n", strconv.Itoa(size(2000, 20000)), s.at)
+			if o.OK != o.Requests {
+				t.Errorf("%s: %+v", s.name, o)
+			}
+			s.requests += o.Requests
+			s.bad += o.Requests - o.OK
+			s.p50 = append(s.p50, o.P50)
+		}
+		ratios = append(ratios, sides[1].p50[round]/sides[0].p50[round])
+	}
+	for _, s := range sides {
+		record("same-node", "1000 requests/s of 1 KB to the same node, 16 connections, p50, "+s.name, s.requests, s.bad, median(s.p50)/1000, "ms")
+	}
+	record("same-node", "the same, p50, ratio", sides[1].requests, sides[1].bad, median(ratios), "times without a mesh, median of rounds")
+	t.Logf("p50 %.2f times that without a mesh (rounds %.2f)", median(ratios), ratios)
 }
