@@ -156,9 +156,11 @@ func (t *connTable) len() int {
 
 // endAll resets the connections that match.
 func (t *connTable) endAll(match func(*conn) bool, o Outcome, why string) {
+	var all []ending
 	for _, c := range t.list(match) {
-		c.end(o, why)
+		all = append(all, ending{c, o, why})
 	}
+	endEach(all)
 }
 
 // drained waits until no connection is left or done is closed; it reports whether none is left.

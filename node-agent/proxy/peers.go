@@ -422,9 +422,11 @@ func (p *Proxy) endTunnels(why map[*tunnel]error) {
 	if len(why) == 0 {
 		return
 	}
+	var all []ending
 	for _, c := range p.conns.list(func(c *conn) bool { return why[c.via.Load()] != nil }) {
-		c.end(PeerUntrusted, why[c.via.Load()].Error())
+		all = append(all, ending{c, PeerUntrusted, why[c.via.Load()].Error()})
 	}
+	endEach(all)
 	for tn, err := range why {
 		abort(tn.raw)
 		p.log.Info("a tunnel was ended", "direction", tn.dir.String(), "peer", tn.party.addr, "error", err)

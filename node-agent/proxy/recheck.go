@@ -2,6 +2,9 @@ package proxy
 
 import (
 	"context"
+	"runtime"
+	"sync"
+	"sync/atomic"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -105,6 +108,7 @@ func (t *connTable) reevaluate(s *mesh.Snapshot, d difference) (looked, ended in
 	if d.none() {
 		return 0, 0
 	}
+	var denied []ending
 	concerned := map[string]bool{}
 	verdicts := map[mesh.Conn]mesh.Verdict{}
 	for _, c := range t.list(func(c *conn) bool { return c.dir == Inbound }) {
@@ -126,9 +130,39 @@ func (t *connTable) reevaluate(s *mesh.Snapshot, d difference) (looked, ended in
 			verdicts[a] = v
 		}
 		if !v.Allow {
-			ended++
-			c.end(PolicyRevoked, "a policy change ended the connection: "+denial(v))
+			denied = append(denied, ending{c, PolicyRevoked, "a policy change ended the connection: " + denial(v)})
 		}
 	}
-	return looked, ended
+	endEach(denied)
+	return looked, len(denied)
+}
+
+// ending is a connection that is to be reset, and why.
+type ending struct {
+	c   *conn
+	o   Outcome
+	why string
+}
+
+// endEach resets connections, on all processors: each takes some system calls, and there may be ten thousands.
+func endEach(all []ending) {
+	const few = 64
+	var next atomic.Int64
+	work := func() {
+		for {
+			from := int(next.Add(few) - few)
+			if from >= len(all) {
+				return
+			}
+			for _, e := range all[from:min(from+few, len(all))] {
+				e.c.end(e.o, e.why)
+			}
+		}
+	}
+	var wg sync.WaitGroup
+	for range min(runtime.GOMAXPROCS(0), len(all)/few) {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
 }
