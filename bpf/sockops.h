@@ -75,7 +75,8 @@ static __always_inline bool write_ticket(struct bpf_sock_ops *ctx, struct flow *
 		return false;
 	}
 	t->born = bpf_ktime_get_ns();
-	long err = bpf_map_update_elem(&tickets, f, t, BPF_NOEXIST);
+	/* An int: before Linux 6.4 the upper half of what a map's operation returns is not its sign. */
+	int err = bpf_map_update_elem(&tickets, f, t, BPF_NOEXIST);
 	if (err == -EEXIST) { /* left behind under the same 4-tuple, and on somebody's account already */
 		struct ticket *old = bpf_map_lookup_elem(&tickets, f);
 		handshake_ended(old ? old->account : account);
