@@ -35,8 +35,8 @@ const (
 // Resolve says where a connection of src to dst goes. src is the client's workload; nil where it is not
 // known. pick returns a number in [0,n); nil is a random one.
 //
-// The address is looked up as a service's own, then as a workload's, then in the prefixes of services. Who
-// is not found is outside the mesh. Resolve does not allocate for services without SANs.
+// The address is looked up as a service's own, then as a workload's, then in the prefixes of services. A pod's
+// address is nobody else's, except to clients of the service's own namespace. Who is not found is outside the mesh. Resolve does not allocate for services without SANs.
 func (s *Snapshot) Resolve(src *Workload, dst netip.AddrPort, pick func(n int) int) Route {
 	return s.ResolveExcluding(src, dst, nil, pick)
 }
@@ -57,7 +57,7 @@ func (s *Snapshot) ResolveExcluding(src *Workload, dst netip.AddrPort, tried []s
 		return Route{Kind: RoutePassthrough, Dial: dst, Workload: src, Why: WhyOwnPod}
 	}
 	at := NetAddr{r.network, dst.Addr()}
-	if svc := s.serviceFor(at, namespace); svc != nil {
+	if svc := s.serviceFor(at, namespace); svc != nil && !s.foreign(svc, at, namespace) {
 		return r.toService(svc, dst)
 	}
 	if m := s.memberAt(at); m != nil {
@@ -67,6 +67,16 @@ func (s *Snapshot) ResolveExcluding(src *Workload, dst netip.AddrPort, tried []s
 		return r.toService(svc, dst)
 	}
 	return Route{Kind: RoutePassthrough, Dial: dst, Why: WhyUnknown}
+}
+
+// foreign reports whether a service has the address of a pod that is neither of its namespace nor is the client: who
+// may write objects in one namespace must not draw to himself what others send to the pods of a third.
+func (s *Snapshot) foreign(svc *Service, at NetAddr, client string) bool {
+	if svc.Name.Namespace == client {
+		return false
+	}
+	m := s.memberAt(at)
+	return m != nil && m.pod() && m.Namespace != svc.Name.Namespace
 }
 
 type resolution struct {
