@@ -386,7 +386,7 @@ func (c *checker) target(at, namespace string, r *typev1beta1.PolicyTargetRefere
 		c.err(BadTarget, at, "%s of group %s cannot be a target; use Service, ServiceEntry (networking.istio.io), Gateway or GatewayClass (gateway.networking.k8s.io)",
 			quote(r.GetKind()), quote(r.GetGroup()))
 	case t.Kind == TargetGatewayClass && namespace != c.mesh.RootNamespace:
-		c.err(BadTarget, at, "a policy for a GatewayClass has to be in the root namespace %s", c.mesh.RootNamespace)
+		c.warn(AppliesToNothing, at, "outside of the root namespace %s a policy for a GatewayClass applies to nothing; make it there, or name a Gateway", c.mesh.RootNamespace)
 	}
 }
 

@@ -106,7 +106,7 @@ var Explanations = []Explanation{
 	{EmptyList, Warning, "An empty list beside others that have values restricts nothing."},
 	{AllowsNothing, Warning, "An ALLOW policy without rules is the way to deny everything by default. Write it knowingly."},
 	{EmptySelector, Warning, "A selector without labels selects every workload of the namespace."},
-	{AppliesToNothing, Warning, "In the root namespace a PeerAuthentication is for the mesh; one with a selector is for nothing."},
+	{AppliesToNothing, Warning, "In the root namespace a PeerAuthentication is for the mesh; one with a selector is for nothing. So is, elsewhere, an AuthorizationPolicy for a GatewayClass."},
 	{Conflict, Warning, "Of two PeerAuthentications for the same workloads the older one holds."},
 	{DisableIsPermissive, Warning, "To the nodes DISABLE is PERMISSIVE: plaintext is accepted, and captured clients still encrypt."},
 	{LiteralWildcard, Warning, "A `*` is a wildcard at one end of a value. Elsewhere it is a letter that no name has."},
