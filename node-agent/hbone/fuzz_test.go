@@ -6,8 +6,10 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
@@ -134,6 +136,8 @@ func FuzzRequestHeaders(f *testing.F) {
 func FuzzBaggage(f *testing.F) {
 	f.Add("k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.deployment.name=ui,service.name=ui,service.version=v1")
 	f.Add("a=b;prop=1, service.name=%C3%A9 ,x=%")
+	f.Add("service.name=%FF,service.version=%C3")
+	f.Add("service.name=" + strings.Repeat("a", 300))
 	f.Fuzz(func(t *testing.T, s string) {
 		b, err := ParseBaggage(s)
 		if err != nil {
@@ -141,6 +145,11 @@ func FuzzBaggage(f *testing.F) {
 				t.Errorf("an error, and %+v", b)
 			}
 			return
+		}
+		for _, v := range []string{b.Cluster, b.Namespace, b.Workload, b.Service, b.Version, b.Region, b.Zone} {
+			if !utf8.ValidString(v) || len(v) > maxMember {
+				t.Errorf("the value %q is no label", v)
+			}
 		}
 		if b.Workload == "" {
 			b.WorkloadKind = ""
@@ -201,7 +210,7 @@ func TestBaggage(t *testing.T) {
 	if got, err := ParseBaggage(want); err != nil || got != b {
 		t.Errorf("got %+v, %v", got, err)
 	}
-	for _, bad := range []string{"x", "=x", "service.name=a,service.name=b", "service.name=%0a", "service.name=a b", "k8s.pod.name=a,k8s.job.name=b", string(make([]byte, maxMetadata+1))} {
+	for _, bad := range []string{"x", "=x", "service.name=a,service.name=b", "service.name=%0a", "service.name=a b", "service.name=%FF", "service.name=" + strings.Repeat("a", 254), "k8s.pod.name=a,k8s.job.name=b", string(make([]byte, maxMetadata+1))} {
 		if got, err := ParseBaggage(bad); err == nil {
 			t.Errorf("%.40q is read as %+v", bad, got)
 		}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strings"
+	"unicode/utf8"
 )
 
 // Header names that travel with a CONNECT.
@@ -27,6 +28,9 @@ type Baggage struct {
 
 // maxMetadata bounds the length of a header that is parsed at all.
 const maxMetadata = 8 << 10
+
+// maxMember is the longest value of a known key; Kubernetes has no longer names.
+const maxMember = 253
 
 var workloadKinds = [...]string{"deployment", "pod", "job", "cronjob", "statefulset", "daemonset", "replicaset"}
 
@@ -107,6 +111,9 @@ func ParseBaggage(v string) (Baggage, error) {
 		}
 		if *dst != "" {
 			return Baggage{}, fmt.Errorf("baggage: %s is repeated", k)
+		}
+		if len(val) > maxMember || !utf8.ValidString(val) { // it becomes a metric's label, which must be UTF-8
+			return Baggage{}, fmt.Errorf("baggage: %s is longer than %d bytes or no UTF-8", k, maxMember)
 		}
 		*dst = val
 	}

@@ -58,6 +58,10 @@ type series struct {
 // export every client that ever was.
 const seriesIdle = 15 * time.Minute
 
+// maxSeries is how many label sets there may be before what a peer says about itself is left out of new ones: it
+// could say something else on every connection.
+const maxSeries = 10_000
+
 // Metrics counts connections. It is a prometheus.Collector: counting is an atomic addition on a series
 // found once per connection, bytes are read from the open connections when somebody asks, and label values
 // are put together then.
@@ -129,7 +133,12 @@ func (m *Metrics) opened(c *conn, k seriesKey, shared bool) *series {
 	s := m.recent[k]
 	if s == nil {
 		l := labelsOf(k)
-		if s = m.byLabel[l]; s == nil {
+		if s = m.byLabel[l]; s == nil && !shared && k.src != nil && len(m.byLabel) >= maxSeries {
+			k.src = &mesh.Workload{Namespace: k.src.Namespace}
+			l = labelsOf(k)
+			s = m.byLabel[l]
+		}
+		if s == nil {
 			s = &series{labels: l, live: map[*conn]struct{}{}}
 			m.byLabel[l] = s
 		}
