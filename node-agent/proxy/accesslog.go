@@ -103,7 +103,7 @@ func (p *Proxy) refuse(dir Direction, src, dst netip.AddrPort, err error) {
 	p.metrics.outcome(dir, o)
 	p.access.LogAttrs(context.Background(), slog.LevelWarn, "connection failed",
 		slog.String("src.addr", src.String()), slog.String("dst.addr", dst.String()),
-		slog.String("direction", dir.String()), slog.String("outcome", o.String()), slog.String("error", err.Error()))
+		slog.String("direction", dir.String()), slog.String("outcome", o.String()), slog.String("error", fold(err.Error())))
 }
 
 // podName is the name that the log shows: the pod's, or the canonical service of a peer known by baggage alone.

@@ -50,7 +50,9 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		return
 	}
 	cancel()
-	tn := &tunnel{dir: Inbound, own: h.Pod().Identity, party: party{peer, remote.Addr()}, raw: raw}
+	accepting, retire := context.WithCancel(h.accepting)
+	defer retire()
+	tn := &tunnel{dir: Inbound, own: h.Pod().Identity, party: party{peer, remote.Addr()}, raw: raw, retire: retire}
 	defer p.peers.remove(tn, tc)
 	if err := p.enter(tn, tc, bundle); err != nil {
 		abort(raw)
@@ -58,7 +60,7 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		p.refuse(Inbound, remote, local, fail(TLSFailed, "TLS with %s: %w", remote, err))
 		return
 	}
-	err = hbone.Serve(h.accepting, tc, hbone.ServerConfig{
+	err = hbone.Serve(accepting, tc, hbone.ServerConfig{
 		DrainTimeout: forever, // Proxy.Close and PodHandle.Close say when open streams end
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
 			h.open.Add(1)

@@ -282,5 +282,13 @@ func (h *PodHandle) own(a netip.Addr) bool {
 // agentPort reports whether a port of a pod belongs to the node agent.
 func agentPort(p uint16) bool { return p == OutboundPort || p == PlaintextPort || p == HBONEPort }
 
-// fold shortens an error of several lines to one.
-func fold(s string) string { return strings.ReplaceAll(s, "\n", "; ") }
+// maxErrorLog is what is logged of an error: some of it may be a peer's words.
+const maxErrorLog = 1000
+
+// fold shortens an error to one line that is not too long.
+func fold(s string) string {
+	if len(s) > maxErrorLog {
+		s = strings.ToValidUTF8(s[:maxErrorLog], "") + "…"
+	}
+	return strings.ReplaceAll(s, "\n", "; ")
+}

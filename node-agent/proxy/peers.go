@@ -42,6 +42,11 @@ type tunnel struct {
 	key   hbone.Key // outbound: under which the pool has it
 	raw   *net.TCPConn
 	conns atomic.Int64 // outbound: connections on it
+
+	// Inbound, guarded by peerTable.mu: retire has the client bring new connections by another tunnel. It is nil once
+	// that was done.
+	retire   func()
+	retireAt time.Time
 }
 
 // peer is what a party proved last, and its tunnels.
@@ -80,6 +85,10 @@ func (t *peerTable) wake(c chan struct{}) {
 // about half, see identity.Manager.
 const renewAfter = 0.75
 
+// retireAfter is when, of what is left of a client's certificate, its tunnel takes no new connections any more. A
+// client that then makes another proves itself; Envoy and ztunnel do so for no other reason.
+const retireAfter = 0.9
+
 // add enters a tunnel whose handshake has just been made.
 func (t *peerTable) add(tn *tunnel, cs tls.ConnectionState, nc net.Conn, by *identity.Trust) {
 	until := cs.PeerCertificates[0].NotAfter
@@ -99,6 +108,7 @@ func (t *peerTable) add(tn *tunnel, cs tls.ConnectionState, nc net.Conn, by *ide
 		p.chain, p.until, p.under = cs.PeerCertificates, until, by
 	}
 	p.tunnels[tn] = struct{}{}
+	tn.retireAt = time.Now().Add(time.Duration(float64(time.Until(until)) * retireAfter))
 	if tn.dir == Outbound {
 		t.outbound[nc] = tn
 		t.tunnels[tn.key]++
@@ -151,6 +161,11 @@ func (t *peerTable) next(now time.Time) time.Duration {
 		if p.until.Before(first) {
 			first = p.until
 		}
+		for tn := range p.tunnels {
+			if tn.retire != nil && tn.retireAt.Before(first) {
+				first = tn.retireAt
+			}
+		}
 	}
 	for _, at := range t.renew {
 		if at.Before(first) {
@@ -158,6 +173,20 @@ func (t *peerTable) next(now time.Time) time.Duration {
 		}
 	}
 	return max(first.Sub(now), 0)
+}
+
+// retire has the clients make new tunnels whose certificates are about to end.
+func (t *peerTable) retire(now time.Time) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, p := range t.peers {
+		for tn := range p.tunnels {
+			if tn.retire != nil && !now.Before(tn.retireAt) {
+				tn.retire()
+				tn.retire = nil
+			}
+		}
+	}
 }
 
 // expired are the tunnels whose peers have nothing valid to show.
@@ -335,6 +364,7 @@ func (p *Proxy) watchPeers() {
 		case <-p.peers.early:
 		case <-timer.C:
 		}
+		p.peers.retire(time.Now())
 		p.endTunnels(p.peers.expired(time.Now()))
 		for _, k := range p.peers.due(time.Now()) {
 			p.wg.Go(func() {

@@ -69,7 +69,7 @@ func untilEnd(c net.Conn, limit time.Duration) error {
 func TestATunnelEndsWithItsPeersCertificate(t *testing.T) {
 	l := newLab(t)
 	cat := l.pods["catalog-1"]
-	appEnd := make(chan error, 8)
+	appEnd := make(chan error, 1000) // one for each connection
 	cat.listen(appPort, func(c *net.TCPConn) {
 		fmt.Fprintf(c, "%s %s %s\n", cat.name, addrPort(c.LocalAddr()), addrPort(c.RemoteAddr()))
 		_, err := io.Copy(c, c)
@@ -93,6 +93,28 @@ func TestATunnelEndsWithItsPeersCertificate(t *testing.T) {
 	l.nodes["node-b"].log.find(t, map[string]any{"direction": "inbound", "outcome": "peer_untrusted", "src.identity": stranger.String()})
 	eventually(t, "no tunnel is left", func() bool { return l.nodes["node-b"].proxy.peers.len() == 0 })
 
+	t.Run("and takes no new connections shortly before", func(t *testing.T) {
+		now := time.Now().Truncate(time.Second)
+		client, err := l.tunnelTo(cat, l.ca.sign(stranger, now.Add(-time.Minute), now.Add(5*time.Second), nil))
+		check(t, err)
+		st := openStream(t, client, cat)
+		for refused := false; !refused; time.Sleep(20 * time.Millisecond) {
+			if time.Since(now) > 5*time.Second {
+				t.Fatal("the certificate has ended and the client was not told to make another tunnel")
+			}
+			other, _, err := client.Open(context.Background(), hbone.Request{Authority: netip.AddrPortFrom(cat.v4, appPort).String()})
+			if refused = err != nil; !refused {
+				other.Close()
+			}
+		}
+		if time.Since(now) < 3*time.Second {
+			t.Errorf("new connections were refused after %s of 5 s", time.Since(now))
+		}
+		check(t, lives(st)) // what is open goes on until the end
+		if err := untilEnd(st, 10*time.Second); err == nil || isTimeout(err) {
+			t.Errorf("after the end of the certificate: %v", err)
+		}
+	})
 	t.Run("unless the peer has shown a newer one", func(t *testing.T) {
 		now := time.Now().Truncate(time.Second)
 		client, err := l.tunnelTo(cat, l.ca.sign(stranger, now.Add(-time.Minute), now.Add(2*time.Second), nil))

@@ -2,7 +2,9 @@ package proxy
 
 import (
 	"fmt"
+	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -32,7 +34,16 @@ func TestPeersCannotFillTheMetrics(t *testing.T) {
 	}
 }
 
-// TestWhatPeersSayCanBeExported: a label that is no UTF-8 would end the agent at the next scrape.
+// TestErrorsInTheLogAreBounded: an error may quote what a stranger has sent, a certificate's names for one.
+func TestErrorsInTheLogAreBounded(t *testing.T) {
+	for _, s := range []string{strings.Repeat("é\n", 40_000), strings.Repeat("\n", maxErrorLog), "two\nlines"} {
+		if got := fold(s); strings.Contains(got, "\n") || len(got) > 3*maxErrorLog || !utf8.ValidString(got) {
+			t.Errorf("%d bytes become %d", len(s), len(got))
+		}
+	}
+}
+
+// TestWhatPeersSayCanBeExported: a label that is no UTF-8 would spoil every scrape from then on.
 func TestWhatPeersSayCanBeExported(t *testing.T) {
 	m := NewMetrics()
 	r := prometheus.NewPedanticRegistry()

@@ -79,3 +79,73 @@ func TestPlaintextThatIsOpenEndsUnderStrict(t *testing.T) {
 		return nil
 	}))
 }
+
+// What policies say without being enforced is in the access log and in the metrics, of connections that the kernel
+// carries as of those in a tunnel. Only these count as mutual TLS.
+func TestAuditAndDryRunAreReported(t *testing.T) {
+	ctx := t.Context()
+	ns := namespace(t, "e2e-audit", ambient)
+	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "near", nodes[0]), server(ns, "far", nodes[1]))
+	policy := func(name, action, annotations string) string {
+		return `{"apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy", "metadata": {"name": "` + name + `", "namespace": "` + ns + `", "annotations": {` + annotations + `}},
+			"spec": {"action": "` + action + `", "rules": [{"from": [{"source": {"namespaces": ["` + ns + `"]}}]}]}}`
+	}
+	must(t, mesh.Apply(ctx, policy("watch", "AUDIT", "")))
+	must(t, mesh.Apply(ctx, policy("try", "DENY", `"istio.io/dry-run": "true"`)))
+	for _, o := range []string{"watch", "try"} {
+		_, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", "authorizationpolicy/"+o, "--timeout=30s")
+		must(t, err)
+	}
+	for name, want := range map[string][]string{
+		"near": {"path=kernel"},
+		"far":  {"dst.hbone_addr="},
+	} {
+		_, err := mesh.Exec(ctx, ns, "client", tcpcheck, "who", net.JoinHostPort(pod(t, ns, name).IP, "9000"))
+		must(t, err)
+		want = append(want, "direction=inbound", "dst.workload="+name, "dst.namespace="+ns, "src.identity=spiffe://cluster.local/ns/"+ns+"/sa/client",
+			"authz.audit="+ns+"/watch", `authz.dry_run="`+ns+`/try=denied"`)
+		must(t, lab.Eventually(ctx, 10*time.Second, func() error {
+			logs, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "logs", "-l", lab.NodeApp, "--tail=400")
+			if err != nil {
+				return err
+			}
+		lines:
+			for line := range strings.Lines(logs) {
+				for _, w := range want {
+					if !strings.Contains(line, w) {
+						continue lines
+					}
+				}
+				return nil
+			}
+			return fmt.Errorf("no line has all of %q", want)
+		}))
+	}
+	must(t, lab.Eventually(ctx, 10*time.Second, func() error {
+		m, err := mesh.Metrics(ctx)
+		if err != nil {
+			return err
+		}
+		for _, of := range []struct {
+			name   string
+			labels map[string]string
+		}{
+			{"warren_authz_audit_total", map[string]string{"policy": ns + "/watch"}},
+			{"warren_authz_dry_run_total", map[string]string{"policy": ns + "/try", "authz_dry_run_action": "deny", "authz_dry_run_result": "denied"}},
+		} {
+			if n := lab.Sum(m, of.name, of.labels); n != 2 {
+				return fmt.Errorf("%s%v is %v, want 2", of.name, of.labels, n)
+			}
+		}
+		for server, security := range map[string]string{"near": "unknown", "far": "mutual_tls"} {
+			for _, reporter := range []string{"source", "destination"} {
+				labels := map[string]string{"reporter": reporter, "destination_workload_namespace": ns, "destination_workload": server, "connection_security_policy": security,
+					"source_principal": "spiffe://cluster.local/ns/" + ns + "/sa/client"}
+				if n := lab.Sum(m, "istio_tcp_connections_closed_total", labels); n != 1 {
+					return fmt.Errorf("%v connections%v, want 1", n, labels)
+				}
+			}
+		}
+		return nil
+	}))
+}
