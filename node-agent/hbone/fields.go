@@ -116,6 +116,9 @@ func (d *fieldDecoder) emitPseudo(f hpack.HeaderField) {
 	}
 }
 
+// maxAuthority is a DNS name, or an address in brackets, and a port.
+const maxAuthority = 253 + len(":65535")
+
 // request returns the block as a request, or why it is none.
 func (d *fieldDecoder) request() (Request, string) {
 	r := Request{Method: d.method, Authority: d.authority, Scheme: d.scheme, Path: d.path, Header: d.header}
@@ -132,6 +135,9 @@ func (d *fieldDecoder) request() (Request, string) {
 		}
 		if d.authority == "" {
 			return r, "CONNECT without :authority"
+		}
+		if len(d.authority) > maxAuthority {
+			return r, "CONNECT with an :authority that no host and port is as long as"
 		}
 	case d.scheme == "" || d.path == "":
 		return r, "request without :scheme or :path"

@@ -113,6 +113,7 @@ func FuzzRequestHeaders(f *testing.F) {
 	f.Add(block(":method", "CONNECT", ":authority", "10.0.0.1:80", HeaderForwarded, `for="10.0.0.2:41000"`))
 	f.Add(block(":method", "CONNECT", ":authority", "10.0.0.1:80", ":path", "/"))
 	f.Add(block(":method", "CONNECT", ":authority", "a\x00b"))
+	f.Add(block(":method", "CONNECT", ":authority", strings.Repeat("a", 300)))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		d := newFieldDecoder(ownServerHeaderList)
 		if d.decode(b) != nil {
@@ -122,7 +123,7 @@ func FuzzRequestHeaders(f *testing.F) {
 		if bad != "" {
 			return
 		}
-		if r.Method == "CONNECT" && (r.Authority == "" || r.Scheme != "" || r.Path != "") {
+		if r.Method == "CONNECT" && (r.Authority == "" || len(r.Authority) > maxAuthority || r.Scheme != "" || r.Path != "") {
 			t.Errorf("accepted %+v", r)
 		}
 		for _, h := range append(r.Header, Field{"authority", r.Authority}, Field{"path", r.Path}) {
