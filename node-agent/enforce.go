@@ -31,8 +31,38 @@ func (a *agent) steps() []step {
 		{"open connections", func(ctx context.Context, s *mesh.Snapshot) error {
 			return a.proxy.Rechecked(ctx, s.Revision())
 		}},
-		{"connections from before enrolment", func(context.Context, *mesh.Snapshot) error { return a.registry.Recheck() }},
+		{"connections from before enrolment", unlessSame(a.cfg.Node, a.registry.Recheck)},
 	}
+}
+
+// unlessSame is do for the states that may decide otherwise about pods of a node than the one that it was done for
+// last: it asks the kernel for the connections of each pod, and most states differ in what is elsewhere.
+func unlessSame(node string, do func() error) func(context.Context, *mesh.Snapshot) error {
+	var last *mesh.Snapshot
+	return func(_ context.Context, s *mesh.Snapshot) error {
+		if last != nil && !decidesOtherwise(s, last, node) {
+			last = s
+			return nil
+		}
+		err := do()
+		if err == nil {
+			last = s
+		}
+		return err
+	}
+}
+
+func decidesOtherwise(s, last *mesh.Snapshot, node string) bool {
+	workloads, _, policies := s.Changes(last)
+	for range policies {
+		return true
+	}
+	for c := range workloads {
+		if c.New != nil && c.New.Node == node || c.Old != nil && c.Old.Node == node {
+			return true
+		}
+	}
+	return !s.Config().Equal(last.Config())
 }
 
 // enforce makes each state of the mesh hold on this node, and only then says that it does.

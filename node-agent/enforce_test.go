@@ -27,3 +27,36 @@ func TestEveryStepIsTakenInOrderAndFailuresAreNamed(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+func TestWhatIsElsewhereIsNotLookedAtAgain(t *testing.T) {
+	b := mesh.NewBuilder(nil)
+	done, fails := 0, false
+	step := unlessSame("here", func() error {
+		done++
+		if fails {
+			return errors.New("not now")
+		}
+		return nil
+	})
+	rev := uint64(0)
+	for _, x := range []struct {
+		name   string
+		change func()
+		want   int
+	}{
+		{"the first state", func() {}, 1},
+		{"a pod elsewhere", func() { b.PutWorkload(&mesh.Workload{UID: "a", Node: "there"}) }, 1},
+		{"a pod here", func() { b.PutWorkload(&mesh.Workload{UID: "b", Node: "here"}) }, 2},
+		{"a policy, in vain", func() { fails = true; b.PutPolicy(&mesh.Policy{Name: mesh.PolicyName{Namespace: "x", Name: "p"}}) }, 3},
+		{"nothing, after a failure", func() { fails = false }, 4},
+		{"nothing", func() {}, 4},
+		{"the pod leaves", func() { b.DeleteWorkload("b") }, 5},
+	} {
+		x.change()
+		rev++
+		_ = step(t.Context(), b.Commit(rev))
+		if done != x.want {
+			t.Errorf("%s: done %d times, want %d", x.name, done, x.want)
+		}
+	}
+}
