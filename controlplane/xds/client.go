@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -332,8 +333,8 @@ func (w *watch) answered(req *discovery.DeltaDiscoveryRequest) *response {
 	for _, n := range r.names {
 		delete(w.refused, n)
 	}
-	bad, message := r.names, req.ErrorDetail.GetMessage()
-	named := rejectedIn(req.ErrorDetail)
+	bad, message := r.names, clip(req.ErrorDetail.GetMessage())
+	named := rejectedIn(req.ErrorDetail, r.names)
 	switch {
 	case req.ErrorDetail == nil:
 		bad, w.trouble = nil, ""
@@ -353,15 +354,36 @@ func (w *watch) answered(req *discovery.DeltaDiscoveryRequest) *response {
 	return r
 }
 
-// rejectedIn are the resources that a NACK names, if it comes from an agent that does.
-func rejectedIn(s *rpcstatus.Status) []string {
+// rejectedIn are the resources that a NACK names, if it comes from an agent that does, out of those that were sent:
+// what else it names would be remembered for ever.
+func rejectedIn(s *rpcstatus.Status, sent []string) []string {
 	for _, d := range s.GetDetails() {
 		var t nodeapi.TypeStatus
 		if d.MessageIs(&t) && d.UnmarshalTo(&t) == nil {
-			return t.Rejected
+			have := make(map[string]bool, len(t.Rejected))
+			for _, n := range t.Rejected {
+				have[n] = true
+			}
+			var named []string
+			for _, n := range sent {
+				if have[n] {
+					named = append(named, n)
+				}
+			}
+			return named
 		}
 	}
 	return nil
+}
+
+// maxNack is how much is taken of what a node says, which goes into the status of policies.
+const maxNack = 1000
+
+func clip(s string) string {
+	if len(s) > maxNack {
+		return strings.ToValidUTF8(s[:maxNack], "") + "…"
+	}
+	return s
 }
 
 func (w *watch) settle(revision uint64) { w.settled = max(w.settled, revision) }

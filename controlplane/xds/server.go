@@ -256,8 +256,8 @@ func (s *Server) request(c *client, info *Stream, req *discovery.DeltaDiscoveryR
 		if r := w.answered(req); r != nil {
 			if req.ErrorDetail != nil {
 				s.m.rejects.WithLabelValues(short).Inc()
-				log.Warn("node rejected a response", "type", req.TypeUrl, "revision", r.version, "error", req.ErrorDetail.Message)
-				info.note(req.TypeUrl, func(t *TypeState) { t.Nack = req.ErrorDetail.Message })
+				log.Warn("node rejected a response", "type", req.TypeUrl, "revision", r.version, "error", clip(req.ErrorDetail.Message))
+				info.note(req.TypeUrl, func(t *TypeState) { t.Nack = clip(req.ErrorDetail.Message) })
 			} else {
 				s.m.convergence.Observe(time.Since(r.since).Seconds())
 				info.note(req.TypeUrl, func(t *TypeState) { t.Acked, t.Nack = r.version, "" })
