@@ -19,31 +19,33 @@ type Progress struct {
 }
 
 // deciding are the types on which decisions about connections depend.
-var deciding = []string{TypeMeshConfig, TypeAuthorization, TypeAddress}
+var deciding = []string{TypeMeshConfig, TypeAuthorization, TypeAudit, TypeAddress}
 
 // progress is what the stream's goroutine knows; false before the client has asked for what decides.
 func (c *client) progress() (Progress, bool) {
 	p := Progress{}
-	for i, kind := range deciding {
+	for _, kind := range deciding {
 		w := c.watches[kind]
-		if w == nil {
-			if kind == TypeMeshConfig {
-				continue // a ztunnel does not know it
-			}
+		if w == nil && (kind == TypeMeshConfig || kind == TypeAudit) {
+			continue // a ztunnel does not know them
+		}
+		if w == nil || w.settled == 0 {
 			return p, false
 		}
-		if i == 0 || p.Revision == 0 || w.settled < p.Revision {
+		if p.Revision == 0 || w.settled < p.Revision {
 			p.Revision = w.settled
-		}
-		if w.settled == 0 {
-			return p, false
 		}
 		if w.trouble != "" {
 			p.Trouble = w.trouble
 		}
 	}
-	if w := c.watches[TypeAuthorization]; len(w.refused) > 0 {
-		p.Refused = maps.Clone(w.refused)
+	for _, kind := range []string{TypeAuthorization, TypeAudit} {
+		if w := c.watches[kind]; w != nil && len(w.refused) > 0 {
+			if p.Refused == nil {
+				p.Refused = map[string]string{}
+			}
+			maps.Copy(p.Refused, w.refused)
+		}
 	}
 	return p, true
 }

@@ -70,6 +70,16 @@ func TestProgressIsWhatWasAnswered(t *testing.T) {
 	s.behind("the policy is taken back", 1)
 	s.answer(TypeAuthorization, "")
 	s.behind("done", 0)
+	// AUDIT policies have a type of their own, which an agent may ask for.
+	s.subscribe(TypeAudit)
+	s.plan()
+	s.answer(TypeAudit, "")
+	s.change(func(b *mesh.Builder) { p := policy("audit"); p.Action = mesh.Audit; b.PutPolicy(p) }, index.Update{})
+	s.behind("sent", 1)
+	s.refuse(TypeAudit, "a/audit")
+	if p, _ := s.c.progress(); len(p.Refused) != 1 {
+		t.Errorf("%+v", p)
+	}
 }
 
 func TestProgressOfANodeThatRefuses(t *testing.T) {
