@@ -4,6 +4,9 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -70,37 +73,6 @@ func unharmed(t *testing.T, what string, r loadReport) {
 	}
 }
 
-// The operator asks for a new root by an annotation. Connections go on; pods whose certificates come from the new
-// root and pods that still have one of the old reach each other.
-func TestRootRotation(t *testing.T) {
-	ns := namespace(t, "e2e-roots", ambient)
-	strict(t, ns)
-	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
-	if s, err := trustStatus(t.Context()); err != nil || !strings.HasPrefix(s, "settled") {
-		t.Skipf("an exchange of roots is under way: %q, %v", s, err)
-	}
-	report := startLoad(t, ns, "client", "-for", "25s", "-rate", "200", "-hold", "20", "-timeout", "60s", "far:9000")
-	must(t, rotateRoot(t.Context()))
-	awaitTrust(t, time.Minute, "phase 2 of 3")
-	for _, node := range nodes { // before that it may not have begun
-		roots, err := issuers(t.Context(), node, ns)
-		if err != nil || len(roots) != 2 {
-			t.Errorf("%s trusts the roots %v, %v; want both", node, roots, err)
-		}
-	}
-	deploy(t, ns, true, lab.PodSpec{Namespace: ns, Name: "late-client", Account: "late", Node: nodes[0], Args: []string{"sleep"}},
-		lab.PodSpec{Namespace: ns, Name: "late", Account: "late-server", Node: nodes[1], Program: tcpcheck, Args: []string{"serve"}, Port: 9000})
-	late := startLoad(t, ns, "late-client", "-for", "5s", "-rate", "100", "-timeout", "60s", "far:9000")
-	toLate := startLoad(t, ns, "client", "-for", "5s", "-rate", "100", "-timeout", "60s", "late:9000")
-	unharmed(t, "root-rotation, certificates of both roots", late())
-	unharmed(t, "root-rotation, certificates of both roots, the other way", toLate())
-	unharmed(t, "root-rotation on a cluster", report())
-	events, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "get", "events", "--field-selector=reason=RootRotation", "-o", "jsonpath={.items[*].message}")
-	if err != nil || !strings.Contains(events, "phase 1") || !strings.Contains(events, "phase 2") {
-		t.Errorf("the events say %q, %v", events, err)
-	}
-}
-
 // Certificates that live for a minute, for ten minutes of connections; then a root in all three phases; then
 // nobody who signs.
 func TestShortCertificates(t *testing.T) {
@@ -110,6 +82,9 @@ func TestShortCertificates(t *testing.T) {
 	must(t, mesh.Install(t.Context(), "control.env.MAX_WORKLOAD_CERT_TTL=60s", "control.env.DEFAULT_WORKLOAD_CERT_TTL=60s"))
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(t.Context())
+		if _, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "scale", "deployment", "-l", "app=istiod", "--replicas=1"); err != nil {
+			t.Error(err)
+		}
 		if err := mesh.Install(ctx); err != nil {
 			t.Error(err)
 		}
@@ -140,6 +115,37 @@ func TestShortCertificates(t *testing.T) {
 	record("certificates", "after expiry, on a cluster", s.Connections, s.Connections-s.Failed, float64(s.Connections-s.Failed), "accepted")
 	if s.Failed != s.Connections {
 		t.Errorf("after every certificate has ended: %+v", s)
+	}
+}
+
+// The operator asks for a new root by an annotation. Connections go on; pods whose certificates come from the new
+// root and pods that still have one of the old reach each other.
+func TestRootRotation(t *testing.T) {
+	ns := namespace(t, "e2e-roots", ambient)
+	strict(t, ns)
+	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
+	if s, err := trustStatus(t.Context()); err != nil || !strings.HasPrefix(s, "settled") {
+		t.Skipf("an exchange of roots is under way: %q, %v", s, err)
+	}
+	report := startLoad(t, ns, "client", "-for", "25s", "-rate", "200", "-hold", "20", "-timeout", "60s", "far:9000")
+	must(t, rotateRoot(t.Context()))
+	awaitTrust(t, time.Minute, "phase 2 of 3")
+	for _, node := range nodes { // before that it may not have begun
+		roots, err := issuers(t.Context(), node, ns)
+		if err != nil || len(roots) != 2 {
+			t.Errorf("%s trusts the roots %v, %v; want both", node, roots, err)
+		}
+	}
+	deploy(t, ns, true, lab.PodSpec{Namespace: ns, Name: "late-client", Account: "late", Node: nodes[0], Args: []string{"sleep"}},
+		lab.PodSpec{Namespace: ns, Name: "late", Account: "late-server", Node: nodes[1], Program: tcpcheck, Args: []string{"serve"}, Port: 9000})
+	late := startLoad(t, ns, "late-client", "-for", "5s", "-rate", "100", "-timeout", "60s", "far:9000")
+	toLate := startLoad(t, ns, "client", "-for", "5s", "-rate", "100", "-timeout", "60s", "late:9000")
+	unharmed(t, "root-rotation, certificates of both roots", late())
+	unharmed(t, "root-rotation, certificates of both roots, the other way", toLate())
+	unharmed(t, "root-rotation on a cluster", report())
+	events, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "get", "events", "--field-selector=reason=RootRotation", "-o", "jsonpath={.items[*].message}")
+	if err != nil || !strings.Contains(events, "phase 1") || !strings.Contains(events, "phase 2") {
+		t.Errorf("the events say %q, %v", events, err)
 	}
 }
 
@@ -177,4 +183,80 @@ func TestKeysAreNowhere(t *testing.T) {
 			}
 		}
 	}
+}
+
+// steps are the commands of docs/certificates.md that begin with "# name".
+func steps(t *testing.T, name string) string {
+	t.Helper()
+	page, err := os.ReadFile(filepath.Join(mesh.Root(), "docs", "certificates.md"))
+	must(t, err)
+	_, rest, ok := strings.Cut(string(page), "```sh\n# "+name+"\n")
+	block, _, closed := strings.Cut(rest, "\n```")
+	if !ok || !closed {
+		t.Fatalf("docs/certificates.md has no commands %q", name)
+	}
+	return block
+}
+
+// A CA is plugged in, one of its intermediates revoked, and taken out again, by the commands of the documentation;
+// a Secret that cannot be used changes nothing and is named in an event. Connections go on all the while.
+func TestPluggedInCA(t *testing.T) {
+	ns := namespace(t, "e2e-cacerts", ambient)
+	strict(t, ns)
+	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
+	dir := t.TempDir()
+	sh := func(script string) {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "bash", "-euo", "pipefail", "-c", script)
+		cmd.Dir = dir
+		cmd.Env = append(os.Environ(), "KUBECONFIG="+mesh.Kubeconfig(), "PATH="+filepath.Dir(mesh.KubectlPath())+":"+os.Getenv("PATH"))
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%s\n%v: %s", script, err, out)
+		}
+	}
+	t.Cleanup(func() {
+		if _, err := mesh.Kubectl(context.WithoutCancel(t.Context()), "-n", lab.Namespace, "delete", "secret", "cacerts", "--ignore-not-found"); err != nil {
+			t.Error(err)
+		}
+	})
+	report := startLoad(t, ns, "client", "-for", "30s", "-rate", "100", "-hold", "10", "-timeout", "60s", "far:9000")
+	sh(steps(t, "plug-in"))
+	root := func() string {
+		text, err := os.ReadFile(filepath.Join(dir, "root-cert.pem"))
+		must(t, err)
+		return strings.TrimSpace(string(text))
+	}()
+	published := func() (string, error) {
+		return mesh.Kubectl(t.Context(), "-n", ns, "get", "configmap", "istio-ca-root-cert", "-o", `jsonpath={.data.root-cert\.pem}`)
+	}
+	must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+		if text, err := published(); err != nil || !strings.Contains(text, root) {
+			return fmt.Errorf("the plugged-in root is not published: %v", err)
+		}
+		return nil
+	}))
+	awaitTrust(t, time.Minute, "phase 2 of 3")
+	sh("cp ca-cert.pem stolen-cert.pem\n" +
+		"openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /O=example/CN=next -keyout ca-key.pem -out ca.csr\n" +
+		"openssl x509 -req -in ca.csr -CA root-cert.pem -CAkey root-key.pem -CAcreateserial -days 365 -extfile ca.ext -out ca-cert.pem\n" +
+		"cat ca-cert.pem root-cert.pem > cert-chain.pem\n" + steps(t, "revoke"))
+	// The pods' certificates come from the CA before that was plugged in, or from a revoked one: those are asked
+	// for anew, and until then refused.
+	unharmed(t, "root-rotation, from self-signed to plugged in", report())
+	must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+		_, err := mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-dial", "-timeout", "3s", "far:9000")
+		return err
+	}))
+
+	sh(`kubectl -n istio-system create secret generic cacerts --from-file=ca-cert.pem --from-file=ca-key.pem=root-key.pem \
+  --from-file=root-cert.pem --from-file=cert-chain.pem --dry-run=client -o yaml | kubectl apply -f -`)
+	must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+		events, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "get", "events", "--field-selector=reason=BadSigningKey", "-o", "jsonpath={.items[*].message}")
+		if err != nil || !strings.Contains(events, "does not belong to the signing certificate") {
+			return fmt.Errorf("a Secret with the wrong key: the events say %q, %v", events, err)
+		}
+		return nil
+	}))
+	_, err := mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-dial", "-timeout", "10s", "far:9000")
+	must(t, err)
 }
