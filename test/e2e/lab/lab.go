@@ -218,8 +218,10 @@ func (l *Lab) Diagnose(ctx context.Context, namespaces ...string) string {
 		var odd strings.Builder
 		for line := range strings.Lines(out) {
 			_, said, _ := strings.Cut(line, "] ") // after the pod's name; I begins a line of client-go's
-			ordinary := strings.Contains(line, "level=info") || strings.Contains(line, `"level":"INFO"`) || strings.HasPrefix(said, "I")
-			if !ordinary && !strings.Contains(line, "level=debug") || strings.Contains(line, "error=") {
+			ordinary := strings.Contains(line, "level=debug") || strings.Contains(line, `"level":"info"`) || strings.HasPrefix(said, "I") ||
+				strings.Contains(line, "level=info") && !strings.Contains(line, "error=") ||
+				strings.Contains(line, "context canceled") || strings.Contains(line, "outcome=policy_denied")
+			if !ordinary {
 				odd.WriteString(line)
 			}
 		}

@@ -154,7 +154,7 @@ func (s *supervisor) prepare() error {
 	for _, f := range s.c.Families() {
 		addrs = append(addrs, f.Host)
 	}
-	if err := host.NewBridge(plan.Bridge, addrs); err != nil {
+	if err := host.NewBridge(plan.Bridge, plan.BridgeMAC(), addrs); err != nil {
 		return err
 	}
 	for _, n := range s.c.NodeList() {

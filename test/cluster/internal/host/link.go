@@ -21,9 +21,11 @@ func BringUpLoopback() error {
 	return netlink.LinkSetUp(lo)
 }
 
-// NewBridge creates a bridge with the given addresses.
-func NewBridge(name string, addrs []netip.Prefix) error {
-	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name}}
+// NewBridge creates a bridge with the given addresses. Without a hardware address
+// that is set, it would have the lowest of its ports', and another one whenever
+// these change.
+func NewBridge(name string, mac net.HardwareAddr, addrs []netip.Prefix) error {
+	br := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: name, HardwareAddr: mac}}
 	if err := netlink.LinkAdd(br); err != nil {
 		return fmt.Errorf("create bridge %s: %w", name, err)
 	}

@@ -196,9 +196,12 @@ func (n Node) Port() string { return "port" + strconv.Itoa(n.Index) }
 // MAC is the hardware address of the node's eth0. It stays over a reboot, as a
 // machine's does: with a new one, the node's neighbours would go on to send to
 // the old one for half a minute.
-func (n Node) MAC() net.HardwareAddr {
-	return net.HardwareAddr{0x02, 'w', 'r', 'n', 0, byte(n.Index)}
-}
+func (n Node) MAC() net.HardwareAddr { return mac(byte(n.Index)) }
+
+// BridgeMAC is the hardware address of the link's own end.
+func BridgeMAC() net.HardwareAddr { return mac(0) }
+
+func mac(n byte) net.HardwareAddr { return net.HardwareAddr{0x02, 'w', 'r', 'n', 0, n} }
 
 // Disk is what survives the node's reboot.
 func (c *Cluster) Disk(n Node) string { return c.Path("nodes", n.Name, "disk") }
