@@ -110,6 +110,7 @@ func TestEscapes(t *testing.T) {
 		{name: "rule of its own before the agent's", from: insider, way: "earlier-rule", args: to(vault4), counter: "guard_drop_captured"},
 
 		{name: "pod of another node", from: onHost, way: "dial", args: to(vault4), counter: "lookup_denied", at: 1, loud: true},
+		{name: "pod of another node, IPv6", from: onHost, way: "dial", args: to(vault6), counter: "lookup_denied", at: 1, loud: true},
 		{name: "pod of the same node, IPv4", from: onHost, way: "dial", args: to(near4), counter: "ticket_denied_host_pod", loud: true},
 		{name: "pod of the same node, IPv6", from: onHost, way: "dial", args: to(near6), counter: "ticket_denied_host_pod", loud: true},
 		{name: "flood of 500 connections", from: onHost, way: "flood", args: to(near4, "-n", "500"), counter: "ticket_denied_host_pod", loud: true},
