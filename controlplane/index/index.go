@@ -272,7 +272,7 @@ func (x *Index) Commit() *Update {
 		Notices:    map[NoticeKey]*Notice{},
 	}
 	b.SetConfig(x.c.meshConfig())
-	x.commitPolicies(b, u)
+	x.commitPolicies(b)
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
 	x.commitExemptions(b) // after the workloads, which need them or no more
@@ -301,14 +301,8 @@ func emptied[K comparable](m map[K]struct{}) map[K]struct{} {
 	return m
 }
 
-func (x *Index) commitPolicies(b *mesh.Builder, u *Update) {
+func (x *Index) commitPolicies(b *mesh.Builder) {
 	for name := range x.dirtyPolicies {
-		nk := NoticeKey{Kind: AuthorizationPolicy, Namespace: name.Namespace, Name: name.Name}
-		if f := x.authz[name.Namespace][name.Name]; f != nil && f.Message != "" {
-			x.notice(u, nk, f.uid, f.Reason, f.Message)
-		} else {
-			x.notice(u, nk, "", "", "")
-		}
 		p := x.policy(name)
 		if p == nil {
 			b.DeletePolicy(name)

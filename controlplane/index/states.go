@@ -66,6 +66,12 @@ func (x *Index) commitStates(u *Update) {
 	for k := range x.dirtyStates {
 		next := x.policyState(k, pods)
 		old := x.states[k]
+		nk := NoticeKey{Kind: k.Kind, Namespace: k.Namespace, Name: k.Name}
+		if next != nil && !next.Exact {
+			x.notice(u, nk, next.UID, next.Reason, next.Message)
+		} else {
+			x.notice(u, nk, "", "", "")
+		}
 		switch {
 		case next == nil && old != nil:
 			delete(x.states, k)
@@ -112,7 +118,7 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 	} else if f.Exact && f.Policy.Action == mesh.Audit {
 		s.Message = "AUDIT: what it matches is reported, and nothing decided"
 	}
-	var missing []string
+	var missing, useless []string
 	for _, t := range f.Targets {
 		switch t.Kind {
 		case policy.TargetService:
@@ -123,7 +129,19 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 			if x.entries[f.Namespace][t.Name] == nil {
 				missing = append(missing, t.String())
 			}
+		case policy.TargetGatewayClass:
+			if f.Namespace != x.c.RootNamespace || t.Name != waypointClass {
+				useless = append(useless, t.String())
+			}
+		case policy.TargetUnknown:
+			useless = append(useless, t.String())
 		}
+	}
+	if len(useless) > 0 && len(missing)+len(useless) == len(f.Targets) {
+		s.Reason = policy.ReasonIgnored
+		s.Message = fmt.Sprintf("%s is no waypoint's, so that the policy applies to nothing; a policy for the GatewayClass %s is made in the root namespace %s",
+			strings.Join(useless, ", "), waypointClass, x.c.RootNamespace)
+		return s
 	}
 	if len(missing) > 0 && len(missing) == len(f.Targets) {
 		s.Reason = ReasonTargetNotFound

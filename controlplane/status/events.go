@@ -104,7 +104,7 @@ func reference(k index.NoticeKey, v index.Notice) corev1.ObjectReference {
 	switch k.Kind {
 	case index.Namespace:
 		ref.Namespace = k.Name // an event has to be somewhere; here `kubectl get events -n` finds it
-	case index.AuthorizationPolicy, index.PeerAuthentication:
+	case index.AuthorizationPolicy, index.PeerAuthentication, index.RequestAuthentication:
 		ref.APIVersion = "security.istio.io/v1"
 	case index.ServiceEntry, index.WorkloadEntry:
 		ref.APIVersion = "networking.istio.io/v1"
