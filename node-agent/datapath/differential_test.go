@@ -367,7 +367,7 @@ func TestKernelVerdictCost(t *testing.T) {
 	l := enrolled(t)
 	policies, connects := 10000, 20000
 	if testing.Short() {
-		connects = 2000
+		policies, connects = 1000, 2000
 	}
 	b := mesh.NewBuilder(nil)
 	b.SetConfig(mesh.Config{TrustDomain: "cluster.local", SameNode: mesh.SameNodeAuto})

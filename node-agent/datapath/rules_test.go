@@ -32,6 +32,9 @@ func crowd() (*mesh.Snapshot, []Pod) {
 
 // Pods under the same policies share their ruleset, and each ruleset knows each identity of the node.
 func TestDesiredRules(t *testing.T) {
+	if testing.Short() {
+		t.Skip("computes only: the same on every kernel")
+	}
 	s, pods := crowd()
 	r := newCompiler(s, nil).desired(pods, true)
 	if len(r.problems) > 0 || len(r.sets) != 20 || len(r.pods) != 110 || len(r.identities) != 110 {
@@ -97,6 +100,9 @@ func TestDesiredServiceAtThePodsAddress(t *testing.T) {
 
 // What happens to other nodes' pods leaves the kernel's policies alone; what they depend on does not.
 func TestUnaffected(t *testing.T) {
+	if testing.Short() {
+		t.Skip("computes only: the same on every kernel")
+	}
 	s, pods := crowd()
 	d := &Datapath{given: map[string]Pod{}}
 	for _, p := range pods {
