@@ -176,8 +176,32 @@ type decision struct {
 	began, ended    time.Time
 }
 
-// probe has a pod ask all the time whether it is let in, until the returned function is called.
-func probe(t *testing.T, ns, pod string, targets ...string) func() []decision {
+// prober is a pod that asks all the time whether it is let in.
+type prober struct {
+	stop func() []decision // ends it
+
+	mu   sync.Mutex
+	last map[string]time.Time // by target, when the last attempt began whose outcome is known
+}
+
+// decided waits, but not for ever, until every target has decided about an attempt that began after a time.
+func (p *prober) decided(after time.Time, targets int) {
+	for limit := time.Now().Add(2 * time.Second); time.Now().Before(limit); time.Sleep(5 * time.Millisecond) {
+		p.mu.Lock()
+		n := 0
+		for _, t := range p.last {
+			if t.After(after) {
+				n++
+			}
+		}
+		p.mu.Unlock()
+		if n == targets {
+			return
+		}
+	}
+}
+
+func probe(t *testing.T, ns, pod string, targets ...string) *prober {
 	t.Helper()
 	cmd := mesh.Command(context.WithoutCancel(t.Context()), append([]string{"-n", ns, "exec", "-i", pod, "--", tcpcheck, "decide"}, targets...)...)
 	in, err := cmd.StdinPipe()
@@ -185,6 +209,7 @@ func probe(t *testing.T, ns, pod string, targets ...string) func() []decision {
 	out, err := cmd.StdoutPipe()
 	must(t, err)
 	must(t, cmd.Start())
+	p := &prober{last: map[string]time.Time{}}
 	var all []decision
 	read := make(chan struct{})
 	begun := make(chan struct{})
@@ -199,13 +224,16 @@ func probe(t *testing.T, ns, pod string, targets ...string) func() []decision {
 			ended, e2 := strconv.ParseInt(f[2], 10, 64)
 			if e1 == nil && e2 == nil {
 				all = append(all, decision{f[0], f[3], time.Unix(0, began), time.Unix(0, ended)})
-			}
-			if len(all) == 1 {
-				close(begun)
+				p.mu.Lock()
+				p.last[f[0]] = time.Unix(0, began)
+				p.mu.Unlock()
+				if len(all) == 1 {
+					close(begun)
+				}
 			}
 		}
 	}()
-	stop := sync.OnceValue(func() []decision {
+	p.stop = sync.OnceValue(func() []decision {
 		in.Close()
 		<-read
 		if err := cmd.Wait(); err != nil {
@@ -213,13 +241,13 @@ func probe(t *testing.T, ns, pod string, targets ...string) func() []decision {
 		}
 		return all
 	})
-	t.Cleanup(func() { stop() })
+	t.Cleanup(func() { p.stop() })
 	select {
 	case <-begun:
 	case <-time.After(30 * time.Second):
 		t.Fatalf("the prober in %s says nothing", pod)
 	}
-	return stop
+	return p
 }
 
 // flip is one change of the policy.
@@ -260,7 +288,7 @@ func TestPolicyFlips(t *testing.T) {
 	}
 	run := func(t *testing.T, name string, n, faultEvery int) {
 		change(t, 1)
-		probers := map[string]func() []decision{}
+		probers := map[string]*prober{}
 		for _, pod := range []string{"client", "friend", "stranger"} {
 			probers[pod] = probe(t, ns, pod, targets...)
 		}
@@ -283,11 +311,11 @@ func TestPolicyFlips(t *testing.T) {
 				})
 			}
 			flips = append(flips, change(t, i%2))
-			time.Sleep(25 * time.Millisecond) // for decisions by what is enforced now
+			probers["client"].decided(flips[i].enforced, len(targets))
 		}
 		faults.Wait()
 		end := time.Now()
-		v, lasted := judge(probers["client"](), probers["friend"](), probers["stranger"](), flips, away, end)
+		v, lasted := judge(probers["client"].stop(), probers["friend"].stop(), probers["stranger"].stop(), flips, away, end)
 		t.Logf("%s: %d flips, %+v", name, n, v)
 		record("policy-flips", name+": stale decisions after Enforced", v.Settled, v.Stale, float64(n), "flips")
 		record("policy-flips", name+": let in whom no state of the policy admits", v.Strangers, v.OpenWindows, float64(n), "flips")
