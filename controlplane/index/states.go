@@ -66,7 +66,7 @@ func (x *Index) commitStates(u *Update) {
 	for k := range x.dirtyStates {
 		next := x.policyState(k, pods)
 		old := x.states[k]
-		nk := NoticeKey{Kind: k.Kind, Namespace: k.Namespace, Name: k.Name}
+		nk := NoticeKey(k)
 		if next != nil && !next.Exact {
 			x.notice(u, nk, next.UID, next.Reason, next.Message)
 		} else {

@@ -15,7 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-var errNotInstalled = errors.New("Warren is not installed")
+var errNotInstalled = errors.New("no control plane of Warren")
 
 // meshStatus is what status prints.
 type meshStatus struct {
