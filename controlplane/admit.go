@@ -2,6 +2,8 @@ package controlplane
 
 import (
 	"iter"
+	"net/netip"
+	"slices"
 
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 
@@ -18,7 +20,15 @@ func (cp *controlPlane) newAdmission() *admission.Server {
 		},
 		Cluster: surroundings{cp},
 	}
-	return admission.NewServer(admission.Config{Judge: judge.Judge, Log: cp.cfg.Log.With("scope", "admission"), Metrics: cp.metrics})
+	return admission.NewServer(admission.Config{
+		Judge: judge.Judge, APIServer: cp.isAPIServer, Log: cp.cfg.Log.With("scope", "admission"), Metrics: cp.metrics,
+	})
+}
+
+// isAPIServer reports whether the API server calls from an address.
+func (cp *controlPlane) isAPIServer(a netip.Addr) bool {
+	known := cp.apiServer.Load()
+	return known != nil && slices.ContainsFunc(*known, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
 // surroundings shows the state of the cluster to admission.

@@ -36,7 +36,7 @@ func (cp *controlPlane) certify(s *ca.Standing) {
 		cp.cfg.Log.Error("roots not published", "error", err)
 	}
 	cp.ca.Set(s)
-	cp.recheckRoots()
+	cp.recheckCopies()
 }
 
 // agents lists the pods of node agents that run, or are about to, with what their nodes reported to trust.

@@ -58,45 +58,55 @@ func (cp *controlPlane) lead(ctx context.Context) error {
 
 // leaderWork is what one replica does for all.
 func (cp *controlPlane) leaderWork(ctx context.Context) {
-	factory := informers.NewSharedInformerFactoryWithOptions(cp.clients.Kube, 0,
-		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
-			o.FieldSelector = fields.OneTermEqualSelector("metadata.name", ca.RootConfigMap).String()
-		}))
-	maps := factory.Core().V1().ConfigMaps().Informer()
-	check := func(obj any) {
-		if name, err := cache.DeletionHandlingObjectToName(obj); err == nil && name.Name == ca.RootConfigMap {
-			cp.roots.Check(name.Namespace)
-		}
+	for _, c := range cp.copies {
+		defer cp.watchCopies(ctx, c)()
 	}
-	if _, err := maps.AddEventHandler(cache.ResourceEventHandlerFuncs{
-		UpdateFunc: func(was, is any) {
-			a, ok1 := was.(*corev1.ConfigMap)
-			b, ok2 := is.(*corev1.ConfigMap)
-			if ok1 && ok2 && a.ResourceVersion != b.ResourceVersion {
-				check(is)
-			}
-		},
-		DeleteFunc: check,
-	}); err != nil {
-		cp.cfg.Log.Error("root certificates are not watched", "error", err)
-	}
-	factory.Start(ctx.Done())
-	defer factory.Shutdown()
-	cp.recheckRoots()
+	cp.recheckCopies()
 	cp.authority.Lead(ctx)
 	var wg sync.WaitGroup
-	wg.Add(3)
-	go func() { defer wg.Done(); cp.roots.Run(ctx) }()
-	go func() { defer wg.Done(); cp.notices.Run(ctx) }()
+	for _, c := range cp.copies {
+		wg.Go(func() { c.Run(ctx) })
+	}
+	wg.Go(func() { cp.notices.Run(ctx) })
 	wg.Go(func() { cp.policies.Run(ctx) })
 	wg.Go(func() { cp.waypoints().Run(ctx) })
-	go func() { defer wg.Done(); cp.bundle.Run(ctx) }()
+	wg.Go(func() { cp.bundle.Run(ctx) })
 	wg.Wait()
 }
 
-// recheckRoots has every namespace looked at.
-func (cp *controlPlane) recheckRoots() {
+// watchCopies has a namespace looked at whose ConfigMap somebody else has changed, until ctx ends; the function it
+// returns waits for that.
+func (cp *controlPlane) watchCopies(ctx context.Context, c *ca.Copies) (ended func()) {
+	factory := informers.NewSharedInformerFactoryWithOptions(cp.clients.Kube, 0,
+		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+			o.FieldSelector = fields.OneTermEqualSelector("metadata.name", c.Name()).String()
+		}))
+	maps := factory.Core().V1().ConfigMaps().Informer()
+	saw := func(obj any) {
+		if cm, ok := obj.(*corev1.ConfigMap); ok && cm.Name == c.Name() {
+			c.Saw(cm)
+		}
+	}
+	if _, err := maps.AddEventHandler(cache.ResourceEventHandlerFuncs{
+		AddFunc:    saw,
+		UpdateFunc: func(_, is any) { saw(is) },
+		DeleteFunc: func(obj any) {
+			if name, err := cache.DeletionHandlingObjectToName(obj); err == nil && name.Name == c.Name() {
+				c.Check(name.Namespace)
+			}
+		},
+	}); err != nil {
+		cp.cfg.Log.Error("ConfigMaps are not watched", "name", c.Name(), "error", err)
+	}
+	factory.Start(ctx.Done())
+	return factory.Shutdown
+}
+
+// recheckCopies has every namespace looked at.
+func (cp *controlPlane) recheckCopies() {
 	for _, ns := range cp.cache.Names(namespaceType) {
-		cp.roots.Check(ns)
+		for _, c := range cp.copies {
+			c.Check(ns)
+		}
 	}
 }

@@ -19,9 +19,9 @@ var Rules = []rbacv1.PolicyRule{
 	// The annotation ambient.istio.io/redirection.
 	{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"events"}, Verbs: []string{"create", "patch"}},
-	// istio-ca-root-cert in every namespace. A create cannot be bound to a name.
+	// istio-ca-root-cert, and istio-ca-crl, in every namespace. A create cannot be bound to a name.
 	{APIGroups: []string{""}, Resources: []string{"configmaps"}, Verbs: []string{"create", "get", "list", "watch"}},
-	{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"istio-ca-root-cert"}, Verbs: []string{"update"}},
+	{APIGroups: []string{""}, Resources: []string{"configmaps"}, ResourceNames: []string{"istio-ca-root-cert", "istio-ca-crl"}, Verbs: []string{"update"}},
 	// Callers present service account tokens.
 	{APIGroups: []string{"authentication.k8s.io"}, Resources: []string{"tokenreviews"}, Verbs: []string{"create"}},
 	// The webhook that judges policies trusts the mesh's root.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync/atomic"
 	"time"
 
@@ -60,7 +61,7 @@ type controlPlane struct {
 	xds       *xds.Server
 	ca        *ca.Server
 	authority *ca.Authority
-	roots     *ca.Roots
+	copies    []*ca.Copies // of what every namespace has
 	events    *status.Events
 	notices   *status.Notices
 	nodes     *status.Nodes
@@ -69,6 +70,7 @@ type controlPlane struct {
 	serving   *ca.Serving
 	admission *admission.Server
 	bundle    *admission.Bundle
+	apiServer atomic.Pointer[[]netip.Prefix] // from where the API server calls
 
 	services prometheus.Gauge
 	ready    atomic.Bool // everything that exists has been read, and there is a key
@@ -119,7 +121,9 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		Callers: callers, Authorizer: authorizer, DefaultTTL: cfg.DefaultCertTTL, MaxTTL: cfg.MaxCertTTL, External: cfg.ExternalCA,
 		Log: log.With("scope", "ca"), Metrics: cp.metrics,
 	})
-	cp.roots = ca.NewRoots(clients.Kube, cp.root, log.With("scope", "ca"))
+	cp.copies = []*ca.Copies{
+		ca.NewRoots(clients.Kube, cp.ca.Standing, log.With("scope", "ca")), ca.NewLists(clients.Kube, cp.ca.Standing, log.With("scope", "ca")),
+	}
 	cp.events = status.NewEvents(clients.Kube)
 	cp.authority = cp.newAuthority()
 	cp.notices = status.NewNotices(cp.events)
@@ -250,12 +254,15 @@ func (cp *controlPlane) publish(u *index.Update) {
 	cp.store.Swap(u.Snapshot)
 	_, services, _ := u.Snapshot.Len()
 	cp.services.Set(float64(services))
+	cp.apiServer.Store(&u.APIServer)
 	cp.notices.Take(u.Notices)
 	for name, ns := range u.Namespaces {
-		if ns == nil {
-			cp.roots.Forget(name)
-		} else {
-			cp.roots.Check(name)
+		for _, c := range cp.copies {
+			if ns == nil {
+				c.Forget(name)
+			} else {
+				c.Check(name)
+			}
 		}
 	}
 }

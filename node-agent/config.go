@@ -62,6 +62,7 @@ type Config struct {
 	Grace      time.Duration
 	PoolIdle   time.Duration // a tunnel without streams is closed: 5 min
 	MaxStreams int           // streams of one tunnel: 100
+	MaxFrame   int           // longest DATA frame of a tunnel, 16 KiB to 1 MiB: 1 MiB
 	AccessLog  bool
 
 	Level *slog.LevelVar

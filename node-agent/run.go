@@ -173,7 +173,7 @@ func (a *agent) build(ctx context.Context) error {
 
 	traffic := proxy.NewMetrics()
 	a.proxy, err = proxy.New(proxy.Config{Store: a.store, Certs: a.manager, Sockets: a.datapath, Metrics: traffic,
-		Log: log, Access: cfg.Access, PoolIdle: cfg.PoolIdle, MaxStreams: cfg.MaxStreams})
+		Log: log, Access: cfg.Access, PoolIdle: cfg.PoolIdle, MaxStreams: cfg.MaxStreams, MaxFrame: cfg.MaxFrame})
 	if err != nil {
 		return err
 	}

@@ -87,6 +87,7 @@ func (e *environment) config() nodeagent.Config {
 		AdminAddr: e.str("WARREN_ADMIN_ADDRESS"), MetricsAddr: e.str("WARREN_METRICS_ADDRESS"), ReadyAddr: e.str("WARREN_READY_ADDRESS"),
 
 		PoolIdle: e.duration("POOL_UNUSED_RELEASE_TIMEOUT"), MaxStreams: e.number("POOL_MAX_STREAMS_PER_CONNECTION"),
+		MaxFrame:  e.number("HTTP2_FRAME_SIZE"),
 		AccessLog: e.boolean("ACCESS_LOG", true),
 	}
 	if v := e.str("INSTANCE_IP"); v != "" {

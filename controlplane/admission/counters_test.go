@@ -16,7 +16,7 @@ import (
 // TestCountersAreBounded: who posts reviews of kinds that do not exist makes no new counters.
 func TestCountersAreBounded(t *testing.T) {
 	reg := prometheus.NewRegistry()
-	s := NewServer(Config{Judge: func(*Object) []policy.Problem { return nil }, Log: slog.New(slog.DiscardHandler), Metrics: reg})
+	s := NewServer(Config{Judge: func(*Object, bool) []policy.Problem { return nil }, APIServer: anywhere, Log: slog.New(slog.DiscardHandler), Metrics: reg})
 	for i := range 500 {
 		q := strings.ReplaceAll(question("CREATE", object("", good), ""), "authorizationpolicies", fmt.Sprint("kind-", i))
 		q = strings.ReplaceAll(q, `"version":"v1"`, fmt.Sprintf(`"version":"v%d"`, i))

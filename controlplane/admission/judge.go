@@ -21,8 +21,9 @@ type Judge struct {
 	Cluster Cluster
 }
 
-// Judge names errors first. It is safe for concurrent use.
-func (j Judge) Judge(o *Object) []policy.Problem {
+// Judge names errors first. Without the cluster, by which alone no object is refused, it says nothing about what is
+// there and what is not. It is safe for concurrent use.
+func (j Judge) Judge(o *Object, cluster bool) []policy.Problem {
 	if len(o.Spec) > maxSpec {
 		return []policy.Problem{{Code: policy.TooLarge, Severity: policy.Error, Field: "spec",
 			Message: fmt.Sprintf("%d KiB; every node gets every policy, so divide it into several (values of one list can also be replaced by a pattern or a CIDR)", len(o.Spec)>>10)}}
@@ -55,6 +56,9 @@ func (j Judge) Judge(o *Object) []policy.Problem {
 					Message: fmt.Sprintf("an empty list counts as one that is left out: it restricts nothing. Remove %s, or give it a value", path[strings.LastIndexByte(path, '.')+1:])})
 			}
 		})
+	}
+	if !cluster {
+		return out
 	}
 	return slices.Concat(out, around(j.Mesh, j.Cluster, obj))
 }

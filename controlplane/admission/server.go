@@ -11,7 +11,9 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -43,10 +45,13 @@ const Path = "/validate"
 
 // Config is what a Server needs.
 type Config struct {
-	// Judge says what is wrong with an object. It runs on many goroutines at once.
-	Judge   func(*Object) []policy.Problem
-	Log     *slog.Logger
-	Metrics prometheus.Registerer
+	// Judge says what is wrong with an object, by itself or also in its cluster. It runs on many goroutines at once.
+	Judge func(o *Object, cluster bool) []policy.Problem
+	// APIServer tells whether an address is one of the API server's, which by default shows no certificate. Anybody
+	// in the cluster can ask; others must not learn from the warnings what there is in it.
+	APIServer func(netip.Addr) bool
+	Log       *slog.Logger
+	Metrics   prometheus.Registerer
 }
 
 // Server answers AdmissionReviews.
@@ -56,7 +61,9 @@ type Server struct {
 
 	passed, failed *prometheus.CounterVec
 	errors         *prometheus.CounterVec
+	strangers      prometheus.Counter
 	took           prometheus.Histogram
+	warnStranger   sync.Once
 }
 
 // NewServer registers its metrics: Istio's names, and the time that a review takes.
@@ -74,13 +81,16 @@ func NewServer(cfg Config) *Server {
 		errors: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "galley_validation_http_error", Help: "Reviews that were not answered, by HTTP status.",
 		}, []string{"status"}),
+		strangers: prometheus.NewCounter(prometheus.CounterOpts{
+			Name: "warren_admission_strangers_total", Help: "Reviews from addresses that are not known as the API server's.",
+		}),
 		took: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "warren_admission_review_seconds", Help: "Time to answer a review.",
 			Buckets: []float64{.0005, .001, .002, .005, .01, .02, .05, .1, .25, .5, 1, 2},
 		}),
 	}
 	if cfg.Metrics != nil {
-		cfg.Metrics.MustRegister(s.passed, s.failed, s.errors, s.took)
+		cfg.Metrics.MustRegister(s.passed, s.failed, s.errors, s.strangers, s.took)
 	}
 	return s
 }
@@ -196,7 +206,21 @@ func (s *Server) review(ctx context.Context, r *http.Request) (*admissionv1.Admi
 	if in.Request == nil || in.APIVersion != admissionv1.SchemeGroupVersion.String() {
 		return nil, http.StatusBadRequest, fmt.Errorf("want an AdmissionReview of %s with a request", admissionv1.SchemeGroupVersion)
 	}
-	return s.answer(ctx, in.Request), 0, nil
+	return s.answer(in.Request, s.fromAPIServer(r.RemoteAddr)), 0, nil
+}
+
+// fromAPIServer reports whether a review was posted from an address of the API server.
+func (s *Server) fromAPIServer(remote string) bool {
+	from, err := netip.ParseAddrPort(remote)
+	if err == nil && s.cfg.APIServer(from.Addr().Unmap().WithZone("")) {
+		return true
+	}
+	s.strangers.Inc()
+	s.warnStranger.Do(func() {
+		s.cfg.Log.Info("review from an address that is not known as the API server's: it gets no warnings about what is in the cluster; if it is the API server's, name it in apiServerSources of the mesh's ConfigMap",
+			"address", remote)
+	})
+	return false
 }
 
 // labelsOf are a review's labels. Anybody in the cluster can post reviews: what the webhook is not for is counted
@@ -211,7 +235,7 @@ func labelsOf(q *admissionv1.AdmissionRequest) []string {
 }
 
 // answer judges the object of one request.
-func (s *Server) answer(ctx context.Context, q *admissionv1.AdmissionRequest) (out *admissionv1.AdmissionReview) {
+func (s *Server) answer(q *admissionv1.AdmissionRequest, cluster bool) (out *admissionv1.AdmissionReview) {
 	labels := labelsOf(q)
 	refused := func(reason string, a *admissionv1.AdmissionReview) *admissionv1.AdmissionReview {
 		s.failed.WithLabelValues(append(labels, reason)...).Inc()
@@ -244,7 +268,7 @@ func (s *Server) answer(ctx context.Context, q *admissionv1.AdmissionRequest) (o
 	if o.Name == "" {
 		o.Name = q.Name
 	}
-	problems := s.cfg.Judge(o)
+	problems := s.cfg.Judge(o, cluster)
 	if q.Operation == admissionv1.Update && anyError(problems) {
 		// What was stored before may stay: labels, owners and finalizers of it can be changed.
 		if old, err := Parse(q.OldObject.Raw); err == nil && old.sameMeaning(o) {

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"strings"
 	"sync"
 	"testing"
@@ -36,11 +37,14 @@ func (nowhere) PeerAuthentications(string) iter.Seq[*securityv1.PeerAuthenticati
 	return func(func(*securityv1.PeerAuthentication) bool) {}
 }
 
-func server(judge func(*Object) []policy.Problem) *Server {
+// anywhere is where the API server of these tests calls from.
+func anywhere(netip.Addr) bool { return true }
+
+func server(judge func(*Object, bool) []policy.Problem) *Server {
 	if judge == nil {
 		judge = Judge{Mesh: policy.Mesh{RootNamespace: "istio-system", TrustDomain: "cluster.local"}, Cluster: nowhere{}}.Judge
 	}
-	return NewServer(Config{Judge: judge, Log: slog.New(slog.DiscardHandler)})
+	return NewServer(Config{Judge: judge, APIServer: anywhere, Log: slog.New(slog.DiscardHandler)})
 }
 
 // question is a review as the API server writes it.
@@ -115,6 +119,46 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
+// empty is a cluster in which nothing is that anybody names.
+type empty struct{ nowhere }
+
+func (empty) HasNamespace(string) bool { return false }
+
+// Anybody in the cluster can post a review. What exists is told to the API server alone; what is wrong with the
+// object itself, to everybody.
+func TestStrangersLearnNothing(t *testing.T) {
+	judge := Judge{Mesh: policy.Mesh{RootNamespace: "istio-system", TrustDomain: "cluster.local"}}
+	somewhere := `{"rules":[{"from":[{"source":{"namespaces":["secret"]}}],"to":[{"operation":{"ports":["0"]}}]}]}`
+	says := func(c Cluster, from, body string) string {
+		judge.Cluster = c
+		s := NewServer(Config{Judge: judge.Judge, Log: slog.New(slog.DiscardHandler),
+			APIServer: func(a netip.Addr) bool { return a == netip.MustParseAddr("10.9.9.9") }})
+		w := httptest.NewRecorder()
+		r := httptest.NewRequest(http.MethodPost, Path, strings.NewReader(body))
+		r.RemoteAddr = from
+		s.ServeHTTP(w, r)
+		return w.Body.String()
+	}
+	ask := question("CREATE", object("", somewhere), "")
+	if told := says(empty{}, "10.9.9.9:4000", ask); !strings.Contains(told, "there is no namespace secret") || !strings.Contains(told, "port-zero") {
+		t.Errorf("the API server is told %s", told)
+	}
+	if told := says(empty{}, "[::ffff:10.9.9.9]:4000", ask); !strings.Contains(told, "there is no namespace secret") {
+		t.Errorf("the API server, by a socket for both families, is told %s", told)
+	}
+	for _, from := range []string{"10.9.9.8:4000", "[fd00::1]:4000", "[fe80::1%eth0]:4000", "", "pipe"} {
+		for _, body := range []string{ask, question("UPDATE", object("", bad), object("", bad)), question("CREATE", object("", bad), "")} {
+			there, absent := says(nowhere{}, from, body), says(empty{}, from, body)
+			if there != absent {
+				t.Errorf("from %q: the answer tells whether the namespace exists:\n%s%s", from, there, absent)
+			}
+		}
+		if told := says(empty{}, from, ask); !strings.Contains(told, "port-zero") {
+			t.Errorf("from %q: what is wrong with the object itself is not told: %s", from, told)
+		}
+	}
+}
+
 func TestNoQuestion(t *testing.T) {
 	for _, body := range []string{"", "x", "{}", `{"kind":"AdmissionReview","apiVersion":"admission.k8s.io/v1beta1","request":{"uid":"u-1"}}`,
 		`{"apiVersion":"admission.k8s.io/v1"}`, strings.Repeat("[", 1<<20)} {
@@ -157,7 +201,7 @@ func TestUIDOfWhatIsNotRead(t *testing.T) {
 
 // What makes the check fail is refused: the same may make the index fail.
 func TestPanicIsRefused(t *testing.T) {
-	s := server(func(*Object) []policy.Problem { panic("boom") })
+	s := server(func(*Object, bool) []policy.Problem { panic("boom") })
 	_, r := ask(t, s, strings.NewReader(question("CREATE", object("", good), "")))
 	if r.Allowed || r.Result.Code != http.StatusInternalServerError || strings.Contains(r.Result.Message, "boom") {
 		t.Errorf("%+v", r.Result)
@@ -169,7 +213,7 @@ func TestLargeObjectsAreInNobodysWay(t *testing.T) {
 	large := question("CREATE", object("", `{"selector":{"matchLabels":{"a":"`+strings.Repeat("a", smallBody)+`"}}}`), "")
 	hold := make(chan struct{})
 	begun := make(chan struct{}, largeQueue)
-	s := server(func(o *Object) []policy.Problem {
+	s := server(func(o *Object, _ bool) []policy.Problem {
 		if len(o.Spec) > smallBody {
 			begun <- struct{}{}
 			<-hold
@@ -258,9 +302,9 @@ func FuzzReview(f *testing.F) {
 	f.Add([]byte(strings.ReplaceAll(question("CREATE", object("", `{"jwtRules":[{"issuer":"a","jwks":"{\"keys\":[{\"kty\":\"RSA\"}]}"}]}`), ""), "AuthorizationPolicy", "RequestAuthentication")))
 	var panicked bool
 	s := server(nil)
-	s.cfg.Judge = func(o *Object) []policy.Problem {
+	s.cfg.Judge = func(o *Object, cluster bool) []policy.Problem {
 		panicked = true
-		out := Judge{Mesh: policy.Mesh{RootNamespace: "istio-system", TrustDomain: "cluster.local"}, Cluster: nowhere{}}.Judge(o)
+		out := Judge{Mesh: policy.Mesh{RootNamespace: "istio-system", TrustDomain: "cluster.local"}, Cluster: nowhere{}}.Judge(o, cluster)
 		panicked = false
 		return out
 	}

@@ -70,7 +70,7 @@ func TestLookUpsAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	j := Judge{Mesh: policy.Mesh{RootNamespace: "istio-system", TrustDomain: "cluster.local"}, Cluster: c}
-	problems := j.Judge(&Object{Kind: "AuthorizationPolicy", Namespace: "istio-system", Name: "p", Spec: spec})
+	problems := j.Judge(&Object{Kind: "AuthorizationPolicy", Namespace: "istio-system", Name: "p", Spec: spec}, true)
 	looked := 0
 	for _, p := range problems {
 		if p.Severity != policy.Warning {
@@ -97,7 +97,7 @@ func TestErrorsAreNotCrowdedOut(t *testing.T) {
 	}
 	o := &Object{Kind: "AuthorizationPolicy", Namespace: "shop", Name: "p",
 		Spec: []byte(`{"rules":[{"to":[{"operation":{"ports":[` + strings.Join(ports, ",") + `,"http"]}}]}]}`)}
-	problems := Judge{Cluster: nowhere{}}.Judge(o)
+	problems := Judge{Cluster: nowhere{}}.Judge(o, true)
 	if !anyError(problems) || problems[0].Code != policy.BadPort {
 		t.Errorf("%v", problems)
 	}

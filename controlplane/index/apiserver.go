@@ -359,15 +359,15 @@ func (x *Index) use(src source, b bindings) {
 
 func (x *Index) commitExemptions(b *mesh.Builder) {
 	if x.dirtyAPIServer {
+		x.dirtyAPIServer = false
+		x.apiServer = x.apiServerAddrs()
 		for name := range x.exemptions {
 			x.dirtyExemptions[name] = struct{}{}
 		}
 	}
-	x.dirtyAPIServer = false
 	if len(x.dirtyExemptions) == 0 {
 		return
 	}
-	addrs := x.apiServerAddrs()
 	for name := range x.dirtyExemptions {
 		e := x.exemptions[name]
 		if e == nil || len(e.users) == 0 {
@@ -375,7 +375,7 @@ func (x *Index) commitExemptions(b *mesh.Builder) {
 			b.DeletePolicy(name)
 			continue
 		}
-		b.PutPolicy(x.exemptPolicy(name, e, addrs))
+		b.PutPolicy(x.exemptPolicy(name, e, x.apiServer))
 	}
 	for ns := range x.peerAuths { // they tell of the exemptions
 		for name := range x.peerAuths[ns] {

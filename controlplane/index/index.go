@@ -94,6 +94,7 @@ type Update struct {
 	Namespaces map[string]*NamespaceState
 	Policies   map[PolicyKey]*PolicyState
 	Notices    map[NoticeKey]*Notice
+	APIServer  []netip.Prefix // from where it calls, changed or not
 }
 
 // source is an object that workloads are made from.
@@ -137,6 +138,7 @@ type Index struct {
 	notices     map[NoticeKey]*Notice
 	exemptions  map[mesh.PolicyName]*exemption
 	exemptOf    map[source]mesh.PolicyName
+	apiServer   []netip.Prefix // from where it calls
 
 	// What has to be derived anew.
 	dirtySources    map[source]struct{}
@@ -189,6 +191,7 @@ func New(cfg Config) (*Index, error) {
 		dirtyPolicies:   map[mesh.PolicyName]struct{}{},
 		dirtyStates:     map[PolicyKey]struct{}{},
 		dirtyNamespaces: map[string]struct{}{},
+		dirtyAPIServer:  true, // where it calls from is configured too
 	}, nil
 }
 
@@ -288,7 +291,7 @@ func (x *Index) Commit() *Update {
 	if b.Changed() {
 		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
 	}
-	u.Snapshot = x.snapshot
+	u.Snapshot, u.APIServer = x.snapshot, x.apiServer
 	return u
 }
 

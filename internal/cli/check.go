@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -10,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 	authv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -210,7 +212,7 @@ func (a *app) checkInstallation(ctx context.Context, c *conn, s *meshStatus) []f
 	default:
 		out = append(out, finding{"root certificate", "ok", "published", ""})
 	}
-	out = append(out, a.checkAdmission(ctx, c))
+	out = append(out, a.checkAdmission(ctx, c), a.checkCryptography(ctx, c))
 	out = append(out, a.checkLabels(ctx, c)...)
 	if len(s.Pending) > 0 {
 		p := s.Pending[0]
@@ -240,6 +242,73 @@ func (a *app) checkAdmission(ctx context.Context, c *conn) finding {
 			"the control plane writes it: kubectl -n " + a.namespace + " logs -l " + controlSelector}
 	}
 	return finding{"admission", "ok", "policies are checked when they are applied", ""}
+}
+
+// checkCryptography tells whose cryptography the programs use, as they say themselves: an image's tag is a name, the
+// FIPS 140-3 mode is on or not.
+func (a *app) checkCryptography(ctx context.Context, c *conn) finding {
+	agents, err := a.agents(ctx, c)
+	if err != nil {
+		return finding{"cryptography", "warning", "cannot tell: " + err.Error(), "this needs the right to list pods in " + a.namespace}
+	}
+	control, err := c.CoreV1().Pods(a.namespace).List(ctx, metav1.ListOptions{LabelSelector: controlSelector})
+	if err != nil {
+		return finding{"cryptography", "warning", "cannot tell: " + err.Error(), "this needs the right to list pods in " + a.namespace}
+	}
+	pods := slices.DeleteFunc(append(agents, control.Items...), func(p corev1.Pod) bool { return !ready(&p) || p.DeletionTimestamp != nil })
+	certified := make([]bool, len(pods))
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for i := range pods {
+		g.Go(func() error {
+			port := adminPort
+			if pods[i].Labels["app"] == "istiod" {
+				port = monitoringPort
+			}
+			b, err := c.ask(ctx, &pods[i], port, "/version")
+			if err != nil {
+				return err
+			}
+			var v struct{ FIPS140 string }
+			err = json.Unmarshal(b, &v)
+			certified[i] = v.FIPS140 == "true"
+			return err
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return finding{"cryptography", "warning", "cannot tell: " + err.Error(), "this needs the right to create pods/portforward in " + a.namespace}
+	}
+	var with, without, broken []string
+	for i, p := range pods {
+		switch {
+		case certified[i]:
+			with = append(with, p.Name)
+		case strings.HasSuffix(imageTag(&p), "-fips"):
+			broken = append(broken, p.Name)
+		default:
+			without = append(without, p.Name)
+		}
+	}
+	switch {
+	case len(broken) > 0:
+		return finding{"cryptography", "failed", "the FIPS 140-3 mode is off in " + some(broken) + ", though the image has the certified module",
+			"take GODEBUG out of node.env and control.env"}
+	case len(with) > 0 && len(without) > 0:
+		return finding{"cryptography", "warning", fmt.Sprintf("the FIPS 140-3 mode is on in %s and off in %s", plural(len(with), "pod"), some(without)),
+			"one image.tag for all: those that end in -fips have the certified module"}
+	case len(with) > 0:
+		return finding{"cryptography", "ok", "the FIPS 140-3 mode is on in the control plane and all node agents", ""}
+	}
+	return finding{"cryptography", "ok", "of the Go toolchain, without the FIPS 140-3 mode", ""}
+}
+
+// some names the first of many.
+func some(names []string) string {
+	const most = 5
+	if len(names) > most {
+		return fmt.Sprintf("%s and %d more", strings.Join(names[:most], ", "), len(names)-most)
+	}
+	return strings.Join(names, ", ")
 }
 
 // checkLabels finds values of the mode label that mean nothing.

@@ -4,7 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -45,11 +45,14 @@ func run(t *testing.T, objects []runtime.Object, args ...string) (code int, stdo
 				security = append(security, o)
 			}
 		}
-		return &conn{Interface: k, istio: istiofake.NewSimpleClientset(security...), admin: func(_ context.Context, p *corev1.Pod, path string) ([]byte, error) {
-			if path != "/config_dump" {
-				return nil, errors.New("unexpected path " + path)
+		return &conn{Interface: k, istio: istiofake.NewSimpleClientset(security...), ask: func(_ context.Context, p *corev1.Pod, port int, path string) ([]byte, error) {
+			switch {
+			case port == adminPort && path == "/config_dump":
+				return []byte(dump), nil
+			case path == "/version" && (port == adminPort) == (p.Labels["app"] == "ztunnel"):
+				return fmt.Appendf(nil, `{"version":"1","fips140":%q}`, p.Annotations["says-fips"]), nil
 			}
-			return []byte(dump), nil
+			return nil, fmt.Errorf("unexpected question %s to port %d of %s", path, port, p.Name)
 		}}, nil
 	}
 	code = a.main(t.Context())
@@ -123,6 +126,36 @@ func TestStatusSaysWhichPoliciesAreEnforced(t *testing.T) {
 	} {
 		if !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s%s", want, out, errs)
+		}
+	}
+}
+
+func TestCheckSaysWhoseCryptographyIsUsed(t *testing.T) {
+	replica := func(fips string) *corev1.Pod {
+		return pod("istio-system", "warren-control-a", "node1", map[string]string{"app": "istiod"}, map[string]string{"says-fips": fips})
+	}
+	agent := func(name, image, fips string) *corev1.Pod {
+		p := pod("istio-system", name, name, map[string]string{"app": "ztunnel"}, map[string]string{"says-fips": fips})
+		p.Spec.Containers[0].Image = image
+		return p
+	}
+	for _, c := range []struct {
+		name    string
+		objects []runtime.Object
+		want    string
+	}{
+		{"standard", []runtime.Object{replica("false"), agent("one", "x:v1", "false")}, "ok       cryptography: of the Go toolchain, without"},
+		{"certified", []runtime.Object{replica("true"), agent("one", "x:v1-fips", "true")}, "ok       cryptography: the FIPS 140-3 mode is on in the control plane and all node agents"},
+		{"mixed", []runtime.Object{replica("true"), agent("one", "x:v1", "false")}, "warning  cryptography: the FIPS 140-3 mode is on in 1 pod and off in one"},
+		{"switched off", []runtime.Object{replica("true"), agent("one", "x:v1-fips", "false")}, "failed   cryptography: the FIPS 140-3 mode is off in one"},
+	} {
+		objects := slices.DeleteFunc(installed(), func(o runtime.Object) bool {
+			p, ok := o.(*corev1.Pod)
+			return ok && p.Namespace == "istio-system"
+		})
+		_, out, errs := run(t, append(objects, c.objects...), "check")
+		if !strings.Contains(out, c.want) {
+			t.Errorf("%s: no %q in\n%s%s", c.name, c.want, out, errs)
 		}
 	}
 }

@@ -31,7 +31,8 @@ const (
 	controlSelector = "app=istiod"
 	modeLabel       = "istio.io/dataplane-mode"
 	redirection     = "ambient.istio.io/redirection"
-	adminPort       = 15000
+	adminPort       = 15000 // of an agent
+	monitoringPort  = 15014 // of a control plane
 )
 
 // conn is a Kubernetes API.
@@ -39,8 +40,8 @@ type conn struct {
 	kubernetes.Interface
 	istio istio.Interface
 	rest  *rest.Config
-	// admin asks the admin port of an agent; a seam for tests.
-	admin func(ctx context.Context, pod *corev1.Pod, path string) ([]byte, error)
+	// ask asks a port of a pod over HTTP; a seam for tests.
+	ask func(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error)
 }
 
 func dialCluster(a *app) (*conn, error) {
@@ -63,7 +64,7 @@ func dialCluster(a *app) (*conn, error) {
 		return nil, err
 	}
 	c := &conn{Interface: k, istio: i, rest: cfg}
-	c.admin = c.forward
+	c.ask = c.forward
 	return c, nil
 }
 
@@ -127,8 +128,8 @@ func (a *app) agentFor(ctx context.Context, c *conn, target string) (*corev1.Pod
 	return nil, fmt.Errorf("no agent runs on node %s: see kubectl -n %s get pods -l %s -o wide", node, a.namespace, agentSelector)
 }
 
-// forward asks an agent's admin port, which listens on the node's loopback, through the API's port forward.
-func (c *conn) forward(ctx context.Context, pod *corev1.Pod, path string) ([]byte, error) {
+// forward asks through the API's port forward: an agent's admin port listens on the node's loopback.
+func (c *conn) forward(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error) {
 	tr, up, err := spdy.RoundTripperFor(c.rest)
 	if err != nil {
 		return nil, err
@@ -137,7 +138,7 @@ func (c *conn) forward(ctx context.Context, pod *corev1.Pod, path string) ([]byt
 	stop, up2 := make(chan struct{}), make(chan struct{})
 	var errs bytes.Buffer
 	f, err := portforward.NewOnAddresses(spdy.NewDialer(up, &http.Client{Transport: tr}, http.MethodPost, u),
-		[]string{"127.0.0.1"}, []string{fmt.Sprintf("0:%d", adminPort)}, stop, up2, io.Discard, &errs)
+		[]string{"127.0.0.1"}, []string{fmt.Sprintf("0:%d", port)}, stop, up2, io.Discard, &errs)
 	if err != nil {
 		return nil, err
 	}
@@ -160,6 +161,7 @@ func (c *conn) forward(ctx context.Context, pod *corev1.Pod, path string) ([]byt
 	if err != nil {
 		return nil, err
 	}
+	req.Header.Set("Accept", "application/json")
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		return nil, fmt.Errorf("asking %s on node %s: %w %s", pod.Name, pod.Spec.NodeName, err, strings.TrimSpace(errs.String()))

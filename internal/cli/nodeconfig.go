@@ -146,7 +146,7 @@ func fetchDumps(ctx context.Context, c *conn, pods []corev1.Pod) ([]nodeDump, er
 	g.SetLimit(8)
 	for i := range pods {
 		g.Go(func() error {
-			b, err := c.admin(ctx, &pods[i], "/config_dump")
+			b, err := c.ask(ctx, &pods[i], adminPort, "/config_dump")
 			if err != nil {
 				return err
 			}

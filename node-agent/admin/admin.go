@@ -1,8 +1,8 @@
 // Package admin answers questions about a running node agent over HTTP:
 //
-//	127.0.0.1:15000  /config_dump /connections /logging /debug/pprof   for istioctl, Kiali and operators
-//	*:15020          /metrics /stats/prometheus                        for Prometheus
-//	*:15021          /healthz/ready                                    for the kubelet
+//	127.0.0.1:15000  /config_dump /connections /version /logging /debug/pprof   for istioctl, Kiali and operators
+//	*:15020          /metrics /stats/prometheus                                 for Prometheus
+//	*:15021          /healthz/ready                                             for the kubelet
 //
 // The paths and the JSON of /config_dump are those of Istio's ztunnel, so that tools made for it can read
 // ours. The package owns their form. It must not decide anything, and it never shows a key or a token.
@@ -10,6 +10,7 @@ package admin
 
 import (
 	"context"
+	"crypto/fips140"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/pprof"
+	"strconv"
 	"strings"
 	"time"
 
@@ -127,6 +129,9 @@ func (s *Server) adminMux() *http.ServeMux {
 	m := http.NewServeMux()
 	m.HandleFunc("GET /config_dump", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, s.dump()) })
 	m.HandleFunc("GET /connections", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, s.connections()) })
+	m.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
+		writeJSON(w, map[string]string{"version": s.cfg.Version, "fips140": strconv.FormatBool(fips140.Enabled())})
+	})
 	m.HandleFunc("POST /logging", s.logging)
 	m.HandleFunc("GET /debug/pprof/", pprof.Index)
 	m.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
@@ -134,7 +139,7 @@ func (s *Server) adminMux() *http.ServeMux {
 	m.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	m.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	m.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprint(w, "config_dump\nconnections\nlogging (POST, ?level=error|warn|info|debug)\ndebug/pprof/\n")
+		fmt.Fprint(w, "config_dump\nconnections\nversion\nlogging (POST, ?level=error|warn|info|debug)\ndebug/pprof/\n")
 	})
 	return m
 }

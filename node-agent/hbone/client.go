@@ -11,6 +11,7 @@ import (
 // ClientConfig configures one outbound tunnel connection. Zero values take defaults.
 type ClientConfig struct {
 	MaxStreams          int           // 100, or fewer if the peer says so
+	MaxFrame            int           // longest DATA frame that the peer is told to send: 1 MiB, which is the most
 	Idle                time.Duration // without streams the connection closes after it: 5 min
 	PingEvery, PingWait time.Duration // as in ServerConfig
 	// Probe is how long Open on a connection that has been silent for as long waits for a sign of life before
@@ -44,7 +45,7 @@ func NewClient(nc net.Conn, cfg ClientConfig) *Client {
 	if cfg.Probe == 0 {
 		cfg.Probe = defaultProbe
 	}
-	c := &Client{conn: newConn(nc, true, cfg.PingEvery, cfg.PingWait, cfg.Idle), cfg: cfg}
+	c := &Client{conn: newConn(nc, newSession(true, cfg.MaxFrame), cfg.PingEvery, cfg.PingWait, cfg.Idle), cfg: cfg}
 	c.onStop = cfg.onStop
 	go func() { _ = c.readLoop() }() // ends with the connection; Done and Err tell
 	return c

@@ -17,6 +17,7 @@ const (
 	smallRead         = 512
 	quietReads        = 32 // small reads after which the large read buffer is given back
 	closeGrace        = 250 * time.Millisecond
+	discardMax        = 256 << 10 // read after a fatal error
 	handshakeWait     = 10 * time.Second
 	defaultPingEvery  = 2500 * time.Millisecond
 	defaultPingWait   = 4 * time.Second
@@ -63,8 +64,8 @@ type conn struct {
 }
 
 // newConn starts the timers of a connection; reading is up to the caller.
-func newConn(nc net.Conn, client bool, ping, wait, idle time.Duration) *conn {
-	c := &conn{session: newSession(client), nc: nc, done: make(chan struct{}),
+func newConn(nc net.Conn, s *session, ping, wait, idle time.Duration) *conn {
+	c := &conn{session: s, nc: nc, done: make(chan struct{}),
 		pingEvery: ping, pingWait: wait, idleAfter: idle}
 	c.session.flood.init()
 	if c.pingEvery == 0 {
@@ -280,14 +281,18 @@ func (c *conn) readEnded(err error) error {
 }
 
 // discard reads on after a fatal error, so that the kernel does not answer what is unread with a RST that
-// would overtake our GOAWAY. The timer in failLocked closes the connection.
+// would overtake our GOAWAY. The timer in failLocked closes the connection; a peer that floods on is not worth
+// waiting for.
 func (c *conn) discard() {
-	b := make([]byte, smallRead)
-	for {
-		if _, err := c.nc.Read(b); err != nil {
+	b := make([]byte, minMaxFrame)
+	for left := discardMax; left > 0; {
+		n, err := c.nc.Read(b)
+		if err != nil {
 			return
 		}
+		left -= n
 	}
+	_ = c.nc.Close()
 }
 
 // process handles the frames in p; it returns how much it used and how much it needs to go on.

@@ -113,19 +113,19 @@ func appendSetting(b []byte, id uint16, v uint32) []byte {
 }
 
 // appendHello writes what a side sends first: the preface (client), SETTINGS, and the connection window.
-func appendHello(b []byte, client bool) []byte {
+func appendHello(b []byte, client bool, maxFrame int) []byte {
 	if client {
 		b = append(b, clientPreface...)
 		b = appendFrameHeader(b, 4*6, frameSettings, 0, 0)
 		b = appendSetting(b, settingEnablePush, 0)
 		b = appendSetting(b, settingInitialWindowSize, ownStreamWindow)
-		b = appendSetting(b, settingMaxFrameSize, ownMaxFrame)
+		b = appendSetting(b, settingMaxFrameSize, uint32(maxFrame))
 		b = appendSetting(b, settingMaxHeaderListSize, ownClientHeaderList)
 	} else {
 		b = appendFrameHeader(b, 4*6, frameSettings, 0, 0)
 		b = appendSetting(b, settingMaxStreams, ownMaxStreams)
 		b = appendSetting(b, settingInitialWindowSize, ownStreamWindow)
-		b = appendSetting(b, settingMaxFrameSize, ownMaxFrame)
+		b = appendSetting(b, settingMaxFrameSize, uint32(maxFrame))
 		b = appendSetting(b, settingMaxHeaderListSize, ownServerHeaderList)
 	}
 	return appendWindowUpdate(b, 0, ownConnWindow-defaultWindow)

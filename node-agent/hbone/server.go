@@ -19,6 +19,8 @@ type ServerConfig struct {
 	// PingEvery and PingWait: a PING after a silence of the first (2.5 s) while there are streams, and the peer is
 	// dead if nothing comes within the second (4 s). Together they notice a dead peer within 10 s.
 	PingEvery, PingWait time.Duration
+	// MaxFrame is the longest DATA frame that the client is told to send: 1 MiB, which is the most.
+	MaxFrame int
 }
 
 const defaultDrainTimeout = 5 * time.Second
@@ -93,7 +95,7 @@ func Serve(ctx context.Context, nc net.Conn, cfg ServerConfig) error {
 	}
 	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	s := &server{conn: newConn(nc, false, cfg.PingEvery, cfg.PingWait, 0), cfg: cfg, ctx: streamCtx}
+	s := &server{conn: newConn(nc, newSession(false, cfg.MaxFrame), cfg.PingEvery, cfg.PingWait, 0), cfg: cfg, ctx: streamCtx}
 	s.onReq = s.request
 	s.onTooLarge = s.tooLarge
 	defer s.handlers.Wait()

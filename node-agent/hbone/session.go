@@ -11,8 +11,9 @@ import (
 // sent becomes bytes in out. It does no I/O, blocks on nothing and knows no goroutine; whoever drives it
 // serializes the calls. Streams are registered and removed by the driver through add and drop.
 type session struct {
-	client bool
-	out    []byte // frames that wait to be written
+	client   bool
+	maxFrame int    // the peer may send
+	out      []byte // frames that wait to be written
 
 	enc *fieldEncoder
 	dec *fieldDecoder
@@ -95,9 +96,14 @@ type event struct {
 	data []byte
 }
 
-func newSession(client bool) *session {
+// newSession starts a session. maxFrame is the longest frame that the peer is told to send, 0 for the most.
+func newSession(client bool, maxFrame int) *session {
+	if maxFrame == 0 {
+		maxFrame = ownMaxFrame
+	}
 	s := &session{
 		client:         client,
+		maxFrame:       maxFrame,
 		enc:            newFieldEncoder(),
 		streams:        map[uint32]*Stream{},
 		nextID:         1,
@@ -119,7 +125,7 @@ func newSession(client bool) *session {
 		limit = ownServerHeaderList
 	}
 	s.dec = newFieldDecoder(limit)
-	s.out = appendHello(nil, client)
+	s.out = appendHello(nil, client, maxFrame)
 	return s
 }
 
@@ -146,7 +152,7 @@ func (s *session) next(p []byte) (int, event, *ConnError) {
 		return 0, s.more(frameHeaderLen), nil
 	}
 	h := parseFrameHeader(p)
-	if h.length > ownMaxFrame {
+	if h.length > s.maxFrame {
 		return 0, event{}, &ConnError{Code: CodeFrameSize, Reason: "frame of " + strconv.Itoa(h.length) + " bytes"}
 	}
 	if s.blockID != 0 && (h.typ != frameContinuation || h.id != s.blockID) {

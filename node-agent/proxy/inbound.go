@@ -62,6 +62,7 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 	}
 	err = hbone.Serve(accepting, tc, hbone.ServerConfig{
 		DrainTimeout: forever, // Proxy.Close and PodHandle.Close say when open streams end
+		MaxFrame:     p.cfg.MaxFrame,
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
 			h.open.Add(1)
 			defer h.open.Add(-1)

@@ -57,6 +57,7 @@ type lab struct {
 	builder *mesh.Builder
 	rev     uint64
 	apps    sync.WaitGroup
+	options []func(*Config)
 }
 
 type labNode struct {
@@ -90,13 +91,14 @@ const (
 	appPort     = 8080
 )
 
-func newLab(t *testing.T) *lab {
+// newLab makes one whose agents are configured as the options say.
+func newLab(t *testing.T, options ...func(*Config)) *lab {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: network namespaces, cgroups and BPF")
 	}
 	l := &lab{t: t, store: &mesh.Store{}, ca: newTestCA(t, "cluster.local"), nodes: map[string]*labNode{}, pods: map[string]*labPod{},
-		builder: mesh.NewBuilder(nil)}
+		builder: mesh.NewBuilder(nil), options: options}
 	l.makeCgroup()
 	a, b := l.addNode("node-a"), l.addNode("node-b")
 	l.connect(a, b)
@@ -174,8 +176,12 @@ func (n *labNode) start() {
 	metrics := NewMetrics()
 	n.metrics = prometheus.NewRegistry()
 	n.metrics.MustRegister(metrics)
-	n.proxy, err = New(Config{Store: n.lab.store, Certs: n.lab.ca, Sockets: n.dp, Metrics: metrics,
-		Access: slog.New(slog.NewJSONHandler(n.log, nil)), ConnectTimeout: 2 * time.Second, HandshakeTimeout: 2 * time.Second})
+	pc := Config{Store: n.lab.store, Certs: n.lab.ca, Sockets: n.dp, Metrics: metrics,
+		Access: slog.New(slog.NewJSONHandler(n.log, nil)), ConnectTimeout: 2 * time.Second, HandshakeTimeout: 2 * time.Second}
+	for _, option := range n.lab.options {
+		option(&pc)
+	}
+	n.proxy, err = New(pc)
 	check(t, err)
 	t.Cleanup(func() {
 		if t.Failed() {

@@ -43,6 +43,7 @@ type Config struct {
 	StateTimeout time.Duration
 	PoolIdle     time.Duration // a tunnel without streams is closed: 5 min
 	MaxStreams   int           // streams of one tunnel: 100
+	MaxFrame     int           // longest DATA frame that peers are told to send: 1 MiB
 	// MaxConns bounds the connections of one pod; those beyond it are reset. 0: 65536.
 	MaxConns int
 }
@@ -132,7 +133,7 @@ func New(cfg Config) (*Proxy, error) {
 	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel,
 		DialTimeout:  cfg.ConnectTimeout + cfg.HandshakeTimeout,
 		Ended:        p.peers.ended,
-		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, Idle: cfg.PoolIdle}})
+		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, MaxFrame: cfg.MaxFrame, Idle: cfg.PoolIdle}})
 	// Before any connection: a state that comes between one's authorization and the watch would be missed.
 	changed, now := p.store.Watch(), p.store.Load()
 	p.checked.reach(now.Revision())

@@ -240,6 +240,17 @@ func TestPluggedInCA(t *testing.T) {
 		"openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /O=example/CN=next -keyout ca-key.pem -out ca.csr\n" +
 		"openssl x509 -req -in ca.csr -CA root-cert.pem -CAkey root-key.pem -CAcreateserial -days 365 -extfile ca.ext -out ca-cert.pem\n" +
 		"cat ca-cert.pem root-cert.pem > cert-chain.pem\n" + steps(t, "revoke"))
+	must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+		list, err := mesh.Kubectl(t.Context(), "-n", ns, "get", "configmap", "istio-ca-crl", "-o", `jsonpath={.data.ca-crl\.pem}`)
+		if err != nil {
+			return err
+		}
+		want, err := os.ReadFile(filepath.Join(dir, "ca-crl.pem"))
+		if err == nil && strings.TrimSpace(list) != strings.TrimSpace(string(want)) {
+			err = fmt.Errorf("the namespace's revocation list is %q", list)
+		}
+		return err
+	}))
 	// The pods' certificates come from the CA before that was plugged in, or from a revoked one: those are asked
 	// for anew, and until then refused.
 	unharmed(t, "root-rotation, from self-signed to plugged in", report())
