@@ -433,7 +433,7 @@ func (r *Registry) plan(running processes, now time.Time, audit bool) work {
 			}
 		case p.status.Redirection == Enabled && !p.differs(d):
 		case p.status.Redirection == Enabled || now.After(p.retryAt):
-			if len(running[uid]) > 0 || p.ns != nil {
+			if len(running[uid]) > 0 || p.busy || p.ns != nil { // busy: only its worker may read its fields
 				w.enrol = append(w.enrol, d)
 			}
 		}
