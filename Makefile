@@ -8,7 +8,7 @@ ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))
 endif
 
-.PHONY: fuzz demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
+.PHONY: bench fuzz demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
 
 demo: deps
 	@cd test/e2e && go run ./cmd/demo $(ON)
@@ -37,6 +37,9 @@ soak: deps                      # the suites with the numbers of a long run
 	@go test -count=1 -v -timeout 1h -run TestValidationIsIstiods ./test/interop -istiod=build
 	@go test -count=1 -v -timeout 2h -run 'TestPolicyDifferential|TestKernelVerdictCost' ./node-agent/datapath -cases 1000000
 	@cd test/e2e && go test -count=1 -v -timeout 6h . -long
+
+bench: deps                     # what the mesh costs against none and against sidecars; report in bench/results; BENCH='--rounds 9 --workloads http-c16'
+	@cd test/e2e && WARREN_E2E_KUBECONFIG=$(if $(ON),$(abspath $(KUBECONFIG))) go run ./cmd/bench --results $(CURDIR)/bench/results $(BENCH)
 
 fuzz: export FUZZTIME ?= 2m
 fuzz: deps                      # every fuzz target for minutes, guided by coverage; FUZZTIME=10m for longer

@@ -1,4 +1,4 @@
-// Package cli is the command line of Warren: check, status, node-config, version.
+// Package cli is the command line of Warren: check, status, node-config, bench, version.
 //
 // It owns what an operator reads: tables, JSON and YAML of the same values, and errors that say what to do. It
 // talks to the Kubernetes API and, through a port forward, to the admin port of node agents; it must not
@@ -109,7 +109,7 @@ func (a *app) root() *cobra.Command {
 	f.StringVar(&a.context, "context", "", "context of the kubeconfig")
 	f.StringVarP(&a.output, "output", "o", "table", "table, json or yaml")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
-	root.AddCommand(a.checkCommand(), a.statusCommand(), a.nodeConfigCommand(), a.versionCommand(), a.cleanCommand())
+	root.AddCommand(a.checkCommand(), a.statusCommand(), a.nodeConfigCommand(), a.versionCommand(), a.benchCommand(), a.cleanCommand())
 	return root
 }
 

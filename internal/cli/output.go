@@ -32,10 +32,12 @@ func (a *app) paint(c colour, s string) string {
 }
 
 func (a *app) terminal() bool {
-	if a.env.NoColor {
-		return false
-	}
-	f, ok := a.env.Out.(*os.File)
+	return !a.env.NoColor && isTerminal(a.env.Out)
+}
+
+// isTerminal tells whether somebody watches.
+func isTerminal(w io.Writer) bool {
+	f, ok := w.(*os.File)
 	if !ok {
 		return false
 	}

@@ -38,6 +38,7 @@ var products = []product{
 	{"holder", []program{{"cmd/holder", "holder"}}, image.Config{Entrypoint: []string{"/holder"}}},
 	{"controlplane", []program{{"cmd/controlplane", "controlplane"}}, image.Config{Entrypoint: []string{"/controlplane"}, User: "65532:65532"}},
 	{"cli", []program{{"cmd/warren", "warren"}}, image.Config{Entrypoint: []string{"/warren"}, User: "65532:65532"}},
+	{"bench", []program{{"bench/load", "load"}}, image.Config{Entrypoint: []string{"/load"}, User: "65532:65532"}},
 }
 
 // fipsModule is the version of Go's cryptographic module that has a CMVP certificate (5247).
