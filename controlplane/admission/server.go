@@ -217,7 +217,7 @@ func (s *Server) fromAPIServer(remote string) bool {
 	}
 	s.strangers.Inc()
 	s.warnStranger.Do(func() {
-		s.cfg.Log.Info("review from an address that is not known as the API server's: it gets no warnings about what is in the cluster; if it is the API server's, name it in apiServerSources of the mesh's ConfigMap",
+		s.cfg.Log.Info("review from an address that is not known as the API server's: it gets no warnings about what is in the cluster; if it is the API server's, name it in mesh.apiServerSources of the chart",
 			"address", remote)
 	})
 	return false

@@ -142,7 +142,7 @@ type loadReport struct {
 	P99MS       int64          // the same
 	Seconds     float64        // the whole run
 	Servers     map[string]int // who answered
-	Held        int            // connections that stayed open, an echo on each every 100 ms
+	Held        int            // connections that stayed open, an echo on each now and then
 	HeldLost    int            // ended by an error
 	HeldHung    int            // no echo within the timeout and no error
 	HeldEnds    []int64        // when held connections were lost, in ms since 1970
@@ -154,7 +154,8 @@ func load(ctx context.Context, args []string) error {
 	rate := fs.Int("rate", 200, "new connections a second; 0 only holds")
 	total := fs.Int("n", 0, "stop after this many; 0 means -for")
 	dur := fs.Duration("for", 10*time.Second, "how long")
-	hold := fs.Int("hold", 0, "connections that stay open meanwhile")
+	hold := fs.Int("hold", 0, "connections that stay open meanwhile; without others the load ends with the last of them")
+	every := fs.Duration("every", 100*time.Millisecond, "how often there is an echo on each that stays open")
 	timeout := fs.Duration("timeout", 30*time.Second, "for each connection")
 	if err := fs.Parse(args); err != nil {
 		return err
@@ -213,9 +214,10 @@ func load(ctx context.Context, args []string) error {
 	stop, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var held sync.WaitGroup
+	opening := make(chan struct{}, 256) // at once
 	for range *hold {
 		held.Go(func() {
-			if err := keep(stop, addr, *timeout, begun.Done); err != nil {
+			if err := keep(stop, addr, *timeout, *every, opening, begun.Done); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
 				if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -228,6 +230,10 @@ func load(ctx context.Context, args []string) error {
 			}
 		})
 	}
+	ended := make(chan struct{}) // all that stay open, and nothing else is to be done
+	if *hold > 0 && *rate == 0 {
+		go func() { held.Wait(); close(ended) }()
+	}
 	// An open loop: a slow answer does not slow the asking.
 	next := time.NewTicker(time.Second / time.Duration(cmp.Or(*rate, 1)))
 	defer next.Stop()
@@ -235,7 +241,12 @@ func load(ctx context.Context, args []string) error {
 		if *rate > 0 {
 			wg.Go(one)
 		}
-		<-next.C
+		select {
+		case <-next.C:
+			continue
+		case <-ended:
+		}
+		break
 	}
 	wg.Wait()
 	cancel()
@@ -254,8 +265,12 @@ func rank(v []int64) (largest, p99 int64) {
 	return v[len(v)-1], v[(len(v)-1)*99/100]
 }
 
-// keep holds a connection open and exchanges a numbered line on it until ctx ends. It calls begun after the first.
-func keep(ctx context.Context, addr string, timeout time.Duration, begun func()) error {
+// keep holds a connection open and exchanges a numbered line on it every so often until ctx ends. It calls begun after
+// the first, and notices at once when the connection ends.
+func keep(ctx context.Context, addr string, timeout, every time.Duration, opening chan struct{}, begun func()) error {
+	opening <- struct{}{}
+	opened := sync.OnceFunc(func() { <-opening })
+	defer opened()
 	c, err := net.DialTimeout("tcp", addr, timeout)
 	if err != nil {
 		return err
@@ -281,12 +296,27 @@ func keep(ctx context.Context, addr string, timeout time.Duration, begun func())
 			return fmt.Errorf("line %d came back as %q", n, back)
 		}
 		if n == 0 {
+			opened()
 			begun()
 		}
-		select {
-		case <-ctx.Done():
-		case <-time.After(100 * time.Millisecond):
+		if err := rest(ctx, c, r, every); err != nil {
+			return fmt.Errorf("after %d lines: %w", n+1, err)
 		}
 	}
 	return nil
+}
+
+// rest waits. Nothing comes meanwhile but the end of the connection, or of ctx.
+func rest(ctx context.Context, c net.Conn, r *bufio.Reader, d time.Duration) error {
+	c.SetReadDeadline(time.Now().Add(d))
+	stop := context.AfterFunc(ctx, func() { c.SetReadDeadline(time.Now()) })
+	defer stop()
+	_, err := r.Peek(1)
+	switch {
+	case err == nil:
+		return errors.New("more came than was sent")
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil
+	}
+	return err
 }

@@ -303,8 +303,8 @@ func TestPolicyDifferential(t *testing.T) {
 		t.Errorf("%d of %d were denied: that compares nothing", denied, done)
 	}
 	t.Logf("%d connections, %d denied, under %d random sets of policies", done, denied, snapshots)
-	if err := results.Record("policy-differential", results.Row{Name: "kernel against compiled form, agent and reference", Inputs: done, Failures: wrong,
-		Figure: float64(wrong), Unit: "disagreements"}); err != nil {
+	if err := results.Record("policy-differential", results.Row{Name: "policy-differential", Inputs: done, Failures: wrong,
+		Figure: float64(wrong), Unit: "disagreements of the kernel, the compiled form, the agent and the reference"}); err != nil {
 		t.Error(err)
 	}
 }
@@ -419,8 +419,8 @@ func TestKernelVerdictCost(t *testing.T) {
 	if ns > 2000 {
 		failures = 1
 	}
-	if err := results.Record("kernel-verdict", results.Row{Name: "all of the hook at connect, 10,000 policies in the mesh", Inputs: connects,
-		Failures: failures, Figure: ns / 1000, Unit: "µs"}); err != nil {
+	if err := results.Record("kernel-verdict", results.Row{Name: "kernel-verdict", Inputs: connects,
+		Failures: failures, Figure: ns / 1000, Unit: "µs, all of the hook at connect, 10,000 policies in the mesh"}); err != nil {
 		t.Error(err)
 	}
 }

@@ -302,14 +302,13 @@ func (w *world) run(to netip.AddrPort, perSecond int) *load {
 	ctx, cancel := context.WithCancel(context.Background())
 	var requests sync.WaitGroup
 	requests.Go(func() {
-		tick := time.NewTicker(time.Second / time.Duration(perSecond))
-		defer tick.Stop()
 		limit := make(chan struct{}, 256)
-		for {
+		begun := time.Now()
+		for n := 0; ; n++ { // each at its time, and what is late at once
 			select {
 			case <-ctx.Done():
 				return
-			case <-tick.C:
+			case <-time.After(time.Until(begun.Add(time.Duration(n) * time.Second / time.Duration(perSecond)))):
 			}
 			limit <- struct{}{}
 			requests.Go(func() {

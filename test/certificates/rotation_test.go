@@ -76,8 +76,10 @@ func TestCertificatesRotateUnderLoad(t *testing.T) {
 	life, duration, rate := size()
 	w := newWorld(t, life)
 	l := w.run(w.serve(), rate)
+	begun := time.Now()
 	time.Sleep(duration)
 	l.stop()
+	perSecond := float64(l.done.Load()) / time.Since(begun).Seconds()
 	signed := w.nodes[0].manager.Stats().Signed + w.nodes[1].manager.Stats().Signed
 	rotations := int(signed) - 2
 	if rotations < int(duration/life) {
@@ -86,7 +88,7 @@ func TestCertificatesRotateUnderLoad(t *testing.T) {
 	if l.failed.Load() > 0 || l.done.Load() == 0 {
 		t.Errorf("%d of %d requests failed: %q", l.failed.Load(), l.done.Load(), l.examples)
 	}
-	t.Logf("%d requests, %d rotations, %d failed", l.done.Load(), rotations, l.failed.Load())
+	t.Logf("%d requests, %.0f a second, %d rotations, %d failed", l.done.Load(), perSecond, rotations, l.failed.Load())
 
 	server, client := w.nodes[1].manager.Current(catalog), w.nodes[0].manager.Current(ui)
 	if server == nil || client == nil {
@@ -119,6 +121,7 @@ func TestCertificatesRotateUnderLoad(t *testing.T) {
 	}
 	record(t,
 		results.Row{Name: "certificate-rotation", Inputs: int(l.done.Load()), Failures: int(l.failed.Load()), Figure: float64(rotations), Unit: "rotations"},
+		results.Row{Name: "certificate-rotation, how fast", Inputs: int(l.done.Load()), Failures: int(l.failed.Load()), Figure: perSecond, Unit: "requests a second"},
 		results.Row{Name: "certificate-rotation, after expiry", Inputs: tries, Failures: accepted, Figure: float64(accepted), Unit: "accepted"})
 }
 

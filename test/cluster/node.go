@@ -72,6 +72,13 @@ func (n *Node) Command(ctx context.Context, args ...string) *exec.Cmd {
 	return cmd
 }
 
+// APIServer prepares one more API server of the cluster, which serves on the node's addresses. The caller has to bring
+// etcd's port to the node's loopback.
+func (n *Node) APIServer(ctx context.Context, port uint16) *exec.Cmd {
+	p := n.cluster.plan.APIServerOn(n.plan, port)
+	return n.Command(ctx, append([]string{p.Name}, p.Args...)...)
+}
+
 // Exec runs a program on the node and returns its standard output.
 func (n *Node) Exec(ctx context.Context, args ...string) (string, error) {
 	return output(n.Command(ctx, args...))

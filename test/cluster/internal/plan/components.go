@@ -72,6 +72,25 @@ func (c *Cluster) APIServer() Process {
 	}}
 }
 
+// APIServerOn is one more API server, in a node's network namespace. Beside a kube-proxy it calls webhooks by the
+// Services' addresses, as usual.
+func (c *Cluster) APIServerOn(n Node, port uint16) Process {
+	p := c.APIServer()
+	var args []string
+	for _, a := range p.Args {
+		switch name, _, _ := strings.Cut(a, "="); name {
+		case "--advertise-address":
+			a = name + "=" + c.Addrs(n)[0].String()
+		case "--secure-port":
+			a = fmt.Sprintf("%s=%d", name, port)
+		case "--enable-aggregator-routing":
+			continue
+		}
+		args = append(args, strings.Replace(a, c.Path("pki"), NodeMount+"/pki", 1))
+	}
+	return Process{p.Name, args}
+}
+
 func (c *Cluster) serviceCIDRs() string {
 	var s []string
 	for _, f := range c.Families() {
