@@ -1,59 +1,72 @@
 package enroll
 
 import (
-	"encoding/base64"
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
 	"github.com/warrenmesh/warren/internal/netns"
+	"github.com/warrenmesh/warren/node-agent/holder"
 )
 
 // Connections from before a pod's enrolment go on uncaptured, in plaintext and with nobody's identity. They are
 // known by their sockets' cookies, also to the agents after this one. Policies hold for them nonetheless: what is
 // inbound is decided again whenever policies change, and under STRICT the outbound ones end too.
 
-// cookieRoom is how many characters of cookies the holder keeps for a pod: some thousands of connections.
-const cookieRoom = 8 << 10
+// cookiesOf names the holder's blob with the cookies of a pod's connections.
+func cookiesOf(uid string) string { return "connections/" + uid }
 
-// encodeCookies writes cookies as a record of the holder has them: in order, each as the distance from the one before,
-// which is one or two bytes for sockets of about the same age. left is how many there was no room for.
-func encodeCookies(cookies map[uint64]bool) (text string, left int) {
-	sorted := make([]uint64, 0, len(cookies))
-	for c := range cookies {
-		sorted = append(sorted, c)
-	}
-	slices.Sort(sorted)
+// encodeCookies writes cookies in order, each as the distance from the one before, which is one or two bytes for
+// sockets of about the same age.
+func encodeCookies(cookies map[uint64]bool) []byte {
 	var raw []byte
 	var last uint64
-	for i, c := range sorted {
-		if base64.RawStdEncoding.EncodedLen(len(raw)+binary.MaxVarintLen64) > cookieRoom {
-			left = len(sorted) - i
-			break
-		}
+	for _, c := range slices.Sorted(maps.Keys(cookies)) {
 		raw = binary.AppendUvarint(raw, c-last)
 		last = c
 	}
-	return base64.RawStdEncoding.EncodeToString(raw), left
+	return raw
 }
 
-func decodeCookies(text string) (map[uint64]bool, error) {
-	raw, err := base64.RawStdEncoding.DecodeString(text)
-	if err != nil {
-		return nil, fmt.Errorf("read the cookies of its connections: %w", err)
-	}
+func decodeCookies(raw []byte) (map[uint64]bool, error) {
 	out := map[uint64]bool{}
 	var last uint64
 	for len(raw) > 0 {
 		d, n := binary.Uvarint(raw)
 		if n <= 0 {
-			return nil, fmt.Errorf("read the cookies of its connections: they end early")
+			return nil, errors.New("read the cookies of its connections: they end early")
 		}
 		raw, last = raw[n:], last+d
 		out[last] = true
 	}
 	return out, nil
+}
+
+// holdCookies has the agents after this one know the pod's connections from before its enrolment.
+func (r *Registry) holdCookies(ctx context.Context, p *pod) error {
+	if len(p.preexisting) > 0 {
+		return r.cfg.Keeper.PutBlob(ctx, cookiesOf(p.uid), encodeCookies(p.preexisting))
+	}
+	if _, err := r.cfg.Keeper.Blob(cookiesOf(p.uid)); err == nil {
+		return r.cfg.Keeper.DeleteBlob(ctx, cookiesOf(p.uid))
+	}
+	return nil
+}
+
+// restoreCookies is what the agent before this one knew of them.
+func (r *Registry) restoreCookies(uid string) (map[uint64]bool, error) {
+	raw, err := r.cfg.Keeper.Blob(cookiesOf(uid))
+	if errors.Is(err, holder.ErrNotFound) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return decodeCookies(raw)
 }
 
 // Recheck resets the connections from before enrolment that policies do not allow any more. It returns when that is

@@ -38,18 +38,15 @@ type record struct {
 	NetNSPath   string       `json:"netns,omitempty"`
 	Captured    bool         `json:"captured"`
 	Open        int          `json:"openConnections,omitempty"`
-	Cookies     string       `json:"cookies,omitempty"` // of those of them that were open last
 }
 
 // hold gives the pod's namespace and listeners to the holder. Without a holder the keeper puts them later.
 func (r *Registry) hold(ctx context.Context, p *pod, d LocalPod) error {
-	cookies, left := encodeCookies(p.preexisting)
-	if left > 0 {
-		r.log.Warn("some connections from before enrolment will not be known to an agent that follows this one",
-			"namespace", d.Namespace, "pod", d.Name, "count", left)
-	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	failed := r.holdCookies(ctx, p) // it is held later, as what follows
 	r.mu.Lock()
-	rec := record{Version: heldVersion, Pod: d, Addrs: p.addrs, ContainerID: p.containerID, NetNSPath: p.nsPath, Captured: p.captured, Open: p.open, Cookies: cookies}
+	rec := record{Version: heldVersion, Pod: d, Addrs: p.addrs, ContainerID: p.containerID, NetNSPath: p.nsPath, Captured: p.captured, Open: p.open}
 	r.mu.Unlock()
 	meta, err := json.Marshal(rec)
 	if err != nil {
@@ -60,20 +57,18 @@ func (r *Registry) hold(ctx context.Context, p *pod, d LocalPod) error {
 		return err
 	}
 	defer ns.Close()
-	ctx, cancel := context.WithTimeout(ctx, time.Second)
-	defer cancel()
-	return r.cfg.Keeper.Put(ctx, holder.Item{
+	return errors.Join(failed, r.cfg.Keeper.Put(ctx, holder.Item{
 		Key:   holder.Key{Kind: heldKind, Name: d.UID},
 		Meta:  meta,
 		Names: []string{fileNetNS, fileOutbound, fileInbound, fileHBONE},
 		Files: []*os.File{ns, p.listeners.Outbound, p.listeners.Inbound, p.listeners.HBONE},
-	})
+	}))
 }
 
 func (r *Registry) unhold(uid string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
-	return r.cfg.Keeper.Delete(ctx, holder.Key{Kind: heldKind, Name: uid})
+	return errors.Join(r.cfg.Keeper.DeleteBlob(ctx, cookiesOf(uid)), r.cfg.Keeper.Delete(ctx, holder.Key{Kind: heldKind, Name: uid}))
 }
 
 // restore accepts again on the listeners that an earlier agent left, all pods at once: their clients wait.
@@ -128,7 +123,7 @@ func (r *Registry) restorePod(it *holder.Item) (err error) {
 	}
 	p.addrs, p.listeners, p.captured = rec.Addrs, &l, rec.Captured
 	p.open = rec.Open
-	if p.preexisting, err = decodeCookies(rec.Cookies); err != nil {
+	if p.preexisting, err = r.restoreCookies(p.uid); err != nil {
 		return err
 	}
 	p.hasOld.Store(len(p.preexisting) > 0)
