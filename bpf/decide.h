@@ -104,8 +104,8 @@ static __always_inline bool may_tell(__u32 slot)
 }
 
 /* payer: the slot on whose budget it is. */
-static __always_inline void tell_denied(__u32 payer, __u32 client, __u32 server, const struct flow *f, __u64 identity, __u64 rules,
-					const struct reason *why)
+static __always_inline void tell_denied_as(enum event_kind kind, __u32 payer, __u32 client, __u32 server, const struct flow *f,
+					   __u64 identity, __u64 rules, const struct reason *why)
 {
 	if (!may_tell(payer)) {
 		count(EVENT_LIMITED);
@@ -124,12 +124,18 @@ static __always_inline void tell_denied(__u32 payer, __u32 client, __u32 server,
 	e->received = 0;
 	e->hit = why->hit;
 	e->word = why->word;
-	e->kind = EVENT_DENIED;
+	e->kind = kind;
 	e->client_slot = client;
 	e->server_slot = server;
 	e->flow = *f;
 	e->pad = 0;
 	bpf_ringbuf_submit(e, 0);
+}
+
+static __always_inline void tell_denied(__u32 payer, __u32 client, __u32 server, const struct flow *f, __u64 identity, __u64 rules,
+					const struct reason *why)
+{
+	tell_denied_as(EVENT_DENIED, payer, client, server, f, identity, rules, why);
 }
 
 static __always_inline void tell_direct(enum event_kind kind, const struct flow *f, const struct direct *d, __u64 sent,

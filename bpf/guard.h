@@ -11,40 +11,17 @@
  *   SYN of a direct socket              -> pass, if the packet's destination is the pod that it was let go to
  *   SYN without a socket, or unvouched  -> drop: raw and packet sockets, forwarding, sockets from before the
  *                                          hook was in place
- *   TCP from a foreign address, ARP and neighbour advertisements for one -> drop: the neighbour's identity
+ *   TCP and UDP from a foreign address, ARP and neighbour advertisements for one -> drop: the neighbour's identity
  *
- * All other packets pass: answers to connections that came in, UDP, ICMP. Forwarded and native-XDP traffic has
- * no skb->sk; the agent does not enrol pods behind such an interface.
+ * All other packets pass: answers to connections that came in, UDP, ICMP; of UDP see udp.h. Forwarded and native-XDP
+ * traffic has no skb->sk; the agent does not enrol pods behind such an interface.
  */
 #pragma once
 
-#include "maps.h"
+#include "udp.h"
 
 #define TCP_SYN 0x02
 #define TCP_ACK 0x10
-
-/* Read from the packet by bpf_skb_load_bytes: also right for packets whose headers are not linear. */
-struct ipv4_header {
-	__u8 version_ihl;
-	__u8 tos;
-	__u16 length;
-	__u16 id;
-	__u16 fragment;
-	__u8 ttl;
-	__u8 protocol;
-	__u16 checksum;
-	__u32 source;
-	__u32 destination;
-};
-
-struct ipv6_header {
-	__u32 flow;
-	__u16 length;
-	__u8 next;
-	__u8 hops;
-	struct addr source;
-	struct addr destination;
-};
 
 struct tcp_header {
 	__u16 source;
@@ -64,16 +41,6 @@ struct arp_packet {
 	__u8 target_mac[6];
 	__u8 target_ip[4];
 };
-
-#define ETH_LEN 14
-#define FRAGMENT_OFFSET 0x1fff
-#define MAX_EXTENSIONS 6
-
-static __always_inline int shoot(enum outcome o)
-{
-	count(o);
-	return TC_SHOT;
-}
 
 /* at: where the TCP header begins. */
 static __always_inline int guard_tcp(struct __sk_buff *skb, __u32 at, const struct addr *dst)
@@ -115,23 +82,22 @@ static __always_inline int guard_tcp(struct __sk_buff *skb, __u32 at, const stru
 
 static __always_inline int guard_ipv4(struct __sk_buff *skb, struct guarded *g)
 {
-	struct ipv4_header ip;
-	struct addr src, dst;
-	if (bpf_skb_load_bytes(skb, ETH_LEN, &ip, sizeof(ip)))
+	struct transport t = {};
+	enum packet p = ipv4_transport(skb, &t);
+	if (p == MALFORMED)
 		return shoot(GUARD_DROP_MALFORMED);
-	if (ip.protocol != IPPROTO_TCP)
-		return TC_NEXT;
-	__u16 fragment = ntohs(ip.fragment) & FRAGMENT_OFFSET;
-	if (fragment > 1) /* of no use without the first one */
-		return TC_NEXT;
-	__u32 ihl = (ip.version_ihl & 0x0f) * 4;
-	if (fragment == 1 || ihl < sizeof(ip)) /* 1: begins before the flags (RFC 3128) */
-		return shoot(GUARD_DROP_MALFORMED);
-	addr_from_v4(&src, ip.source);
-	addr_from_v4(&dst, ip.destination);
-	if (!addr_eq(&src, &g->v4))
+	if (p == LATER) /* 1: begins before the flags (RFC 3128) */
+		return t.protocol == IPPROTO_TCP && t.offset == 1 ? shoot(GUARD_DROP_MALFORMED) : TC_NEXT;
+	bool own = addr_eq(&t.src, &g->v4);
+	switch (t.protocol) {
+	case IPPROTO_TCP:
+		return own ? guard_tcp(skb, t.at, &t.dst) : shoot(GUARD_DROP_SOURCE);
+	case IPPROTO_UDP:
+		if (own || t.src.w[3] == 0) /* 0: who has no address yet asks for one */
+			return udp_leaves(skb, &t);
 		return shoot(GUARD_DROP_SOURCE);
-	return guard_tcp(skb, ETH_LEN + ihl, &dst);
+	}
+	return TC_NEXT;
 }
 
 static __always_inline bool link_local(const struct addr *a)
@@ -141,48 +107,30 @@ static __always_inline bool link_local(const struct addr *a)
 
 static __always_inline int guard_ipv6(struct __sk_buff *skb, struct guarded *g)
 {
-	struct ipv6_header ip;
-	if (bpf_skb_load_bytes(skb, ETH_LEN, &ip, sizeof(ip)))
+	struct transport t = {};
+	enum packet p = ipv6_transport(skb, &t);
+	if (p == MALFORMED)
 		return shoot(GUARD_DROP_MALFORMED);
-
-	__u32 at = ETH_LEN + sizeof(ip);
-	__u8 next = ip.next;
-	for (int i = 0; i < MAX_EXTENSIONS; i++) {
-		__u8 ext[4];
-		if (next != 0 && next != 43 && next != 44 && next != 51 && next != 60)
-			break;
-		if (bpf_skb_load_bytes(skb, at, ext, sizeof(ext)))
-			return shoot(GUARD_DROP_MALFORMED);
-		if (next == 44) { /* fragment */
-			if (((ext[2] << 8) | ext[3]) & 0xfff8)
-				return TC_NEXT; /* of no use without the first one */
-			at += 8;
-		} else if (next == 51) { /* authentication */
-			at += (ext[1] + 2) * 4;
-		} else { /* hop-by-hop, routing, destination options */
-			at += (ext[1] + 1) * 8;
-		}
-		next = ext[0];
-	}
-
-	if (next == 0 || next == 43 || next == 44 || next == 51 || next == 60)
-		return shoot(GUARD_DROP_MALFORMED); /* more extension headers than anyone needs */
-	if (next == IPPROTO_TCP) {
-		if (!addr_eq(&ip.source, &g->v6) && !link_local(&ip.source))
-			return shoot(GUARD_DROP_SOURCE);
-		return guard_tcp(skb, at, &ip.destination);
-	}
-	if (next == IPPROTO_ICMPV6) {
+	if (p == LATER)
+		return TC_NEXT;
+	bool own = addr_eq(&t.src, &g->v6) || link_local(&t.src);
+	switch (t.protocol) {
+	case IPPROTO_TCP:
+		return own ? guard_tcp(skb, t.at, &t.dst) : shoot(GUARD_DROP_SOURCE);
+	case IPPROTO_UDP:
+		return own ? udp_leaves(skb, &t) : shoot(GUARD_DROP_SOURCE);
+	case IPPROTO_ICMPV6: {
 		__u8 type;
 		struct addr target;
-		if (bpf_skb_load_bytes(skb, at, &type, 1))
+		if (bpf_skb_load_bytes(skb, t.at, &type, 1))
 			return shoot(GUARD_DROP_MALFORMED);
 		if (type != 136) /* neighbour advertisement */
 			return TC_NEXT;
-		if (bpf_skb_load_bytes(skb, at + 8, &target, sizeof(target)))
+		if (bpf_skb_load_bytes(skb, t.at + 8, &target, sizeof(target)))
 			return shoot(GUARD_DROP_MALFORMED);
 		if (!addr_eq(&target, &g->v6) && !link_local(&target))
 			return shoot(GUARD_DROP_NEIGHBOUR);
+	}
 	}
 	return TC_NEXT;
 }

@@ -150,12 +150,59 @@ struct {
 } directs SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32); /* ifindex in the node's namespace */
+	__type(value, struct udp_gate);
+	PINNED;
+} udp_gates SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct addr);
+	__type(value, struct udp_source);
+	PINNED;
+} udp_sources SEC(".maps");
+
+/* By slot, a table for each pod. LRU: what is used least goes first, and it is the pod's own. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32);
+	PINNED;
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_LRU_HASH);
+		__uint(max_entries, UDP_FLOWS_PER_POD);
+		__type(key, struct flow);
+		__type(value, struct udp_flow);
+	});
+} udp_begun SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32);
+	PINNED;
+	__array(values, struct {
+		__uint(type, BPF_MAP_TYPE_LRU_HASH);
+		__uint(max_entries, UDP_FLOWS_PER_POD);
+		__type(key, struct udp_peer);
+		__type(value, __u64); /* bpf_ktime_get_ns of the last datagram, of either side */
+	});
+} udp_let_in SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 21);
 	PINNED;
 } events SEC(".maps");
 
-const struct event *_event __attribute__((unused)); /* so that its type is in the object's */
+/* So that their types are in the object's. */
+const struct event *_event __attribute__((unused));
+const struct udp_flow *_udp_flow __attribute__((unused));
+const struct udp_peer *_udp_peer __attribute__((unused));
 
 /* By slot. */
 struct {

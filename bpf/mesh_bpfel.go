@@ -55,9 +55,10 @@ type MeshEventBudget struct {
 type MeshEventKind uint32
 
 const (
-	MeshEventKindEVENT_DENIED MeshEventKind = 0
-	MeshEventKindEVENT_OPENED MeshEventKind = 1
-	MeshEventKindEVENT_CLOSED MeshEventKind = 2
+	MeshEventKindEVENT_DENIED     MeshEventKind = 0
+	MeshEventKindEVENT_OPENED     MeshEventKind = 1
+	MeshEventKindEVENT_CLOSED     MeshEventKind = 2
+	MeshEventKindEVENT_DENIED_UDP MeshEventKind = 3
 )
 
 type MeshFate uint32
@@ -155,7 +156,14 @@ const (
 	MeshOutcomeDECIDE_UNKNOWN             MeshOutcome = 40
 	MeshOutcomeEVENT_LIMITED              MeshOutcome = 41
 	MeshOutcomeEVENT_LOST                 MeshOutcome = 42
-	MeshOutcomeOUTCOMES                   MeshOutcome = 43
+	MeshOutcomeUDP_ALLOWED                MeshOutcome = 43
+	MeshOutcomeUDP_ANSWER                 MeshOutcome = 44
+	MeshOutcomeUDP_BEGUN                  MeshOutcome = 45
+	MeshOutcomeUDP_DENIED                 MeshOutcome = 46
+	MeshOutcomeUDP_DENIED_SOURCE          MeshOutcome = 47
+	MeshOutcomeUDP_DENIED_UNKNOWN         MeshOutcome = 48
+	MeshOutcomeUDP_DROP_MALFORMED         MeshOutcome = 49
+	MeshOutcomeOUTCOMES                   MeshOutcome = 50
 )
 
 type MeshOwner struct {
@@ -229,6 +237,33 @@ type MeshTicket struct {
 	Pad      uint32
 }
 
+type MeshUdpFlow struct {
+	_        structs.HostLayout
+	Last     uint64
+	Answered uint64
+}
+
+type MeshUdpGate struct {
+	_       structs.HostLayout
+	V4      uint64
+	V6      uint64
+	Ifindex uint32
+	Slot    uint32
+}
+
+type MeshUdpPeer struct {
+	_    structs.HostLayout
+	Peer MeshAddr
+	Port uint32
+}
+
+type MeshUdpSource struct {
+	_        structs.HostLayout
+	Identity uint64
+	Ifindex  uint32
+	Bridge   uint32
+}
+
 type MeshVerdict struct {
 	_         structs.HostLayout
 	Fate      MeshFate
@@ -265,13 +300,20 @@ const (
 	MeshMapRulesSources    = "rules_sources"
 	MeshMapRulesets        = "rulesets"
 	MeshMapTickets         = "tickets"
+	MeshMapUdpBegun        = "udp_begun"
+	MeshMapUdpGates        = "udp_gates"
+	MeshMapUdpLetIn        = "udp_let_in"
+	MeshMapUdpSources      = "udp_sources"
 	MeshMapVerdicts        = "verdicts"
 	MeshProgMeshConnect4   = "mesh_connect4"
 	MeshProgMeshConnect6   = "mesh_connect6"
 	MeshProgMeshGuard      = "mesh_guard"
 	MeshProgMeshLookup     = "mesh_lookup"
 	MeshProgMeshSockops    = "mesh_sockops"
+	MeshProgMeshUdp        = "mesh_udp"
 	MeshVarEvent           = "_event"
+	MeshVarUdpFlow         = "_udp_flow"
+	MeshVarUdpPeer         = "_udp_peer"
 	MeshVarCaptureMark     = "capture_mark"
 	MeshVarHookSeesAll     = "hook_sees_all"
 	MeshVarNodeCookie      = "node_cookie"
@@ -327,6 +369,7 @@ type MeshProgramSpecs struct {
 	MeshGuard    *ebpf.ProgramSpec `ebpf:"mesh_guard"`
 	MeshLookup   *ebpf.ProgramSpec `ebpf:"mesh_lookup"`
 	MeshSockops  *ebpf.ProgramSpec `ebpf:"mesh_sockops"`
+	MeshUdp      *ebpf.ProgramSpec `ebpf:"mesh_udp"`
 }
 
 // MeshMapSpecs contains maps before they are loaded into the kernel.
@@ -351,6 +394,10 @@ type MeshMapSpecs struct {
 	RulesSources    *ebpf.MapSpec `ebpf:"rules_sources"`
 	Rulesets        *ebpf.MapSpec `ebpf:"rulesets"`
 	Tickets         *ebpf.MapSpec `ebpf:"tickets"`
+	UdpBegun        *ebpf.MapSpec `ebpf:"udp_begun"`
+	UdpGates        *ebpf.MapSpec `ebpf:"udp_gates"`
+	UdpLetIn        *ebpf.MapSpec `ebpf:"udp_let_in"`
+	UdpSources      *ebpf.MapSpec `ebpf:"udp_sources"`
 	Verdicts        *ebpf.MapSpec `ebpf:"verdicts"`
 }
 
@@ -359,6 +406,8 @@ type MeshMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type MeshVariableSpecs struct {
 	Event       *ebpf.VariableSpec `ebpf:"_event"`
+	UdpFlow     *ebpf.VariableSpec `ebpf:"_udp_flow"`
+	UdpPeer     *ebpf.VariableSpec `ebpf:"_udp_peer"`
 	CaptureMark *ebpf.VariableSpec `ebpf:"capture_mark"`
 	HookSeesAll *ebpf.VariableSpec `ebpf:"hook_sees_all"`
 	NodeCookie  *ebpf.VariableSpec `ebpf:"node_cookie"`
@@ -405,6 +454,10 @@ type MeshMaps struct {
 	RulesSources    *ebpf.Map `ebpf:"rules_sources"`
 	Rulesets        *ebpf.Map `ebpf:"rulesets"`
 	Tickets         *ebpf.Map `ebpf:"tickets"`
+	UdpBegun        *ebpf.Map `ebpf:"udp_begun"`
+	UdpGates        *ebpf.Map `ebpf:"udp_gates"`
+	UdpLetIn        *ebpf.Map `ebpf:"udp_let_in"`
+	UdpSources      *ebpf.Map `ebpf:"udp_sources"`
 	Verdicts        *ebpf.Map `ebpf:"verdicts"`
 }
 
@@ -428,6 +481,10 @@ func (m *MeshMaps) Close() error {
 		m.RulesSources,
 		m.Rulesets,
 		m.Tickets,
+		m.UdpBegun,
+		m.UdpGates,
+		m.UdpLetIn,
+		m.UdpSources,
 		m.Verdicts,
 	)
 }
@@ -437,6 +494,8 @@ func (m *MeshMaps) Close() error {
 // It can be passed to LoadMeshObjects or ebpf.CollectionSpec.LoadAndAssign.
 type MeshVariables struct {
 	Event       *ebpf.Variable `ebpf:"_event"`
+	UdpFlow     *ebpf.Variable `ebpf:"_udp_flow"`
+	UdpPeer     *ebpf.Variable `ebpf:"_udp_peer"`
 	CaptureMark *ebpf.Variable `ebpf:"capture_mark"`
 	HookSeesAll *ebpf.Variable `ebpf:"hook_sees_all"`
 	NodeCookie  *ebpf.Variable `ebpf:"node_cookie"`
@@ -454,6 +513,7 @@ type MeshPrograms struct {
 	MeshGuard    *ebpf.Program `ebpf:"mesh_guard"`
 	MeshLookup   *ebpf.Program `ebpf:"mesh_lookup"`
 	MeshSockops  *ebpf.Program `ebpf:"mesh_sockops"`
+	MeshUdp      *ebpf.Program `ebpf:"mesh_udp"`
 }
 
 func (p *MeshPrograms) Close() error {
@@ -463,6 +523,7 @@ func (p *MeshPrograms) Close() error {
 		p.MeshGuard,
 		p.MeshLookup,
 		p.MeshSockops,
+		p.MeshUdp,
 	)
 }
 

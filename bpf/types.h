@@ -153,10 +153,40 @@ struct direct {
 	__u32 server_slot;
 };
 
+/* UDP of a pod whose namespace asks for it, by the node side of its veth. */
+struct udp_gate {
+	__u64 v4; /* ruleset for datagrams by IPv4; 0: only answers are let in */
+	__u64 v6;
+	__u32 ifindex; /* again: as in a gate */
+	__u32 slot;
+};
+
+/* Who has an address, for datagrams: nothing else tells who sent one. Pods that are captured, here and elsewhere. */
+struct udp_source {
+	__u64 identity;
+	__u32 ifindex; /* of a pod of this node: its veth; 0: of another */
+	__u32 bridge;  /* that the veth is a port of */
+};
+
+/* Datagrams that the pod began to exchange: its own side is the client. */
+struct udp_flow {
+	__u64 last; /* bpf_ktime_get_ns */
+	__u64 answered;
+};
+
+/* Whose datagrams policy let in, and on which port of the pod. */
+struct udp_peer {
+	struct addr peer;
+	__u32 port;
+};
+
+#define UDP_FLOWS_PER_POD 4096
+
 enum event_kind {
 	EVENT_DENIED,
 	EVENT_OPENED, /* a direct connection */
 	EVENT_CLOSED,
+	EVENT_DENIED_UDP,
 };
 
 #define NO_SLOT 0xffffffff
@@ -247,6 +277,14 @@ enum outcome {
 
 	EVENT_LIMITED,
 	EVENT_LOST,
+
+	UDP_ALLOWED,
+	UDP_ANSWER,
+	UDP_BEGUN,
+	UDP_DENIED,
+	UDP_DENIED_SOURCE,
+	UDP_DENIED_UNKNOWN,
+	UDP_DROP_MALFORMED,
 
 	OUTCOMES,
 };

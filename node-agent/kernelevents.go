@@ -51,6 +51,8 @@ func (a *agent) reportEvent(e datapath.Event) {
 	switch e.Kind {
 	case datapath.Denied:
 		a.proxy.FlowDenied(f, e.Time, e.Verdict)
+	case datapath.Datagram:
+		a.proxy.DatagramDenied(f, e.Time, e.Verdict)
 	case datapath.Opened:
 		a.proxy.FlowOpened(f, e.Time)
 	case datapath.Closed:

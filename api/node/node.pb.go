@@ -486,8 +486,10 @@ type MeshConfig struct {
 	// Namespace of the mesh-wide policies.
 	RootNamespace string `protobuf:"bytes,6,opt,name=root_namespace,json=rootNamespace,proto3" json:"root_namespace,omitempty"`
 	// istio.io/rev of the control plane that answers.
-	Revision      string              `protobuf:"bytes,7,opt,name=revision,proto3" json:"revision,omitempty"`
-	SameNode      MeshConfig_SameNode `protobuf:"varint,8,opt,name=same_node,json=sameNode,proto3,enum=warren.node.v1.MeshConfig_SameNode" json:"same_node,omitempty"`
+	Revision string              `protobuf:"bytes,7,opt,name=revision,proto3" json:"revision,omitempty"`
+	SameNode MeshConfig_SameNode `protobuf:"varint,8,opt,name=same_node,json=sameNode,proto3,enum=warren.node.v1.MeshConfig_SameNode" json:"same_node,omitempty"`
+	// Namespaces that ask for policies to apply to the UDP that arrives at their pods.
+	UdpNamespaces []string `protobuf:"bytes,9,rep,name=udp_namespaces,json=udpNamespaces,proto3" json:"udp_namespaces,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -576,6 +578,13 @@ func (x *MeshConfig) GetSameNode() MeshConfig_SameNode {
 		return x.SameNode
 	}
 	return MeshConfig_SAME_NODE_UNSPECIFIED
+}
+
+func (x *MeshConfig) GetUdpNamespaces() []string {
+	if x != nil {
+		return x.UdpNamespaces
+	}
+	return nil
 }
 
 // TrustBundle is what peers are checked against. It holds as a whole, and before any CA signs with a root that is
@@ -940,7 +949,7 @@ const file_api_node_node_proto_rawDesc = "" +
 	"\vAuditPolicy\x125\n" +
 	"\x06policy\x18\x01 \x01(\v2\x1d.istio.security.AuthorizationR\x06policy\"%\n" +
 	"\rAuditPolicies\x12\x14\n" +
-	"\x05names\x18\x01 \x03(\tR\x05names\"\x9a\x03\n" +
+	"\x05names\x18\x01 \x03(\tR\x05names\"\xc1\x03\n" +
 	"\n" +
 	"MeshConfig\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x120\n" +
@@ -951,7 +960,8 @@ const file_api_node_node_proto_rawDesc = "" +
 	"\anetwork\x18\x05 \x01(\tR\anetwork\x12%\n" +
 	"\x0eroot_namespace\x18\x06 \x01(\tR\rrootNamespace\x12\x1a\n" +
 	"\brevision\x18\a \x01(\tR\brevision\x12@\n" +
-	"\tsame_node\x18\b \x01(\x0e2#.warren.node.v1.MeshConfig.SameNodeR\bsameNode\"R\n" +
+	"\tsame_node\x18\b \x01(\x0e2#.warren.node.v1.MeshConfig.SameNodeR\bsameNode\x12%\n" +
+	"\x0eudp_namespaces\x18\t \x03(\tR\rudpNamespaces\"R\n" +
 	"\bSameNode\x12\x19\n" +
 	"\x15SAME_NODE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10SAME_NODE_KERNEL\x10\x01\x12\x15\n" +

@@ -13,6 +13,11 @@ const (
 	labelSidecarInject = "sidecar.istio.io/inject"
 	labelTunnel        = "networking.istio.io/tunnel"
 
+	// Warren's own: whether policies apply to the UDP that arrives at the namespace's pods.
+	labelUDP   = "warren.io/udp-policy"
+	udpEnforce = "enforce"
+	udpNone    = "none"
+
 	annotationSidecar     = "sidecar.istio.io/status"
 	AnnotationRedirection = "ambient.istio.io/redirection"
 
@@ -116,8 +121,17 @@ func (c *compiled) namespaceEnrolled(ns *namespaceFact) bool {
 	return false
 }
 
+// filtersUDP reports whether policies are to apply to the UDP that arrives at the namespace's pods.
+func (ns *namespaceFact) filtersUDP() bool { return ns != nil && ns.labels[labelUDP] == udpEnforce }
+
 // namespaceWarning explains a namespace whose labels ask for something that will not happen.
 func (c *compiled) namespaceWarning(ns *namespaceFact) (reason, message string) {
+	switch v := ns.labels[labelUDP]; v {
+	case "", udpEnforce, udpNone:
+	default:
+		return "UnknownUDPPolicy", fmt.Sprintf("label %s has the unknown value %q, so UDP of the namespace is not filtered; use %q or %q: kubectl label --overwrite namespace %s %s=%s",
+			labelUDP, v, udpEnforce, udpNone, ns.name, labelUDP, udpEnforce)
+	}
 	_, why := namespaceMode(ns.labels)
 	if why == NotNamespaceUnknown {
 		return "UnknownDataplaneMode", fmt.Sprintf("label %s has the unknown value %q, so the namespace is not in the mesh; use %q or %q",

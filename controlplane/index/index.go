@@ -3,6 +3,7 @@ package index
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
@@ -134,6 +135,7 @@ type Index struct {
 	workloadsOf map[source][]string
 	locals      map[key]*LocalPod
 	nsStates    map[string]*NamespaceState
+	udp         []string // namespaces, sorted
 	states      map[PolicyKey]*PolicyState
 	notices     map[NoticeKey]*Notice
 	exemptions  map[mesh.PolicyName]*exemption
@@ -274,7 +276,10 @@ func (x *Index) Commit() *Update {
 		Policies:   map[PolicyKey]*PolicyState{},
 		Notices:    map[NoticeKey]*Notice{},
 	}
-	b.SetConfig(x.c.meshConfig())
+	x.commitUDP()
+	cfg := x.c.meshConfig()
+	cfg.UDPNamespaces = x.udp
+	b.SetConfig(cfg)
 	x.commitPolicies(b)
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
@@ -389,6 +394,21 @@ func (x *Index) commitSources(b *mesh.Builder, u *Update) {
 	for _, w := range puts {
 		b.PutWorkload(w)
 	}
+}
+
+// commitUDP gathers the namespaces that ask for policies to apply to UDP. The list is in a Snapshot: it is made anew.
+func (x *Index) commitUDP() {
+	next := slices.Clone(x.udp)
+	for name := range x.dirtyNamespaces {
+		i, have := slices.BinarySearch(next, name)
+		switch want := x.namespaces[name].filtersUDP(); {
+		case want && !have:
+			next = slices.Insert(next, i, name)
+		case !want && have:
+			next = slices.Delete(next, i, i+1)
+		}
+	}
+	x.udp = next
 }
 
 func (x *Index) commitNamespaces(u *Update) {

@@ -214,6 +214,7 @@ func (a *app) checkInstallation(ctx context.Context, c *conn, s *meshStatus) []f
 	}
 	out = append(out, a.checkAdmission(ctx, c), a.checkCryptography(ctx, c))
 	out = append(out, a.checkLabels(ctx, c)...)
+	out = append(out, checkUDP(s))
 	if len(s.Pending) > 0 {
 		p := s.Pending[0]
 		return append(out, finding{"capture", "warning",
@@ -311,6 +312,33 @@ func some(names []string) string {
 	return strings.Join(names, ", ")
 }
 
+// checkUDP says what becomes of UDP, which the tunnel does not carry.
+func checkUDP(s *meshStatus) finding {
+	var open, filtered []string
+	for _, n := range s.Namespaces {
+		if n.UDP == udpByPolicy {
+			filtered = append(filtered, n.Name)
+		} else {
+			open = append(open, n.Name)
+		}
+	}
+	var say []string
+	if len(open) > 0 {
+		say = append(say, "of "+some(open)+" neither encrypted nor filtered, as in Istio")
+	}
+	if len(filtered) > 0 {
+		say = append(say, "of "+some(filtered)+" filtered by identity, not encrypted")
+	}
+	f := finding{"UDP", "ok", strings.Join(say, "; "), ""}
+	if len(say) == 0 {
+		f.What = "no namespace is in the mesh"
+	}
+	if len(open) > 0 {
+		f.Hint = fmt.Sprintf("to have policies apply to it: kubectl label namespace %s %s=%s", open[0], udpLabel, udpEnforce)
+	}
+	return f
+}
+
 // checkLabels finds values of the mode label that mean nothing.
 func (a *app) checkLabels(ctx context.Context, c *conn) []finding {
 	var out []finding
@@ -324,6 +352,12 @@ func (a *app) checkLabels(ctx context.Context, c *conn) []finding {
 		default:
 			out = append(out, finding{"labels", "warning", fmt.Sprintf("namespace %s has %s=%s, which means nothing", n.Name, modeLabel, v),
 				fmt.Sprintf("kubectl label --overwrite namespace %s %s=ambient", n.Name, modeLabel)})
+		}
+		switch v := n.Labels[udpLabel]; v {
+		case "", udpEnforce, "none":
+		default:
+			out = append(out, finding{"labels", "warning", fmt.Sprintf("namespace %s has %s=%s, which means nothing: its UDP is not filtered", n.Name, udpLabel, v),
+				fmt.Sprintf("kubectl label --overwrite namespace %s %s=%s", n.Name, udpLabel, udpEnforce)})
 		}
 		if n.Labels["istio-injection"] == "enabled" && n.Labels[modeLabel] == "" {
 			out = append(out, finding{"labels", "warning", "namespace " + n.Name + " has istio-injection=enabled, which asks for sidecars",

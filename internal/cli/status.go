@@ -27,6 +27,15 @@ type meshStatus struct {
 	Policies   []policyStatus    `json:"policies,omitempty"`
 }
 
+// What applies to the UDP that arrives at a namespace's pods.
+const (
+	udpLabel   = "warren.io/udp-policy"
+	udpEnforce = "enforce"
+
+	udpUnfiltered = "unfiltered"
+	udpByPolicy   = "by policy"
+)
+
 // ratio is how many of those that should be ready are.
 type ratio struct {
 	Ready int `json:"ready"`
@@ -42,6 +51,7 @@ type namespaceStatus struct {
 	Captured int    `json:"captured"` // pods that their node says are captured
 	Pending  int    `json:"pending"`
 	Outside  int    `json:"outside"` // opted out, on the host network, with a sidecar
+	UDP      string `json:"udp"`     // "unfiltered", or "by policy" where the namespace asks for it; never encrypted
 }
 
 type pendingPod struct {
@@ -139,7 +149,10 @@ func (a *app) capture(ctx context.Context, c *conn, s *meshStatus) error {
 		}
 	}
 	for _, n := range namespaces.Items {
-		row := namespaceStatus{Name: n.Name, Mode: n.Labels[modeLabel]}
+		row := namespaceStatus{Name: n.Name, Mode: n.Labels[modeLabel], UDP: udpUnfiltered}
+		if n.Labels[udpLabel] == udpEnforce {
+			row.UDP = udpByPolicy
+		}
 		for _, p := range byNamespace[n.Name] {
 			switch wanted, value := enrolled(p, row.Mode), p.Annotations[redirection]; {
 			case value == "enabled":
@@ -195,17 +208,18 @@ func (a *app) printStatus(w io.Writer, s *meshStatus) error {
 		fmt.Fprintf(w, "no namespace is in the mesh: kubectl label namespace NAMESPACE %s=ambient\n", modeLabel)
 		return nil
 	}
-	t := table{head: []string{"NAMESPACE", "MODE", "CAPTURED", "PENDING", "OUTSIDE"}}
+	t := table{head: []string{"NAMESPACE", "MODE", "CAPTURED", "PENDING", "OUTSIDE", "UDP"}}
 	for _, n := range s.Namespaces {
 		pending := fmt.Sprint(n.Pending)
 		if n.Pending > 0 {
 			pending = a.paint(yellow, pending)
 		}
-		t.add(n.Name, dash(n.Mode), fmt.Sprint(n.Captured), pending, fmt.Sprint(n.Outside))
+		t.add(n.Name, dash(n.Mode), fmt.Sprint(n.Captured), pending, fmt.Sprint(n.Outside), n.UDP)
 	}
 	if err := t.write(w); err != nil {
 		return err
 	}
+	fmt.Fprintf(w, "UDP is not encrypted. Policies apply to it in namespaces with the label %s=%s.\n", udpLabel, udpEnforce)
 	if err := a.printPolicies(w, s.Policies); err != nil {
 		return err
 	}

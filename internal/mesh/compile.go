@@ -42,6 +42,16 @@ type Term struct {
 // Compile compiles the policies for connections to a workload at one of its addresses. A workload that the
 // Snapshot does not have is an error, as are more than MaxTerms terms.
 func (s *Snapshot) Compile(uid string, dst netip.Addr) (*Compiled, error) {
+	return s.compile(uid, dst, false)
+}
+
+// CompileUDP compiles what applies to datagrams: the AuthorizationPolicies. Nothing encrypts UDP, so a
+// PeerAuthentication has nothing to say about it.
+func (s *Snapshot) CompileUDP(uid string, dst netip.Addr) (*Compiled, error) {
+	return s.compile(uid, dst, true)
+}
+
+func (s *Snapshot) compile(uid string, dst netip.Addr, udp bool) (*Compiled, error) {
 	w := s.Workload(uid)
 	if w == nil {
 		return nil, fmt.Errorf("workload %s: %s", uid, WhyNoWorkload)
@@ -53,7 +63,7 @@ func (s *Snapshot) Compile(uid string, dst netip.Addr) (*Compiled, error) {
 	c := &Compiled{}
 	seen := map[PolicyName]bool{}
 	for p := range policies {
-		if p.Action == Audit || p.DryRun || seen[p.Name] {
+		if p.Action == Audit || p.DryRun || seen[p.Name] || udp && p.Name.OfPeerAuthentication() {
 			continue
 		}
 		seen[p.Name] = true

@@ -1,12 +1,19 @@
 package mesh
 
-import "net/netip"
+import (
+	"net/netip"
+	"strings"
+)
 
 // PolicyName is the key of a Policy.
 type PolicyName struct{ Namespace, Name string }
 
 // String returns "namespace/name", the wire form.
 func (n PolicyName) String() string { return n.Namespace + "/" + n.Name }
+
+// OfPeerAuthentication reports whether the policy is made of a PeerAuthentication. The name of an AuthorizationPolicy,
+// being one of Kubernetes, has no '_'.
+func (n PolicyName) OfPeerAuthentication() bool { return strings.Contains(n.Name, "_") }
 
 // Action is what a policy does with what it matches.
 type Action uint8

@@ -18,6 +18,7 @@ type Config struct {
 	RootNamespace      string
 	ControlRevision    string // istio.io/rev of the control plane
 	SameNode           SameNode
+	UDPNamespaces      []string // whose pods have policies applied to UDP, sorted
 }
 
 // SameNode says how captured pods of one node may reach each other. It is part of the wire contract; an agent
@@ -330,7 +331,13 @@ func (c Config) TrustDomains() []string {
 func (c Config) Equal(o Config) bool {
 	return slices.Equal(c.TrustDomainAliases, o.TrustDomainAliases) && c.TrustDomain == o.TrustDomain && c.Cluster == o.Cluster && c.ClusterDomain == o.ClusterDomain &&
 		c.Network == o.Network && c.RootNamespace == o.RootNamespace && c.ControlRevision == o.ControlRevision &&
-		c.SameNode == o.SameNode
+		c.SameNode == o.SameNode && slices.Equal(c.UDPNamespaces, o.UDPNamespaces)
+}
+
+// FiltersUDP reports whether policies apply to the UDP that arrives at a namespace's pods.
+func (c Config) FiltersUDP(namespace string) bool {
+	_, found := slices.BinarySearch(c.UDPNamespaces, namespace)
+	return found
 }
 
 // has reports whether the workload has the address.

@@ -2,6 +2,7 @@ package wds
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -88,7 +89,7 @@ func EncodeConfig(c mesh.Config) *node.MeshConfig {
 		TrustDomain: c.TrustDomain, TrustDomainAliases: c.TrustDomainAliases,
 		ClusterId: c.Cluster, ClusterDomain: c.ClusterDomain, Network: c.Network,
 		RootNamespace: c.RootNamespace, Revision: c.ControlRevision,
-		SameNode: node.MeshConfig_SameNode(c.SameNode),
+		SameNode: node.MeshConfig_SameNode(c.SameNode), UdpNamespaces: c.UDPNamespaces,
 	}
 }
 
@@ -101,6 +102,9 @@ func DecodeConfig(p *node.MeshConfig) (mesh.Config, error) {
 	}
 	if len(c.TrustDomainAliases) == 0 {
 		c.TrustDomainAliases = nil
+	}
+	if len(p.GetUdpNamespaces()) > 0 {
+		c.UDPNamespaces = slices.Compact(slices.Sorted(slices.Values(p.UdpNamespaces)))
 	}
 	if c.TrustDomain == "" {
 		return mesh.Config{}, bad("the mesh has no trust domain")

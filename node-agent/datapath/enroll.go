@@ -104,7 +104,7 @@ func (d *Datapath) plumb(p Pod, w wiring, r record) error {
 				return fmt.Errorf("clear the count of handshakes: %w", err)
 			}
 		}
-		if err := d.closeGate(r.pod.Slot); err != nil {
+		if err := errors.Join(d.closeGate(r.pod.Slot), d.forgetUDPFlows(r.pod.Slot)); err != nil {
 			return err
 		}
 	}
@@ -130,7 +130,7 @@ func (d *Datapath) plumb(p Pod, w wiring, r record) error {
 	if err := d.kernel.Guards.Put(r.pod.Ifindex, bpf.MeshGuarded{V4: r.pod.V4, V6: r.pod.V6}); err != nil { // 6
 		return fmt.Errorf("enter interface %s: %w", w.nodeName, err)
 	}
-	return d.ensureGuard(dir, w.nodeIndex)
+	return d.ensureHook(guardHook, dir, w.nodeIndex)
 }
 
 // dropForeignAddrs forgets addresses that the pod had before and has no more.
@@ -260,6 +260,10 @@ func (d *Datapath) sharedMaps() map[string]*ebpf.Map {
 		bpf.MeshMapRulesSources:    d.kernel.RulesSources,
 		bpf.MeshMapRulesets:        d.kernel.Rulesets,
 		bpf.MeshMapTickets:         d.kernel.Tickets,
+		bpf.MeshMapUdpBegun:        d.kernel.UdpBegun,
+		bpf.MeshMapUdpGates:        d.kernel.UdpGates,
+		bpf.MeshMapUdpLetIn:        d.kernel.UdpLetIn,
+		bpf.MeshMapUdpSources:      d.kernel.UdpSources,
 		bpf.MeshMapVerdicts:        d.kernel.Verdicts,
 	}
 }
@@ -289,8 +293,11 @@ func (d *Datapath) release(uid string) error {
 	if err := d.closeGate(r.pod.Slot); err != nil {
 		return fmt.Errorf("release pod %s: %w", uid, err)
 	}
+	if err := d.releaseUDP(uid, r); err != nil {
+		return fmt.Errorf("release pod %s: %w", uid, err)
+	}
 	if !d.interfaceShared(uid, r.pod.Ifindex) {
-		if err := d.removeGuard(dir, int(r.pod.Ifindex)); err != nil {
+		if err := d.removeHook(guardHook, dir, int(r.pod.Ifindex)); err != nil {
 			return fmt.Errorf("release pod %s: %w", uid, err)
 		}
 		if err := d.kernel.Guards.Delete(r.pod.Ifindex); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
@@ -346,7 +353,7 @@ func (d *Datapath) forgetAddr(a netip.Addr, cookie uint64) error {
 
 // removePins detaches what is pinned for a pod: a link without pin or descriptor is gone.
 func removePins(dir string) error {
-	for _, pin := range []string{guardPin(dir), lookupPin(dir)} {
+	for _, pin := range []string{guardHook.pin(dir), udpHook.pin(dir), lookupPin(dir)} {
 		if err := unpin(pin); err != nil {
 			return err
 		}
@@ -423,22 +430,10 @@ func (d *Datapath) updatePodLinks() error {
 				return fmt.Errorf("update sk_lookup of pod %s: %w", uid, err)
 			}
 		}
-		if l, err := link.LoadPinnedLink(guardPin(dir), nil); err == nil {
-			err = l.Update(d.kernel.MeshGuard)
-			l.Close()
-			if err != nil && !linkDead(err) {
-				return fmt.Errorf("update the guard of pod %s: %w", uid, err)
+		for _, h := range []vethHook{guardHook, udpHook} {
+			if err := d.updateHook(h, dir, int(r.pod.Ifindex)); err != nil {
+				return fmt.Errorf("update the %s of pod %s: %w", h.name, uid, err)
 			}
-			continue
-		}
-		err := d.node.Do(func() error {
-			if findFilter(int(r.pod.Ifindex)) == nil {
-				return nil
-			}
-			return d.replaceFilter(int(r.pod.Ifindex))
-		})
-		if err != nil {
-			return fmt.Errorf("update the guard of pod %s: %w", uid, err)
 		}
 	}
 	return nil

@@ -21,9 +21,10 @@ import (
 type EventKind uint8
 
 const (
-	Denied EventKind = iota // the kernel refused a connection by policy
-	Opened                  // a direct connection between two pods of this node
-	Closed                  // its end
+	Denied   EventKind = iota // the kernel refused a connection by policy
+	Opened                    // a direct connection between two pods of this node
+	Closed                    // its end
+	Datagram                  // the kernel dropped a UDP datagram by policy
 )
 
 // Event is something that the kernel decided without the agent.
@@ -35,7 +36,7 @@ type Event struct {
 	ClientPod string         // Kubernetes' UID of a captured pod of this node; "" for a client from elsewhere
 	ServerPod string
 	Source    mesh.Identity // the client's, asserted by the kernel; zero for plaintext from elsewhere
-	Verdict   mesh.Verdict  // Denied: by which policy and why. AUDIT and dry runs are not in it: ask Snapshot.Authorize
+	Verdict   mesh.Verdict  // Denied, Datagram: by which policy and why. AUDIT and dry runs are not in it: ask Snapshot.Authorize
 
 	// Of Closed.
 	Opened         time.Time
@@ -70,8 +71,10 @@ func newEventIndex(d *Datapath, g *gatekeeper) *eventIndex {
 	for id, set := range g.wanted.sets {
 		x.rules[id] = set.compiled
 	}
-	for id, who := range g.wanted.identities {
-		x.identities[id] = who
+	for _, known := range []map[uint64]mesh.Identity{g.wanted.identities, g.wanted.remote} {
+		for id, who := range known {
+			x.identities[id] = who
+		}
 	}
 	return x
 }
@@ -129,8 +132,10 @@ func (d *Datapath) event(e *bpf.MeshEvent) Event {
 	}
 	out.ClientPod, out.ServerPod, out.Source = x.pods[e.ClientSlot], x.pods[e.ServerSlot], x.identities[e.Identity]
 	switch e.Kind {
-	case bpf.MeshEventKindEVENT_DENIED:
-		out.Kind = Denied
+	case bpf.MeshEventKindEVENT_DENIED, bpf.MeshEventKindEVENT_DENIED_UDP:
+		if out.Kind = Denied; e.Kind == bpf.MeshEventKindEVENT_DENIED_UDP {
+			out.Kind = Datagram
+		}
 		out.Verdict = mesh.Verdict{Why: mesh.WhyDenied} // by a policy that is not in force any more
 		if c := x.rules[e.Rules]; c != nil {
 			term := -1

@@ -118,6 +118,7 @@ type gatekeeper struct {
 	ports      *table[bpf.MeshRulesPort, bpf.MeshWords]
 	sources    *table[bpf.MeshRulesSource, bpf.MeshWords]
 	gates      *table[uint32, bpf.MeshGate]
+	udp        datagrams
 
 	compiler *compiler      // of the last Snapshot; nil before there is one
 	applied  *mesh.Snapshot // what the kernel decides by; nil where that failed
@@ -133,6 +134,7 @@ func newGatekeeper(k *bpf.MeshObjects) *gatekeeper {
 		ports:      newTable[bpf.MeshRulesPort, bpf.MeshWords]("rules_ports", k.RulesPorts),
 		sources:    newTable[bpf.MeshRulesSource, bpf.MeshWords]("rules_sources", k.RulesSources),
 		gates:      newTable[uint32, bpf.MeshGate]("gates", k.Gates),
+		udp:        newDatagrams(k),
 	}
 }
 
@@ -143,7 +145,8 @@ func (g *gatekeeper) compare() (drift map[string]int, err error) {
 		name    string
 		compare func() (int, error)
 	}{{g.gates.name, g.gates.compare}, {g.rulesets.name, g.rulesets.compare}, {g.identities.name, g.identities.compare},
-		{g.ports.name, g.ports.compare}, {g.sources.name, g.sources.compare}} {
+		{g.ports.name, g.ports.compare}, {g.sources.name, g.sources.compare},
+		{g.udp.gates.name, g.udp.gates.compare}, {g.udp.sources.name, g.udp.sources.compare}} {
 		n, err := t.compare()
 		if err != nil {
 			return nil, err
@@ -163,14 +166,13 @@ func (g *gatekeeper) write(r *ruleset) error {
 
 // sweep removes the rows that nobody wants any more.
 func (g *gatekeeper) sweep(now time.Time) error {
-	wanted := func(id uint64) bool { return g.wanted.sets[id] != nil }
+	wanted := func(id uint64) bool { return g.wanted.sets[id] != nil || g.udp.kept[id] }
 	return errors.Join(
 		g.rulesets.sweep(wanted, now),
 		g.ports.sweep(func(k bpf.MeshRulesPort) bool { return wanted(k.Rules) }, now),
 		g.sources.sweep(func(k bpf.MeshRulesSource) bool { return wanted(uint64(k.Rules[0]) | uint64(k.Rules[1])<<32) }, now),
 		g.identities.sweep(func(k bpf.MeshRulesIdentity) bool {
-			_, known := g.wanted.identities[k.Identity]
-			return wanted(k.Rules) && (known || k.Identity == 0)
+			return g.udp.kept[k.Rules] || wanted(k.Rules) && g.wanted.knows(k.Rules, k.Identity)
 		}, now),
 	)
 }
@@ -193,11 +195,14 @@ func (d *Datapath) SetPolicies(s *mesh.Snapshot) error {
 	g := d.gates
 	same := g.applied != nil && d.unaffected(g.applied, s)
 	g.compiler = newCompiler(s, g.wanted.sets)
-	if !same {
-		g.applied = nil
-		if err := errors.Join(d.applyPolicies(), d.recheck(s)); err != nil {
+	strangers := g.udp.follow(s, d.asksForUDP(s))
+	g.applied = nil
+	if same && !strangers {
+		if err := d.applySources(); err != nil {
 			return err
 		}
+	} else if err := errors.Join(d.applyPolicies(), d.recheck(s)); err != nil {
+		return err
 	}
 	g.applied = s
 	return nil
@@ -241,6 +246,8 @@ func (d *Datapath) applyPolicies() error {
 		g.read = true
 	}
 	pods := slices.Collect(maps.Values(d.given))
+	g.udp.follow(g.compiler.s, d.asksForUDP(g.compiler.s))
+	g.compiler.remote = g.udp.known
 	g.wanted = g.compiler.desired(pods, d.canReset)
 	var errs []error
 	broken := map[uint64]bool{}
@@ -271,6 +278,7 @@ func (d *Datapath) applyPolicies() error {
 			errs = append(errs, g.gates.remove(slot))
 		}
 	}
+	errs = append(errs, d.applyUDP(broken))
 	if err := g.sweep(time.Now()); err != nil {
 		g.wanted.problems = append(g.wanted.problems, err)
 	}

@@ -14,46 +14,59 @@ import (
 	"github.com/warrenmesh/warren/bpf"
 )
 
-// The guard is a tcx link at the head, before any other program of the interface could let a packet pass. A
-// kernel before 6.6 has no tcx: there it is a clsact filter of the highest priority, which has no pin and lasts
-// as long as the interface.
+// vethHook is a program at the node side of a pod's veth: a tcx link at the head, before any other program of the
+// interface could let a packet pass. A kernel before 6.6 has no tcx: there it is a clsact filter of the highest
+// priority, which has no pin and lasts as long as the interface.
+type vethHook struct {
+	name    string // of the pin, and in errors
+	program string
+	attach  ebpf.AttachType
+	parent  uint32 // of the clsact filter
+	filter  string // its name, by which it is found again
+}
 
-// clsact filter: its name is how it is found again.
-const (
-	filterName     = "warren_guard"
-	filterPriority = 1
-)
+var guardHook = vethHook{"guard", bpf.MeshProgMeshGuard, ebpf.AttachTCXIngress, netlink.HANDLE_MIN_INGRESS, "warren_guard"}
 
-func guardPin(podDir string) string { return filepath.Join(podDir, "guard") }
+const filterPriority = 1
 
-// ensureGuard attaches the guard, or points what is attached at this process's program.
-func (d *Datapath) ensureGuard(podDir string, ifindex int) error {
-	pin := guardPin(podDir)
-	program := d.kernel.MeshGuard
+func (h vethHook) pin(podDir string) string { return filepath.Join(podDir, h.name) }
+
+// loaded is this process's instance of a hook's program.
+func (d *Datapath) loaded(h vethHook) *ebpf.Program {
+	if h.program == bpf.MeshProgMeshUdp {
+		return d.kernel.MeshUdp
+	}
+	return d.kernel.MeshGuard
+}
+
+// ensureHook attaches a hook, or points what is attached at this process's program.
+func (d *Datapath) ensureHook(h vethHook, podDir string, ifindex int) error {
+	pin := h.pin(podDir)
+	program := d.loaded(h)
 	return d.node.Do(func() error {
 		old, err := link.LoadPinnedLink(pin, nil)
 		if err == nil {
 			defer old.Close()
 			if at, err := tcxIfindex(old); err == nil && at == ifindex {
-				if firstAtTCX(old, ifindex) {
+				if h.first(old, ifindex) {
 					return old.Update(program)
 				}
 				// Somebody attached before us. The kernel moves no link and takes no program twice: another
 				// instance goes to the head, and then the old one goes.
-				if program, err = d.loadAnother(bpf.MeshProgMeshGuard, nil); err != nil {
+				if program, err = d.loadAnother(h.program, nil); err != nil {
 					return err
 				}
 				defer program.Close()
 			}
 		}
 		l, err := link.AttachTCX(link.TCXOptions{
-			Interface: ifindex, Program: program, Attach: ebpf.AttachTCXIngress, Anchor: link.Head(),
+			Interface: ifindex, Program: program, Attach: h.attach, Anchor: link.Head(),
 		})
 		if errors.Is(err, ebpf.ErrNotSupported) {
-			return d.replaceFilter(ifindex)
+			return d.replaceFilter(h, ifindex)
 		}
 		if err != nil {
-			return fmt.Errorf("attach the guard to interface %d: %w", ifindex, err)
+			return fmt.Errorf("attach the %s to interface %d: %w", h.name, ifindex, err)
 		}
 		defer l.Close()
 		if err := repin(l, pin); err != nil {
@@ -61,10 +74,28 @@ func (d *Datapath) ensureGuard(podDir string, ifindex int) error {
 		}
 		if old != nil {
 			if err := old.Detach(); err != nil && !linkDead(err) {
-				return fmt.Errorf("detach the guard that was not first: %w", err)
+				return fmt.Errorf("detach the %s that was not first: %w", h.name, err)
 			}
 		}
 		return nil
+	})
+}
+
+// updateHook points what an earlier process attached at this process's program.
+func (d *Datapath) updateHook(h vethHook, podDir string, ifindex int) error {
+	if l, err := link.LoadPinnedLink(h.pin(podDir), nil); err == nil {
+		err = l.Update(d.loaded(h))
+		l.Close()
+		if err != nil && !linkDead(err) {
+			return err
+		}
+		return nil
+	}
+	return d.node.Do(func() error {
+		if h.find(ifindex) == nil {
+			return nil
+		}
+		return d.replaceFilter(h, ifindex)
 	})
 }
 
@@ -80,39 +111,39 @@ func tcxIfindex(l link.Link) (int, error) {
 	return 0, errors.New("not a tcx link")
 }
 
-// guardInForce runs in the node's namespace.
-func guardInForce(podDir string, ifindex int) bool {
-	if l, err := link.LoadPinnedLink(guardPin(podDir), nil); err == nil {
+// inForce runs in the node's namespace.
+func (h vethHook) inForce(podDir string, ifindex int) bool {
+	if l, err := link.LoadPinnedLink(h.pin(podDir), nil); err == nil {
 		defer l.Close()
 		at, err := tcxIfindex(l)
-		return err == nil && at == ifindex && firstAtTCX(l, ifindex)
+		return err == nil && at == ifindex && h.first(l, ifindex)
 	}
-	return findFilter(ifindex) != nil
+	return h.find(ifindex) != nil
 }
 
-// firstAtTCX reports whether no other program runs before ours: one that returns TC_ACT_OK would pass packets
-// that the guard never sees.
-func firstAtTCX(l link.Link, ifindex int) bool {
+// first reports whether no other program runs before ours: one that returns TC_ACT_OK would pass packets
+// that the hook never sees.
+func (h vethHook) first(l link.Link, ifindex int) bool {
 	info, err := l.Info()
 	if err != nil {
 		return false
 	}
-	q, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: ebpf.AttachTCXIngress})
+	q, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: h.attach})
 	return err == nil && len(q.Programs) > 0 && q.Programs[0].ID == info.Program
 }
 
-// removeGuard detaches the guard. An interface that is gone took it along.
-func (d *Datapath) removeGuard(podDir string, ifindex int) error {
-	if err := unpin(guardPin(podDir)); err != nil {
+// removeHook detaches a hook. An interface that is gone took it along.
+func (d *Datapath) removeHook(h vethHook, podDir string, ifindex int) error {
+	if err := unpin(h.pin(podDir)); err != nil {
 		return err
 	}
 	return d.node.Do(func() error {
-		f := findFilter(ifindex)
+		f := h.find(ifindex)
 		if f == nil {
 			return nil
 		}
 		if err := netlink.FilterDel(f); err != nil && !gone(err) {
-			return fmt.Errorf("remove the guard from interface %d: %w", ifindex, err)
+			return fmt.Errorf("remove the %s from interface %d: %w", h.name, ifindex, err)
 		}
 		return removeIdleClsact(ifindex)
 	})
@@ -144,34 +175,34 @@ func clsact(ifindex int) *netlink.Clsact {
 	}}
 }
 
-func (d *Datapath) replaceFilter(ifindex int) error {
+func (d *Datapath) replaceFilter(h vethHook, ifindex int) error {
 	if err := netlink.QdiscAdd(clsact(ifindex)); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add clsact to interface %d: %w", ifindex, err)
 	}
 	f := &netlink.BpfFilter{
 		FilterAttrs: netlink.FilterAttrs{
-			LinkIndex: ifindex, Parent: netlink.HANDLE_MIN_INGRESS, Handle: 1,
+			LinkIndex: ifindex, Parent: h.parent, Handle: 1,
 			Protocol: unix.ETH_P_ALL, Priority: filterPriority,
 		},
-		Fd: d.kernel.MeshGuard.FD(), Name: filterName, DirectAction: true,
+		Fd: d.loaded(h).FD(), Name: h.filter, DirectAction: true,
 	}
 	if err := netlink.FilterReplace(f); err != nil {
-		return fmt.Errorf("attach the guard to interface %d: %w", ifindex, err)
+		return fmt.Errorf("attach the %s to interface %d: %w", h.name, ifindex, err)
 	}
 	return nil
 }
 
-func findFilter(ifindex int) netlink.Filter {
+func (h vethHook) find(ifindex int) netlink.Filter {
 	l, err := netlink.LinkByIndex(ifindex)
 	if err != nil {
 		return nil
 	}
-	list, err := netlink.FilterList(l, netlink.HANDLE_MIN_INGRESS)
+	list, err := netlink.FilterList(l, h.parent)
 	if err != nil {
 		return nil
 	}
 	for _, f := range list {
-		if b, ok := f.(*netlink.BpfFilter); ok && b.Name == filterName {
+		if b, ok := f.(*netlink.BpfFilter); ok && b.Name == h.filter {
 			return b
 		}
 	}

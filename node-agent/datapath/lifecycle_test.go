@@ -300,7 +300,7 @@ func TestAuditRepairs(t *testing.T) {
 		do      func() error
 	}{
 		{"sk_lookup is not attached", func() error { return os.Remove(lookupPin(dir)) }},
-		{"the guard is not attached, or not first", func() error { return l.dp.removeGuard(dir, l.ui.nodeIndex) }},
+		{"the guard is not attached, or not first", func() error { return l.dp.removeHook(guardHook, dir, l.ui.nodeIndex) }},
 		{"connect4 is not attached", func() error { return os.Remove(filepath.Join(l.dp.dir, "connect4")) }},
 		{"sockops is not attached", func() error { return os.Remove(filepath.Join(l.dp.dir, "sockops")) }},
 		{"the guard does not know it", func() error { return l.dp.kernel.Guards.Delete(uint32(l.ui.nodeIndex)) }},

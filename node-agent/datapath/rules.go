@@ -37,7 +37,19 @@ type rules struct {
 	sets       map[uint64]*ruleset
 	pods       map[string]podRules // by UID; who is missing has no gate and no identity
 	identities map[uint64]mesh.Identity
+	udp        map[string]udpRules // by UID, of the pods that ask for it
+	udpSets    map[uint64]bool     // the rulesets of these, which know the identities of the whole mesh
+	remote     map[uint64]mesh.Identity
 	problems   []error // what is left to the agent and why
+}
+
+// knows reports whether a ruleset has a row for an identity.
+func (r *rules) knows(set, identity uint64) bool {
+	_, here := r.identities[identity]
+	if !here && r.udpSets[set] {
+		_, here = r.remote[identity]
+	}
+	return here || identity == 0
 }
 
 type podRules struct {
@@ -62,7 +74,8 @@ func number(sum [sha256.Size]byte) uint64 {
 // compiler keeps what was compiled of one Snapshot: pods of one workload kind share their policies.
 type compiler struct {
 	s      *mesh.Snapshot
-	before map[uint64]*ruleset // of the Snapshot before: most are the same again
+	before map[uint64]*ruleset   // of the Snapshot before: most are the same again
+	remote map[mesh.Identity]int // who sends datagrams from elsewhere, see addresses
 	done   map[string]compiledOrError
 }
 
@@ -75,9 +88,12 @@ func newCompiler(s *mesh.Snapshot, before map[uint64]*ruleset) *compiler {
 	return &compiler{s: s, before: before, done: map[string]compiledOrError{}}
 }
 
-// ruleset compiles the policies of a workload for connections to one of its addresses.
-func (c *compiler) ruleset(w *mesh.Workload, dst netip.Addr) (*ruleset, error) {
+// ruleset compiles the policies of a workload for connections to one of its addresses, or for datagrams.
+func (c *compiler) ruleset(w *mesh.Workload, dst netip.Addr, udp bool) (*ruleset, error) {
 	var b strings.Builder
+	if udp {
+		b.WriteString("udp\x00")
+	}
 	b.WriteString(w.Namespace)
 	for _, n := range w.Policies {
 		fmt.Fprintf(&b, "\x00%s", n)
@@ -89,7 +105,11 @@ func (c *compiler) ruleset(w *mesh.Workload, dst netip.Addr) (*ruleset, error) {
 			return r.set, r.err
 		}
 	}
-	compiled, err := c.s.Compile(w.UID, dst)
+	compile := c.s.Compile
+	if udp {
+		compile = c.s.CompileUDP
+	}
+	compiled, err := compile(w.UID, dst)
 	key := here
 	var r compiledOrError
 	if err != nil {
@@ -184,7 +204,8 @@ func (r *ruleset) identity(id uint64, who mesh.Identity) {
 // desired computes what the kernel is to know. Whatever is in doubt about a pod leaves its connections to the agent,
 // which decides by the same Snapshot. direct says that the kernel can end the direct connections it lets through.
 func (c *compiler) desired(pods []Pod, direct bool) rules {
-	out := rules{sets: map[uint64]*ruleset{}, pods: map[string]podRules{}, identities: map[uint64]mesh.Identity{}}
+	out := rules{sets: map[uint64]*ruleset{}, pods: map[string]podRules{}, identities: map[uint64]mesh.Identity{},
+		udp: map[string]udpRules{}, udpSets: map[uint64]bool{}, remote: map[uint64]mesh.Identity{}}
 	for _, p := range pods {
 		var pr podRules
 		if !p.Identity.IsZero() {
@@ -196,6 +217,9 @@ func (c *compiler) desired(pods []Pod, direct bool) rules {
 			out.identities[pr.identity] = p.Identity
 		}
 		out.pods[p.UID] = pr
+		if c.s.Config().FiltersUDP(p.Identity.Namespace) {
+			out.udp[p.UID] = c.udp(p, &out)
+		}
 		w := c.s.Workload(p.Workload)
 		if w == nil || w.Identity != p.Identity || w.NativeTunnel || w.Tunnel != mesh.TunnelHBONE {
 			continue
@@ -206,16 +230,14 @@ func (c *compiler) desired(pods []Pod, direct bool) rules {
 			if !slices.Contains(w.Addrs, a) {
 				continue // another pod's, or not told of yet
 			}
-			set, e := c.ruleset(w, a)
+			set, e := c.ruleset(w, a, false)
+			if e == nil {
+				e = out.add(set)
+			}
 			if e != nil {
 				err = e
 				continue
 			}
-			if other, ok := out.sets[set.id]; ok && other.digest != set.digest {
-				err = errors.New("two policies have the same number")
-				continue
-			}
-			out.sets[set.id] = set
 			if a.Is4() {
 				pr.v4 = set.id
 			} else {
@@ -228,16 +250,38 @@ func (c *compiler) desired(pods []Pod, direct bool) rules {
 		pr.flags = c.flags(w, direct)
 		out.pods[p.UID] = pr
 	}
+	if len(out.udpSets) > 0 {
+		for who := range c.remote {
+			id := idOf(who)
+			if other, ok := out.identities[id]; ok && other != who {
+				out.problems = append(out.problems, fmt.Errorf("identities %s and %s have the same number", other, who))
+				continue
+			}
+			out.remote[id] = who
+		}
+	}
 	for _, set := range out.sets {
 		for id, who := range out.identities {
 			set.identity(id, who)
 		}
+		if out.udpSets[set.id] {
+			for id, who := range out.remote {
+				set.identity(id, who)
+			}
+		}
 		maps.DeleteFunc(set.identities, func(k bpf.MeshRulesIdentity, _ bpf.MeshWords) bool {
-			_, here := out.identities[k.Identity]
-			return !here && k.Identity != 0
+			return !out.knows(set.id, k.Identity)
 		})
 	}
 	return out
+}
+
+func (r *rules) add(set *ruleset) error {
+	if other, ok := r.sets[set.id]; ok && other.digest != set.digest {
+		return errors.New("two policies have the same number")
+	}
+	r.sets[set.id] = set
+	return nil
 }
 
 // flags says how other pods of the node may reach a workload.

@@ -80,11 +80,14 @@ func (d *Datapath) problems(s PodState, pod *bpf.MeshPod) (out []string) {
 	}
 	inForce := false
 	err := d.node.Do(func() error {
-		inForce = guardInForce(dir, int(pod.Ifindex))
+		inForce = guardHook.inForce(dir, int(pod.Ifindex))
 		return nil
 	})
 	if err != nil || !inForce {
 		out = append(out, "the guard is not attached, or not first")
+	}
+	if _, asked := d.gates.udp.gates.have[pod.Ifindex]; asked && !d.udpInForce(s.UID, pod.Ifindex) {
+		out = append(out, "the filter for UDP is not attached, or not first")
 	}
 	if !d.lookupInForce(s.UID) {
 		out = append(out, "sk_lookup is not attached")
@@ -200,6 +203,9 @@ func (d *Datapath) auditPolicies() error {
 	}
 	for name, n := range drift {
 		d.drifted(name, n)
+	}
+	if err := d.auditUDP(drift); err != nil {
+		return err
 	}
 	for uid, r := range d.pods {
 		var now bpf.MeshPod
