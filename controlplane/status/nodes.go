@@ -185,6 +185,11 @@ func annotation(p *node.PodStatus) string {
 	return ""
 }
 
+// untried reports whether the node knows that the pod is to be captured and has not got to it.
+func untried(p *node.PodStatus) bool {
+	return p.Redirection == node.PodStatus_REDIRECTION_PENDING && p.Reason == ""
+}
+
 func (w *writer) reconcile(ctx context.Context, now time.Time) {
 	reported := map[string]bool{}
 	for _, p := range w.last.Pods {
@@ -193,7 +198,9 @@ func (w *writer) reconcile(ctx context.Context, now time.Time) {
 		if !ok || have.UID != p.Uid || have.Node != w.node {
 			continue // gone, or not this node's to speak of
 		}
-		w.write(ctx, have, annotation(p))
+		if have.Redirection != "" || !untried(p) { // a moment later there is something to say
+			w.write(ctx, have, annotation(p))
+		}
 		w.tell(have, p)
 	}
 	seen := map[string]bool{}

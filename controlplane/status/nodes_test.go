@@ -132,6 +132,23 @@ func TestAnnotationFollowsTheReport(t *testing.T) {
 	}
 }
 
+// TestUntriedPods: that a node has not got to a pod yet is no news, unless the pod is said to be captured.
+func TestUntriedPods(t *testing.T) {
+	b, now := newBench(t, "ui"), time.Now()
+	untried := &node.PodStatus{Uid: "uid-ui", Namespace: "shop", Name: "ui", Redirection: node.PodStatus_REDIRECTION_PENDING}
+	b.report(untried)
+	if n := b.patches(now); n != 0 || len(b.said) != 0 {
+		t.Errorf("%d writes, events %q", n, b.said)
+	}
+	b.report(captured("ui"))
+	b.patches(now)
+	b.show("ui")
+	b.report(untried) // the node was booted
+	if n := b.patches(now); n != 1 || b.annotation("ui") != "pending" || len(b.said) != 0 {
+		t.Errorf("%d writes, %q, events %q", n, b.annotation("ui"), b.said)
+	}
+}
+
 // TestANodeSpeaksOfItsOwnPods: not of another node's, nor of a pod that has another's name.
 func TestANodeSpeaksOfItsOwnPods(t *testing.T) {
 	b := newBench(t, "ui", "db")

@@ -72,7 +72,7 @@ type Redirection string
 
 const (
 	Enabled  Redirection = "enabled"
-	Pending  Redirection = "pending"  // to be captured, and not yet or not possible: Reason says why
+	Pending  Redirection = "pending"  // to be captured, and not yet or, as Reason says, not possible
 	Disabled Redirection = "disabled" // not captured and not to be
 )
 
@@ -82,7 +82,7 @@ type PodStatus struct {
 	Namespace       string
 	Name            string
 	Redirection     Redirection
-	Reason          string // in words for the operator; empty when enabled
+	Reason          string // in words for the operator; empty when enabled, and when it has not been tried yet
 	OpenConnections int    // that were open at enrolment and are not captured
 	Since           time.Time
 }

@@ -31,7 +31,7 @@ type admission struct {
 type known struct {
 	system     string
 	exempt     []string
-	namespaces map[string]bool // enrolled or not; nil: never heard of
+	namespaces map[string]bool // pods of it are enrolled or not; nil: never heard of
 	synced     bool            // the control plane has named this node's pods
 	pod        *LocalPod       // its record of the pod
 }
@@ -52,7 +52,7 @@ func admit(req cni.Request, k known) admission {
 	case k.namespaces == nil:
 		return admission{answer: answerWait, why: "it is not known yet which namespaces are enrolled: the control plane has not been reached since this node's state was lost"}
 	case k.namespaces[req.Namespace]:
-		return admission{answer: answerWait, why: "namespace " + req.Namespace + " is enrolled, and the control plane has not told this node about the pod"}
+		return admission{answer: answerWait, why: "pods of namespace " + req.Namespace + " are enrolled, and the control plane has not told this node about this one"}
 	case k.synced:
 		return admission{answer: answerWait, brief: true, why: "namespace not enrolled"}
 	default:

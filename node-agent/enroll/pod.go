@@ -113,7 +113,11 @@ func (r *Registry) enrol(ctx context.Context, d LocalPod, sb sandbox) error {
 		// 1, 2, 4 … 32 s; what cannot be captured is looked at again, as its interfaces may change.
 		p.retryAt = time.Now().Add(time.Second << min(p.failures, 5))
 		p.failures++
-		changed = p.set(Pending, err.Error())
+		reason := err.Error()
+		if errors.Is(err, errNoProcess) {
+			reason = "" // nothing is wrong: its processes come with its CNI ADD, or are on their way out
+		}
+		changed = p.set(Pending, reason)
 	}
 	if changed {
 		notify(r.tell)

@@ -295,7 +295,7 @@ func (r *Registry) Statuses() []PodStatus {
 		if d.Enrolled && d.HostNetwork {
 			s.Reason = errHostNetwork.Error()
 		} else if d.Enrolled {
-			s.Redirection, s.Reason = Pending, errNoProcess.Error()
+			s.Redirection, s.Reason = Pending, "" // not tried yet
 		}
 		out = append(out, s)
 	}

@@ -55,6 +55,32 @@ func TestARunningPodIsCapturedWithoutRestart(t *testing.T) {
 	}
 }
 
+// A pod that is about to be captured is no warning to anybody.
+func TestPodsThatHaveNotBeenTriedHaveNothingWrong(t *testing.T) {
+	l := newLab(t)
+	var mu sync.Mutex
+	var said []PodStatus
+	n := l.start(func(c *Config) {
+		c.Report = func(s []PodStatus) { mu.Lock(); defer mu.Unlock(); said = append(said, s...) }
+	})
+	d, _, path := l.pod(1)
+	l.process(100, d, path)
+	created, _, _ := l.pod(2) // its sandbox is being made
+	n.SetPods([]LocalPod{d, created}, true)
+	l.becomes(n, d.UID, Enabled)
+	if s := l.becomes(n, created.UID, Pending); s.Reason != "" {
+		t.Errorf("a pod that waits for its CNI ADD: %+v", s)
+	}
+	l.eventually("both are reported", func() bool { mu.Lock(); defer mu.Unlock(); return len(said) > 1 })
+	mu.Lock()
+	defer mu.Unlock()
+	for _, s := range said {
+		if s.Reason != "" {
+			t.Errorf("reported: %+v", s)
+		}
+	}
+}
+
 func TestPodsThatAreNotToBeCapturedAreLeftAlone(t *testing.T) {
 	l := newLab(t)
 	n := l.start()
@@ -119,7 +145,7 @@ func TestAPodOfAnEnrolledNamespaceWaitsUntilItIsKnown(t *testing.T) {
 	n.SetPods(nil, true)
 	d, _, path := l.pod(1)
 	_, err := add(n, d, path, "c")
-	if err == nil || !strings.Contains(err.Error(), "shop is enrolled") {
+	if err == nil || !strings.Contains(err.Error(), "pods of namespace shop are enrolled") {
 		t.Fatalf("got %v", err)
 	}
 	time.AfterFunc(100*time.Millisecond, func() { n.SetPods([]LocalPod{d}, true) })

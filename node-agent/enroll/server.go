@@ -1,6 +1,7 @@
 package enroll
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -222,7 +223,7 @@ func (r *Registry) Check(_ context.Context, req cni.Request) (cni.Response, erro
 	if p == nil || p.status.Redirection != Enabled {
 		why := errNoProcess.Error()
 		if p != nil {
-			why = p.status.Reason
+			why = cmp.Or(p.status.Reason, why)
 		}
 		return cni.Response{}, fmt.Errorf("pod %s/%s is not captured: %s", req.Namespace, req.Name, why)
 	}

@@ -10,8 +10,8 @@ import (
 	"slices"
 )
 
-// LastKnown is what the plugin may rely on while the agent is away: which namespaces were enrolled when the
-// agent last heard from the control plane. The agent is its only writer.
+// LastKnown is what the plugin may rely on while the agent is away: in which namespaces pods were enrolled,
+// by the namespace's label or their own, when the agent last heard from the control plane. The agent is its only writer.
 type LastKnown struct {
 	Version    int      `json:"version"`
 	Namespaces []string `json:"enrolledNamespaces"`

@@ -139,7 +139,7 @@ func (p Plugin) admit(ctx context.Context, c *netConf, req Request) error {
 		fmt.Fprintf(p.Stderr, "%s: pod %s/%s starts: its namespace was not enrolled when the node agent was last there: %v\n", PluginType, req.Namespace, req.Name, err)
 		return nil
 	}
-	why := fmt.Sprintf("pod of enrolled namespace %s waits", req.Namespace)
+	why := fmt.Sprintf("the pod waits, since pods of namespace %s are enrolled", req.Namespace)
 	if kerr != nil {
 		why = fmt.Sprintf("pod of namespace %s waits, since nobody can tell whether it is enrolled (%v)", req.Namespace, kerr)
 	}

@@ -116,7 +116,7 @@ func TestWhoMayStartWithoutTheAgent(t *testing.T) {
 		says              string
 	}{
 		{"not enrolled, agent away", "other", absent, state, true, ""},
-		{"enrolled, no socket", "shop", absent, state, false, "pod of enrolled namespace shop waits"},
+		{"enrolled, no socket", "shop", absent, state, false, "the pod waits, since pods of namespace shop are enrolled"},
 		{"enrolled, nobody at the socket", "shop", refuses, state, false, "warren node agent is not answering at"},
 		{"enrolled, agent killed while it answers", "shop", dies, state, false, "warren node agent is not answering at"},
 		{"enrolled, the agent says wait", "shop", no, state, false, "the agent's own reason"},
