@@ -325,7 +325,8 @@ func (x *LocalPod) GetNode() string {
 	return ""
 }
 
-// Namespace tells whether new pods of a namespace are to be captured unless they say otherwise.
+// Namespace tells whether new pods of a namespace may have to be captured: it is enrolled, or pods of it are by their
+// own labels. None starts before a node knows what becomes of it.
 // Type type.googleapis.com/warren.node.v1.Namespace, resource name: the namespace's name.
 type Namespace struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`

@@ -65,6 +65,24 @@ func (x *Index) setPod(k key, f *podFact) {
 	if old != nil || f != nil {
 		x.touch(Pod, k)
 	}
+	x.countLabelled(k.Namespace, old, f)
+}
+
+// countLabelled keeps count of a namespace's pods that are enrolled by their own label: others like them may come.
+func (x *Index) countLabelled(ns string, old, f *podFact) {
+	before := x.labelled[ns]
+	if old != nil && old.ownLabel() {
+		x.labelled[ns]--
+	}
+	if f != nil && f.ownLabel() {
+		x.labelled[ns]++
+	}
+	if (before > 0) != (x.labelled[ns] > 0) {
+		x.dirtyNamespaces[ns] = struct{}{}
+	}
+	if x.labelled[ns] == 0 {
+		delete(x.labelled, ns)
+	}
 }
 
 func (x *Index) touchClaimants(a netip.Addr) {

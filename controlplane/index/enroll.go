@@ -93,6 +93,11 @@ func (c *compiled) decide(ns *namespaceFact, pod PodTraits) Decision {
 	return d
 }
 
+// ownLabel reports whether the pod is enrolled whatever its namespace says.
+func (f *podFact) ownLabel() bool {
+	return f.labels[labelMode] == modeAmbient && !f.hostNetwork && !f.sidecar
+}
+
 // namespaceMode is what a namespace's own label says about pods without one.
 func namespaceMode(l map[string]string) (bool, EnrolReason) {
 	switch v := l[labelMode]; v {
@@ -108,7 +113,8 @@ func namespaceMode(l map[string]string) (bool, EnrolReason) {
 }
 
 // namespaceEnrolled tells whether a new pod of the namespace about which nothing else is known has to be
-// captured before it runs. It errs towards yes: an enablement selector on pods may pick any of them.
+// captured before it runs, as far as labels of namespaces decide. It errs towards yes: an enablement selector on pods
+// may pick any of them.
 func (c *compiled) namespaceEnrolled(ns *namespaceFact) bool {
 	if ok, _ := namespaceMode(ns.labels); ok {
 		return true

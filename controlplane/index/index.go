@@ -68,7 +68,8 @@ const (
 	PodFinished    = podFinished
 )
 
-// NamespaceState says whether new pods of a namespace are captured unless they say otherwise.
+// NamespaceState says whether new pods of a namespace may have to be captured, so that none starts before that is
+// known of it.
 type NamespaceState struct {
 	Name     string
 	Enrolled bool
@@ -114,6 +115,7 @@ type Index struct {
 	podsByNode map[string]map[key]struct{}
 	podsByAddr map[netip.Addr]map[key]struct{} // but for those on the host network
 	namespaces map[string]*namespaceFact
+	labelled   map[string]int // pods of a namespace that are enrolled by their own label
 	nodes      map[string]*nodeFact
 	inside     map[netip.Addr]int                 // how many nodes have it, see nodeFact
 	services   map[string]map[string]*serviceFact // by namespace and name
@@ -165,6 +167,7 @@ func New(cfg Config) (*Index, error) {
 		podsByNode:      map[string]map[key]struct{}{},
 		podsByAddr:      map[netip.Addr]map[key]struct{}{},
 		namespaces:      map[string]*namespaceFact{},
+		labelled:        map[string]int{},
 		nodes:           map[string]*nodeFact{},
 		inside:          map[netip.Addr]int{},
 		services:        map[string]map[string]*serviceFact{},
@@ -423,7 +426,7 @@ func (x *Index) commitNamespaces(u *Update) {
 			x.notice(u, nk, "", "", "")
 			continue
 		}
-		next := &NamespaceState{Name: name, Enrolled: x.c.namespaceEnrolled(ns)}
+		next := &NamespaceState{Name: name, Enrolled: x.c.namespaceEnrolled(ns) || x.labelled[name] > 0}
 		if old := x.nsStates[name]; old == nil || *old != *next {
 			x.nsStates[name] = next
 			u.Namespaces[name] = next

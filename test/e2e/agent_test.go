@@ -254,6 +254,12 @@ func TestPodsWaitForTheAgent(t *testing.T) {
 	}
 	ns := namespace(t, "e2e-wait", ambient)
 	free := namespace(t, "e2e-wait-free")
+	some := namespace(t, "e2e-wait-some") // where pods are enrolled one by one
+	labelled := func(name string) lab.PodSpec {
+		return lab.PodSpec{Namespace: some, Name: name, Node: nodes[0], Labels: map[string]string{lab.Label: "ambient"}, Args: []string{"sleep"}}
+	}
+	must(t, mesh.Run(t.Context(), labelled("before")))
+	must(t, mesh.AwaitReady(t.Context(), some, time.Minute))
 	// The node has heard of the namespace when it captures a pod of it.
 	deploy(t, ns, true, client(ns, "before", nodes[0]))
 	// No agent can be scheduled while the DaemonSet wants a node that does not exist.
@@ -281,16 +287,20 @@ func TestPodsWaitForTheAgent(t *testing.T) {
 		return err
 	}))
 	must(t, mesh.Run(t.Context(), lab.PodSpec{Namespace: ns, Name: "waits", Node: nodes[0], Args: []string{"sleep"}},
-		lab.PodSpec{Namespace: free, Name: "starts", Node: nodes[0], Args: []string{"sleep"}}))
+		labelled("waits"), lab.PodSpec{Namespace: free, Name: "starts", Node: nodes[0], Args: []string{"sleep"}}))
 	must(t, mesh.AwaitReady(t.Context(), free, time.Minute))
-	must(t, held(t.Context(), ns, "waits"))
-	if p := pod(t, ns, "waits"); p.Phase != "Pending" {
-		t.Errorf("a pod of an enrolled namespace is %s without an agent", p.Phase)
+	for _, ns := range []string{ns, some} {
+		must(t, held(t.Context(), ns, "waits"))
+		if p := pod(t, ns, "waits"); p.Phase != "Pending" {
+			t.Errorf("a pod of namespace %s is %s without an agent", ns, p.Phase)
+		}
 	}
 	patch(`{"spec":{"template":{"spec":{"nodeSelector":{"nowhere":null}}}}}`)
-	must(t, mesh.AwaitReady(t.Context(), ns, 2*time.Minute))
-	if p := pod(t, ns, "waits"); p.Redirection() != "enabled" {
-		t.Errorf("it then runs with redirection=%q", p.Redirection())
+	for _, ns := range []string{ns, some} {
+		must(t, mesh.AwaitReady(t.Context(), ns, 2*time.Minute))
+		if p := pod(t, ns, "waits"); p.Redirection() != "enabled" {
+			t.Errorf("the pod of namespace %s then runs with redirection=%q", ns, p.Redirection())
+		}
 	}
 }
 
