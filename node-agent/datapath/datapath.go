@@ -89,6 +89,7 @@ type Datapath struct {
 	kernel   bpf.MeshObjects
 	canReset bool // of the kernel: it ends connections on request
 	index    atomic.Pointer[eventIndex]
+	schemas  schemas
 
 	mu    sync.Mutex // one writer of the kernel's state; guards what follows
 	pods  map[string]record
@@ -116,6 +117,7 @@ type record struct {
 func Open(ctx context.Context, cfg Config) (*Datapath, error) {
 	d := &Datapath{cfg: cfg.withDefaults(), pods: map[string]record{}, given: map[string]Pod{}, drift: map[string]uint64{}}
 	d.dir = filepath.Join(d.cfg.Dir, bpf.Schema)
+	d.schemas.dir, d.schemas.own = d.cfg.Dir, bpf.Schema
 	if err := d.open(ctx); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("open the data path: %w", err)
@@ -140,6 +142,9 @@ func (d *Datapath) open(ctx context.Context) (err error) {
 		return err
 	}
 	if err := d.load(); err != nil {
+		return err
+	}
+	if err := d.schemas.find(); err != nil {
 		return err
 	}
 	d.gates = newGatekeeper(&d.kernel)
@@ -220,7 +225,7 @@ func (d *Datapath) Close() error {
 	if d.stopEvents != nil {
 		d.stopEvents()
 	}
-	err := d.kernel.Close()
+	err := errors.Join(d.kernel.Close(), d.schemas.close())
 	if d.ownsNode && d.node != nil {
 		err = errors.Join(err, d.node.Close())
 		d.ownsNode = false
@@ -248,6 +253,7 @@ func (d *Datapath) Yield() error {
 	if d.stopEvents != nil {
 		d.stopEvents()
 	}
+	d.schemas.yielded.Store(true)
 	err := d.lock.Close()
 	d.lock = nil
 	return err

@@ -388,33 +388,6 @@ func (d *Datapath) Prune(keep func(uid string) bool) error {
 	return errors.Join(append(errs, d.pruneSchemas())...)
 }
 
-// pruneSchemas removes what an agent of another version has pinned: by now every pod is enrolled in this one's
-// maps. Until then its programs hold as well, so that nothing leaks; only the agent's own connections may fail
-// meanwhile, since they do not know its sockets.
-func (d *Datapath) pruneSchemas() error {
-	entries, err := os.ReadDir(d.cfg.Dir)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for _, e := range entries {
-		if e.Name() == bpf.Schema {
-			continue
-		}
-		dir := filepath.Join(d.cfg.Dir, e.Name())
-		d.cfg.Log.Info("removing the data path of another version", "dir", dir)
-		pods, _ := os.ReadDir(filepath.Join(dir, "enrolled"))
-		for _, p := range pods {
-			errs = append(errs, removePins(filepath.Join(dir, "enrolled", p.Name())))
-		}
-		for _, a := range d.attachments() {
-			errs = append(errs, unpin(filepath.Join(dir, a.name)))
-		}
-		errs = append(errs, os.RemoveAll(dir))
-	}
-	return errors.Join(errs...)
-}
-
 // updatePodLinks points the links of all enrolled pods at this process's programs.
 func (d *Datapath) updatePodLinks() error {
 	for uid, r := range d.pods {

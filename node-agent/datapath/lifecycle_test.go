@@ -362,17 +362,46 @@ func TestAuditPutsTheGuardFirst(t *testing.T) {
 	}
 }
 
-// An upgrade to another layout of the maps: the old pins go once every pod is enrolled in the new ones.
-func TestPruneRemovesOtherSchemas(t *testing.T) {
+// An upgrade to another layout of the maps: the old pins go once every pod is enrolled in the new ones. No
+// connection fails meanwhile, whether the old agent carries it or the new one.
+func TestUpgradeToAnotherSchema(t *testing.T) {
 	l := enrolled(t)
-	check(t, l.dp.Close())
+	var loads []*load
+	for _, dst := range []netip.AddrPort{netip.AddrPortFrom(vip4, servicePort), netip.AddrPortFrom(vip6, servicePort)} {
+		loads = append(loads, l.ui.load(dst, clientIsSeen))
+	}
+	agents := func(more int64) {
+		t.Helper()
+		for _, x := range loads {
+			n := x.made.Load()
+			eventually(t, "connections are made", func() bool { return x.made.Load() >= n+more })
+		}
+	}
+	agents(5)
+	predecessor := l.dp
+	defer predecessor.Close()
+	check(t, predecessor.Yield())
 	old := filepath.Join(l.cfg.Dir, "v0")
 	check(t, os.Rename(l.dp.dir, old))
+	predecessor.schemas.own = "v0"
 	l.open()
+	l.dialer.Store(predecessor) // which goes on accepting
+	agents(20)
 	l.ui.enroll()
 	l.cat.enroll()
+	agents(20)
 	check(t, l.dp.SetDestinations(l.destinations()))
+	agents(20)
+	l.dialer.Store(l.dp)
+	agents(20)
 	check(t, l.dp.Prune(func(string) bool { return true }))
+	agents(20)
+	for _, x := range loads {
+		x.end()
+		if x.wrong.Load() > 0 {
+			t.Errorf("%d of %d connections failed, the first: %v", x.wrong.Load(), x.made.Load(), x.first)
+		}
+	}
 	if _, err := os.Stat(old); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%s: %v", old, err)
 	}

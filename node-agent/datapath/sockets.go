@@ -101,7 +101,7 @@ func (d *Datapath) Tag(fd int) error {
 	if err := d.kernel.AgentSockets.Put(uint32(fd), uint32(1)); err != nil {
 		return fmt.Errorf("tag socket: %w", err)
 	}
-	return nil
+	return d.schemas.tag(fd)
 }
 
 // Dial connects from inside a pod's namespace as the agent: to a peer's tunnel port or, on passthrough, to
