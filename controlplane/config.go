@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes"
@@ -174,6 +175,12 @@ func (c Config) withConfigMap(ctx context.Context, kube kubernetes.Interface) (C
 	if err != nil {
 		return c, fmt.Errorf("read the mesh configuration from ConfigMap %s/%s: %w", c.Namespace, name, err)
 	}
+	return c.configured(cm)
+}
+
+// configured is c with what the ConfigMap says.
+func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
+	name := cm.Name
 	var m meshFile
 	if err := yaml.Unmarshal([]byte(cm.Data["mesh"]), &m); err != nil {
 		return c, fmt.Errorf("ConfigMap %s/%s, key mesh: %w", c.Namespace, name, err)

@@ -76,15 +76,6 @@ type controlPlane struct {
 	ready    atomic.Bool // everything that exists has been read, and there is a key
 }
 
-// Run serves until ctx ends or something fails that a restart has to repair.
-func Run(ctx context.Context, cfg Config, clients Clients) error {
-	cp, err := newControlPlane(ctx, cfg, clients)
-	if err != nil {
-		return err
-	}
-	return cp.run(ctx)
-}
-
 func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*controlPlane, error) {
 	cfg = cfg.Defaults()
 	cfg, err := cfg.withConfigMap(ctx, clients.Kube)

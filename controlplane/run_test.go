@@ -13,6 +13,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -453,4 +454,82 @@ func TestInjectionLabelIsExplained(t *testing.T) {
 
 func TestMain(m *testing.M) {
 	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("k8s.io/klog/v2.(*flushDaemon).run.func1"))
+}
+
+// A change of the mesh's ConfigMap takes effect by itself, and one that is wrong takes none.
+func TestTheMeshConfigurationIsFollowed(t *testing.T) {
+	config := func(warren string) *corev1.ConfigMap {
+		return &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "istio"}, Data: map[string]string{"warren": warren}}
+	}
+	kube := fake.NewClientset(config("clusterID: one"), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "istio-system"}})
+	said := &lines{}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- Run(ctx, Config{Log: slog.New(slog.NewTextHandler(said, nil))}, Clients{Kube: kube, Istio: istiofake.NewSimpleClientset()})
+	}()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("run: %v", err)
+		}
+	}()
+	c := &cluster{T: t}
+	heard := func(what string, n int) {
+		t.Helper()
+		c.eventually(what, func() bool { return said.count(what) >= n })
+	}
+	heard("state of the cluster read", 1)
+	for _, step := range []struct {
+		warren, says string
+		starts       int
+	}{
+		{"sameNode: anything", "mesh configuration refused", 1},
+		{"clusterID: one\nsameNode: kernel", "the mesh configuration has changed", 2},
+	} {
+		if _, err := kube.CoreV1().ConfigMaps("istio-system").Update(t.Context(), config(step.warren), metav1.UpdateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		heard(step.says, 1)
+		heard("state of the cluster read", step.starts)
+		if n := said.count("state of the cluster read"); n != step.starts {
+			t.Errorf("%q: started %d times", step.warren, n)
+		}
+	}
+	if err := kube.CoreV1().ConfigMaps("istio-system").Delete(t.Context(), "istio", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-done:
+		done <- err
+		t.Fatalf("ended without the ConfigMap: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	if n := said.count("state of the cluster read"); n != 2 {
+		t.Errorf("started %d times", n)
+	}
+}
+
+// lines is a log that is read while it is written.
+type lines struct {
+	mu  sync.Mutex
+	all []string
+}
+
+func (l *lines) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.all = append(l.all, string(b))
+	return len(b), nil
+}
+
+func (l *lines) count(with string) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, s := range l.all {
+		if strings.Contains(s, with) {
+			n++
+		}
+	}
+	return n
 }
