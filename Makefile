@@ -34,6 +34,7 @@ soak: export WARREN_RECORD = 1
 soak: deps                      # the suites with the numbers of a long run
 	@go test -count=1 -v -timeout 1h -run TestPeersThatMustBeRefused ./test/interop -long
 	@go test -count=1 -v -timeout 1h ./test/reference -long
+	@go test -count=1 -v -timeout 1h ./test/images -long
 	@go test -count=1 -v -timeout 1h -run TestValidationIsIstiods ./test/interop -istiod=build
 	@go test -count=1 -v -timeout 2h -run 'TestPolicyDifferential|TestKernelVerdictCost' ./node-agent/datapath -cases 1000000
 	@cd test/e2e && go test -count=1 -v -timeout 6h . -long

@@ -8,6 +8,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"os"
@@ -31,6 +32,23 @@ type step struct {
 type result struct {
 	passed, failed, skipped int
 	detail                  string // printed when something failed
+	slow                    []timed
+}
+
+// timed is a test and what it took.
+type timed struct {
+	name    string
+	seconds float64
+}
+
+// slowest names the tests that a stage spends its time with.
+func (r result) slowest() string {
+	slices.SortFunc(r.slow, func(a, b timed) int { return cmp.Compare(b.seconds, a.seconds) })
+	var out []string
+	for _, t := range r.slow[:min(10, len(r.slow))] {
+		out = append(out, fmt.Sprintf("%s %.0f s", t.name, t.seconds))
+	}
+	return strings.Join(out, ", ")
 }
 
 type stage struct {
@@ -80,6 +98,9 @@ func main() {
 				verdict = "FAILED"
 			}
 			fmt.Printf("%-6s  %-32s %4d passed %3d failed %3d skipped  %6.1f s\n", verdict, st.name, r.passed, r.failed, r.skipped, took.Seconds())
+			if s := r.slowest(); s != "" {
+				fmt.Println("        longest: " + s)
+			}
 			if r.detail != "" && r.failed > 0 {
 				fmt.Println(indent(r.detail))
 			}

@@ -98,6 +98,7 @@ func goTest(args ...string) func(context.Context, step) result {
 // event is one line of go test -json.
 type event struct {
 	Action, Package, Test, Output, ImportPath string
+	Elapsed                                   float64 // seconds
 }
 
 // count reads go test's events. The detail is the output of what failed, and why what was skipped was.
@@ -116,6 +117,9 @@ func count(r *bufio.Reader) (result, string) {
 		}
 		key := e.Package + " " + e.Test
 		top := e.Test != "" && !strings.Contains(e.Test, "/")
+		if top && e.Elapsed >= 10 {
+			res.slow = append(res.slow, timed{e.Test, e.Elapsed})
+		}
 		switch e.Action {
 		case "output", "build-output":
 			if e.Action == "build-output" {
