@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 )
 
@@ -28,11 +29,15 @@ type Row struct {
 	Commit   string  `json:"commit"`
 }
 
+// Summed is the unit of a row that has its suite's name and adds up the suite's other rows.
+const Summed = "rows with failures"
+
 // Recording is the environment variable without which Record writes nothing: a test that somebody runs by hand
 // at a small size must not replace what a long run has measured.
 const Recording = "WARREN_RECORD"
 
-// Record replaces, in results/<suite>.json, the rows of the same names.
+// Record replaces, in results/<suite>.json, the rows of the same names. The first row of a suite has the suite's
+// name: its one headline where it records one itself, or the sum of the others.
 func Record(suite string, rows ...Row) error {
 	if os.Getenv(Recording) == "" {
 		return nil
@@ -72,6 +77,7 @@ func update(file string, rows []Row) error {
 			all = append(all, r)
 		}
 	}
+	all = headed(strings.TrimSuffix(filepath.Base(file), ".json"), all)
 	var out bytes.Buffer
 	e := json.NewEncoder(&out)
 	e.SetEscapeHTML(false)
@@ -84,6 +90,37 @@ func update(file string, rows []Row) error {
 	}
 	_, err = f.WriteAt(out.Bytes(), 0)
 	return err
+}
+
+// headed puts the row that is called as the suite first.
+func headed(suite string, rows []Row) []Row {
+	sum := Row{Name: suite, Unit: Summed}
+	rest := make([]Row, 0, len(rows)+1)
+	for _, r := range rows {
+		if r.Name == suite {
+			if r.Unit != Summed {
+				sum = r
+			}
+			continue
+		}
+		rest = append(rest, r)
+	}
+	if sum.Unit == Summed {
+		commits := map[string]bool{}
+		for _, r := range rest {
+			sum.Inputs += r.Inputs
+			sum.Failures += r.Failures
+			if r.Failures > 0 {
+				sum.Figure++
+			}
+			commits[r.Commit] = true
+			sum.Commit = r.Commit
+		}
+		if len(commits) > 1 {
+			sum.Commit = "several"
+		}
+	}
+	return slices.Insert(rest, 0, sum)
 }
 
 // Read returns the rows of a file; none where it is not there or empty.

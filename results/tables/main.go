@@ -7,7 +7,7 @@
 //	-->
 //	<!-- /results -->
 //
-// Each line of the comment makes rows: one row of a suite, all of them, or one that adds them up under WORDS.
+// Each line of the comment makes rows: one row of a suite, all of them, or under WORDS the one that adds them up.
 // What stands between the comments is replaced. A suite or row that is not there is an error.
 package main
 
@@ -118,23 +118,20 @@ func table(request string, read func(string) ([]results.Row, error)) (string, er
 		}
 		switch {
 		case sum:
-			r := results.Row{Name: words, Commit: rows[0].Commit, Figure: math.NaN()}
-			for _, x := range rows {
-				r.Inputs += x.Inputs
-				r.Failures += x.Failures
-				if x.Commit != r.Commit {
-					r.Commit = "several"
-				}
+			r, err := row(suite, rows, suite)
+			if err != nil {
+				return "", err
 			}
+			r.Name, r.Figure = words, math.NaN()
 			all = append(all, r)
 		case name == "":
-			all = append(all, rows...)
+			all = append(all, slices.DeleteFunc(rows, func(r results.Row) bool { return r.Unit == results.Summed })...)
 		default:
-			i := slices.IndexFunc(rows, func(r results.Row) bool { return r.Name == name })
-			if i < 0 {
-				return "", fmt.Errorf("results/%s.json has no row %q", suite, name)
+			r, err := row(suite, rows, name)
+			if err != nil {
+				return "", err
 			}
-			all = append(all, rows[i])
+			all = append(all, r)
 		}
 	}
 	var b bytes.Buffer
@@ -143,6 +140,15 @@ func table(request string, read func(string) ([]results.Row, error)) (string, er
 		fmt.Fprintf(&b, "| %s | %d | %d | %s | %s |\n", strings.ReplaceAll(r.Name, "|", `\|`), r.Inputs, r.Failures, measured(r), r.Commit)
 	}
 	return b.String(), nil
+}
+
+// row is the row of that name.
+func row(suite string, rows []results.Row, name string) (results.Row, error) {
+	i := slices.IndexFunc(rows, func(r results.Row) bool { return r.Name == name })
+	if i < 0 {
+		return results.Row{}, fmt.Errorf("results/%s.json has no row %q", suite, name)
+	}
+	return rows[i], nil
 }
 
 // measured is a figure with three digits that count, and its unit.
