@@ -71,6 +71,9 @@ func dump(x *Index) string {
 			}
 		}
 	}
+	if ns := s.Config().UDPNamespaces; len(ns) > 0 {
+		line("policies apply to UDP of %v", ns)
+	}
 	for _, k := range sortedKeys(keySet(x.locals)) {
 		p := x.locals[k]
 		line("pod %s/%s %s on %s: enrolled %t (%s) strict %t phase %d", p.Namespace, p.Name, p.UID, p.Node, p.Enrolled, p.Reason, p.Strict, p.Phase)
@@ -360,7 +363,8 @@ func drawObject(t *rapid.T) (ref, any) {
 		n := &corev1.Namespace{}
 		n.Name = pick(t, "namespace", "a", "b", "istio-system")
 		n.Labels = pick(t, "labels", nil, map[string]string{labelMode: "ambient"}, map[string]string{labelMode: "odd"},
-			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"}, map[string]string{labelWaypoint: "w"})
+			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"}, map[string]string{labelWaypoint: "w"},
+			map[string]string{labelUDP: udpEnforce}, map[string]string{labelUDP: "odd"})
 		n.Annotations = pick(t, "annotations", nil, map[string]string{annotationTrafficDistribution: "PreferClose"})
 		return ref{kind, key{"", n.Name}}, n
 	case Service:

@@ -181,8 +181,12 @@ func TestCheck(t *testing.T) {
 		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "old"}, Status: corev1.NodeStatus{NodeInfo: corev1.NodeSystemInfo{KernelVersion: "5.15.0-1", OperatingSystem: "linux"}}},
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "typo", Labels: map[string]string{modeLabel: "ambiant"}}},
 		&appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Namespace: "other", Name: "ztunnel", Labels: map[string]string{"app": "ztunnel"}}})
+	broken = append(broken,
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "udp", Labels: map[string]string{modeLabel: "ambient", udpLabel: udpEnforce}}},
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "udp-typo", Labels: map[string]string{modeLabel: "ambient", udpLabel: "yes"}}})
 	code, out, _ = run(t, broken, "check")
-	for _, want := range []string{"old (5.15.0-1)", "ambiant, which means nothing", "other/ztunnel"} {
+	for _, want := range []string{"old (5.15.0-1)", "ambiant, which means nothing", "other/ztunnel", "udp-typo has warren.io/udp-policy=yes, which means nothing",
+		"UDP: of shop, udp-typo neither encrypted nor filtered, as in Istio; of udp filtered by identity, not encrypted"} {
 		if !strings.Contains(out, want) {
 			t.Errorf("check does not mention %q:\n%s", want, out)
 		}

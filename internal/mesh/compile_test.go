@@ -81,6 +81,15 @@ func TestCompile(t *testing.T) {
 	if _, err := build(w, policy("d", ScopeWorkload, Deny, big)).Compile(w.UID, ip("10.0.0.1")); err == nil {
 		t.Error("more terms than there is room for are compiled")
 	}
+	strict := policy("istio_converted_static_strict", ScopeMesh, Deny, Rule{Clauses: []Clause{{Matches: []Match{{NotPrincipals: []StringMatch{{Kind: MatchPresence}}}}}}})
+	plain := *w
+	plain.Policies = nil
+	s = build(&plain, strict)
+	tcp, err := s.Compile(w.UID, ip("10.0.0.1"))
+	udp, err2 := s.CompileUDP(w.UID, ip("10.0.0.1"))
+	if err != nil || err2 != nil || tcp.Decide(Identity{}, ip("10.0.0.9"), 80).Allow || !udp.Decide(Identity{}, ip("10.0.0.9"), 80).Allow {
+		t.Errorf("STRICT is for connections, not for datagrams: %v, %v", err, err2)
+	}
 	if gone, _ := build(w).Compile(w.UID, ip("10.0.0.1")); gone == nil || gone.Decide(Identity{}, ip("10.0.0.9"), 80).Allow {
 		t.Error("a policy that is not there does not deny")
 	}

@@ -152,7 +152,7 @@ func parts(a *security.Authorization) (n int) {
 func FuzzNodeResources(f *testing.F) {
 	marshalled(f, EncodeLocalPod(LocalPod{UID: "u", Namespace: "shop", Name: "ui", ServiceAccount: "ui", Node: "n", Addrs: []netip.Addr{netip.MustParseAddr("fd00::1")},
 		Enrolled: true, Strict: true, State: PodRunning}), &node.LocalPod{Uid: "u", State: 99}, &node.LocalPod{Uid: "u", Namespace: "a", Name: "b", Addresses: [][]byte{{1}}},
-		EncodeNamespace("shop", true), EncodeConfig(mesh.Config{TrustDomain: "cluster.local", TrustDomainAliases: []string{"old"}, RootNamespace: "istio-system"}),
+		EncodeNamespace("shop", true), EncodeConfig(mesh.Config{TrustDomain: "cluster.local", TrustDomainAliases: []string{"old"}, RootNamespace: "istio-system", UDPNamespaces: []string{"shop"}}),
 		&node.MeshConfig{SameNode: 77, TrustDomain: "a"})
 	f.Fuzz(func(t *testing.T, data []byte) {
 		var pod node.LocalPod

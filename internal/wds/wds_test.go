@@ -180,6 +180,7 @@ func TestDecodeUndoesEncode(t *testing.T) {
 		c := mesh.Config{
 			TrustDomain: g.word(), TrustDomainAliases: some(g, 2, g.word), Cluster: g.word(), ClusterDomain: g.word(),
 			Network: g.word(), RootNamespace: g.word(), ControlRevision: g.word(), SameNode: mesh.SameNode(g.n(2)),
+			UDPNamespaces: slices.Compact(slices.Sorted(slices.Values(some(g, 2, g.word)))),
 		}
 		gotC, err := DecodeConfig(wire(t, EncodeConfig(c), &node.MeshConfig{}))
 		if err != nil || !gotC.Equal(c) {
