@@ -244,6 +244,7 @@ func (d *Datapath) applyPolicies() error {
 			return err
 		}
 		g.read = true
+		g.udp.touchAll()
 	}
 	pods := slices.Collect(maps.Values(d.given))
 	g.udp.follow(g.compiler.s, d.asksForUDP(g.compiler.s))

@@ -79,6 +79,7 @@ type datagrams struct {
 
 	kept    map[uint64]bool   // rulesets of pods that an earlier process enrolled and this one not yet
 	hooked  map[string]uint32 // interface by UID
+	open    map[string]bool   // pods whose UDP was not filtered at the last applyUDP
 	tables  map[uint32]bool   // slots that have tables of their own
 	bridges map[uint32]uint32 // that interfaces are ports of
 }
@@ -88,7 +89,7 @@ func newDatagrams(k *bpf.MeshObjects) datagrams {
 		gates:   newTable[uint32, bpf.MeshUdpGate]("udp_gates", k.UdpGates),
 		sources: newTable[bpf.MeshAddr, bpf.MeshUdpSource]("udp_sources", k.UdpSources),
 		pods:    map[netip.Addr]mesh.Identity{}, known: map[mesh.Identity]int{}, pending: map[netip.Addr]struct{}{},
-		kept: map[uint64]bool{}, hooked: map[string]uint32{}, tables: map[uint32]bool{}, bridges: map[uint32]uint32{},
+		kept: map[uint64]bool{}, hooked: map[string]uint32{}, open: map[string]bool{}, tables: map[uint32]bool{}, bridges: map[uint32]uint32{},
 	}
 }
 
@@ -265,6 +266,7 @@ func (d *Datapath) applyUDP(broken map[uint64]bool) error {
 		}
 		want, asks := g.wanted.udp[uid]
 		if !asks {
+			u.open[uid] = true
 			continue
 		}
 		for _, id := range []*uint64{&want.v4, &want.v6} {
@@ -309,7 +311,7 @@ func (d *Datapath) attachUDP(asking map[string]uint32) error {
 			continue
 		}
 		if !d.udpInForce(uid, ifindex) {
-			if !settled {
+			if u.open[uid] && !settled {
 				time.Sleep(settle)
 				settled = true
 			}
@@ -319,6 +321,7 @@ func (d *Datapath) attachUDP(asking map[string]uint32) error {
 			}
 		}
 		u.hooked[uid] = ifindex
+		delete(u.open, uid)
 	}
 	return errors.Join(errs...)
 }
@@ -380,6 +383,7 @@ func (d *Datapath) forgetUDPFlows(slot uint32) error {
 func (d *Datapath) releaseUDP(uid string, r record) error {
 	u := &d.gates.udp
 	delete(u.hooked, uid)
+	delete(u.open, uid)
 	errs := []error{d.forgetUDPFlows(r.pod.Slot)}
 	if !d.interfaceShared(uid, r.pod.Ifindex) {
 		delete(u.bridges, r.pod.Ifindex)

@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/netip"
 	"os/exec"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/warrenmesh/warren/bpf"
@@ -537,6 +537,9 @@ func TestUDPSurvivesTheAgent(t *testing.T) {
 	holds("without an agent")
 	l.open()
 	l.up.Unlock()
+	// A pod that has gone while there was no agent.
+	gone := kernelAddr(netip.MustParseAddr("10.99.0.1"))
+	check(t, l.dp.kernel.UdpSources.Put(gone, bpf.MeshUdpSource{Identity: 1}))
 	holds("with a new agent that knows nothing")
 	l.counted(map[string]int{"udp_answer": 1}, func() { check(t, l.outside.sendRaw(late())) })
 	l.setUDP(rule(mesh.Allow, "a", account("ui"))) // before any pod is enrolled again
@@ -546,6 +549,9 @@ func TestUDPSurvivesTheAgent(t *testing.T) {
 		holds("with " + h.name + " enrolled again")
 	}
 	l.counted(map[string]int{"udp_answer": 1}, func() { check(t, l.outside.sendRaw(late())) })
+	if err := l.dp.kernel.UdpSources.Lookup(gone, new(bpf.MeshUdpSource)); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Errorf("the address of a pod that has gone: %v", err)
+	}
 	l.setUDP(rule(mesh.Allow, "a", account("nobody")))
 	if l.ui.reaches(cat, false) {
 		t.Error("the new agent's policies do not hold")
@@ -624,6 +630,43 @@ func TestUDPEvents(t *testing.T) {
 	}
 }
 
+// On a bridge, what the node routes between two of its ports comes by the bridge; what comes by any other interface still
+// does not pass for a pod's.
+func TestUDPOnABridge(t *testing.T) {
+	l := udpLab(t)
+	check(t, l.node.Do(func() error {
+		bridge := &netlink.Bridge{LinkAttrs: netlink.LinkAttrs{Name: "br0"}}
+		if err := errors.Join(netlink.LinkAdd(bridge), netlink.LinkSetUp(bridge)); err != nil {
+			return err
+		}
+		for _, h := range []*host{l.ui, l.cat} {
+			veth, err := netlink.LinkByIndex(h.nodeIndex)
+			if err != nil {
+				return err
+			}
+			if err := netlink.LinkSetMaster(veth, bridge); err != nil {
+				return err
+			}
+			for _, a := range []netip.Addr{h.v4, h.v6} {
+				if err := errors.Join(netlink.RouteDel(&netlink.Route{LinkIndex: h.nodeIndex, Dst: hostNet(a), Scope: netlink.SCOPE_LINK}),
+					netlink.RouteAdd(&netlink.Route{LinkIndex: bridge.Index, Dst: hostNet(a), Scope: netlink.SCOPE_LINK})); err != nil {
+					return err
+				}
+			}
+		}
+		return errors.Join(addAddr(bridge, gateway4), addAddr(bridge, gateway6))
+	}))
+	must(l.dp.Audit())
+	l.setUDP(rule(mesh.Allow, "a", account("ui")))
+	for i, dst := range l.cat.addrs(dnsPort) {
+		if !l.ui.reaches(dst, true) {
+			t.Errorf("%s is not reached over the bridge", dst)
+		}
+		ui := netip.AddrPortFrom(l.ui.addrs(0)[i].Addr(), 4444)
+		l.counted(map[string]int{"udp_denied_source": 1}, func() { check(t, l.outside.sendRaw(udpPacket(ui, dst, "spoofed"))) })
+	}
+}
+
 // translate has the node send what is for a service's address to one server, as kube-proxy does.
 func (l *lab) translate(service netip.Addr, server netip.AddrPort) bool {
 	l.t.Helper()
@@ -636,122 +679,4 @@ func nft(script string) error {
 	cmd := exec.Command("nft", "-f", "-")
 	cmd.Stdin = strings.NewReader(script)
 	return cmd.Run()
-}
-
-// Random policies and real datagrams: what the kernel does with them is what the compiled form says, and the reference.
-func TestUDPDifferential(t *testing.T) {
-	l := enrolled(t)
-	outside := l.outside.spread(t, "10.88.0.3", "10.88.0.4", "fd88::3", "fd88::9")
-	for i, id := range diceIdentities { // pods that are only there to have the identities known
-		uid := fmt.Sprint("identity", i)
-		l.dp.given[uid] = Pod{UID: uid, Identity: id}
-	}
-	sockets := map[netip.Addr]int{}
-	check(t, l.ui.as(func() error { return bindAll(sockets, l.ui.v4, l.ui.v6) }))
-	check(t, l.outside.as(func() error { return bindAll(sockets, outside...) }))
-	t.Cleanup(func() {
-		for _, fd := range sockets {
-			unix.Close(fd)
-		}
-	})
-
-	limit := *cases / 5
-	if testing.Short() {
-		limit = min(limit, 400)
-	}
-	seed := uint64(time.Now().UnixNano())
-	d := dice{rand.New(rand.NewPCG(seed, 0))}
-	done, wrong, denied := 0, 0, 0
-	for done < limit && wrong < 10 {
-		b := mesh.NewBuilder(nil)
-		b.SetConfig(mesh.Config{TrustDomain: "cluster.local", UDPNamespaces: []string{"shop"}})
-		var bound []mesh.PolicyName
-		for i := range d.IntN(7) {
-			p := d.policy(i)
-			b.PutPolicy(p)
-			if p.Scope == mesh.ScopeWorkload && d.IntN(4) > 0 {
-				bound = append(bound, p.Name)
-			}
-		}
-		w := l.cat.workload(bound...)
-		b.PutWorkload(w)
-		b.PutWorkload(l.ui.workload())
-		s := b.Commit(1)
-		check(t, l.dp.SetPolicies(s))
-		compare := func(id mesh.Identity, src netip.Addr, dst netip.AddrPort) {
-			done++
-			before := verdicts(l)
-			if err := unix.Sendto(sockets[src], []byte("x"), 0, sockaddr(dst)); err != nil {
-				t.Fatalf("from %s to %s: %v", src, dst, err)
-			}
-			now := verdicts(l)
-			for end := time.Now().Add(soon); now == before && time.Now().Before(end); now = verdicts(l) {
-			}
-			kernel := now[0] > before[0]
-			if !kernel {
-				denied++
-			}
-			inCompiled := must(s.CompileUDP(w.UID, dst.Addr())).Decide(id, src, dst.Port()).Allow
-			if ref := reference(s, w, id, src, dst); kernel != ref || inCompiled != ref || now[0]+now[1] != before[0]+before[1]+1 {
-				if wrong++; wrong == 1 {
-					for p := range s.Policies() {
-						t.Logf("%+v", *p)
-					}
-				}
-				t.Errorf("seed %d: %q from %s to %s: allowed by the kernel %v (%v, then %v), compiled %v, the reference %v", seed, id, src, dst, kernel, before, now, inCompiled, ref)
-			}
-		}
-		for _, port := range dicePorts {
-			for i, a := range []netip.Addr{l.cat.v4, l.cat.v6} {
-				dst := netip.AddrPortFrom(a, port)
-				src := []netip.Addr{l.ui.v4, l.ui.v6}[i]
-				id := pick(d, diceIdentities...)
-				check(t, l.dp.kernel.UdpSources.Put(kernelAddr(src), bpf.MeshUdpSource{Identity: idOf(id), Ifindex: uint32(l.ui.nodeIndex)}))
-				compare(id, src, dst)
-				src = pick(d, outside...)
-				if src.Is6() == a.Is6() {
-					compare(mesh.Identity{}, src, dst)
-				}
-			}
-		}
-	}
-	if denied == 0 || denied == done {
-		t.Errorf("%d of %d were denied: that compares nothing", denied, done)
-	}
-	t.Logf("%d datagrams, %d denied", done, denied)
-	if err := results.Record("policy-differential", results.Row{Name: "kernel against compiled form and reference, UDP", Inputs: done, Failures: wrong,
-		Figure: float64(wrong), Unit: "disagreements"}); err != nil {
-		t.Error(err)
-	}
-}
-
-// verdicts are how many datagrams were allowed and denied.
-func verdicts(l *lab) (out [2]uint64) {
-	var perCPU []uint64
-	for i, o := range []bpf.MeshOutcome{bpf.MeshOutcomeUDP_ALLOWED, bpf.MeshOutcomeUDP_DENIED} {
-		check(l.t, l.dp.kernel.Outcomes.Lookup(o, &perCPU))
-		for _, n := range perCPU {
-			out[i] += n
-		}
-	}
-	return out
-}
-
-// bindAll makes a socket for each address of the calling thread's namespace.
-func bindAll(sockets map[netip.Addr]int, addrs ...netip.Addr) error {
-	for _, a := range addrs {
-		family := unix.AF_INET
-		if a.Is6() {
-			family = unix.AF_INET6
-		}
-		fd, err := unix.Socket(family, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			return err
-		}
-		sockets[a] = fd
-		if err := unix.Bind(fd, sockaddr(netip.AddrPortFrom(a, 0))); err != nil {
-			return err
-		}
-	}
-	return nil
 }
