@@ -15,7 +15,7 @@
  *
  * A program of this type has neither a netns cookie nor a use for ingress_ifindex, which says eth0 also for
  * what a pod sends itself; and addresses do not tell the two ends of a connection between two pods of a node
- * apart. So each pod has an instance of its own, with its slot and addresses as constants.
+ * apart. So each pod has an instance of its own, with its slot and addresses in it.
  *
  * Where a pod has no listener the SYN is dropped and the client gets a RST: without its agent it fails closed.
  */
@@ -23,10 +23,11 @@
 
 #include "decide.h"
 
-/* Set before loading, per pod. */
-volatile const __u32 pod_slot = 0;
-volatile const struct addr pod_v4 = {};
-volatile const struct addr pod_v6 = {};
+/* Per pod, set before the program is attached. Not constants: the kernel checks the program, which takes long, before
+ * there is a pod to wait for it. */
+SEC(".data.pod") volatile __u32 pod_slot = 0;
+SEC(".data.pod") volatile struct addr pod_v4 = {};
+SEC(".data.pod") volatile struct addr pod_v6 = {};
 
 static __always_inline bool is_own(const struct addr *a)
 {

@@ -141,7 +141,7 @@ func (a *agent) build(ctx context.Context) error {
 		log.Warn("no holder: listeners do not outlive this process until there is one", "error", err)
 	}
 
-	if a.datapath, err = datapath.Open(ctx, datapath.Config{Dir: cfg.BPFDir, CgroupRoot: cfg.CgroupRoot, Proc: cfg.Proc, Log: log}); err != nil {
+	if a.datapath, err = datapath.Open(ctx, datapath.Config{Dir: cfg.BPFDir, CgroupRoot: cfg.CgroupRoot, Proc: cfg.Proc, Spares: 8, Log: log}); err != nil {
 		return err
 	}
 	a.found("datapath")

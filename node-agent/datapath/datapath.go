@@ -46,6 +46,8 @@ type Config struct {
 	Proc string
 	// Node is the node's network namespace. Default: the namespace that Open is called in.
 	Node *netns.Handle
+	// Spares is how many instances of sk_lookup are kept ready for pods to come. Default none.
+	Spares int
 	// Log gets what is repaired or refused. Default: discard.
 	Log *slog.Logger
 }
@@ -90,6 +92,7 @@ type Datapath struct {
 	canReset bool // of the kernel: it ends connections on request
 	index    atomic.Pointer[eventIndex]
 	schemas  schemas
+	spares   spares
 
 	mu    sync.Mutex // one writer of the kernel's state; guards what follows
 	pods  map[string]record
@@ -118,6 +121,7 @@ func Open(ctx context.Context, cfg Config) (*Datapath, error) {
 	d := &Datapath{cfg: cfg.withDefaults(), pods: map[string]record{}, given: map[string]Pod{}, drift: map[string]uint64{}}
 	d.dir = filepath.Join(d.cfg.Dir, bpf.Schema)
 	d.schemas.dir, d.schemas.own = d.cfg.Dir, bpf.Schema
+	d.spares.want = d.cfg.Spares
 	if err := d.open(ctx); err != nil {
 		d.Close()
 		return nil, fmt.Errorf("open the data path: %w", err)
@@ -155,7 +159,11 @@ func (d *Datapath) open(ctx context.Context) (err error) {
 	if err := d.updatePodLinks(); err != nil {
 		return err
 	}
-	return d.attachCgroups()
+	if err := d.attachCgroups(); err != nil {
+		return err
+	}
+	d.spares.fill(d.loadSpare)
+	return nil
 }
 
 // load puts programs and maps into the kernel. Maps that are pinned already are reused.
@@ -225,6 +233,7 @@ func (d *Datapath) Close() error {
 	if d.stopEvents != nil {
 		d.stopEvents()
 	}
+	d.spares.close()
 	err := errors.Join(d.kernel.Close(), d.schemas.close())
 	if d.ownsNode && d.node != nil {
 		err = errors.Join(err, d.node.Close())

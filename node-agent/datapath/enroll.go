@@ -61,6 +61,7 @@ func (d *Datapath) Enroll(p Pod) error {
 		return err
 	}
 	d.given[p.UID] = p
+	d.spares.fill(d.loadSpare)
 	if err := d.applyPolicies(); err != nil { // the pod is captured: what the kernel does not decide, the agent does
 		d.cfg.Log.Error("telling the kernel the policies of a new pod", "uid", p.UID, "error", err)
 	}
@@ -207,27 +208,25 @@ func (d *Datapath) ensureLookup(p Pod, r record, dir string) error {
 	})
 }
 
-// loadLookup loads the pod's own instance of sk_lookup.
-func (d *Datapath) loadLookup(pod *bpf.MeshPod) (*ebpf.Program, error) {
-	return d.loadAnother(bpf.MeshProgMeshLookup, map[string]any{
-		bpf.MeshVarPodSlot: pod.Slot, bpf.MeshVarPodV4: pod.V4, bpf.MeshVarPodV6: pod.V6,
-	})
+// loadAnother loads one more instance of a program.
+func (d *Datapath) loadAnother(name string) (*ebpf.Program, error) {
+	c, err := d.loadInstance(name)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	return c.DetachProgram(name), nil
 }
 
-// loadAnother loads one more instance of a program, over the maps that all share. Only the maps that it refers to
-// are passed: each one costs a comparison with the kernel's, and this is most of what enrolment takes.
-func (d *Datapath) loadAnother(name string, variables map[string]any) (*ebpf.Program, error) {
+// loadInstance loads a program with variables of its own, over the maps that all share. Only the maps that it refers
+// to are passed: each one costs a comparison with the kernel's.
+func (d *Datapath) loadInstance(name string) (*ebpf.Collection, error) {
 	spec := d.spec.Copy()
 	spec.Programs = map[string]*ebpf.ProgramSpec{name: spec.Programs[name]}
-	for v, value := range variables {
-		if err := spec.Variables[v].Set(value); err != nil {
-			return nil, fmt.Errorf("set %s: %w", v, err)
-		}
-	}
 	used := spec.Programs[name].Instructions.ReferenceOffsets()
 	shared := d.sharedMaps()
 	for m := range spec.Maps {
-		if _, ok := used[m]; !ok && !strings.HasPrefix(m, ".") { // .rodata has the variables
+		if _, ok := used[m]; !ok && !strings.HasPrefix(m, ".") { // their variables
 			delete(spec.Maps, m)
 			delete(shared, m)
 		}
@@ -236,8 +235,7 @@ func (d *Datapath) loadAnother(name string, variables map[string]any) (*ebpf.Pro
 	if err != nil {
 		return nil, fmt.Errorf("load %s: %w", name, explain(err))
 	}
-	defer c.Close()
-	return c.DetachProgram(name), nil
+	return c, nil
 }
 
 func (d *Datapath) sharedMaps() map[string]*ebpf.Map {

@@ -53,7 +53,7 @@ func (d *Datapath) ensureHook(h vethHook, podDir string, ifindex int) error {
 				}
 				// Somebody attached before us. The kernel moves no link and takes no program twice: another
 				// instance goes to the head, and then the old one goes.
-				if program, err = d.loadAnother(h.program, nil); err != nil {
+				if program, err = d.loadAnother(h.program); err != nil {
 					return err
 				}
 				defer program.Close()

@@ -362,6 +362,37 @@ func TestAuditPutsTheGuardFirst(t *testing.T) {
 	}
 }
 
+// Pods are given instances of sk_lookup that were loaded before, each with the pod's own addresses in it.
+func TestSparesBecomeThePods(t *testing.T) {
+	l := newLab(t)
+	check(t, l.dp.Close())
+	l.cfg.Spares = 2
+	l.open()
+	ready := func() int {
+		l.dp.spares.mu.Lock()
+		defer l.dp.spares.mu.Unlock()
+		return len(l.dp.spares.ready)
+	}
+	eventually(t, "two are ready", func() bool { return ready() == 2 })
+	for _, h := range []*host{l.ui, l.cat} {
+		h.serve(appPort)
+		h.enroll()
+	}
+	check(t, l.dp.SetDestinations(l.destinations()))
+	eventually(t, "two are ready for others", func() bool { return ready() == 2 })
+	for _, dst := range []netip.AddrPort{netip.AddrPortFrom(vip4, servicePort), netip.AddrPortFrom(vip6, servicePort), l.cat.addrs(appPort)[0]} {
+		c, err := l.ui.dial(dst)
+		check(t, err)
+		check(t, clientIsSeen(c))
+		c.Close()
+	}
+	l.counted(map[string]int{"lookup_inbound": 1}, func() { // plaintext, which ui's instance must not take for its own
+		c, err := l.outside.dial(l.ui.addrs(appPort)[0])
+		check(t, err)
+		c.Close()
+	})
+}
+
 // An upgrade to another layout of the maps: the old pins go once every pod is enrolled in the new ones. No
 // connection fails meanwhile, whether the old agent carries it or the new one.
 func TestUpgradeToAnotherSchema(t *testing.T) {
@@ -383,7 +414,9 @@ func TestUpgradeToAnotherSchema(t *testing.T) {
 	check(t, predecessor.Yield())
 	old := filepath.Join(l.cfg.Dir, "v0")
 	check(t, os.Rename(l.dp.dir, old))
+	predecessor.schemas.mu.Lock()
 	predecessor.schemas.own = "v0"
+	predecessor.schemas.mu.Unlock()
 	l.open()
 	l.dialer.Store(predecessor) // which goes on accepting
 	agents(20)
