@@ -130,6 +130,7 @@ func (s source) write(b *bytes.Buffer, dir string) (int, error) {
 			if err := addRules(name, crd["spec"]); err != nil {
 				return 0, err
 			}
+			addColumn(name, crd["spec"])
 			if docs[name], err = yaml.Marshal(crd); err != nil {
 				return 0, err
 			}

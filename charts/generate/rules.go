@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -95,6 +96,23 @@ func addRules(name string, spec any) error {
 		}
 	}
 	return nil
+}
+
+// addColumn has kubectl get show whether a policy is enforced.
+func addColumn(name string, spec any) {
+	if !strings.HasSuffix(name, ".security.istio.io") {
+		return
+	}
+	versions, _ := spec.(map[string]any)["versions"].([]any)
+	for _, v := range versions {
+		v, _ := v.(map[string]any)
+		columns, _ := v["additionalPrinterColumns"].([]any)
+		if len(columns) == 0 { // the API server shows the age where nothing else is asked for
+			columns = []any{map[string]any{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}}
+		}
+		v["additionalPrinterColumns"] = slices.Insert(slices.Clone(columns), len(columns)-1,
+			any(map[string]any{"name": "Enforced", "type": "string", "jsonPath": `.status.conditions[?(@.type=="Enforced")].status`}))
+	}
 }
 
 func descend(v any, path ...string) map[string]any {

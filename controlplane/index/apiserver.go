@@ -415,14 +415,14 @@ type exempted struct {
 	calls     []string // service:port
 }
 
-// exempted lists the pods with an exemption.
+// exempted lists the pods of the mesh with an exemption.
 func (x *Index) exempted() []exempted {
 	var out []exempted
 	for _, e := range x.exemptions {
 		for src := range e.users {
 			f := x.pods[src.Namespace][src.Name]
-			if src.kind != Pod || f == nil {
-				continue
+			if l := x.locals[src.key]; src.kind != Pod || f == nil || l == nil || !l.Enrolled {
+				continue // nothing is refused at a pod outside the mesh
 			}
 			p := exempted{namespace: src.Namespace, labels: f.labels}
 			for name := range x.servicesOfPod(f) {

@@ -23,11 +23,11 @@ type ruleCompiler struct {
 func (b *ruleCompiler) effect() string {
 	switch {
 	case b.deny:
-		return "rules with that deny as if it were not there, so that more is denied than was asked for"
+		return "a DENY rule that has this denies as if it were not there, so that more is denied than was asked for"
 	case b.audit:
-		return "rules with that match nothing"
+		return "a rule that has this matches nothing"
 	}
-	return "ALLOW rules with that match nothing, so that less is allowed than was asked for"
+	return "an ALLOW rule that has this matches nothing, so that less is allowed than was asked for"
 }
 
 // partial is one Match under construction.
