@@ -8,7 +8,7 @@ ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))
 endif
 
-.PHONY: bench fuzz demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
+.PHONY: bench bench-netns fuzz demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
 
 demo: deps
 	@cd test/e2e && go run ./cmd/demo $(ON)
@@ -41,6 +41,9 @@ soak: deps                      # the suites with the numbers of a long run
 
 bench: deps                     # what the mesh costs against none and against sidecars; report in bench/results; BENCH='--rounds 9 --workloads http-c16'
 	@cd test/e2e && WARREN_E2E_KUBECONFIG=$(if $(ON),$(abspath $(KUBECONFIG))) go run ./cmd/bench --results $(CURDIR)/bench/results $(BENCH)
+
+bench-netns: deps               # the same without Kubernetes, in network namespaces; report in bench/results/netns
+	@go run ./bench/netns --results $(CURDIR)/bench/results/netns --workloads rr-c1,http-1000qps,http-c1,http-c16,http-c64,new-conn-200,new-conn-c1,new-conn-c16,bulk-1,bulk-4,idle-15k $(BENCH)
 
 fuzz: export FUZZTIME ?= 2m
 fuzz: deps                      # every fuzz target for minutes, guided by coverage; FUZZTIME=10m for longer

@@ -141,7 +141,7 @@ func TestWorse(t *testing.T) {
 	}{
 		{"the same", []float64{400, 410, 390}, false},
 		{"better", []float64{800, 810, 790}, false},
-		{"within the slack", []float64{365, 365, 365}, false},
+		{"within the slack", []float64{325, 325, 325}, false},
 		{"within a wide spread", []float64{200, 300, 450}, false},
 		{"worse", []float64{300, 310, 290}, true},
 	} {

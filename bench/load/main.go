@@ -8,7 +8,7 @@
 //	load bulk ADDR                    bytes in one direction, then in the other
 //	load idle ADDR                    connections that do nothing
 //	load sleep                        nothing at all
-//	load meter MARK...                CPU and memory of the processes whose cgroup or name has a mark
+//	load meter MARK...                CPU and memory of the processes that a mark is of: a container, a number, a name
 package main
 
 import (

@@ -17,7 +17,7 @@ import (
 const tick = 10 * time.Millisecond
 
 // readMeter reads what the kernel has used, and the processes that have one of the marks in the name of their
-// cgroup (a container's id) or as their own name.
+// cgroup (a container's id), or as their number or name.
 func readMeter(proc string, marks []string) (*bench.Reading, error) {
 	b, err := os.ReadFile(filepath.Join(proc, "stat"))
 	if err != nil {
@@ -93,7 +93,9 @@ func readProcess(dir string, marks []string) (p bench.Process, ok bool) {
 	p.Name = string(stat[open+1 : end])
 	p.PID, _ = strconv.Atoi(strings.TrimSpace(string(stat[:open])))
 	cgroup, _ := os.ReadFile(filepath.Join(dir, "cgroup"))
-	if !slices.ContainsFunc(marks, func(m string) bool { return m == p.Name || len(m) > 16 && bytes.Contains(cgroup, []byte(m)) }) {
+	if !slices.ContainsFunc(marks, func(m string) bool {
+		return m == p.Name || m == strconv.Itoa(p.PID) || len(m) > 16 && bytes.Contains(cgroup, []byte(m))
+	}) {
 		return p, false
 	}
 	f := strings.Fields(string(stat[end+1:]))

@@ -100,8 +100,7 @@ func (a *app) bench(ctx context.Context, f benchFlags) (err error) {
 	if !f.keep {
 		defer func() { err = errors.Join(err, site.close(context.WithoutCancel(ctx))) }()
 	}
-	show := progress{out: a.env.Err, live: isTerminal(a.env.Err) && !a.env.NoColor, began: time.Now()}
-	o.Progress = show.step
+	o.Progress = bench.ShowProgress(a.env.Err, isTerminal(a.env.Err) && !a.env.NoColor)
 	run, err := bench.Run(ctx, site, o)
 	if err != nil {
 		return err
@@ -130,40 +129,6 @@ func (a *app) bench(ctx context.Context, f benchFlags) (err error) {
 		return errFound
 	}
 	return nil
-}
-
-// progress shows where a run is: one line that changes on a terminal, a line for every sample elsewhere.
-type progress struct {
-	out   io.Writer
-	live  bool
-	began time.Time
-	what  string
-}
-
-func (p *progress) step(s bench.Step) {
-	took := time.Since(p.began)
-	if !p.live {
-		if s.Took != "" {
-			fmt.Fprintf(p.out, "%6.1f s  %3d/%d  %s: %s\n", took.Seconds(), s.Done, s.Total, p.what, s.Took)
-		} else if s.Done < s.Total {
-			fmt.Fprintf(p.out, "%6.1f s  %3d/%d  %s\n", took.Seconds(), s.Done, s.Total, s.What)
-		}
-		p.what = s.What
-		return
-	}
-	const width = 24
-	full := 0
-	if s.Total > 0 {
-		full = min(width, width*s.Done/s.Total)
-	}
-	left := ""
-	if s.Done > 3 && s.Done < s.Total {
-		left = ", " + (took * time.Duration(s.Total-s.Done) / time.Duration(s.Done)).Round(time.Second).String() + " left"
-	}
-	fmt.Fprintf(p.out, "\r\x1b[K%s%s %3d/%d%s  %s", strings.Repeat("█", full), strings.Repeat("░", width-full), s.Done, s.Total, left, s.What)
-	if s.Done >= s.Total {
-		fmt.Fprint(p.out, "\r\x1b[K")
-	}
 }
 
 // pickNodes takes the nodes that are named, or the first two that have an agent.
