@@ -32,7 +32,7 @@ func TestBuiltinVariants(t *testing.T) {
 	for _, v := range some {
 		names = append(names, v.Name)
 	}
-	if want := []string{"none", "same-node", "envoy-http", "none-same-node"}; !slices.Equal(names, want) {
+	if want := []string{"none-same-node", "same-node", "none", "envoy-http"}; !slices.Equal(names, want) {
 		t.Errorf("selected %v, want %v: what they are compared with belongs to them", names, want)
 	}
 	if _, err := SelectVariants(all, []string{"nothing"}); err == nil || !strings.Contains(err.Error(), "cross-node") {

@@ -54,8 +54,8 @@ func (r *Report) plots() map[string]chart {
 	}
 	all := map[string]chart{
 		"rate.svg":    {title: "Throughput against no mesh (higher is better)", unit: "×", line: 1, groups: collect(metricRate, ratio, "rr-c1", "http-c1", "http-c16", "http-c64", "new-conn-c1", "new-conn-c16", "bulk-1", "bulk-4")},
-		"latency.svg": {title: "Median latency (lower is better)", unit: "µs", logarithmic: true, groups: collect(metricP50, figure, "rr-c1", "http-1000qps", "http-c1", "new-conn-200")},
-		"tail.svg":    {title: "99th percentile (lower is better)", unit: "µs", logarithmic: true, groups: collect(metricP99, figure, "http-1000qps", "new-conn-200")},
+		"latency.svg": {title: "Median latency, logarithmic (lower is better)", unit: "µs", logarithmic: true, groups: collect(metricP50, figure, "rr-c1", "http-1000qps", "http-c1", "new-conn-200")},
+		"tail.svg":    {title: "99th percentile, logarithmic (lower is better)", unit: "µs", logarithmic: true, groups: collect(metricP99, figure, "http-1000qps", "new-conn-200")},
 		"cpu.svg":     {title: "Proxies' CPU per 1000 requests (lower is better)", unit: "ms", groups: collect(metricCPU, figure, "http-1000qps", "http-c1", "http-c16", "http-c64", "new-conn-c16")},
 		"bulk.svg":    {title: "Proxies' CPU per GB (lower is better)", unit: "s", groups: collect(metricCPUGB, figure, "bulk-1", "bulk-4")},
 	}

@@ -26,7 +26,7 @@ const (
 )
 
 // order is that of the built-in variants in reports; others come after them by name.
-var order = []string{Baseline, "same-node", "same-node-encrypt", "cross-node", "envoy-tcp", "envoy-http", baselineNear}
+var order = []string{baselineNear, "same-node", "same-node-encrypt", Baseline, "cross-node", "envoy-tcp", "envoy-http"}
 
 // Variant is one way from a client to a server, read from a folder: variant.yaml, and what it refers to.
 type Variant struct {
@@ -159,6 +159,9 @@ func ReadVariant(dir string) (*Variant, error) {
 	abs, err := filepath.Abs(dir)
 	if err != nil {
 		return nil, err
+	}
+	if _, err := os.Stat(abs); err != nil {
+		return nil, fmt.Errorf("the variant's folder: %w", err)
 	}
 	return read(filepath.Base(abs), os.DirFS(abs))
 }
