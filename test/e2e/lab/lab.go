@@ -169,6 +169,59 @@ func (l *Lab) BuildImages(ctx context.Context) error {
 	return l.Cluster.LoadImages(ctx, archives...)
 }
 
+// LoadFIPSImages builds Warren's images with the certified cryptographic module, loads them into our own cluster beside
+// the others and returns their tag.
+func (l *Lab) LoadFIPSImages(ctx context.Context) (tag string, err error) {
+	out, err := os.MkdirTemp("", "warren-images-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(out)
+	if err := cluster.BuildImages(ctx, cluster.ImageOptions{Out: out, Tag: "dev", FIPS: true, Log: func(string) {}}); err != nil {
+		return "", err
+	}
+	archives, err := filepath.Glob(filepath.Join(out, "*.tar"))
+	if err != nil {
+		return "", err
+	}
+	for i, a := range archives { // an archive replaces the one that has its name
+		archives[i] = strings.TrimSuffix(a, ".tar") + "-fips.tar"
+		if err := os.Rename(a, archives[i]); err != nil {
+			return "", err
+		}
+	}
+	return "dev-fips", l.Cluster.LoadImages(ctx, archives...)
+}
+
+// BuildIstiod returns Istio's control plane, built from the module in test/interop/istiod into the user's cache, which
+// the first time takes minutes of both cores.
+func (l *Lab) BuildIstiod(ctx context.Context) (string, error) {
+	src := filepath.Join(l.root, "test", "interop", "istiod")
+	mod, err := os.ReadFile(filepath.Join(src, "go.mod"))
+	if err != nil {
+		return "", err
+	}
+	_, version, ok := strings.Cut(string(mod), "istio.io/istio v")
+	if !ok {
+		return "", fmt.Errorf("%s/go.mod does not require istio.io/istio", src)
+	}
+	version, _, _ = strings.Cut(version, "\n")
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", err
+	}
+	bin := filepath.Join(cache, "warren", "istiod-"+version, "pilot-discovery")
+	if _, err := os.Stat(bin); err == nil {
+		return bin, nil
+	}
+	cmd := exec.CommandContext(ctx, "go", "build", "-o", bin, "istio.io/istio/pilot/cmd/pilot-discovery")
+	cmd.Dir = src
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build istiod in %s: %w\n%s", src, err, out)
+	}
+	return bin, nil
+}
+
 // Install installs the chart, or upgrades it, and waits until it works. Pods of the same tag but of another
 // build are replaced.
 func (l *Lab) Install(ctx context.Context, set ...string) error {
