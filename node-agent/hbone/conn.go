@@ -10,14 +10,13 @@ import (
 )
 
 const (
-	defaultBufferMax  = 128 << 20
 	outLimit          = 256 << 10 // data waits when more than this is queued
 	outCeiling        = 1 << 20   // control frames beyond it mean that the peer does not read
 	inlineRounds      = 4         // how often a sender writes for others before a goroutine takes over
 	smallRead         = 512
 	quietReads        = 32 // small reads after which the large read buffer is given back
 	closeGrace        = 250 * time.Millisecond
-	discardMax        = 256 << 10 // read after a fatal error
+	discardMax        = 2 << 20 // read after a fatal error
 	handshakeWait     = 10 * time.Second
 	defaultPingEvery  = 2500 * time.Millisecond
 	defaultPingWait   = 4 * time.Second
@@ -60,6 +59,7 @@ type conn struct {
 	done       chan struct{}
 	onStop     func()
 	onReq      func(id uint32, end bool) // server, under mu
+	onBatch    func()                    // server, under mu: what has been read is dealt with
 	onTooLarge func(id uint32, end bool) // server, under mu
 }
 
@@ -85,6 +85,7 @@ func newConn(nc net.Conn, s *session, ping, wait, idle time.Duration) *conn {
 	if t, ok := inner.(*net.TCPConn); ok {
 		setUserTimeout(t, tcpUserTimeout)
 	}
+	c.memory.join(c)
 	c.idleSince = time.Now()
 	c.timer = time.AfterFunc(c.pingEvery, c.tick)
 	return c
@@ -108,6 +109,7 @@ func (c *conn) failLocked(err error) {
 	}
 	c.stopped = err
 	c.timer.Stop()
+	go c.memory.leave(c) // whoever holds its lock takes ours
 	for _, st := range c.streams {
 		st.failLocked(err, false)
 	}
@@ -315,6 +317,9 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 		}
 		switch ev.kind {
 		case evMore:
+			if c.onBatch != nil {
+				c.onBatch()
+			}
 			c.returnConnWindow()
 			if len(c.out) > outCeiling {
 				return used, 0, &ConnError{Code: CodeEnhanceYourCalm, Reason: "peer does not read"}
@@ -355,7 +360,7 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 
 // orphaned counts a stream that the peer ends by force while its handler runs.
 func (c *conn) orphaned(st *Stream) {
-	if !c.client && !st.orphan {
+	if !c.client && st.begun && !st.orphan {
 		st.orphan = true
 		c.orphans++
 	}
@@ -380,7 +385,7 @@ func (c *conn) deliver(st *Stream, p []byte, end bool) {
 		p = p[n:]
 	}
 	if len(p) > 0 {
-		c.buffered += len(p)
+		c.hold(len(p))
 		st.q.push(p)
 	}
 	st.eof = st.eof || end

@@ -83,6 +83,12 @@ func (e *ConnError) Error() string {
 	return fmt.Sprintf("hbone: %s: %s: %s", by, e.Code, e.Reason)
 }
 
+// Flooded reports whether err is the end of a connection whose peer sent too much of what costs it nothing.
+func Flooded(err error) bool {
+	var ce *ConnError
+	return errors.As(err, &ce) && !ce.Remote && ce.Code == CodeEnhanceYourCalm
+}
+
 // OpenError says why a stream could not be opened.
 type OpenError struct {
 	// Sent reports that the CONNECT may have reached the peer, so that the application may have seen a

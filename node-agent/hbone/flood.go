@@ -26,6 +26,7 @@ const (
 	costUnansweredReset = 10
 	costRefused         = 10
 	costStreamError     = 40
+	costTooLarge        = 1000 // a header list of more than 64 KiB
 
 	updatesPerData = 10
 	updatesBase    = 64

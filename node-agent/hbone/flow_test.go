@@ -10,6 +10,7 @@ import (
 	"net"
 	"runtime"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -316,4 +317,41 @@ func TestRelayBudget(t *testing.T) {
 		t.Errorf("%.1f goroutines per stream at both ends together; one each is enough", per)
 	}
 	c.Close()
+}
+
+// A socket tells of its reset once. Where a write has got the error, a read finds the end of the file, which must not
+// be passed on as one.
+func TestAResetThatAWriteHasTakenIsStillOne(t *testing.T) {
+	app, in := tcpPair(t)
+	app.SetLinger(0)
+	app.Close()
+	time.Sleep(10 * time.Millisecond)
+	for range 2 { // the second has no error to get any more
+		if _, err := in.Write([]byte("x")); err == nil {
+			t.Fatal("a socket that was reset takes data")
+		}
+	}
+	rc, err := in.SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &socketReader{rc: rc, shut: new(atomic.Bool)}
+	r.try = r.tryOnce
+	if _, _, err := r.read(); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("the reader gets %v", err)
+	}
+	// A FIN after ours is none.
+	app, in = tcpPair(t)
+	in.CloseWrite()
+	app.Close()
+	time.Sleep(10 * time.Millisecond)
+	if rc, err = in.SyscallConn(); err != nil {
+		t.Fatal(err)
+	}
+	r = &socketReader{rc: rc, shut: new(atomic.Bool)}
+	r.shut.Store(true)
+	r.try = r.tryOnce
+	if _, _, err := r.read(); err != io.EOF {
+		t.Errorf("after a FIN the reader gets %v", err)
+	}
 }

@@ -54,7 +54,7 @@ func FuzzClientSession(f *testing.F) {
 
 // driveClient runs a client's session over in and returns what it sent, what it got and why it stopped.
 func driveClient(t *testing.T, in []byte, piece int) string {
-	c := &conn{session: newSession(true, 0), done: make(chan struct{})}
+	c := &conn{session: newSession(true, 0, nil), done: make(chan struct{})}
 	c.session.flood.init()
 	c.session.flood.now = func() int64 { return 0 }
 	s := c.session

@@ -63,7 +63,7 @@ func FuzzSession(f *testing.F) {
 
 // drive runs a server's session over in and returns what it sent and why it stopped.
 func drive(t *testing.T, in []byte, piece int) string {
-	c := &conn{session: newSession(false, 0), done: make(chan struct{})}
+	c := &conn{session: newSession(false, 0, nil), done: make(chan struct{})}
 	c.session.flood.init()
 	c.session.flood.now = func() int64 { return 0 }
 	s := c.session

@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // RelayStats is what a Relay has delivered so far. It may be read while the Relay runs: connections last for
@@ -50,7 +52,7 @@ func relaySocket(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
 		st.ResetCode(CodeConnect)
 		return err
 	}
-	r := socketReader{rc: k.rc}
+	r := socketReader{rc: k.rc, st: st, shut: &k.shut}
 	r.try = r.tryOnce
 	for {
 		var buf *[relayBuffer]byte
@@ -100,19 +102,32 @@ func (st *Stream) waitDrained() {
 	}
 }
 
-// socketReader reads a socket with a buffer that is borrowed only once there is something to read.
+// socketReader reads a socket with a buffer that is borrowed only once there is something to read, and room for it
+// in the stream that takes it: connections that stand still hold no buffers.
 type socketReader struct {
-	rc  syscall.RawConn
-	buf *[relayBuffer]byte
-	n   int
-	err error
-	try func(fd uintptr) bool
+	rc syscall.RawConn
+	st *Stream // nil: there is always room
+	// shut says that FIN was sent, or is about to be. Until then a socket that is closed has been reset, also if it
+	// reads as at its end: a write may have got the error instead.
+	shut *atomic.Bool
+	buf  *[relayBuffer]byte
+	n    int
+	err  error
+	try  func(fd uintptr) bool
 }
+
+var errNoRoom = errors.New("the stream takes nothing now")
 
 // read returns a buffer from relayPool with n bytes after the room for a frame header.
 func (r *socketReader) read() (*[relayBuffer]byte, int, error) {
 	r.buf, r.n, r.err = nil, 0, nil
 	err := r.rc.Read(r.try)
+	for err == nil && r.err == errNoRoom {
+		r.err = nil
+		if err = r.st.awaitRoom(); err == nil {
+			err = r.rc.Read(r.try)
+		}
+	}
 	if err == nil {
 		err = r.err
 	}
@@ -129,9 +144,16 @@ func (r *socketReader) read() (*[relayBuffer]byte, int, error) {
 }
 
 func (r *socketReader) tryOnce(fd uintptr) bool {
+	room := largeChunk
+	if r.st != nil {
+		if room = r.st.roomNow(); room == 0 {
+			r.err = errNoRoom
+			return true
+		}
+	}
 	buf := relayPool.Get().(*[relayBuffer]byte)
 	for {
-		n, err := syscall.Read(int(fd), buf[frameHeaderLen:])
+		n, err := syscall.Read(int(fd), buf[frameHeaderLen:frameHeaderLen+room])
 		switch {
 		case err == syscall.EINTR:
 			continue
@@ -141,10 +163,18 @@ func (r *socketReader) tryOnce(fd uintptr) bool {
 		case err != nil:
 			r.err = os.NewSyscallError("read", err)
 			n = 0
+		case n == 0 && closed(int(fd)) && !r.shut.Load(): // in this order
+			r.err = os.NewSyscallError("read", syscall.ECONNRESET)
 		}
 		r.buf, r.n = buf, n
 		return true
 	}
+}
+
+// closed reports whether nothing is left of a connection.
+func closed(fd int) bool {
+	i, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
+	return err == nil && i.State == unix.BPF_TCP_CLOSE
 }
 
 // watchReset waits for the socket to be reset after its FIN, until its read deadline.
@@ -184,13 +214,14 @@ func relayAny(a, b net.Conn, stats *RelayStats) error {
 type pair struct {
 	conns [2]net.Conn
 	mu    sync.Mutex
-	ended [2]bool // direction i has passed its FIN on
-	err   error   // the first
+	ended [2]bool        // direction i has passed its FIN on
+	shut  [2]atomic.Bool // FIN was sent to conns[i], or is about to be
+	err   error          // the first
 }
 
 func (p *pair) run(i int, total *atomic.Int64) {
 	src, dst := p.conns[i], p.conns[1-i]
-	err := pump(dst, src, total)
+	err := pump(dst, src, &p.shut[1-i], &p.shut[i], total)
 	if err == nil && !p.end(i) {
 		// Until the other direction ends too, a reset of this side is still to be passed on.
 		if tcp, ok := src.(*net.TCPConn); ok {
@@ -226,14 +257,14 @@ func (p *pair) end(i int) bool {
 }
 
 // pump copies src to dst up to src's end, which it passes on.
-func pump(dst, src net.Conn, total *atomic.Int64) error {
+func pump(dst, src net.Conn, dstShut, srcShut *atomic.Bool, total *atomic.Int64) error {
 	read := plainReader(src)
 	if tcp, ok := src.(*net.TCPConn); ok {
 		rc, err := tcp.SyscallConn()
 		if err != nil {
 			return err
 		}
-		r := &socketReader{rc: rc}
+		r := &socketReader{rc: rc, shut: srcShut}
 		r.try = r.tryOnce
 		read = r.read
 	}
@@ -259,6 +290,7 @@ func pump(dst, src net.Conn, total *atomic.Int64) error {
 		switch {
 		case err == io.EOF:
 			if h, ok := dst.(interface{ CloseWrite() error }); ok {
+				dstShut.Store(true)
 				// A side that has gone after its own FIN is no failure of this direction.
 				if err := h.CloseWrite(); err != nil && !errors.Is(err, syscall.ENOTCONN) && !errors.Is(err, net.ErrClosed) {
 					return err

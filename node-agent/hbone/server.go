@@ -21,6 +21,9 @@ type ServerConfig struct {
 	PingEvery, PingWait time.Duration
 	// MaxFrame is the longest DATA frame that the client is told to send: 1 MiB, which is the most.
 	MaxFrame int
+	// Memory bounds what this connection and those that share it hold for applications that do not read. Nil: 256
+	// MiB of its own.
+	Memory *Memory
 }
 
 const defaultDrainTimeout = 5 * time.Second
@@ -41,8 +44,10 @@ func (s *ServerStream) Reject(status int, extra ...Field) error {
 	return s.respond(status, extra, true)
 }
 
-// Reply answers a request other than CONNECT with a complete response.
+// Reply answers a request other than CONNECT with a complete response, after the request's body, of which it waits
+// for a second and for 2 MiB.
 func (s *ServerStream) Reply(status int, body []byte, extra ...Field) error {
+	s.st.discard(discardMax)
 	if err := s.respond(status, append(extra, Field{"content-length", strconv.Itoa(len(body))}), len(body) == 0); err != nil || len(body) == 0 {
 		return err
 	}
@@ -84,6 +89,7 @@ type server struct {
 	cfg      ServerConfig
 	ctx      context.Context
 	handlers sync.WaitGroup
+	requests []*ServerStream // whose handlers start when what has been read is dealt with
 }
 
 // Serve serves nc, whose TLS handshake is done, until it ends, and returns after the last handler has. When ctx
@@ -95,8 +101,9 @@ func Serve(ctx context.Context, nc net.Conn, cfg ServerConfig) error {
 	}
 	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	s := &server{conn: newConn(nc, newSession(false, cfg.MaxFrame), cfg.PingEvery, cfg.PingWait, 0), cfg: cfg, ctx: streamCtx}
+	s := &server{conn: newConn(nc, newSession(false, cfg.MaxFrame, cfg.Memory), cfg.PingEvery, cfg.PingWait, 0), cfg: cfg, ctx: streamCtx}
 	s.onReq = s.request
+	s.onBatch = s.begin
 	s.onTooLarge = s.tooLarge
 	defer s.handlers.Wait()
 
@@ -158,7 +165,7 @@ func (s *server) lastCall(deadline time.Time) {
 func (s *server) request(id uint32, end bool) {
 	// A stream that the peer ended by force counts until its handler has returned: to reset must not be a way to
 	// more handlers than streams are allowed. One that ended in order does not: its handler has done its work.
-	if len(s.streams) >= ownMaxStreams || len(s.streams)+s.orphans >= 2*ownMaxStreams {
+	if len(s.streams) >= ownMaxStreams || len(s.streams)+s.orphans >= 2*ownMaxStreams || s.memory.Full() {
 		s.out = appendRST(s.out, id, CodeRefusedStream)
 		if err := s.glitch(costRefused); err != nil {
 			s.failLocked(err)
@@ -178,10 +185,24 @@ func (s *server) request(id uint32, end bool) {
 	st.remoteEnd, st.eof = end, end
 	s.add(st)
 	s.streamOpened()
-	ctx, cancel := context.WithCancel(s.ctx)
-	st.cancel = cancel
-	s.handlers.Add(1)
-	go s.handle(ctx, &ServerStream{Request: req, st: st})
+	s.requests = append(s.requests, &ServerStream{Request: req, st: st})
+}
+
+// begin starts the handlers of new requests, but not of those that were reset in the same breath: who opens streams
+// only to reset them is to have no work done. Called under mu.
+func (s *server) begin() {
+	for i, ss := range s.requests {
+		s.requests[i] = nil
+		if ss.st.gone {
+			continue
+		}
+		ss.st.begun = true
+		ctx, cancel := context.WithCancel(s.ctx)
+		ss.st.cancel = cancel
+		s.handlers.Add(1)
+		go s.handle(ctx, ss)
+	}
+	s.requests = s.requests[:0]
 }
 
 func (s *server) handle(ctx context.Context, ss *ServerStream) {

@@ -36,7 +36,7 @@ type session struct {
 	recvWin    int64
 	recvCredit int     // received, not yet given back
 	buffered   int     // bytes in stream queues
-	bufferMax  int     // above it the connection window is not given back
+	memory     *Memory // what buffered counts against, beside other connections
 	window     int64   // stream window announced last
 	granted    int64   // stream window that the peer may be using: lowered only once it has acknowledged
 	unacked    []int64 // by SETTINGS frame sent: by how much its acknowledgement lowers granted
@@ -97,7 +97,10 @@ type event struct {
 }
 
 // newSession starts a session. maxFrame is the longest frame that the peer is told to send, 0 for the most.
-func newSession(client bool, maxFrame int) *session {
+func newSession(client bool, maxFrame int, memory *Memory) *session {
+	if memory == nil {
+		memory = NewMemory(0)
+	}
 	if maxFrame == 0 {
 		maxFrame = ownMaxFrame
 	}
@@ -114,7 +117,7 @@ func newSession(client bool, maxFrame int) *session {
 		peerMaxFrame:   minMaxFrame,
 		peerMaxStreams: math.MaxUint32,
 		recvWin:        ownConnWindow,
-		bufferMax:      defaultBufferMax,
+		memory:         memory,
 		window:         ownStreamWindow,
 		granted:        ownStreamWindow,
 		unacked:        []int64{0},
@@ -492,7 +495,7 @@ func (s *session) serverHeaders(id uint32) (event, *ConnError) {
 		return event{}, s.glitch(costRefused)
 	}
 	if s.dec.tooLarge {
-		return event{kind: evTooLarge, id: id, end: s.blockEnd}, s.glitch(costStreamError)
+		return event{kind: evTooLarge, id: id, end: s.blockEnd}, s.glitch(costTooLarge)
 	}
 	req, bad := s.dec.request()
 	if bad != "" || s.blockBad {
@@ -626,27 +629,47 @@ func (s *session) settingsFrame(h frameHeader, p []byte) (event, *ConnError) {
 	return event{kind: evWritable}, nil
 }
 
+// hold counts n bytes more in stream queues.
+func (s *session) hold(n int) {
+	s.buffered += n
+	s.memory.add(n)
+}
+
 // returnConnWindow gives the connection window back on receipt, not on consumption: a stalled stream is
 // held by its own window, its neighbours go on. When the queues of all streams together hold much, the
-// streams' windows shrink for as long as that lasts; only beyond bufferMax does the whole connection wait.
+// streams' windows shrink for as long as that lasts.
 func (s *session) returnConnWindow() {
-	if s.recvCredit >= ownConnWindow/4 && s.buffered < s.bufferMax {
+	if s.recvCredit >= ownConnWindow/4 {
 		s.out = appendWindowUpdate(s.out, 0, s.recvCredit)
 		s.recvWin += int64(s.recvCredit)
 		s.recvCredit = 0
 	}
-	switch {
-	case s.buffered > pressureHigh && s.window == ownStreamWindow:
-		s.announceWindow(tightStreamWindow)
-	case s.buffered < pressureLow && s.window != ownStreamWindow && len(s.unacked) == 0 && s.now()-s.windowedAt > int64(time.Second):
-		s.announceWindow(ownStreamWindow)
+	if w := s.fitting(); w < s.window || w > s.window && len(s.unacked) == 0 && s.now()-s.windowedAt > int64(time.Second) {
+		s.announceWindow(w)
 	}
+}
+
+// fitting is the stream window that suits what is held: by this connection, and by all that share the memory if
+// this one has a part in it. Between the levels it stays as it is.
+func (s *session) fitting() int64 {
+	held := s.memory.Held()
+	limit := s.memory.limit
+	switch {
+	case held > limit/2 && s.buffered > 0:
+		return leastStreamWindow
+	case s.buffered > pressureHigh || held > limit/8 && s.buffered > pressureLow/4:
+		return min(s.window, tightStreamWindow)
+	case s.buffered < pressureLow && held < limit/16 || s.buffered == 0:
+		return ownStreamWindow
+	}
+	return s.window
 }
 
 const (
 	pressureHigh      = 16 << 20
 	pressureLow       = 4 << 20
 	tightStreamWindow = 256 << 10
+	leastStreamWindow = 64 << 10
 )
 
 func (s *session) announceWindow(w int64) {

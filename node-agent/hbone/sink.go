@@ -22,6 +22,7 @@ type sink struct {
 	werr  error
 	try   func(fd uintptr) bool // s.tryOnce, bound once
 	bytes *atomic.Int64         // delivered
+	shut  atomic.Bool           // FIN was sent, or is about to be
 
 	mu      sync.Mutex
 	upEnded bool // nothing more is read from the socket
@@ -132,7 +133,7 @@ func (st *Stream) attach(k *sink) error {
 			st.q.tail = c
 		}
 		st.q.n += n
-		st.c.buffered += n
+		st.c.hold(n)
 		st.recvCredit -= n
 	}
 	st.sink = k
@@ -184,6 +185,7 @@ func (st *Stream) drained() {
 
 // sinkEnd passes END_STREAM on as FIN. Called under mu; shutdown(2) does not block.
 func (st *Stream) sinkEnd() {
+	st.sink.shut.Store(true)
 	_ = st.sink.tcp.CloseWrite() // fails only where the socket is broken, which its reader learns
 	st.sink.finish(nil)
 }

@@ -29,6 +29,7 @@ type Stream struct {
 	remoteEnd  bool  // END_STREAM was received
 	localEnd   bool  // END_STREAM was sent
 	gone       bool  // no longer registered with the session
+	begun      bool  // server: the handler was started
 	orphan     bool  // server: the peer ended it by force, the handler may still run
 
 	q        queue // received, not read
@@ -150,6 +151,21 @@ func (st *Stream) Read(p []byte) (int, error) {
 	return n, nil
 }
 
+// discard reads what the peer sends to its end, for a second and up to a limit.
+func (st *Stream) discard(limit int) {
+	if st.SetReadDeadline(time.Now().Add(time.Second)) != nil {
+		return
+	}
+	buf := make([]byte, smallRead)
+	for limit > 0 {
+		n, err := st.Read(buf)
+		if err != nil {
+			return
+		}
+		limit -= n
+	}
+}
+
 // take waits for a chunk.
 func (st *Stream) take() (*chunk, error) {
 	st.c.mu.Lock()
@@ -178,7 +194,7 @@ func (st *Stream) take() (*chunk, error) {
 // consumed accounts for n bytes that left q.
 func (st *Stream) consumed(n int) {
 	c := st.c
-	c.buffered -= n
+	c.hold(-n)
 	c.returnWindow(st, n)
 	c.returnConnWindow()
 	c.flush(false)
@@ -222,11 +238,7 @@ func (st *Stream) writeLocked(p []byte) (int, error) {
 			n = c.room(st, min(len(p), outLimit/2))
 		}
 		if n == 0 {
-			st.waiting = true
-			c.waiters++
-			st.wcond.Wait()
-			c.waiters--
-			st.waiting = false
+			st.await()
 			continue
 		}
 		c.borrowOut()
@@ -235,6 +247,43 @@ func (st *Stream) writeLocked(p []byte) (int, error) {
 		p = p[n:]
 		c.flush(!st.wdead.set)
 	}
+}
+
+// roomNow is how much of a buffer could be written without waiting. A stream that has failed has room: writing says
+// why.
+func (st *Stream) roomNow() int {
+	st.c.mu.Lock()
+	defer st.c.mu.Unlock()
+	return st.roomLocked()
+}
+
+func (st *Stream) roomLocked() int {
+	switch {
+	case st.writable() != nil:
+		return largeChunk
+	case len(st.c.out) >= outLimit:
+		return 0
+	}
+	return st.c.room(st, largeChunk)
+}
+
+// awaitRoom waits until something could be written.
+func (st *Stream) awaitRoom() error {
+	st.c.mu.Lock()
+	defer st.c.mu.Unlock()
+	for st.roomLocked() == 0 {
+		st.await()
+	}
+	return st.writable()
+}
+
+// await waits for one of the reasons why a Write could not go on to change.
+func (st *Stream) await() {
+	st.waiting = true
+	st.c.waiters++
+	st.wcond.Wait()
+	st.c.waiters--
+	st.waiting = false
 }
 
 // writeFramed writes buf[frameHeaderLen:], whose first bytes are free for a frame header. When the
@@ -367,7 +416,7 @@ func (st *Stream) release() {
 
 func (st *Stream) dropQueue() {
 	n := st.q.clear()
-	st.c.buffered -= n
+	st.c.hold(-n)
 	st.c.returnConnWindow()
 }
 
