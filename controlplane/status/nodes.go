@@ -278,7 +278,10 @@ func (w *writer) tell(have index.Placed, p *node.PodStatus) {
 		kind, reason, message = corev1.EventTypeWarning, "RedirectionPending", "the pod's traffic is not captured: "+p.Reason
 	case p.Redirection == node.PodStatus_REDIRECTION_ENABLED && p.OpenConnections > 0:
 		kind, reason = corev1.EventTypeNormal, "OpenConnections"
-		message = fmt.Sprintf("%d connections were open when the pod was enrolled; they are not captured until they are made anew", p.OpenConnections)
+		message = "1 connection was open when the pod was enrolled; it is not captured until it is made anew"
+		if n := p.OpenConnections; n > 1 {
+			message = fmt.Sprintf("%d connections were open when the pod was enrolled; they are not captured until they are made anew", n)
+		}
 	}
 	if w.told[p.Uid] == reason+message {
 		return
