@@ -30,7 +30,7 @@ var modules = []string{"veth", "sch_ingress", "cls_bpf", "bridge", "dummy", "tcp
 func main() {
 	series := flag.String("series", "6.1,6.12", "kernel series to test, the newest package of each")
 	pkg := flag.String("package", "", "test this kernel package instead")
-	timeout := flag.Duration("timeout", 25*time.Minute, "how long one machine may run")
+	timeout := flag.Duration("timeout", time.Hour, "how long one machine may run")
 	verbose := flag.Bool("v", false, "print passing tests too")
 	packTo := flag.String("pack", "", "write kernel and initramfs into this directory and boot nothing")
 	flag.Parse()

@@ -59,7 +59,7 @@ func run() (failed int, err error) {
 	}
 	for _, path := range tests {
 		start := time.Now()
-		cmd := exec.Command(path, "-test.v", "-test.short", "-test.timeout=20m") // emulated: slow
+		cmd := exec.Command(path, "-test.v", "-test.short", "-test.timeout=50m") // emulated: slow
 		cmd.Dir = "/tmp"
 		cmd.Env = []string{"PATH=/", "TMPDIR=/tmp"}
 		cmd.Stdout, cmd.Stderr = os.Stdout, os.Stdout
