@@ -208,6 +208,10 @@ func (c *compiler) desired(pods []Pod, direct bool) rules {
 		udp: map[string]udpRules{}, udpSets: map[uint64]bool{}, remote: map[uint64]mesh.Identity{}}
 	for _, p := range pods {
 		var pr podRules
+		asks := c.s.Config().FiltersUDP(p.Identity.Namespace)
+		if asks {
+			out.udp[p.UID] = udpRules{}
+		}
 		if !p.Identity.IsZero() {
 			pr.identity = idOf(p.Identity)
 			if other, ok := out.identities[pr.identity]; ok && other != p.Identity {
@@ -217,7 +221,7 @@ func (c *compiler) desired(pods []Pod, direct bool) rules {
 			out.identities[pr.identity] = p.Identity
 		}
 		out.pods[p.UID] = pr
-		if c.s.Config().FiltersUDP(p.Identity.Namespace) {
+		if asks {
 			out.udp[p.UID] = c.udp(p, &out)
 		}
 		w := c.s.Workload(p.Workload)

@@ -1,12 +1,14 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"testing"
 	"time"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/warrenmesh/warren/bpf"
@@ -130,4 +132,47 @@ func bindAll(sockets map[netip.Addr]int, addrs ...netip.Addr) error {
 		}
 	}
 	return nil
+}
+
+// What a datagram costs where policies apply to it: the kernel's own count of the time in both hooks, one datagram of the
+// pod's and one to it, which 100 policies decide.
+func TestUDPVerdictCost(t *testing.T) {
+	l := udpLab(t)
+	var policies []*mesh.Policy
+	for i := range 100 {
+		policies = append(policies, rule(mesh.Allow, fmt.Sprint("p", i), account(fmt.Sprint("sa", i)), mesh.Match{DestinationPorts: []uint16{uint16(1000 + i)}}))
+	}
+	l.setUDP(append(policies, rule(mesh.Allow, "a", account("ui")))...)
+	stats, err := ebpf.EnableStats(uint32(unix.BPF_STATS_RUN_TIME))
+	if errors.Is(err, ebpf.ErrNotSupported) {
+		t.Skip("this kernel does not count")
+	}
+	check(t, err)
+	defer stats.Close()
+	sockets := map[netip.Addr]int{}
+	check(t, l.ui.as(func() error { return bindAll(sockets, l.ui.v4) }))
+	defer unix.Close(sockets[l.ui.v4])
+	datagrams := 20000
+	if testing.Short() {
+		datagrams = 1000
+	}
+	to := sockaddr(l.cat.addrs(dnsPort)[0])
+	cost := func(p *ebpf.Program, f func()) float64 {
+		before := must(p.Stats())
+		f()
+		after := must(p.Stats())
+		return float64(after.Runtime-before.Runtime) / float64(after.RunCount-before.RunCount)
+	}
+	var out, in float64
+	out = cost(l.dp.kernel.MeshGuard, func() {
+		in = cost(l.dp.kernel.MeshUdp, func() {
+			for range datagrams {
+				check(t, unix.Sendto(sockets[l.ui.v4], []byte("x"), 0, to))
+			}
+		})
+	})
+	t.Logf("%.0f ns on the way out, %.0f ns on the way in", out, in)
+	if err := results.Record("udp-policy", results.Row{Name: "both hooks, a datagram, 101 policies", Inputs: datagrams, Figure: (out + in) / 1000, Unit: "µs"}); err != nil {
+		t.Error(err)
+	}
 }
