@@ -107,6 +107,9 @@ func Run(ctx context.Context, site Site, o Options) (*Series, error) {
 				v := variants[(i+round)%len(variants)]
 				r.step(fmt.Sprintf("%s, round %d: %s", w.Name, round+1, v.Name))
 				s, err := r.measure(ctx, w, v)
+				if ctx.Err() != nil {
+					return nil, fmt.Errorf("stopped in %s, round %d: %w", w.Name, round+1, ctx.Err())
+				}
 				if err != nil {
 					return nil, fmt.Errorf("%s through %s, round %d: %w", w.Name, v.Name, round+1, err)
 				}

@@ -26,7 +26,7 @@ const (
 )
 
 // order is that of the built-in variants in reports; others come after them by name.
-var order = []string{baselineNear, "same-node", "same-node-encrypt", Baseline, "cross-node", "envoy-tcp", "envoy-http"}
+var order = []string{baselineNear, "same-node", "same-node-encrypt", Baseline, "cross-node", "envoy-tcp", "envoy-http", "relay"}
 
 // Variant is one way from a client to a server, read from a folder: variant.yaml, and what it refers to.
 type Variant struct {
@@ -65,7 +65,7 @@ type Proxies struct {
 
 // Sidecar is a program beside the client and beside the server.
 type Sidecar struct {
-	Image   string   `json:"image"`
+	Image   string   `json:"image"`   // empty: that of the load program
 	Command []string `json:"command"` // templates of Place
 	// Files that the command finds in Place.Dir: their names, and by role the template in the folder.
 	Files map[string]map[string]string `json:"files"`

@@ -91,6 +91,29 @@ func TestClients(t *testing.T) {
 			t.Errorf("%+v, %v", o, err)
 		}
 	})
+	t.Run("relay", func(t *testing.T) {
+		through := freeAddr(t)
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 1)
+		go func() { ended <- relay(ctx, []string{through + "=" + tcp}) }()
+		defer func() {
+			stop()
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+		}()
+		for {
+			c, err := net.Dial("tcp", through)
+			if err == nil {
+				c.Close()
+				break
+			}
+		}
+		o, err := bulk(t.Context(), at(through, nil))
+		if err != nil || o.Bytes == 0 {
+			t.Errorf("%+v, %v", o, err)
+		}
+	})
 	t.Run("idle", func(t *testing.T) {
 		o, err := idle(t.Context(), at(tcp, func(j *job) { j.clients = 50 }))
 		if err != nil || o.Done != 50 || o.Failed != 0 {

@@ -8,6 +8,7 @@
 //	load bulk ADDR                    bytes in one direction, then in the other
 //	load idle ADDR                    connections that do nothing
 //	load sleep                        nothing at all
+//	load relay LISTEN=TARGET...       copies, the floor for what a proxy costs
 //	load meter MARK...                CPU and memory of the processes that a mark is of: a container, a number, a name
 package main
 
@@ -46,7 +47,7 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
-		return errors.New("say what to do: serve, http, open, rr, bulk, idle, sleep or meter")
+		return errors.New("say what to do: serve, http, open, rr, bulk, idle, sleep, relay or meter")
 	}
 	verb := args[0]
 	j := job{}
@@ -68,6 +69,8 @@ func run(ctx context.Context, args []string) error {
 	switch {
 	case verb == "serve":
 		return serve(ctx, *httpAddr, *tcpAddr)
+	case verb == "relay":
+		return relay(ctx, fs.Args())
 	case verb == "sleep":
 		<-ctx.Done()
 		return nil
@@ -78,7 +81,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		return json.NewEncoder(os.Stdout).Encode(r)
 	case client == nil:
-		return fmt.Errorf("%q is none of serve, http, open, rr, bulk, idle, sleep, meter", verb)
+		return fmt.Errorf("%q is none of serve, http, open, rr, bulk, idle, sleep, relay, meter", verb)
 	case j.addr == "" || j.clients < 1 || j.rate < 1 || j.duration <= 0:
 		return fmt.Errorf("%s needs an address, at least one connection, a rate and a duration", verb)
 	}

@@ -240,8 +240,11 @@ func (s *site) sidecars(st *stage, place bench.Place) error {
 		if err != nil {
 			return err
 		}
-		if command[0] == "envoy" {
+		switch command[0] {
+		case "envoy":
 			command[0] = s.envoy
+		case "load":
+			command[0] = s.load
 		}
 		pid, err := s.background(p, v.Name+"-"+role+".log", command...)
 		if err != nil {

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -141,9 +142,9 @@ func (s *benchSite) pod(ctx context.Context, v *bench.Variant, place bench.Place
 			return nil, err
 		}
 		side := *t.Spec.Containers[0].DeepCopy()
-		side.Name, side.Image = "sidecar", v.Sidecar.Image
-		if s.sidecar != "" {
-			side.Image = s.sidecar
+		side.Name = "sidecar"
+		if v.Sidecar.Image != "" {
+			side.Image = cmp.Or(s.sidecar, v.Sidecar.Image)
 		}
 		if side.Command, err = v.SidecarCommand(place); err != nil {
 			return nil, err
