@@ -8,6 +8,8 @@
 //	tcpcheck first HOST:PORT  an exchange, at once: the first thing this process does
 //	tcpcheck who HOST:PORT    which server answers
 //	tcpcheck decide NAME=HOST:PORT ...  whether connections are let in, again and again
+//	tcpcheck ask IP:PORT ...      which servers answer a datagram
+//	tcpcheck resolve IP:PORT ...  a name at these servers, again and again
 package main
 
 import (
@@ -24,7 +26,7 @@ const marker = "warren-demo-marker-7c1e"
 
 // Ports of `tcpcheck serve`.
 const (
-	portEcho   = 9000 // a line with both addresses once the client has sent something, then what it sent
+	portEcho   = 9000 // a line with both addresses once the client has sent something, then what it sent; UDP: what it sent
 	portGreet  = 9001 // speaks first
 	portReset  = 9002 // resets the connection after the first byte
 	portDigest = 9003 // reads to the end, answers with count and SHA-256
@@ -40,10 +42,10 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	verbs := map[string]func(context.Context, []string) error{
-		"serve": serve, "manners": manners, "load": load, "first": first, "who": who, "decide": decide,
+		"serve": serve, "manners": manners, "load": load, "first": first, "who": who, "decide": decide, "ask": ask, "resolve": resolve,
 	}
 	if len(os.Args) < 2 || verbs[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: tcpcheck serve|manners|load|first|who|decide [flags] [HOST[:PORT]]")
+		fmt.Fprintln(os.Stderr, "usage: tcpcheck serve|manners|load|first|who|decide|ask|resolve [flags] [HOST[:PORT]]")
 		os.Exit(2)
 	}
 	if err := verbs[os.Args[1]](ctx, os.Args[2:]); err != nil {

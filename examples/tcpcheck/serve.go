@@ -42,6 +42,11 @@ func serve(ctx context.Context, _ []string) error {
 		}
 		go func() { failed <- accept(l, handle) }()
 	}
+	datagrams, err := net.ListenUDP("udp", &net.UDPAddr{Port: portEcho})
+	if err != nil {
+		return err
+	}
+	go func() { failed <- answer(datagrams) }()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /ends", func(w http.ResponseWriter, _ *http.Request) {
