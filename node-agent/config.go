@@ -133,6 +133,9 @@ func (c *Config) Validate() error {
 	if c.SecretTTL < time.Minute {
 		errs = append(errs, fmt.Errorf("SECRET_TTL %s is too short: a certificate must live for a minute", c.SecretTTL))
 	}
+	if c.MaxFrame != 0 && (c.MaxFrame < 16<<10 || c.MaxFrame > 1<<20) {
+		errs = append(errs, fmt.Errorf("HTTP2_FRAME_SIZE %d is not between %d and %d", c.MaxFrame, 16<<10, 1<<20))
+	}
 	return errors.Join(errs...)
 }
 

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -453,6 +455,7 @@ func (c *conn) tick() {
 	if c.stopped != nil {
 		return
 	}
+	c.resetBroken()
 	next := c.pingEvery
 	alive := c.reads != c.seenReads
 	c.seenReads = c.reads
@@ -483,6 +486,16 @@ func (c *conn) tick() {
 		return
 	}
 	c.timer.Reset(next)
+}
+
+// resetBroken resets the streams whose applications have reset their connections meanwhile: nobody reads a socket
+// while the stream takes nothing from it.
+func (c *conn) resetBroken() {
+	for _, st := range c.streams {
+		if st.waiting && st.sink != nil && st.sink.broken() {
+			st.sinkFailed(os.NewSyscallError("read", syscall.ECONNRESET))
+		}
+	}
 }
 
 // ping asks the peer for a sign of life.

@@ -102,6 +102,12 @@ func (k *sink) stopReading() (ended bool) {
 	return k.ended
 }
 
+// broken reports whether nothing is left of the socket's connection.
+func (k *sink) broken() (is bool) {
+	_ = k.rc.Control(func(fd uintptr) { is = closed(int(fd)) })
+	return is
+}
+
 func (k *sink) wake() { _ = k.tcp.SetReadDeadline(time.Unix(1, 0)) }
 
 // streamFailed is called under the connection's lock.

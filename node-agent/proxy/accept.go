@@ -9,7 +9,7 @@ import (
 
 // accept is the accept loop of all three listeners: it takes connections until the listener is closed and
 // serves each in a goroutine of its own, which the Proxy waits for.
-func (h *PodHandle) accept(l net.Listener, serve func(*PodHandle, *net.TCPConn)) {
+func (h *PodHandle) accept(l net.Listener, dir Direction, serve func(*PodHandle, *net.TCPConn)) {
 	var wait time.Duration
 	for {
 		c, err := l.Accept()
@@ -33,12 +33,13 @@ func (h *PodHandle) accept(l net.Listener, serve func(*PodHandle, *net.TCPConn))
 			c.Close()
 			continue
 		}
-		if h.open.Add(1) > int64(h.p.cfg.MaxConns) {
-			h.open.Add(-1)
+		if err := h.overload(tc); err != nil {
+			local, remote := ends(tc)
 			abort(tc)
-			h.p.log.Warn("connection reset: the pod has too many", "pod", h.Pod().UID, "limit", h.p.cfg.MaxConns)
+			h.refuse(dir, remote, local, err)
 			continue
 		}
+		h.open.Add(1)
 		h.p.wg.Go(func() {
 			defer h.open.Add(-1)
 			serve(h, tc)

@@ -98,12 +98,19 @@ func (r *report) close(err error) {
 }
 
 // refuse logs and counts a connection that ended before anything was known about its ends.
-func (p *Proxy) refuse(dir Direction, src, dst netip.AddrPort, err error) {
+func (h *PodHandle) refuse(dir Direction, src, dst netip.AddrPort, err error) {
 	o := outcomeOf(err, RequestInvalid)
-	p.metrics.outcome(dir, o)
-	p.access.LogAttrs(context.Background(), slog.LevelWarn, "connection failed",
-		slog.String("src.addr", src.String()), slog.String("dst.addr", dst.String()),
-		slog.String("direction", dir.String()), slog.String("outcome", o.String()), slog.String("error", fold(err.Error())))
+	h.p.metrics.outcome(dir, o)
+	may, suppressed := h.refusals.allow(time.Now())
+	if !may {
+		return
+	}
+	a := []slog.Attr{slog.String("src.addr", src.String()), slog.String("dst.addr", dst.String()),
+		slog.String("direction", dir.String()), slog.String("outcome", o.String()), slog.String("error", fold(err.Error()))}
+	if suppressed > 0 {
+		a = append(a, slog.Int("suppressed", suppressed))
+	}
+	h.p.access.LogAttrs(context.Background(), slog.LevelWarn, "connection failed", a...)
 }
 
 // podName is the name that the log shows: the pod's, or the canonical service of a peer known by baggage alone.

@@ -67,7 +67,7 @@ func TestH2spec(t *testing.T) {
 	}
 	bin := h2spec(t)
 	t.Run("frames of 16 KiB", func(t *testing.T) {
-		total, passed, out := runH2spec(t, bin, newLab(t, func(c *Config) { c.MaxFrame = 16 << 10 }))
+		total, passed, out := runH2spec(t, bin, newLab(t, configured(func(c *Config) { c.MaxFrame = 16 << 10 })))
 		if passed != total || total < 145 {
 			t.Errorf("%d of %d passed\n%s", passed, total, out)
 		}

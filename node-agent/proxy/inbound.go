@@ -33,23 +33,33 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 	bundle, err := p.cfg.Certs.Bundle(ctx, h.Pod().Identity)
 	if err != nil {
 		abort(raw)
-		p.refuse(Inbound, remote, local, fail(IdentityUnavailable, "certificate of %s: %w", h.Pod().Identity, err))
+		h.refuse(Inbound, remote, local, fail(IdentityUnavailable, "certificate of %s: %w", h.Pod().Identity, err))
 		return
 	}
+	p.shaking.begin(remote.Addr(), raw)
 	tc := tls.Server(hbone.Wire(raw), bundle.ServerTLS(identity.Peers{TrustDomains: p.trustDomains(bundle)}))
-	if err := tc.HandshakeContext(ctx); err != nil {
+	err = tc.HandshakeContext(ctx)
+	if !p.shaking.end(remote.Addr(), raw) {
+		err = errManyHandshakes
+	}
+	if err != nil {
 		abort(raw)
 		p.metrics.peerRefused(Inbound, identity.Reason(err))
-		p.refuse(Inbound, remote, local, fail(TLSFailed, "TLS with %s: %w", remote, err))
+		h.refuse(Inbound, remote, local, fail(TLSFailed, "TLS with %s: %w", remote, err))
 		return
 	}
 	peer, err := identity.PeerIdentity(tc.ConnectionState())
 	if err != nil {
 		abort(raw)
-		p.refuse(Inbound, remote, local, fail(TLSFailed, "identity of %s: %w", remote, err))
+		h.refuse(Inbound, remote, local, fail(TLSFailed, "identity of %s: %w", remote, err))
 		return
 	}
 	cancel()
+	if left := p.penalty.left(party{peer, remote.Addr()}, time.Now()); left > 0 {
+		abort(raw)
+		h.refuse(Inbound, remote, local, fail(PeerUntrusted, "%s was cut off for a flood of frames, and may come again in %s", peer, left.Round(time.Millisecond)))
+		return
+	}
 	accepting, retire := context.WithCancel(h.accepting)
 	defer retire()
 	tn := &tunnel{dir: Inbound, own: h.Pod().Identity, party: party{peer, remote.Addr()}, raw: raw, retire: retire}
@@ -57,19 +67,28 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 	if err := p.enter(tn, tc, bundle); err != nil {
 		abort(raw)
 		p.metrics.peerRefused(Inbound, identity.Reason(err))
-		p.refuse(Inbound, remote, local, fail(TLSFailed, "TLS with %s: %w", remote, err))
+		h.refuse(Inbound, remote, local, fail(TLSFailed, "TLS with %s: %w", remote, err))
 		return
 	}
 	err = hbone.Serve(accepting, tc, hbone.ServerConfig{
 		DrainTimeout: forever, // Proxy.Close and PodHandle.Close say when open streams end
 		MaxFrame:     p.cfg.MaxFrame,
+		Memory:       p.memory,
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
-			h.open.Add(1)
+			n := h.open.Add(1)
 			defer h.open.Add(-1)
+			if n > int64(p.cfg.MaxConns) {
+				s.Reject(503)
+				h.refuse(Inbound, remote, local, fail(Overloaded, "the pod has %d connections", n))
+				return
+			}
 			h.serveStream(ctx, s, tn, remote, local)
 		},
 	})
-	if err != nil && !errors.Is(err, io.EOF) {
+	if hbone.Flooded(err) {
+		p.penalty.impose(tn.party, time.Now())
+		h.refuse(Inbound, remote, local, fail(PeerUntrusted, "%s was cut off: %w", peer, err))
+	} else if err != nil && !errors.Is(err, io.EOF) {
 		p.log.Debug("tunnel ended", "peer", remote, "identity", peer, "error", err)
 	}
 }
@@ -88,14 +107,18 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn 
 	p, peer := h.p, tn.party.id
 	app, err := h.target(st.Request)
 	if err != nil {
-		st.Reject(400)
-		p.refuse(Inbound, remote, local, err)
+		if m := st.Request.Method; m == "" || m == "CONNECT" {
+			st.Reject(400)
+		} else {
+			st.Reply(400, []byte(err.Error()+"\n"), hbone.Field{Name: "content-type", Value: "text/plain"})
+		}
+		h.refuse(Inbound, remote, local, err)
 		return
 	}
 	s, dst, err := h.state(ctx)
 	if err != nil {
 		st.Reject(503)
-		p.refuse(Inbound, remote, local, err)
+		h.refuse(Inbound, remote, local, err)
 		return
 	}
 	fwd, _ := hbone.ParseForwarded(st.Request.Header.Get(hbone.HeaderForwarded))

@@ -57,7 +57,9 @@ type lab struct {
 	builder *mesh.Builder
 	rev     uint64
 	apps    sync.WaitGroup
-	options []func(*Config)
+
+	configure func(*Config)
+	between   func(a, b *netns.Handle) error // makes a device "link" in each
 }
 
 type labNode struct {
@@ -91,14 +93,22 @@ const (
 	appPort     = 8080
 )
 
-// newLab makes one whose agents are configured as the options say.
-func newLab(t *testing.T, options ...func(*Config)) *lab {
+// option makes a lab different from the usual one.
+type option func(*lab)
+
+// configured changes how the agents are configured.
+func configured(f func(*Config)) option { return func(l *lab) { l.configure = f } }
+
+func newLab(t *testing.T, options ...option) *lab {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root: network namespaces, cgroups and BPF")
 	}
 	l := &lab{t: t, store: &mesh.Store{}, ca: newTestCA(t, "cluster.local"), nodes: map[string]*labNode{}, pods: map[string]*labPod{},
-		builder: mesh.NewBuilder(nil), options: options}
+		builder: mesh.NewBuilder(nil), configure: func(*Config) {}, between: veths}
+	for _, o := range options {
+		o(l)
+	}
 	l.makeCgroup()
 	a, b := l.addNode("node-a"), l.addNode("node-b")
 	l.connect(a, b)
@@ -178,9 +188,7 @@ func (n *labNode) start() {
 	n.metrics.MustRegister(metrics)
 	pc := Config{Store: n.lab.store, Certs: n.lab.ca, Sockets: n.dp, Metrics: metrics,
 		Access: slog.New(slog.NewJSONHandler(n.log, nil)), ConnectTimeout: 2 * time.Second, HandshakeTimeout: 2 * time.Second}
-	for _, option := range n.lab.options {
-		option(&pc)
-	}
+	n.lab.configure(&pc)
 	n.proxy, err = New(pc)
 	check(t, err)
 	t.Cleanup(func() {
@@ -191,7 +199,8 @@ func (n *labNode) start() {
 					t.Logf("%s %-28s %d", n.name, name, v)
 				}
 			}
-			t.Logf("%s access log:\n%s", n.name, n.log)
+			log := n.log.String()
+			t.Logf("%s access log, its end:\n%s", n.name, log[max(0, len(log)-20_000):])
 		}
 		ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
 		defer cancel()
@@ -222,13 +231,17 @@ func (l *lab) addPod(n *labNode, name, v4, v6 string) *labPod {
 	return p
 }
 
-// connect links the nodes and routes their pods' addresses to each other.
-func (l *lab) connect(a, b *labNode) {
-	check(l.t, a.ns.Do(func() error {
-		return b.ns.WithFD(func(fd int) error {
+func veths(a, b *netns.Handle) error {
+	return a.Do(func() error {
+		return b.WithFD(func(fd int) error {
 			return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "link"}, PeerName: "link", PeerNamespace: netlink.NsFd(fd)})
 		})
-	}))
+	})
+}
+
+// connect links the nodes and routes their pods' addresses to each other.
+func (l *lab) connect(a, b *labNode) {
+	check(l.t, l.between(a.ns, b.ns))
 	for _, x := range []struct {
 		n            *labNode
 		own4, own6   string
@@ -456,12 +469,18 @@ func (ca *testCA) sign(id mesh.Identity, from, until time.Time, anchors []byte) 
 	if anchors == nil {
 		anchors = ca.pem
 	}
+	key, cert := ca.leaf(id, from, until)
+	return must(identity.NewBundle(id, key, cert, anchors))
+}
+
+// leaf makes a key and its certificate, in PEM.
+func (ca *testCA) leaf(id mesh.Identity, from, until time.Time) (*ecdsa.PrivateKey, []byte) {
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	tmpl := &x509.Certificate{SerialNumber: big.NewInt(time.Now().UnixNano()), NotBefore: from, NotAfter: until,
 		URIs: []*url.URL{must(url.Parse(id.String()))}, KeyUsage: x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}}
 	der := must(x509.CreateCertificate(rand.Reader, tmpl, ca.cert, key.Public(), ca.key))
-	return must(identity.NewBundle(id, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), anchors))
+	return key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
 }
 
 func (ca *testCA) Bundle(_ context.Context, id mesh.Identity) (*identity.Bundle, error) {

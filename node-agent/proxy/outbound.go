@@ -42,7 +42,7 @@ func (h *PodHandle) serveOutbound(down *net.TCPConn) {
 	if !dst.Addr().IsValid() || h.own(dst.Addr()) && agentPort(dst.Port()) {
 		// Somebody in the pod dialled a port of the agent's: there is no destination to be had.
 		abort(down)
-		p.refuse(Outbound, src, dst, fail(RequestInvalid, "%s is a port of the node agent", dst))
+		h.refuse(Outbound, src, dst, fail(RequestInvalid, "%s is a port of the node agent", dst))
 		return
 	}
 	req, err := h.decide(ctx, src, dst, nil)

@@ -24,13 +24,14 @@ const (
 	AppRefused                  // the server application refused or did not answer
 	RequestInvalid              // a CONNECT for something that is not an address of the pod (400), here or at the peer
 	PeerUntrusted               // an open connection whose peer's certificate has ended, was revoked or lost its root
+	Overloaded                  // the node has no room for a new connection
 	outcomes
 )
 
 var outcomeNames = [outcomes]string{
 	"completed", "reset", "drained", "source_unknown", "route_refused", "policy_denied", "policy_revoked",
 	"identity_unavailable", "tls_failed", "tunnel_failed", "peer_unreachable", "app_refused", "request_invalid",
-	"peer_untrusted",
+	"peer_untrusted", "overloaded",
 }
 
 // String returns the word that logs and the outcome counter use.

@@ -15,13 +15,13 @@ func (h *PodHandle) servePlaintext(down *net.TCPConn) {
 	p := h.p
 	if !h.own(app.Addr()) || agentPort(app.Port()) {
 		abort(down)
-		p.refuse(Inbound, client, app, fail(RequestInvalid, "%s is not an address of the pod that a client may ask for", app))
+		h.refuse(Inbound, client, app, fail(RequestInvalid, "%s is not an address of the pod that a client may ask for", app))
 		return
 	}
 	s, dst, err := h.state(p.ctx)
 	if err != nil {
 		abort(down)
-		p.refuse(Inbound, client, app, err)
+		h.refuse(Inbound, client, app, err)
 		return
 	}
 	c := &conn{dir: Inbound, pod: h, auth: mesh.Conn{SourceIP: client.Addr(), Dst: app, DstWorkload: dst, Plaintext: true}}

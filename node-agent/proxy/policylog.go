@@ -69,7 +69,7 @@ func dryRuns(ds []mesh.DryRun) string {
 	return strings.Join(words, ",")
 }
 
-// Lines about denied connections to one pod: so many at once, so many a second. A client that is denied tries again.
+// Lines about denied or refused connections of one pod: so many at once, so many a second. Who is denied tries again.
 const (
 	denialBurst = 100
 	denialRate  = 20

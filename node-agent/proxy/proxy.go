@@ -44,6 +44,9 @@ type Config struct {
 	PoolIdle     time.Duration // a tunnel without streams is closed: 5 min
 	MaxStreams   int           // streams of one tunnel: 100
 	MaxFrame     int           // longest DATA frame that peers are told to send: 1 MiB
+	// Memory bounds what both directions of all connections together hold of bytes that applications do not take. When
+	// most of it is used, new connections are reset. 0: 256 MiB.
+	Memory int64
 	// MaxConns bounds the connections of one pod; those beyond it are reset. 0: 65536.
 	MaxConns int
 }
@@ -71,6 +74,10 @@ type Proxy struct {
 	conns    *connTable
 	peers    *peerTable
 	pool     *hbone.Pool
+	memory   *hbone.Memory
+	files    int // descriptors that connections may have
+	shaking  handshakes
+	penalty  penalties
 	suspects suspects
 
 	ctx    context.Context
@@ -101,6 +108,7 @@ type PodHandle struct {
 	loops     sync.WaitGroup
 	open      atomic.Int64
 	denials   lineBudget
+	refusals  lineBudget
 }
 
 // New returns a Proxy without pods. Close ends it.
@@ -128,12 +136,15 @@ func New(cfg Config) (*Proxy, error) {
 		cfg.Access = slog.New(slog.DiscardHandler)
 	}
 	p := &Proxy{cfg: cfg, store: cfg.Store, metrics: cfg.Metrics, log: cfg.Log, access: cfg.Access,
-		conns: newConnTable(), peers: newPeerTable(), pods: map[string]*PodHandle{}, flows: map[flowKey]*flow{}, changed: make(chan struct{})}
+		conns: newConnTable(), peers: newPeerTable(), memory: hbone.NewMemory(cfg.Memory), pods: map[string]*PodHandle{}, flows: map[flowKey]*flow{}, changed: make(chan struct{})}
+	p.files, _ = descriptors()
+	p.shaking.from = map[netip.Addr][]*net.TCPConn{}
+	p.penalty.of = map[party]penalty{}
 	p.ctx, p.cancel = context.WithCancel(context.Background())
 	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel,
 		DialTimeout:  cfg.ConnectTimeout + cfg.HandshakeTimeout,
 		Ended:        p.peers.ended,
-		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, MaxFrame: cfg.MaxFrame, Idle: cfg.PoolIdle}})
+		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, MaxFrame: cfg.MaxFrame, Memory: p.memory, Idle: cfg.PoolIdle}})
 	// Before any connection: a state that comes between one's authorization and the watch would be missed.
 	changed, now := p.store.Watch(), p.store.Load()
 	p.checked.reach(now.Revision())
@@ -170,15 +181,16 @@ func (p *Proxy) AddPod(pod Pod, l Listeners) (*PodHandle, error) {
 	p.started.Add(1)
 	for _, role := range []struct {
 		listeners []net.Listener
+		dir       Direction
 		serve     func(*PodHandle, *net.TCPConn)
 	}{
-		{l.Outbound, (*PodHandle).serveOutbound},
-		{l.Inbound, (*PodHandle).servePlaintext},
-		{l.HBONE, (*PodHandle).serveTunnel},
+		{l.Outbound, Outbound, (*PodHandle).serveOutbound},
+		{l.Inbound, Inbound, (*PodHandle).servePlaintext},
+		{l.HBONE, Inbound, (*PodHandle).serveTunnel},
 	} {
 		for _, ln := range role.listeners {
 			h.listeners = append(h.listeners, ln)
-			h.loops.Go(func() { h.accept(ln, role.serve) })
+			h.loops.Go(func() { h.accept(ln, role.dir, role.serve) })
 		}
 	}
 	return h, nil
