@@ -74,8 +74,8 @@ func (n *Node) Command(ctx context.Context, args ...string) *exec.Cmd {
 
 // APIServer prepares one more API server of the cluster, which serves on the node's addresses. The caller has to bring
 // etcd's port to the node's loopback.
-func (n *Node) APIServer(ctx context.Context, port uint16) *exec.Cmd {
-	p := n.cluster.plan.APIServerOn(n.plan, port)
+func (n *Node) APIServer(ctx context.Context) *exec.Cmd {
+	p := n.cluster.plan.APIServerOn(n.plan)
 	return n.Command(ctx, append([]string{p.Name}, p.Args...)...)
 }
 

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -10,13 +11,16 @@ import (
 	"encoding/base64"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"math/big"
 	"net"
 	"net/netip"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"github.com/warrenmesh/warren/test/cluster"
 	"github.com/warrenmesh/warren/test/e2e/lab"
 )
 
@@ -50,35 +54,70 @@ func meshWideStrict(t *testing.T) {
 	strict(t, "istio-system")
 }
 
-// What the API server calls in the mesh goes on to work under mesh-wide STRICT, and is open to it alone.
-func TestAPIServerCallsUnderStrict(t *testing.T) {
-	ns := namespace(t, "e2e-hook", ambient)
-	out := namespace(t, "e2e-hook-out")
-	cert, key := selfSigned(t, "hook."+ns+".svc")
-	ctx := t.Context()
-	must(t, mesh.Apply(ctx, fmt.Sprintf(`
+// calledPod is a pod with a Service of its name, 443 to 8443, that an API server may call by TLS under the certificate.
+// Beside that it listens on port 9000, which no API server calls.
+func calledPod(t *testing.T, ns, name, node string) (cert string) {
+	t.Helper()
+	cert, key := selfSigned(t, name+"."+ns+".svc")
+	must(t, mesh.Apply(t.Context(), fmt.Sprintf(`
 apiVersion: v1
 kind: Secret
-metadata: {name: hook, namespace: %[1]s}
+metadata: {name: %[2]s, namespace: %[1]s}
 type: kubernetes.io/tls
-data: {tls.crt: %[2]s, tls.key: %[3]s}
+data: {tls.crt: %[3]s, tls.key: %[4]s}
 ---
 apiVersion: v1
 kind: Service
-metadata: {name: hook, namespace: %[1]s}
-spec: {selector: {app: hook}, ports: [{name: https, port: 443, targetPort: hook}, {name: other, port: 9000}]}
+metadata: {name: %[2]s, namespace: %[1]s}
+spec: {selector: {app: %[2]s}, ports: [{name: https, port: 443, targetPort: hook}, {name: other, port: 9000}]}
 ---
 apiVersion: v1
 kind: Pod
-metadata: {name: hook, namespace: %[1]s, labels: {app: hook}}
+metadata: {name: %[2]s, namespace: %[1]s, labels: {app: %[2]s}}
 spec:
-  nodeName: %[4]s
+  nodeName: %[5]s
+  terminationGracePeriodSeconds: 1
   containers:
-  - {name: hook, image: %[5]s, imagePullPolicy: IfNotPresent, command: [/demo, hook], ports: [{name: hook, containerPort: 8443}],
+  - {name: hook, image: %[6]s, imagePullPolicy: IfNotPresent, command: [/demo, hook], ports: [{name: hook, containerPort: 8443}],
      volumeMounts: [{name: cert, mountPath: /cert}]}
-  - {name: other, image: %[5]s, imagePullPolicy: IfNotPresent, command: [/demo, tcp-echo]}
-  volumes: [{name: cert, secret: {secretName: hook}}]
-`, ns, cert, key, nodes[1], lab.Image)))
+  - {name: other, image: %[6]s, imagePullPolicy: IfNotPresent, command: [/demo, tcp-echo]}
+  volumes: [{name: cert, secret: {secretName: %[2]s}}]
+`, ns, name, cert, key, node, lab.Image)))
+	return cert
+}
+
+// webhook is the configuration that has the API server ask a calledPod about ConfigMaps of a namespace that have the
+// label refuse.
+func webhook(ns, name, cert, about string) string {
+	return fmt.Sprintf(`
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingWebhookConfiguration
+metadata: {name: %[1]s-%[2]s}
+webhooks:
+- name: %[2]s.e2e.warren.example
+  clientConfig: {caBundle: %[3]s, service: {namespace: %[1]s, name: %[2]s, path: /review}}
+  rules: [{apiGroups: [""], apiVersions: [v1], resources: [configmaps], operations: [CREATE]}]
+  namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: %[4]s}}
+  objectSelector: {matchExpressions: [{key: refuse, operator: Exists}]}
+  admissionReviewVersions: [v1]
+  sideEffects: None
+  failurePolicy: Fail
+  timeoutSeconds: 5
+`, ns, name, cert, about)
+}
+
+func asked(ns, name, refuse string) string {
+	return fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: %s, namespace: %s, labels: {refuse: %q}}\n", name, ns, refuse)
+}
+
+// What the API server calls in the mesh goes on to work under mesh-wide STRICT, and is open to it alone: webhooks,
+// aggregated APIs and conversions.
+func TestAPIServerCallsUnderStrict(t *testing.T) {
+	ns := namespace(t, "e2e-hook", ambient)
+	out := namespace(t, "e2e-hook-out")
+	ctx := t.Context()
+	cert := calledPod(t, ns, "hook", nodes[1])
+	convertCert := calledPod(t, ns, "convert", nodes[0])
 	must(t, mesh.Run(ctx,
 		lab.PodSpec{Namespace: ns, Name: "member", Node: nodes[0], Args: []string{"sleep"}},
 		lab.PodSpec{Namespace: out, Name: "outsider", Node: nodes[0], Args: []string{"sleep"}},
@@ -108,35 +147,36 @@ spec:
 	must(t, dial(ns, "member", "9000"))
 
 	t.Cleanup(func() {
-		for _, o := range []string{"validatingwebhookconfiguration/e2e-hook", "apiservice/v1.e2e.warren.example"} {
+		for _, o := range []string{"validatingwebhookconfiguration/e2e-hook-hook", "apiservice/v1.e2e.warren.example", "crd/things.convert.warren.example"} {
 			if _, err := mesh.Kubectl(context.WithoutCancel(ctx), "delete", o, "--ignore-not-found"); err != nil {
 				t.Error(err)
 			}
 		}
 	})
-	must(t, mesh.Apply(ctx, fmt.Sprintf(`
-apiVersion: admissionregistration.k8s.io/v1
-kind: ValidatingWebhookConfiguration
-metadata: {name: e2e-hook}
-webhooks:
-- name: hook.e2e.warren.example
-  clientConfig: {caBundle: %[2]s, service: {namespace: %[1]s, name: hook, path: /review}}
-  rules: [{apiGroups: [""], apiVersions: [v1], resources: [configmaps], operations: [CREATE]}]
-  namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: %[3]s}}
-  objectSelector: {matchExpressions: [{key: refuse, operator: Exists}]}
-  admissionReviewVersions: [v1]
-  sideEffects: None
-  failurePolicy: Fail
-  timeoutSeconds: 5
+	must(t, mesh.Apply(ctx, webhook(ns, "hook", cert, out)+fmt.Sprintf(`
 ---
 apiVersion: apiregistration.k8s.io/v1
 kind: APIService
 metadata: {name: v1.e2e.warren.example}
 spec: {group: e2e.warren.example, version: v1, groupPriorityMinimum: 100, versionPriority: 1, caBundle: %[2]s, service: {namespace: %[1]s, name: hook}}
-`, ns, cert, out)))
-	create := func(name, refuse string) error {
-		return mesh.Apply(ctx, fmt.Sprintf("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: %s, namespace: %s, labels: {refuse: %q}}\n", name, out, refuse))
-	}
+---
+apiVersion: apiextensions.k8s.io/v1
+kind: CustomResourceDefinition
+metadata: {name: things.convert.warren.example}
+spec:
+  group: convert.warren.example
+  names: {kind: Thing, plural: things, singular: thing}
+  scope: Namespaced
+  versions:
+  - {name: v1, served: true, storage: true, schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}}
+  - {name: v2, served: true, storage: false, schema: {openAPIV3Schema: {type: object, x-kubernetes-preserve-unknown-fields: true}}}
+  conversion:
+    strategy: Webhook
+    webhook:
+      conversionReviewVersions: [v1]
+      clientConfig: {caBundle: %[3]s, service: {namespace: %[1]s, name: convert, path: /convert}}
+`, ns, cert, convertCert)))
+	create := func(name, refuse string) error { return mesh.Apply(ctx, asked(out, name, refuse)) }
 	must(t, lab.Eventually(ctx, 30*time.Second, func() error { // the configuration reaches the API server, the exemption the node
 		err := create("refused", "yes")
 		if err == nil {
@@ -162,6 +202,23 @@ spec: {group: e2e.warren.example, version: v1, groupPriorityMinimum: 100, versio
 		}
 		return err
 	}))
+	must(t, lab.Eventually(ctx, 60*time.Second, func() error {
+		return mesh.Apply(ctx, "apiVersion: convert.warren.example/v1\nkind: Thing\nmetadata: {name: one, namespace: "+out+"}\n")
+	}))
+	read := func() error {
+		got, err := mesh.Kubectl(ctx, "-n", out, "get", "things.v2.convert.warren.example", "one", "-o", "jsonpath={.apiVersion}")
+		if err == nil && got != "convert.warren.example/v2" {
+			err = fmt.Errorf("the object comes as %q", got)
+		}
+		return err
+	}
+	must(t, lab.Eventually(ctx, 60*time.Second, read))
+	for i := range calls {
+		if err := read(); err != nil {
+			t.Errorf("conversion %d: %v", i, err)
+			failures++
+		}
+	}
 	// The exemption is the API server's.
 	opened := 0
 	for _, p := range []string{"outsider", "neighbour", "host"} {
@@ -174,7 +231,7 @@ spec: {group: e2e.warren.example, version: v1, groupPriorityMinimum: 100, versio
 	}
 	must(t, lab.Eventually(ctx, 20*time.Second, func() error {
 		got, err := mesh.Kubectl(ctx, "get", "peerauthentication", "default", "-n", "istio-system", "-o", "jsonpath={.status.conditions}")
-		if err == nil && !strings.Contains(got, ns+"/hook:443") {
+		if err == nil && (!strings.Contains(got, ns+"/hook:443") || !strings.Contains(got, ns+"/convert:443")) {
 			err = fmt.Errorf("the exemption is not shown on the PeerAuthentication: %s", got)
 		}
 		return err
@@ -198,6 +255,146 @@ spec: {group: e2e.warren.example, version: v1, groupPriorityMinimum: 100, versio
 			}
 		}
 	}
-	record("api-server-calls", "calls of the API server to a pod under STRICT", calls, failures, float64(failures), "failed calls")
+	record("api-server-calls", "calls of the API server to pods under STRICT: webhook and conversions", 2*calls, failures, float64(failures), "failed calls")
 	record("api-server-calls", "others at the ports that are open to the API server", 6, opened, float64(opened), "let in")
+}
+
+// apiServerOnNode runs a second API server of the cluster in a node's own network namespace, as kubeadm's static pods
+// do, until the test ends. It returns where it serves.
+func apiServerOnNode(t *testing.T, name string) (url string) {
+	t.Helper()
+	n := mustNode(t, name)
+	// Its etcd listens on the loopback of the host.
+	var relay net.Listener
+	must(t, n.InNetNS(func() (err error) { relay, err = net.Listen("tcp", "127.0.0.1:2379"); return err }))
+	t.Cleanup(func() { relay.Close() })
+	go func() {
+		for {
+			in, err := relay.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer in.Close()
+				var out net.Conn
+				if err := mesh.Cluster.Outside(func() (err error) { out, err = net.Dial("tcp", "127.0.0.1:2379"); return err }); err != nil {
+					return
+				}
+				defer out.Close()
+				go func() { _, _ = io.Copy(out, in); out.(*net.TCPConn).CloseWrite() }()
+				_, _ = io.Copy(in, out)
+			}()
+		}
+	}()
+	cmd := n.APIServer(context.WithoutCancel(t.Context()))
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	must(t, cmd.Start())
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	t.Cleanup(func() {
+		_ = cmd.Process.Signal(syscall.SIGTERM)
+		select {
+		case <-ended:
+		case <-time.After(90 * time.Second):
+			_ = cmd.Process.Kill()
+			t.Error("the API server on the node does not end")
+		}
+		if t.Failed() {
+			b := log.Bytes()
+			t.Logf("the API server on %s: %s", name, b[max(0, len(b)-4000):])
+		}
+	})
+	return "https://" + net.JoinHostPort(n.Addrs()[0].String(), "6443")
+}
+
+// An API server that runs on a node of the cluster calls pods from whichever of the node's addresses leads to them:
+// its own for pods elsewhere, the bridge's for pods beside it. All of them pass, and no other node's.
+func TestAPIServerOnANodeUnderStrict(t *testing.T) {
+	ownCluster(t)
+	ctx := t.Context()
+	ns := namespace(t, "e2e-hook-node", ambient)
+	out := namespace(t, "e2e-hook-node-out")
+	certs := map[string]string{"beside": calledPod(t, ns, "beside", nodes[0]), "elsewhere": calledPod(t, ns, "elsewhere", nodes[1])}
+	must(t, mesh.Run(ctx,
+		lab.PodSpec{Namespace: out, Name: "here", Node: nodes[0], Args: []string{"sleep"}},
+		lab.PodSpec{Namespace: out, Name: "there", Node: nodes[1], Args: []string{"sleep"}, HostNetwork: true},
+	))
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	must(t, mesh.AwaitReady(ctx, out, time.Minute))
+	inMesh(t, ns)
+	meshWideStrict(t)
+	url := apiServerOnNode(t, nodes[0])
+	via := func(in string, args ...string) (string, error) { // the host itself has no way to the nodes
+		cmd := mesh.Cluster.OutsideCommand(ctx, append([]string{mesh.KubectlPath(), "--kubeconfig=" + mesh.Kubeconfig(), "--server=" + url, "--insecure-skip-tls-verify"}, args...)...)
+		cmd.Stdin = strings.NewReader(in)
+		out, err := cmd.CombinedOutput()
+		if err != nil {
+			err = fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, out)
+		}
+		return string(out), err
+	}
+	must(t, lab.Eventually(ctx, 90*time.Second, func() error {
+		if _, err := via("", "get", "--raw", "/readyz"); err != nil {
+			return err
+		}
+		known, err := mesh.Kubectl(ctx, "get", "endpointslice", "kubernetes", "-o", "jsonpath={.endpoints[*].addresses}")
+		if err == nil && !strings.Contains(known, mustNode(t, nodes[0]).Addrs()[0].String()) {
+			err = fmt.Errorf("the API servers are known as %s", known)
+		}
+		return err
+	}))
+	failures, calls, opened := 0, 0, 0
+	for name, cert := range certs {
+		t.Cleanup(func() {
+			if _, err := mesh.Kubectl(context.WithoutCancel(ctx), "delete", "validatingwebhookconfiguration", ns+"-"+name, "--ignore-not-found"); err != nil {
+				t.Error(err)
+			}
+		})
+		must(t, mesh.Apply(ctx, webhook(ns, name, cert, out)))
+		create := func(object, refuse string) error {
+			_, err := via(asked(out, object, refuse), "create", "-f", "-")
+			return err
+		}
+		must(t, lab.Eventually(ctx, time.Minute, func() error {
+			err := create("refused-by-"+name, "yes")
+			if err == nil {
+				_, _ = mesh.Kubectl(ctx, "delete", "configmap", "refused-by-"+name, "-n", out)
+				return fmt.Errorf("the webhook is not asked")
+			}
+			_, from, ok := strings.Cut(err.Error(), "refused by the hook, called from ")
+			if !ok {
+				return err
+			}
+			t.Logf("the pod %s is called from %s", name, from)
+			return nil
+		}))
+		for i := range 10 {
+			calls++
+			if err := create(fmt.Sprintf("%s-%d", name, i), "no"); err != nil {
+				failures++
+				t.Errorf("call %d of the pod %s: %v", i, name, err)
+			}
+		}
+		for _, from := range []string{"here", "there"} {
+			for _, port := range []string{"8443", "9000"} {
+				if _, err := mesh.Exec(ctx, out, from, "/demo", "tcp-dial", "-timeout", "3s", net.JoinHostPort(pod(t, ns, name).IPs[0], port)); err == nil {
+					opened++
+					t.Errorf("%s gets in at port %s of the pod %s", from, port, name)
+				}
+			}
+		}
+		if _, err := mesh.Kubectl(ctx, "delete", "validatingwebhookconfiguration", ns+"-"+name); err != nil {
+			t.Error(err)
+		}
+	}
+	record("api-server-calls", "calls of an API server on a node to pods under STRICT, beside it and elsewhere", calls, failures, float64(failures), "failed calls")
+	record("api-server-calls", "others at the ports that are open to an API server on a node", 8, opened, float64(opened), "let in")
+}
+
+func mustNode(t *testing.T, name string) *cluster.Node {
+	t.Helper()
+	n, err := mesh.Cluster.Node(name)
+	must(t, err)
+	return n
 }

@@ -72,17 +72,15 @@ func (c *Cluster) APIServer() Process {
 	}}
 }
 
-// APIServerOn is one more API server, in a node's network namespace. Beside a kube-proxy it calls webhooks by the
-// Services' addresses, as usual.
-func (c *Cluster) APIServerOn(n Node, port uint16) Process {
+// APIServerOn is one more API server, in a node's network namespace, on the same port, because all of a cluster are
+// known under one. Beside a kube-proxy it calls webhooks by the Services' addresses, as usual.
+func (c *Cluster) APIServerOn(n Node) Process {
 	p := c.APIServer()
 	var args []string
 	for _, a := range p.Args {
 		switch name, _, _ := strings.Cut(a, "="); name {
 		case "--advertise-address":
 			a = name + "=" + c.Addrs(n)[0].String()
-		case "--secure-port":
-			a = fmt.Sprintf("%s=%d", name, port)
 		case "--enable-aggregator-routing":
 			continue
 		}
