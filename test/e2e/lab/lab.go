@@ -234,6 +234,12 @@ func (l *Lab) Install(ctx context.Context, set ...string) error {
 	for _, s := range set {
 		args = append(args, "--set", s)
 	}
+	if l.Cluster != nil { // a run that was interrupted leaves Helm waiting for an operation that nobody finishes
+		if _, err := l.Kubectl(ctx, "-n", Namespace, "delete", "secrets", "--ignore-not-found",
+			"-l", "owner=helm,name="+Release+",status in (pending-install,pending-upgrade,pending-rollback)"); err != nil {
+			return err
+		}
+	}
 	if _, err := l.Helm(ctx, args...); err != nil {
 		return fmt.Errorf("%w\n%s", err, l.Diagnose(context.WithoutCancel(ctx)))
 	}
