@@ -11,8 +11,8 @@ import (
 	"github.com/warrenmesh/warren/test/cluster"
 )
 
-// Bench is the command `warren bench` of this checkout for the lab's cluster. Our own cluster gets an image of
-// Envoy for it; the chart and Warren's images have to be there.
+// Bench is the command `warren bench` of this checkout for the lab's cluster, where the chart and Warren's images
+// have to be.
 func (l *Lab) Bench(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	bin := filepath.Join(l.root, "bin", "warren")
 	build := exec.CommandContext(ctx, "go", "build", "-o", bin, "./cmd/warren")
@@ -21,21 +21,6 @@ func (l *Lab) Bench(ctx context.Context, args ...string) (*exec.Cmd, error) {
 		return nil, fmt.Errorf("build the command line tool: %w: %s", err, bytes.TrimSpace(out))
 	}
 	all := []string{"bench", "--kubeconfig", l.kubeconfig}
-	if l.Cluster != nil {
-		dir, err := os.MkdirTemp("", "warren-envoy-")
-		if err != nil {
-			return nil, err
-		}
-		defer os.RemoveAll(dir)
-		archive := filepath.Join(dir, "envoy.tar")
-		if err := cluster.EnvoyArchive(ctx, archive); err != nil {
-			return nil, err
-		}
-		if err := l.Cluster.LoadImages(ctx, archive); err != nil {
-			return nil, err
-		}
-		all = append(all, "--sidecar-image", cluster.EnvoyImage)
-	}
 	if out, err := exec.CommandContext(ctx, "git", "-C", l.root, "describe", "--always", "--dirty", "--exclude=*").Output(); err == nil {
 		all = append(all, "--commit", string(bytes.TrimSpace(out)))
 	}
@@ -43,4 +28,18 @@ func (l *Lab) Bench(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	// An interrupt lets it delete its pods.
 	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
 	return cmd, nil
+}
+
+// LoadEnvoy loads an image of Envoy into our own cluster and returns its name.
+func (l *Lab) LoadEnvoy(ctx context.Context) (string, error) {
+	dir, err := os.MkdirTemp("", "warren-envoy-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(dir)
+	archive := filepath.Join(dir, "envoy.tar")
+	if err := cluster.EnvoyArchive(ctx, archive); err != nil {
+		return "", err
+	}
+	return cluster.EnvoyImage, l.Cluster.LoadImages(ctx, archive)
 }

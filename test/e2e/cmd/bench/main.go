@@ -38,6 +38,11 @@ func run(ctx context.Context, args []string) error {
 		if err := l.Install(ctx); err != nil {
 			return err
 		}
+		envoy, err := l.LoadEnvoy(ctx)
+		if err != nil {
+			return err
+		}
+		args = append([]string{"--sidecar-image", envoy}, args...)
 	}
 	cmd, err := l.Bench(ctx, args...)
 	if err != nil {
