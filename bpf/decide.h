@@ -138,13 +138,17 @@ static __always_inline void tell_denied(__u32 payer, __u32 client, __u32 server,
 	tell_denied_as(EVENT_DENIED, payer, client, server, f, identity, rules, why);
 }
 
-static __always_inline void tell_direct(enum event_kind kind, const struct flow *f, const struct direct *d, __u64 sent,
+/* How much may wait before whoever reads events is woken. What a connection carried can wait for its next look. */
+#define EVENTS_WAITING (1 << 19)
+
+static __always_inline bool tell_direct(enum event_kind kind, const struct flow *f, const struct direct *d, __u64 sent,
 					__u64 received)
 {
 	struct event *e = bpf_ringbuf_reserve(&events, sizeof(*e), 0);
 	if (!e) {
-		count(EVENT_LOST);
-		return;
+		if (kind != EVENT_CLOSED)
+			count(EVENT_LOST);
+		return false;
 	}
 	e->at = bpf_ktime_get_ns();
 	e->born = d->established;
@@ -159,5 +163,6 @@ static __always_inline void tell_direct(enum event_kind kind, const struct flow 
 	e->server_slot = d->server_slot;
 	e->flow = *f;
 	e->pad = 0;
-	bpf_ringbuf_submit(e, 0);
+	bpf_ringbuf_submit(e, bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) < EVENTS_WAITING ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
+	return true;
 }

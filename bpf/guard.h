@@ -8,7 +8,8 @@
  *                                          socket is bound to a device (also data of an open connection)
  *   SYN of an agent's socket            -> pass
  *   SYN of a vouched socket             -> pass, unless the packet's destination is mesh (DNAT in the pod)
- *   SYN of a direct socket              -> pass, if the packet's destination is the pod that it was let go to
+ *   SYN of a direct socket              -> pass, if the packet's destination is the pod that it was let go to;
+ *                                          near.h says by which way, also for all packets after it
  *   SYN without a socket, or unvouched  -> drop: raw and packet sockets, forwarding, sockets from before the
  *                                          hook was in place
  *   TCP and UDP from a foreign address, ARP and neighbour advertisements for one -> drop: the neighbour's identity
@@ -18,6 +19,7 @@
  */
 #pragma once
 
+#include "near.h"
 #include "udp.h"
 
 #define TCP_SYN 0x02
@@ -42,40 +44,44 @@ struct arp_packet {
 	__u8 target_ip[4];
 };
 
-/* at: where the TCP header begins. */
-static __always_inline int guard_tcp(struct __sk_buff *skb, __u32 at, const struct addr *dst)
+static __always_inline int guard_tcp(struct __sk_buff *skb, const struct transport *t)
 {
 	struct tcp_header tcp;
-	if (bpf_skb_load_bytes(skb, at, &tcp, 14))
+	if (bpf_skb_load_bytes(skb, t->at, &tcp, 14))
 		return shoot(GUARD_DROP_MALFORMED); /* a header split over fragments hides its flags */
 	bool syn = (tcp.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+	struct flow f = {.client = t->src, .server = t->dst, .client_port = ntohs(tcp.source), .server_port = ntohs(tcp.destination)};
 
 	struct bpf_sock *sk = skb->sk;
 	if (sk)
 		sk = bpf_sk_fullsock(sk);
 	if (!sk)
-		return syn ? shoot(GUARD_DROP_NO_SOCKET) : TC_NEXT;
+		return syn ? shoot(GUARD_DROP_NO_SOCKET) : near_packet(skb, t, &f, false, false);
 
 	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
 	if (v && v->fate == FATE_CAPTURED)
 		return shoot(GUARD_DROP_CAPTURED);
-	if (!syn)
-		return TC_NEXT;
+	if (!syn) {
+		if (v && v->fate != FATE_DIRECT)
+			return TC_NEXT;
+		return near_packet(skb, t, &f, v != 0, sk->type == SOCK_STREAM);
+	}
 	if (bpf_sk_storage_get(&agent_sockets, sk, 0, 0)) {
 		count(GUARD_AGENT);
 		return TC_NEXT;
 	}
 	if (v && v->fate == FATE_DIRECT) {
-		struct owner *o = bpf_map_lookup_elem(&owners, dst);
+		struct owner *o = bpf_map_lookup_elem(&owners, &t->dst);
 		if (!o || o->slot != v->slot)
 			return shoot(GUARD_DROP_DIRECT);
 		count(GUARD_DIRECT);
-		return TC_NEXT;
+		return near_syn(skb, t, &f);
 	}
 	if (!v || v->fate != FATE_VOUCHED)
 		return shoot(GUARD_DROP_UNVOUCHED);
-	if (is_mesh(dst))
+	if (is_mesh(&t->dst))
 		return shoot(GUARD_DROP_MESH);
+	bpf_map_delete_elem(&nears, &f); /* of a connection that had the same ports when this was mesh */
 	count(GUARD_VOUCHED);
 	return TC_NEXT;
 }
@@ -91,7 +97,7 @@ static __always_inline int guard_ipv4(struct __sk_buff *skb, struct guarded *g)
 	bool own = addr_eq(&t.src, &g->v4);
 	switch (t.protocol) {
 	case IPPROTO_TCP:
-		return own ? guard_tcp(skb, t.at, &t.dst) : shoot(GUARD_DROP_SOURCE);
+		return own ? guard_tcp(skb, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_UDP:
 		if (own || t.src.w[3] == 0) /* 0: who has no address yet asks for one */
 			return udp_leaves(skb, &t);
@@ -116,7 +122,7 @@ static __always_inline int guard_ipv6(struct __sk_buff *skb, struct guarded *g)
 	bool own = addr_eq(&t.src, &g->v6) || link_local(&t.src);
 	switch (t.protocol) {
 	case IPPROTO_TCP:
-		return own ? guard_tcp(skb, t.at, &t.dst) : shoot(GUARD_DROP_SOURCE);
+		return own ? guard_tcp(skb, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_UDP:
 		return own ? udp_leaves(skb, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_ICMPV6: {

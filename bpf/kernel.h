@@ -45,6 +45,9 @@ enum bpf_map_type {
 #define BPF_ANY 0
 #define BPF_NOEXIST 1
 #define BPF_SK_STORAGE_GET_F_CREATE 1
+#define BPF_RB_NO_WAKEUP 1
+#define BPF_RB_FORCE_WAKEUP 2
+#define BPF_RB_AVAIL_DATA 0
 
 #define AF_INET 2
 #define AF_INET6 10
@@ -128,9 +131,9 @@ enum {
 	BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB = 5,
 	BPF_SOCK_OPS_STATE_CB = 10,
 	BPF_SOCK_OPS_STATE_CB_FLAG = 1 << 2,
+	BPF_TCP_FIN_WAIT1 = 4,
 	BPF_TCP_FIN_WAIT2 = 5,
 	BPF_TCP_CLOSE = 7,
-	BPF_TCP_CLOSE_WAIT = 8,
 	BPF_TCP_LAST_ACK = 9,
 	BPF_TCP_CLOSING = 11,
 };
@@ -191,6 +194,43 @@ struct __sk_buff {
 #define TC_NEXT -1 /* TCX_NEXT and TC_ACT_UNSPEC: the next program decides */
 #define TC_SHOT 2
 
+#define PACKET_HOST 0
+
+/* Of bpf_fib_lookup. */
+struct bpf_fib_lookup {
+	__u8 family;
+	__u8 l4_protocol;
+	__u16 sport, dport;
+	__u16 tot_len;
+	__u32 ifindex; /* where it comes from; then where it goes */
+	__u32 tos;
+	__u32 src[4]; /* IPv4: the first */
+	__u32 dst[4];
+	__u32 vlan;
+	__u8 smac[6], dmac[6];
+};
+
+#define BPF_FIB_LKUP_RET_SUCCESS 0
+#define BPF_FIB_LKUP_RET_NO_NEIGH 7
+
+/* Of the kernel's own types, what is read of them: found by name, wherever a kernel has it. */
+#define BY_NAME __attribute__((preserve_access_index))
+
+struct sock_common {
+	unsigned long skc_flags;
+} BY_NAME;
+
+struct sock {
+	struct sock_common __sk_common;
+} BY_NAME;
+
+struct tcp_sock {
+	__u32 snd_una;
+	__u32 write_seq;
+} BY_NAME;
+
+#define SOCK_DONE 1 /* a bit of skc_flags: the peer's FIN has come */
+
 #define ETH_P_IP 0x0800
 #define ETH_P_ARP 0x0806
 #define ETH_P_8021Q 0x8100
@@ -202,8 +242,10 @@ static long (*bpf_map_update_elem)(void *map, const void *key, const void *value
 static long (*bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static __u64 (*bpf_ktime_get_ns)(void) = (void *)5;
 static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) = (void *)26;
+static long (*bpf_skb_change_type)(struct __sk_buff *skb, __u32 type) = (void *)32;
 static long (*bpf_setsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)49;
 static long (*bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
+static long (*bpf_fib_lookup)(void *ctx, struct bpf_fib_lookup *params, int len, __u32 flags) = (void *)69;
 static long (*bpf_sk_release)(void *sk) = (void *)86;
 static struct bpf_sock *(*bpf_sk_fullsock)(struct bpf_sock *sk) = (void *)95;
 static void *(*bpf_sk_storage_get)(void *map, void *sk, void *value, __u64 flags) = (void *)107;
@@ -211,4 +253,7 @@ static __u64 (*bpf_get_netns_cookie)(void *ctx) = (void *)122;
 static long (*bpf_sk_assign)(void *ctx, void *sk, __u64 flags) = (void *)124;
 static void *(*bpf_ringbuf_reserve)(void *ring, __u64 size, __u64 flags) = (void *)131;
 static void (*bpf_ringbuf_submit)(void *sample, __u64 flags) = (void *)132;
+static __u64 (*bpf_ringbuf_query)(void *ring, __u64 flags) = (void *)134;
+static struct tcp_sock *(*bpf_skc_to_tcp_sock)(void *sk) = (void *)137;
+static long (*bpf_redirect_peer)(__u32 ifindex, __u64 flags) = (void *)155;
 static long (*bpf_set_retval)(int retval) = (void *)187;

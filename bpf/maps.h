@@ -151,6 +151,32 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct flow);
+	__type(value, struct near);
+	PINNED;
+} nears SEC(".maps");
+
+/* Those of them that have ended, the oldest to be forgotten next. */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, NEARS_ENDED);
+	__type(key, __u32);
+	__type(value, struct flow);
+	PINNED;
+} nears_ended SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+	PINNED;
+} nears_next SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, MAX_PODS);
 	__type(key, __u32); /* ifindex in the node's namespace */
 	__type(value, struct udp_gate);

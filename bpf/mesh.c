@@ -6,6 +6,7 @@
 #include "types.h"
 #include "maps.h"
 #include "decide.h"
+#include "near.h"
 
 #include "connect.h"
 #include "sockops.h"

@@ -25,6 +25,9 @@ type MeshDirect struct {
 	Identity    uint64
 	Established uint64
 	Rules       uint64
+	Closed      uint64
+	Sent        uint64
+	Received    uint64
 	ClientSlot  uint32
 	ServerSlot  uint32
 }
@@ -110,6 +113,13 @@ const (
 	MeshListenerLISTENERS         MeshListener = 4
 )
 
+type MeshNear struct {
+	_      structs.HostLayout
+	Client uint32
+	Server uint32
+	Ended  uint32
+}
+
 type MeshOutcome uint32
 
 const (
@@ -155,15 +165,20 @@ const (
 	MeshOutcomeGUARD_DROP_VLAN            MeshOutcome = 39
 	MeshOutcomeDECIDE_UNKNOWN             MeshOutcome = 40
 	MeshOutcomeEVENT_LIMITED              MeshOutcome = 41
-	MeshOutcomeEVENT_LOST                 MeshOutcome = 42
-	MeshOutcomeUDP_ALLOWED                MeshOutcome = 43
-	MeshOutcomeUDP_ANSWER                 MeshOutcome = 44
-	MeshOutcomeUDP_BEGUN                  MeshOutcome = 45
-	MeshOutcomeUDP_DENIED                 MeshOutcome = 46
-	MeshOutcomeUDP_DENIED_SOURCE          MeshOutcome = 47
-	MeshOutcomeUDP_DENIED_UNKNOWN         MeshOutcome = 48
-	MeshOutcomeUDP_DROP_MALFORMED         MeshOutcome = 49
-	MeshOutcomeOUTCOMES                   MeshOutcome = 50
+	MeshOutcomeEVENT_LATE                 MeshOutcome = 42
+	MeshOutcomeEVENT_LOST                 MeshOutcome = 43
+	MeshOutcomeUDP_ALLOWED                MeshOutcome = 44
+	MeshOutcomeUDP_ANSWER                 MeshOutcome = 45
+	MeshOutcomeUDP_BEGUN                  MeshOutcome = 46
+	MeshOutcomeUDP_DENIED                 MeshOutcome = 47
+	MeshOutcomeUDP_DENIED_SOURCE          MeshOutcome = 48
+	MeshOutcomeUDP_DENIED_UNKNOWN         MeshOutcome = 49
+	MeshOutcomeUDP_DROP_MALFORMED         MeshOutcome = 50
+	MeshOutcomeNEAR_REDIRECTED            MeshOutcome = 51
+	MeshOutcomeNEAR_DETOUR                MeshOutcome = 52
+	MeshOutcomeNEAR_ELSEWHERE             MeshOutcome = 53
+	MeshOutcomeNEAR_FULL                  MeshOutcome = 54
+	MeshOutcomeOUTCOMES                   MeshOutcome = 55
 )
 
 type MeshOwner struct {
@@ -180,6 +195,8 @@ type MeshPod struct {
 	Identity uint64
 	Slot     uint32
 	Ifindex  uint32
+	Near     uint32
+	Pad      uint32
 	Uid      [64]uint8
 }
 
@@ -291,6 +308,9 @@ const (
 	MeshMapGuards          = "guards"
 	MeshMapHandshakes      = "handshakes"
 	MeshMapListeners       = "listeners"
+	MeshMapNears           = "nears"
+	MeshMapNearsEnded      = "nears_ended"
+	MeshMapNearsNext       = "nears_next"
 	MeshMapOutcomes        = "outcomes"
 	MeshMapOwners          = "owners"
 	MeshMapPods            = "pods"
@@ -385,6 +405,9 @@ type MeshMapSpecs struct {
 	Guards          *ebpf.MapSpec `ebpf:"guards"`
 	Handshakes      *ebpf.MapSpec `ebpf:"handshakes"`
 	Listeners       *ebpf.MapSpec `ebpf:"listeners"`
+	Nears           *ebpf.MapSpec `ebpf:"nears"`
+	NearsEnded      *ebpf.MapSpec `ebpf:"nears_ended"`
+	NearsNext       *ebpf.MapSpec `ebpf:"nears_next"`
 	Outcomes        *ebpf.MapSpec `ebpf:"outcomes"`
 	Owners          *ebpf.MapSpec `ebpf:"owners"`
 	Pods            *ebpf.MapSpec `ebpf:"pods"`
@@ -445,6 +468,9 @@ type MeshMaps struct {
 	Guards          *ebpf.Map `ebpf:"guards"`
 	Handshakes      *ebpf.Map `ebpf:"handshakes"`
 	Listeners       *ebpf.Map `ebpf:"listeners"`
+	Nears           *ebpf.Map `ebpf:"nears"`
+	NearsEnded      *ebpf.Map `ebpf:"nears_ended"`
+	NearsNext       *ebpf.Map `ebpf:"nears_next"`
 	Outcomes        *ebpf.Map `ebpf:"outcomes"`
 	Owners          *ebpf.Map `ebpf:"owners"`
 	Pods            *ebpf.Map `ebpf:"pods"`
@@ -472,6 +498,9 @@ func (m *MeshMaps) Close() error {
 		m.Guards,
 		m.Handshakes,
 		m.Listeners,
+		m.Nears,
+		m.NearsEnded,
+		m.NearsNext,
 		m.Outcomes,
 		m.Owners,
 		m.Pods,

@@ -29,6 +29,7 @@ struct ipv6_header {
 
 #define ETH_LEN 14
 #define FRAGMENT_OFFSET 0x1fff
+#define MORE_FRAGMENTS 0x2000
 #define MAX_EXTENSIONS 6
 
 static __always_inline int shoot(enum outcome o)
@@ -44,6 +45,8 @@ struct transport {
 	__u32 at;     /* where the header begins, of a first fragment */
 	__u32 offset; /* of a later fragment, in units of 8 bytes */
 	__u8 protocol;
+	__u8 hops;     /* that it may still take */
+	bool fragment; /* the first */
 };
 
 enum packet {
@@ -66,6 +69,8 @@ static __always_inline enum packet ipv4_transport(struct __sk_buff *skb, struct 
 	t->at = ETH_LEN + ihl;
 	t->offset = ntohs(ip.fragment) & FRAGMENT_OFFSET;
 	t->protocol = ip.protocol;
+	t->hops = ip.ttl;
+	t->fragment = ntohs(ip.fragment) & MORE_FRAGMENTS;
 	return t->offset ? LATER : WHOLE;
 }
 
@@ -76,6 +81,7 @@ static __always_inline enum packet ipv6_transport(struct __sk_buff *skb, struct 
 		return MALFORMED;
 	t->src = ip.source;
 	t->dst = ip.destination;
+	t->hops = ip.hops;
 
 	__u32 at = ETH_LEN + sizeof(ip);
 	__u8 next = ip.next;
@@ -88,6 +94,7 @@ static __always_inline enum packet ipv6_transport(struct __sk_buff *skb, struct 
 		if (next == 44) { /* fragment */
 			if (((ext[2] << 8) | ext[3]) & 0xfff8)
 				return LATER;
+			t->fragment = true;
 			at += 8;
 		} else if (next == 51) { /* authentication */
 			at += (ext[1] + 2) * 4;

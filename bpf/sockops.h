@@ -6,6 +6,7 @@
  *   PASSIVE_ESTABLISHED_CB  the application's side exists: the ticket is used up
  *   STATE_CB, to CLOSE      the connecting side is gone: should the ticket still be there, remove it
  *                           the application's side of a direct connection is gone: tell what it carried
+ *                           either side of one is gone: see near.h
  *
  * Three kinds of sockets get tickets: those of the node's own processes, such as kubelet's probes, which are in
  * the node's namespace and outside the pods' cgroup; the agent's, dialling the application inside the
@@ -18,6 +19,7 @@
  */
 #pragma once
 
+#include "near.h"
 #include "decide.h"
 
 /* The connection as seen from the connecting socket. For IPv4 the kernel keeps the mapped form in the IPv6
@@ -108,15 +110,15 @@ static __always_inline void connecting_direct(struct bpf_sock_ops *ctx, struct f
 		count(TICKET_DENIED_FULL);
 		return;
 	}
-	if (!write_ticket(ctx, f, &t, TICKET_DIRECT))
+	if (!write_ticket(ctx, f, &t, TICKET_DIRECT)) {
 		bpf_map_delete_elem(&directs, f);
+		return;
+	}
+	near_begin(f, pod, o->cookie);
 }
 
-static __always_inline void established_direct(struct bpf_sock_ops *ctx, struct flow *f)
+static __always_inline void established_direct(struct bpf_sock_ops *ctx, struct flow *f, struct direct *d)
 {
-	struct direct *d = bpf_map_lookup_elem(&directs, f);
-	if (!d)
-		return;
 	d->established = bpf_ktime_get_ns();
 	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
 	tell_direct(EVENT_OPENED, f, d, 0, 0);
@@ -126,29 +128,41 @@ static __always_inline void established_direct(struct bpf_sock_ops *ctx, struct 
 static __always_inline void forget_direct(struct flow *f, __u64 cookie)
 {
 	struct direct *d = bpf_map_lookup_elem(&directs, f);
-	if (d && !d->established && d->client == cookie)
+	if (d && d->client != cookie)
+		return;
+	bool alone = d && !d->established;
+	if (alone)
 		bpf_map_delete_elem(&directs, f);
+	near_end(f, alone ? NEAR_BOTH : NEAR_CLIENT);
 }
 
 static __always_inline void closed_direct(struct bpf_sock_ops *ctx, struct flow *f, __u64 cookie)
 {
 	struct direct *d = bpf_map_lookup_elem(&directs, f);
-	if (!d || !d->established || d->server != cookie)
+	if (!d || !d->established || d->closed || d->server != cookie)
 		return;
-	/* The kernel counts a FIN as a byte. Where the end is not an orderly one the state does not quite tell whether
-	 * there was one: one byte too many or too few. */
 	volatile struct bpf_sock_ops *c = ctx;
 	__u64 sent = c->bytes_received, received = c->bytes_acked;
-	__u32 state = c->args[0];
-	bool fin_came = state == BPF_TCP_CLOSE_WAIT || state == BPF_TCP_LAST_ACK || state == BPF_TCP_CLOSING ||
-			state == BPF_TCP_FIN_WAIT2;
-	bool fin_left = state == BPF_TCP_LAST_ACK || state == BPF_TCP_CLOSING || state == BPF_TCP_FIN_WAIT2;
-	if (fin_came && sent)
-		sent--;
-	if (fin_left && received)
-		received--;
-	tell_direct(EVENT_CLOSED, f, d, sent, received);
-	bpf_map_delete_elem(&directs, f);
+	struct bpf_sock *sk = c->sk;
+	struct tcp_sock *tcp = sk ? bpf_skc_to_tcp_sock(sk) : 0;
+	if (tcp) { /* the kernel counts a FIN as a byte */
+		__u32 state = c->args[0];
+		bool fin_made = state == BPF_TCP_FIN_WAIT1 || state == BPF_TCP_FIN_WAIT2 || state == BPF_TCP_CLOSING ||
+				state == BPF_TCP_LAST_ACK;
+		if (fin_made && tcp->snd_una == tcp->write_seq)
+			received--;
+		if (((struct sock *)tcp)->__sk_common.skc_flags & (1UL << SOCK_DONE))
+			sent--;
+	}
+	near_end(f, NEAR_SERVER);
+	if (tell_direct(EVENT_CLOSED, f, d, sent, received)) {
+		bpf_map_delete_elem(&directs, f);
+		return;
+	}
+	count(EVENT_LATE); /* user space looks for it */
+	d->sent = sent;
+	d->received = received;
+	d->closed = bpf_ktime_get_ns();
 }
 
 static __always_inline void connecting(struct bpf_sock_ops *ctx, __u64 cookie)
@@ -176,6 +190,24 @@ static __always_inline void connecting(struct bpf_sock_ops *ctx, __u64 cookie)
 	}
 }
 
+static __always_inline void closed(struct bpf_sock_ops *ctx, __u64 cookie)
+{
+	struct bpf_sock *sk = ((volatile struct bpf_sock_ops *)ctx)->sk;
+	if (!sk)
+		return;
+	struct flow f = {};
+	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
+	if (!v && cookie != node_cookie && !bpf_sk_storage_get(&agent_sockets, sk, 0, 0)) {
+		flow_of_server(ctx, &f);
+		closed_direct(ctx, &f, cookie);
+		return;
+	}
+	flow_of_client(ctx, &f);
+	drop_ticket(&f, TICKET_UNUSED);
+	if (v && v->fate == FATE_DIRECT)
+		forget_direct(&f, cookie);
+}
+
 SEC("sockops")
 int mesh_sockops(struct bpf_sock_ops *ctx)
 {
@@ -195,18 +227,13 @@ int mesh_sockops(struct bpf_sock_ops *ctx)
 		struct direct *d = bpf_map_lookup_elem(&directs, &f);
 		if (d && d->server != cookie)
 			break;
-		if (drop_ticket(&f, TICKET_USED))
-			established_direct(ctx, &f);
+		if (drop_ticket(&f, TICKET_USED) && d)
+			established_direct(ctx, &f, d);
 		break;
 	case BPF_SOCK_OPS_STATE_CB: /* requested for who has a ticket, and for who is served directly */
 		if (ctx->args[1] != BPF_TCP_CLOSE)
 			break;
-		cookie = bpf_get_netns_cookie(ctx);
-		flow_of_client(ctx, &f);
-		drop_ticket(&f, TICKET_UNUSED);
-		forget_direct(&f, cookie);
-		flow_of_server(ctx, &f);
-		closed_direct(ctx, &f, cookie);
+		closed(ctx, bpf_get_netns_cookie(ctx));
 		break;
 	}
 	return 1;

@@ -29,6 +29,8 @@ struct pod {
 	__u64 identity; /* who it is, as policies see it; 0 while that is not known */
 	__u32 slot;     /* its place in the listeners, handshakes and gates maps */
 	__u32 ifindex;  /* node side of its veth */
+	__u32 near;     /* its direct connections may take the short way to pods with the same number here; 0: to none */
+	__u32 pad;
 	__u8 uid[UID_LEN]; /* Kubernetes' UID, zero-terminated */
 };
 
@@ -149,9 +151,22 @@ struct direct {
 	__u64 identity;    /* of the client */
 	__u64 established; /* bpf_ktime_get_ns; 0: under way */
 	__u64 rules;       /* the ruleset that allowed it */
+	__u64 closed;      /* its end could not be told, and waits here: when, and what it carried */
+	__u64 sent;
+	__u64 received;
 	__u32 client_slot;
 	__u32 server_slot;
 };
+
+/* A direct connection whose packets take the short way. */
+struct near {
+	__u32 client; /* node sides of the veths */
+	__u32 server;
+	__u32 ended; /* which ends are closed: enum near_ends */
+};
+
+/* How many connections the short way is remembered for after they have ended. */
+#define NEARS_ENDED 8192
 
 /* UDP of a pod whose namespace asks for it, by the node side of its veth. */
 struct udp_gate {
@@ -276,6 +291,7 @@ enum outcome {
 	DECIDE_UNKNOWN,
 
 	EVENT_LIMITED,
+	EVENT_LATE,
 	EVENT_LOST,
 
 	UDP_ALLOWED,
@@ -285,6 +301,11 @@ enum outcome {
 	UDP_DENIED_SOURCE,
 	UDP_DENIED_UNKNOWN,
 	UDP_DROP_MALFORMED,
+
+	NEAR_REDIRECTED,
+	NEAR_DETOUR,
+	NEAR_ELSEWHERE,
+	NEAR_FULL,
 
 	OUTCOMES,
 };

@@ -2,6 +2,7 @@ package nodeagent
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/warrenmesh/warren/node-agent/datapath"
@@ -42,6 +43,35 @@ func (a *agent) measureFlows(ctx context.Context) error {
 		}
 		if err := a.proxy.MeasureFlows(); err != nil {
 			a.cfg.Log.Debug("reading what direct connections carried", "error", err)
+		}
+	}
+}
+
+// How often it is looked what is attached to the node and its pods' interfaces, and captures packets there.
+const (
+	checkWaysEvery = 10
+	captureEvery   = time.Second
+)
+
+// chooseWays keeps direct connections from passing what has to see them.
+func (a *agent) chooseWays(ctx context.Context) error {
+	t := time.NewTicker(captureEvery)
+	defer t.Stop()
+	told := ""
+	for n := 0; ; n++ {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-t.C:
+		}
+		switch err := a.datapath.CheckWays(n%checkWaysEvery == 0); {
+		case errors.Is(err, datapath.ErrYielded):
+			return nil
+		case err == nil:
+			told = ""
+		case err.Error() != told:
+			told = err.Error()
+			a.cfg.Log.Error("choosing the ways of direct connections", "error", err)
 		}
 	}
 }

@@ -2,6 +2,7 @@ package nodeagent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -50,6 +51,7 @@ func (a *agent) setPods(ps xds.LocalPods) {
 	snapshot := a.store.Load()
 	local := make([]enroll.LocalPod, 0, len(ps.Pods))
 	namespaces := map[string]bool{}
+	selected := map[string]bool{}
 	for _, p := range ps.Pods {
 		id := mesh.Identity{TrustDomain: snapshot.Config().TrustDomain, Namespace: p.Namespace, ServiceAccount: p.ServiceAccount}
 		if w := snapshot.Workload(p.WorkloadUID); w != nil {
@@ -59,9 +61,15 @@ func (a *agent) setPods(ps xds.LocalPods) {
 			UID: p.UID, Namespace: p.Namespace, Name: p.Name, WorkloadUID: p.WorkloadUID, Identity: id, Addrs: p.Addrs,
 			Enrolled: p.Enrolled, Reason: p.Reason, Strict: p.Strict, HostNetwork: p.HostNetwork, Finished: p.State == wds.PodFinished,
 		})
+		if p.Selected != wds.SelectedUnknown {
+			selected[p.UID] = p.Selected == wds.SelectedYes
+		}
 		namespaces[p.Namespace] = namespaces[p.Namespace] || p.Enrolled
 	}
 	a.registry.SetPods(local, ps.Live)
+	if err := a.datapath.SetSelected(selected); err != nil && !errors.Is(err, datapath.ErrYielded) {
+		a.cfg.Log.Error("choosing the ways of direct connections", "error", err)
+	}
 	if ps.Derived { // nor does such a control plane say anything about namespaces
 		a.setNamespaces(namespaces)
 	}

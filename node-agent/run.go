@@ -91,6 +91,7 @@ func Run(ctx context.Context, cfg Config) error {
 	start("enforcement", a.enforce)
 	start("the kernel's decisions", a.reportKernel)
 	start("the kernel's connections", a.measureFlows)
+	start("the ways of direct connections", a.chooseWays)
 	start("certificates for a successor", a.keepCertificates)
 	start("xds", a.xds.Run)
 	start("state", a.awaitState)

@@ -3,6 +3,7 @@ package nodeagent
 import (
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/warrenmesh/warren/node-agent/datapath"
 	"github.com/warrenmesh/warren/node-agent/enroll"
 )
 
@@ -16,6 +17,7 @@ var (
 	startedDesc  = prometheus.NewDesc("workload_manager_proxies_started_total", "The total number of proxies that were started (unstable).", nil, nil)
 	stoppedDesc  = prometheus.NewDesc("workload_manager_proxies_stopped_total", "The total number of proxies that were stopped (unstable).", nil, nil)
 	kernelDesc   = prometheus.NewDesc("warren_datapath_outcomes_total", "Outcomes of the BPF programs since they were first loaded.", []string{"outcome"}, nil)
+	waysDesc     = prometheus.NewDesc("warren_same_node_pods", "Captured pods of this node, by the way of their direct connections: redirected from veth to veth, or through the node's stack and why.", []string{"way", "reason"}, nil)
 	driftDesc    = prometheus.NewDesc("warren_datapath_drift_total", "What audits have found wrong in the kernel, and repaired: rows of its maps, and pods.", []string{"map"}, nil)
 	identityDesc = prometheus.NewDesc("warren_identities", "Identities that the agent has certificates for.", nil, nil)
 	signedDesc   = prometheus.NewDesc("warren_certificates_signed_total", "Certificates received from the CA.", nil, nil)
@@ -69,6 +71,17 @@ func (t *telemetry) Collect(ch chan<- prometheus.Metric) {
 	}
 	for name, n := range a.datapath.Drift() {
 		counter(driftDesc, n, name)
+	}
+	ways := map[datapath.Detour]int{}
+	for _, why := range a.datapath.Detours() {
+		ways[why]++
+	}
+	for why, n := range ways {
+		way := "stack"
+		if why == datapath.NoDetour {
+			way = "redirect"
+		}
+		gauge(waysDesc, float64(n), way, string(why))
 	}
 	st := a.manager.Stats()
 	gauge(identityDesc, float64(st.Identities))

@@ -25,6 +25,55 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type LocalPod_Selected int32
+
+const (
+	LocalPod_SELECTED_UNSPECIFIED LocalPod_Selected = 0
+	LocalPod_SELECTED_NO          LocalPod_Selected = 1
+	LocalPod_SELECTED_YES         LocalPod_Selected = 2
+)
+
+// Enum value maps for LocalPod_Selected.
+var (
+	LocalPod_Selected_name = map[int32]string{
+		0: "SELECTED_UNSPECIFIED",
+		1: "SELECTED_NO",
+		2: "SELECTED_YES",
+	}
+	LocalPod_Selected_value = map[string]int32{
+		"SELECTED_UNSPECIFIED": 0,
+		"SELECTED_NO":          1,
+		"SELECTED_YES":         2,
+	}
+)
+
+func (x LocalPod_Selected) Enum() *LocalPod_Selected {
+	p := new(LocalPod_Selected)
+	*p = x
+	return p
+}
+
+func (x LocalPod_Selected) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (LocalPod_Selected) Descriptor() protoreflect.EnumDescriptor {
+	return file_api_node_node_proto_enumTypes[0].Descriptor()
+}
+
+func (LocalPod_Selected) Type() protoreflect.EnumType {
+	return &file_api_node_node_proto_enumTypes[0]
+}
+
+func (x LocalPod_Selected) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use LocalPod_Selected.Descriptor instead.
+func (LocalPod_Selected) EnumDescriptor() ([]byte, []int) {
+	return file_api_node_node_proto_rawDescGZIP(), []int{0, 0}
+}
+
 type LocalPod_State int32
 
 const (
@@ -65,11 +114,11 @@ func (x LocalPod_State) String() string {
 }
 
 func (LocalPod_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[0].Descriptor()
+	return file_api_node_node_proto_enumTypes[1].Descriptor()
 }
 
 func (LocalPod_State) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[0]
+	return &file_api_node_node_proto_enumTypes[1]
 }
 
 func (x LocalPod_State) Number() protoreflect.EnumNumber {
@@ -78,7 +127,7 @@ func (x LocalPod_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LocalPod_State.Descriptor instead.
 func (LocalPod_State) EnumDescriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{0, 0}
+	return file_api_node_node_proto_rawDescGZIP(), []int{0, 1}
 }
 
 // SameNode says how captured pods of one node reach each other.
@@ -116,11 +165,11 @@ func (x MeshConfig_SameNode) String() string {
 }
 
 func (MeshConfig_SameNode) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[1].Descriptor()
+	return file_api_node_node_proto_enumTypes[2].Descriptor()
 }
 
 func (MeshConfig_SameNode) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[1]
+	return &file_api_node_node_proto_enumTypes[2]
 }
 
 func (x MeshConfig_SameNode) Number() protoreflect.EnumNumber {
@@ -169,11 +218,11 @@ func (x PodStatus_Redirection) String() string {
 }
 
 func (PodStatus_Redirection) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[2].Descriptor()
+	return file_api_node_node_proto_enumTypes[3].Descriptor()
 }
 
 func (PodStatus_Redirection) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[2]
+	return &file_api_node_node_proto_enumTypes[3]
 }
 
 func (x PodStatus_Redirection) Number() protoreflect.EnumNumber {
@@ -205,8 +254,10 @@ type LocalPod struct {
 	HostNetwork bool           `protobuf:"varint,9,opt,name=host_network,json=hostNetwork,proto3" json:"host_network,omitempty"`
 	State       LocalPod_State `protobuf:"varint,10,opt,name=state,proto3,enum=warren.node.v1.LocalPod_State" json:"state,omitempty"`
 	// uid of its istio.workload.Workload.
-	WorkloadUid   string `protobuf:"bytes,11,opt,name=workload_uid,json=workloadUid,proto3" json:"workload_uid,omitempty"`
-	Node          string `protobuf:"bytes,12,opt,name=node,proto3" json:"node,omitempty"`
+	WorkloadUid string `protobuf:"bytes,11,opt,name=workload_uid,json=workloadUid,proto3" json:"workload_uid,omitempty"`
+	Node        string `protobuf:"bytes,12,opt,name=node,proto3" json:"node,omitempty"`
+	// Whether a NetworkPolicy selects the pod: then the kernel leads no connection of it past the node's network stack.
+	Selected      LocalPod_Selected `protobuf:"varint,13,opt,name=selected,proto3,enum=warren.node.v1.LocalPod_Selected" json:"selected,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -323,6 +374,13 @@ func (x *LocalPod) GetNode() string {
 		return x.Node
 	}
 	return ""
+}
+
+func (x *LocalPod) GetSelected() LocalPod_Selected {
+	if x != nil {
+		return x.Selected
+	}
+	return LocalPod_SELECTED_UNSPECIFIED
 }
 
 // Namespace tells whether new pods of a namespace may have to be captured: it is enrolled, or pods of it are by their
@@ -923,7 +981,7 @@ var File_api_node_node_proto protoreflect.FileDescriptor
 
 const file_api_node_node_proto_rawDesc = "" +
 	"\n" +
-	"\x13api/node/node.proto\x12\x0ewarren.node.v1\x1a api/security/authorization.proto\"\xe2\x03\n" +
+	"\x13api/node/node.proto\x12\x0ewarren.node.v1\x1a api/security/authorization.proto\"\xea\x04\n" +
 	"\bLocalPod\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -937,7 +995,12 @@ const file_api_node_node_proto_rawDesc = "" +
 	"\x05state\x18\n" +
 	" \x01(\x0e2\x1e.warren.node.v1.LocalPod.StateR\x05state\x12!\n" +
 	"\fworkload_uid\x18\v \x01(\tR\vworkloadUid\x12\x12\n" +
-	"\x04node\x18\f \x01(\tR\x04node\"o\n" +
+	"\x04node\x18\f \x01(\tR\x04node\x12=\n" +
+	"\bselected\x18\r \x01(\x0e2!.warren.node.v1.LocalPod.SelectedR\bselected\"G\n" +
+	"\bSelected\x12\x18\n" +
+	"\x14SELECTED_UNSPECIFIED\x10\x00\x12\x0f\n" +
+	"\vSELECTED_NO\x10\x01\x12\x10\n" +
+	"\fSELECTED_YES\x10\x02\"o\n" +
 	"\x05State\x12\x15\n" +
 	"\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n" +
 	"\rSTATE_PENDING\x10\x01\x12\x11\n" +
@@ -1011,38 +1074,40 @@ func file_api_node_node_proto_rawDescGZIP() []byte {
 	return file_api_node_node_proto_rawDescData
 }
 
-var file_api_node_node_proto_enumTypes = make([]protoimpl.EnumInfo, 3)
+var file_api_node_node_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
 var file_api_node_node_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_api_node_node_proto_goTypes = []any{
-	(LocalPod_State)(0),            // 0: warren.node.v1.LocalPod.State
-	(MeshConfig_SameNode)(0),       // 1: warren.node.v1.MeshConfig.SameNode
-	(PodStatus_Redirection)(0),     // 2: warren.node.v1.PodStatus.Redirection
-	(*LocalPod)(nil),               // 3: warren.node.v1.LocalPod
-	(*Namespace)(nil),              // 4: warren.node.v1.Namespace
-	(*AuditPolicy)(nil),            // 5: warren.node.v1.AuditPolicy
-	(*AuditPolicies)(nil),          // 6: warren.node.v1.AuditPolicies
-	(*MeshConfig)(nil),             // 7: warren.node.v1.MeshConfig
-	(*TrustBundle)(nil),            // 8: warren.node.v1.TrustBundle
-	(*StatusReport)(nil),           // 9: warren.node.v1.StatusReport
-	(*PodStatus)(nil),              // 10: warren.node.v1.PodStatus
-	(*TypeStatus)(nil),             // 11: warren.node.v1.TypeStatus
-	(*StatusSummary)(nil),          // 12: warren.node.v1.StatusSummary
-	(*security.Authorization)(nil), // 13: istio.security.Authorization
+	(LocalPod_Selected)(0),         // 0: warren.node.v1.LocalPod.Selected
+	(LocalPod_State)(0),            // 1: warren.node.v1.LocalPod.State
+	(MeshConfig_SameNode)(0),       // 2: warren.node.v1.MeshConfig.SameNode
+	(PodStatus_Redirection)(0),     // 3: warren.node.v1.PodStatus.Redirection
+	(*LocalPod)(nil),               // 4: warren.node.v1.LocalPod
+	(*Namespace)(nil),              // 5: warren.node.v1.Namespace
+	(*AuditPolicy)(nil),            // 6: warren.node.v1.AuditPolicy
+	(*AuditPolicies)(nil),          // 7: warren.node.v1.AuditPolicies
+	(*MeshConfig)(nil),             // 8: warren.node.v1.MeshConfig
+	(*TrustBundle)(nil),            // 9: warren.node.v1.TrustBundle
+	(*StatusReport)(nil),           // 10: warren.node.v1.StatusReport
+	(*PodStatus)(nil),              // 11: warren.node.v1.PodStatus
+	(*TypeStatus)(nil),             // 12: warren.node.v1.TypeStatus
+	(*StatusSummary)(nil),          // 13: warren.node.v1.StatusSummary
+	(*security.Authorization)(nil), // 14: istio.security.Authorization
 }
 var file_api_node_node_proto_depIdxs = []int32{
-	0,  // 0: warren.node.v1.LocalPod.state:type_name -> warren.node.v1.LocalPod.State
-	13, // 1: warren.node.v1.AuditPolicy.policy:type_name -> istio.security.Authorization
-	1,  // 2: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
-	10, // 3: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
-	11, // 4: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
-	2,  // 5: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
-	9,  // 6: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
-	12, // 7: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
-	7,  // [7:8] is the sub-list for method output_type
-	6,  // [6:7] is the sub-list for method input_type
-	6,  // [6:6] is the sub-list for extension type_name
-	6,  // [6:6] is the sub-list for extension extendee
-	0,  // [0:6] is the sub-list for field type_name
+	1,  // 0: warren.node.v1.LocalPod.state:type_name -> warren.node.v1.LocalPod.State
+	0,  // 1: warren.node.v1.LocalPod.selected:type_name -> warren.node.v1.LocalPod.Selected
+	14, // 2: warren.node.v1.AuditPolicy.policy:type_name -> istio.security.Authorization
+	2,  // 3: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
+	11, // 4: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
+	12, // 5: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
+	3,  // 6: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
+	10, // 7: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
+	13, // 8: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
+	8,  // [8:9] is the sub-list for method output_type
+	7,  // [7:8] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_api_node_node_proto_init() }
@@ -1055,7 +1120,7 @@ func file_api_node_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_node_proto_rawDesc), len(file_api_node_node_proto_rawDesc)),
-			NumEnums:      3,
+			NumEnums:      4,
 			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,

@@ -102,8 +102,17 @@ func runAgent(ctx context.Context, in io.Reader, out io.Writer) (err error) {
 		}
 		defer end()
 	}
-	if err := dp.SetPolicies(store.Load()); err != nil {
+	unselected := map[string]bool{} // there are no NetworkPolicies
+	for _, pod := range cfg.Pods {
+		unselected["uid-"+pod.Name] = false
+	}
+	if err := errors.Join(dp.SetPolicies(store.Load()), dp.SetSelected(unselected)); err != nil {
 		return err
+	}
+	for pod, why := range dp.Detours() {
+		if why != datapath.NoDetour {
+			fmt.Fprintf(os.Stderr, "direct connections of %s go through the node's stack: %s\n", pod, why)
+		}
 	}
 	var running sync.WaitGroup
 	defer running.Wait()

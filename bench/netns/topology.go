@@ -129,7 +129,7 @@ func (t *topology) addNode(name string, number int) (err error) {
 
 // rules are the hooks of a node with kube-proxy and a masquerading CNI; none matches the benchmark's traffic.
 const rules = `
-table ip proxy {
+table ip kube-proxy {
 	map services {
 		type ipv4_addr . inet_service : ipv4_addr . inet_service
 		elements = { 10.96.0.1 . 443 : 10.79.255.1 . 6443 }

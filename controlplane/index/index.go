@@ -10,6 +10,7 @@ import (
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	kubenetworkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -29,6 +30,7 @@ const (
 	ServiceEntry
 	WorkloadEntry
 	RequestAuthentication
+	NetworkPolicy
 	ValidatingWebhookConfiguration
 	MutatingWebhookConfiguration
 	APIService
@@ -37,7 +39,7 @@ const (
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
-	"RequestAuthentication", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
+	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -56,6 +58,7 @@ type LocalPod struct {
 	HostNetwork    bool
 	Phase          PodPhase
 	WorkloadUID    string
+	Selected       Selected // by a NetworkPolicy
 }
 
 // PodPhase is a pod's phase as far as capture cares.
@@ -127,8 +130,11 @@ type Index struct {
 	authz      map[string]map[string]*authorizationFact
 	peerAuths  map[string]map[string]*peerAuthFact
 	requests   map[string]map[string]*requestFact
+	selectors  map[string]map[string]*selectorFact
 	calledBy   map[ref][]called                    // what the API server calls on behalf of an object
 	callers    map[key]map[uint16]map[ref]struct{} // the same by Service and port
+
+	selectorsKnown bool // there are no other NetworkPolicies
 
 	candidates map[mesh.ServiceName]map[owner]*serviceFact // who claims a host
 	winners    map[mesh.ServiceName]*serviceFact           // as of the last Commit
@@ -179,6 +185,7 @@ func New(cfg Config) (*Index, error) {
 		authz:           map[string]map[string]*authorizationFact{},
 		peerAuths:       map[string]map[string]*peerAuthFact{},
 		requests:        map[string]map[string]*requestFact{},
+		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
 		exemptions:      map[mesh.PolicyName]*exemption{},
@@ -221,6 +228,8 @@ func (x *Index) Set(obj any) {
 		x.setRequestAuth(keyOf(o), requestFactOf(o))
 	case *networkingv1.ServiceEntry:
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
+	case *kubenetworkingv1.NetworkPolicy:
+		x.setNetworkPolicy(keyOf(o), selectorFactOf(o))
 	case *networkingv1.WorkloadEntry:
 		x.setEndpoint(keyOf(o), x.c.workloadEntryFactOf(o))
 	case *admissionv1.ValidatingWebhookConfiguration:
@@ -264,6 +273,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setEntry(k, nil)
 	case WorkloadEntry:
 		x.setEndpoint(k, nil)
+	case NetworkPolicy:
+		x.setNetworkPolicy(k, nil)
 	}
 }
 

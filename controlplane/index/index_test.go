@@ -19,6 +19,7 @@ import (
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	kubenetworkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/types"
@@ -239,7 +240,11 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 		}
 		objects := world{}
 		seen := seenUpdates{map[string]*LocalPod{}, map[string]*NamespaceState{}, map[PolicyKey]*PolicyState{}, map[NoticeKey]*Notice{}}
-		for range rapid.IntRange(1, 40).Draw(t, "events") {
+		known := rapid.IntRange(0, 45).Draw(t, "NetworkPolicies are read")
+		for i := range rapid.IntRange(1, 40).Draw(t, "events") {
+			if i == known {
+				x.KnowNetworkPolicies()
+			}
 			r, obj := drawObject(t)
 			switch _, exists := objects[r]; {
 			case exists && rapid.IntRange(0, 2).Draw(t, "delete") == 0:
@@ -256,6 +261,9 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 		seen.take(x.Commit())
 
 		fresh, _ := New(testConfig)
+		if x.selectorsKnown {
+			fresh.KnowNetworkPolicies()
+		}
 		order := slices.Collect(maps.Keys(objects))
 		slices.SortFunc(order, func(a, b ref) int { return cmp.Compare(fmt.Sprint(a), fmt.Sprint(b)) })
 		for _, r := range rapid.Permutation(order).Draw(t, "order") {
@@ -332,6 +340,10 @@ func drawObject(t *rapid.T) (ref, any) {
 	case RequestAuthentication:
 		r := &securityv1.RequestAuthentication{ObjectMeta: drawMeta(t, "name", "ra0", "ra1")}
 		return ref{kind, keyOf(r)}, r
+	case NetworkPolicy:
+		p := &kubenetworkingv1.NetworkPolicy{ObjectMeta: drawMeta(t, "name", "np0", "np1")}
+		mustYAML(t, pick(t, "selector", `{}`, `{matchLabels: {app: x}}`, `{matchExpressions: [{key: app, operator: NotIn, values: [x]}]}`), &p.Spec.PodSelector)
+		return ref{kind, keyOf(p)}, p
 	case ValidatingWebhookConfiguration:
 		v := &admissionv1.ValidatingWebhookConfiguration{}
 		v.Name = pick(t, "name", "v0", "v1")

@@ -14,6 +14,7 @@ import (
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	kubenetworkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
@@ -101,6 +102,9 @@ var crds = []struct {
 		}},
 }
 
+// selectorsWait is how long the first Update waits for the NetworkPolicies.
+const selectorsWait = 5 * time.Second
+
 // Run watches until ctx ends. publish gets the first Update once everything that exists has been read, so that
 // it never shows a mesh without its policies, and then one Update per change. It is called by one goroutine.
 func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
@@ -134,6 +138,12 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 			return err
 		}
 	}
+	// Not waited for: to a control plane that may not read them every pod is one that they may select.
+	if err := add(NetworkPolicy, s.core.Networking().V1().NetworkPolicies().Informer()); err != nil {
+		return err
+	}
+	selectorsRead := synced[len(synced)-1]
+	synced = synced[:len(synced)-1]
 	if s.Dynamic != nil {
 		factory := dynamicinformer.NewDynamicSharedInformerFactory(s.Dynamic, 0)
 		for kind, r := range map[Kind]schema.GroupVersionResource{
@@ -192,6 +202,19 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 	if !cache.WaitForCacheSync(ctx.Done(), synced...) {
 		return ctx.Err()
 	}
+	selectors := make(chan struct{})
+	some, cancel := context.WithTimeout(ctx, selectorsWait)
+	if cache.WaitForCacheSync(some.Done(), selectorsRead) {
+		s.index.KnowNetworkPolicies()
+	} else {
+		s.Log.Warn("NetworkPolicies cannot be read: connections within a node are not redirected until they can")
+		go func() {
+			if cache.WaitForCacheSync(ctx.Done(), selectorsRead) {
+				close(selectors)
+			}
+		}()
+	}
+	cancel()
 	publish(s.commit())
 
 	crdCheck := time.NewTicker(s.CRDRetry)
@@ -206,6 +229,10 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 			} else if err := attach(); err != nil {
 				s.Log.Warn("cannot tell which custom resources the cluster has", "error", err)
 			}
+		case <-selectors:
+			selectors = nil
+			s.index.KnowNetworkPolicies()
+			publish(s.commit())
 		case <-s.wake:
 			if !sleep(ctx, s.Settle) {
 				return ctx.Err()
@@ -331,6 +358,8 @@ func strip(obj any) (any, error) {
 		o.ManagedFields = nil
 	case *networkingv1.WorkloadEntry:
 		o.ManagedFields = nil
+	case *kubenetworkingv1.NetworkPolicy:
+		o.ManagedFields, o.Spec = nil, kubenetworkingv1.NetworkPolicySpec{PodSelector: o.Spec.PodSelector}
 	}
 	return obj, nil
 }

@@ -22,7 +22,17 @@ type LocalPod struct {
 	Strict         bool   // STRICT applies to every port
 	HostNetwork    bool
 	State          PodState
+	Selected       Selected // by a NetworkPolicy
 }
+
+// Selected says whether a NetworkPolicy selects a pod.
+type Selected uint8
+
+const (
+	SelectedUnknown Selected = iota // the control plane does not say
+	SelectedNo
+	SelectedYes
+)
 
 // PodState is how far a pod has come.
 type PodState uint8
@@ -47,7 +57,7 @@ func EncodeLocalPod(p LocalPod) *node.LocalPod {
 		Uid: p.UID, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.ServiceAccount,
 		WorkloadUid: p.WorkloadUID, Node: p.Node, Addresses: encodeAll(p.Addrs, encodeAddr),
 		Enrolled: p.Enrolled, Reason: p.Reason, Strict: p.Strict, HostNetwork: p.HostNetwork,
-		State: node.LocalPod_State(p.State),
+		State: node.LocalPod_State(p.State), Selected: node.LocalPod_Selected(p.Selected),
 	}
 }
 
@@ -65,6 +75,9 @@ func DecodeLocalPod(p *node.LocalPod) (LocalPod, error) {
 		return LocalPod{}, bad("the pod %s/%s has the state %d", d.Namespace, d.Name, p.State)
 	}
 	d.State = PodState(p.State)
+	if p.Selected > 0 && p.Selected <= node.LocalPod_SELECTED_YES { // else of a later version: not known
+		d.Selected = Selected(p.Selected)
+	}
 	var err error
 	d.Addrs, err = decodeAll(p.Addresses, decodeAddr)
 	return d, err

@@ -100,6 +100,7 @@ type Datapath struct {
 	dest  *Destinations  // what the kernel has, once SetDestinations has read it
 	gates *gatekeeper
 	drift map[string]uint64 // rows that an audit found wrong, by map
+	near  nearby
 
 	stopEvents context.CancelFunc // nil before Events
 }
@@ -281,18 +282,23 @@ func (d *Datapath) write() error {
 // Counters returns the outcomes of all programs since they were first loaded, by name.
 func (d *Datapath) Counters() (map[string]uint64, error) {
 	out := make(map[string]uint64, len(d.names))
-	var perCPU []uint64
 	for i, name := range d.names {
-		if err := d.kernel.Outcomes.Lookup(uint32(i), &perCPU); err != nil {
+		n, err := d.counter(uint32(i))
+		if err != nil {
 			return nil, fmt.Errorf("read counter %s: %w", name, err)
 		}
-		var sum uint64
-		for _, n := range perCPU {
-			sum += n
-		}
-		out[name] = sum
+		out[name] = n
 	}
 	return out, nil
+}
+
+func (d *Datapath) counter(outcome uint32) (sum uint64, err error) {
+	var perCPU []uint64
+	err = d.kernel.Outcomes.Lookup(outcome, &perCPU)
+	for _, n := range perCPU {
+		sum += n
+	}
+	return sum, err
 }
 
 // lockDir makes the directory and takes the lock that makes this process the only writer.

@@ -28,6 +28,9 @@ func (d *Datapath) directs() ([]direct, error) {
 	var v bpf.MeshDirect
 	it := d.kernel.Directs.Iterate()
 	for it.Next(&f, &v) {
+		if v.Closed != 0 {
+			continue
+		}
 		out = append(out, direct{key: f, from: v.Client, to: v.Server, identity: v.Identity,
 			client: netip.AddrPortFrom(goAddr(f.Client), f.ClientPort), server: netip.AddrPortFrom(goAddr(f.Server), f.ServerPort)})
 	}

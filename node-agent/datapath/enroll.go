@@ -61,6 +61,7 @@ func (d *Datapath) Enroll(p Pod) error {
 		return err
 	}
 	d.given[p.UID] = p
+	d.near.looked = false // CheckWays chooses its way
 	d.spares.fill(d.loadSpare)
 	if err := d.applyPolicies(); err != nil { // the pod is captured: what the kernel does not decide, the agent does
 		d.cfg.Log.Error("telling the kernel the policies of a new pod", "uid", p.UID, "error", err)
@@ -76,6 +77,9 @@ func (d *Datapath) assign(p Pod, w wiring) (record, error) {
 	copy(r.pod.Uid[:], p.UID)
 	if old, ok := d.pods[p.UID]; ok {
 		r.pod.Slot, r.pod.Identity = old.pod.Slot, old.pod.Identity
+		if r.pod.Ifindex == old.pod.Ifindex {
+			r.pod.Near = old.pod.Near
+		}
 		return r, nil
 	}
 	taken := make(map[uint32]bool, len(d.pods))
@@ -249,6 +253,9 @@ func (d *Datapath) sharedMaps() map[string]*ebpf.Map {
 		bpf.MeshMapGuards:          d.kernel.Guards,
 		bpf.MeshMapHandshakes:      d.kernel.Handshakes,
 		bpf.MeshMapListeners:       d.kernel.Listeners,
+		bpf.MeshMapNears:           d.kernel.Nears,
+		bpf.MeshMapNearsEnded:      d.kernel.NearsEnded,
+		bpf.MeshMapNearsNext:       d.kernel.NearsNext,
 		bpf.MeshMapOutcomes:        d.kernel.Outcomes,
 		bpf.MeshMapOwners:          d.kernel.Owners,
 		bpf.MeshMapPods:            d.kernel.Pods,
@@ -289,6 +296,9 @@ func (d *Datapath) release(uid string) error {
 		return removePins(dir)
 	}
 	if err := d.closeGate(r.pod.Slot); err != nil {
+		return fmt.Errorf("release pod %s: %w", uid, err)
+	}
+	if err := d.leaveNear(uid, r); err != nil {
 		return fmt.Errorf("release pod %s: %w", uid, err)
 	}
 	if err := d.releaseUDP(uid, r); err != nil {

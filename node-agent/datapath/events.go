@@ -7,9 +7,11 @@ import (
 	"iter"
 	"math/bits"
 	"net/netip"
+	"os"
 	"time"
 	"unsafe"
 
+	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/ringbuf"
 	"golang.org/x/sys/unix"
 
@@ -79,6 +81,10 @@ func newEventIndex(d *Datapath, g *gatekeeper) *eventIndex {
 	return x
 }
 
+// eventsEvery is how often events are read for which the kernel wakes nobody: beginnings and ends of direct
+// connections, which at thousands a second would cost more to hear of than to make.
+const eventsEvery = 100 * time.Millisecond
+
 // Events yields what the kernel decides without the agent, as it happens, until ctx ends or another process is the
 // writer. One caller at a time. Denials are told up to 100 a second and pod; how many were left out, and how many
 // events came while nobody read, are the outcomes event_limited and event_lost.
@@ -102,8 +108,23 @@ func (d *Datapath) Events(ctx context.Context) iter.Seq2[Event, error] {
 		defer stop()
 		defer r.Close()
 		var rec ringbuf.Record
+		r.SetDeadline(time.Now())
+		var late uint64
 		for {
-			if err := r.ReadInto(&rec); errors.Is(err, ringbuf.ErrClosed) {
+			err := r.ReadInto(&rec)
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				r.SetDeadline(time.Now().Add(eventsEvery))
+				if n, err := d.counter(uint32(bpf.MeshOutcomeEVENT_LATE)); err == nil && n != late {
+					late = n
+					for _, e := range d.lateEvents() {
+						if !yield(d.event(&e), nil) {
+							return
+						}
+					}
+				}
+				continue
+			}
+			if errors.Is(err, ringbuf.ErrClosed) {
 				return
 			} else if err != nil {
 				yield(Event{}, fmt.Errorf("read the kernel's events: %w", err))
@@ -118,6 +139,24 @@ func (d *Datapath) Events(ctx context.Context) iter.Seq2[Event, error] {
 			}
 		}
 	}
+}
+
+// lateEvents takes the ends of connections out of the map of direct connections that the kernel could not tell.
+func (d *Datapath) lateEvents() (out []bpf.MeshEvent) {
+	var f bpf.MeshFlow
+	var v bpf.MeshDirect
+	for it := d.kernel.Directs.Iterate(); it.Next(&f, &v); {
+		if v.Closed != 0 {
+			out = append(out, bpf.MeshEvent{At: v.Closed, Born: v.Established, Rules: v.Rules, Identity: v.Identity, Sent: v.Sent, Received: v.Received,
+				Kind: bpf.MeshEventKindEVENT_CLOSED, ClientSlot: v.ClientSlot, ServerSlot: v.ServerSlot, Flow: f})
+		}
+	}
+	for i := range out { // one that is not there any more has been told, or another connection has its ports
+		if err := d.kernel.Directs.Delete(out[i].Flow); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			d.cfg.Log.Warn("forgetting a connection that has ended", "error", err)
+		}
+	}
+	return out
 }
 
 func (d *Datapath) event(e *bpf.MeshEvent) Event {

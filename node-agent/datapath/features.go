@@ -6,6 +6,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/features"
 )
 
@@ -14,6 +15,13 @@ var needed = []struct {
 	name, kernel string
 	probe        func() error
 }{
+	{"bpf_redirect_peer", "5.10", func() error { return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnRedirectPeer) }},
+	{"BTF (CONFIG_DEBUG_INFO_BTF)", "5.4", func() error {
+		if _, err := btf.LoadKernelSpec(); err != nil {
+			return ebpf.ErrNotSupported
+		}
+		return nil
+	}},
 	{"bpf_sk_storage_get in tc programs", "5.2", func() error {
 		return features.HaveProgramHelper(ebpf.SchedCLS, asm.FnSkStorageGet)
 	}},

@@ -193,20 +193,26 @@ func (p *Proxy) MeasureFlows() error {
 	return errors.Join(errs...)
 }
 
-// traffic is what the established connections of a namespace's servers have carried. Once one is being closed, the
-// kernel counts its FIN as a byte.
+// traffic is what the connections of a namespace's servers have carried. The kernel counts a FIN as a byte, the peer's
+// once it has come and its own once that is acknowledged: the state says which.
 func traffic(ns *netns.Handle) (map[flowKey]netns.TCPSocket, error) {
 	d, err := netns.OpenDiag(ns)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
-	socks, err := d.ListTraffic(1 << netns.TCPEstablished)
+	socks, err := d.ListTraffic(netns.Carrying | 1<<netns.TCPLastAck | 1<<netns.TCPClosing)
 	if err != nil {
 		return nil, err
 	}
 	out := make(map[flowKey]netns.TCPSocket, len(socks))
 	for _, s := range socks {
+		switch s.State {
+		case netns.TCPCloseWait, netns.TCPLastAck, netns.TCPClosing:
+			s.Received--
+		case netns.TCPFinWait2:
+			s.Acked--
+		}
 		out[flowKey{client: s.Remote, server: s.Local}] = s
 	}
 	return out, nil

@@ -131,3 +131,49 @@ func TestSameNodeLatency(t *testing.T) {
 	record("same-node", "the same, p50, ratio", sides[1].requests, sides[1].bad, median(ratios), "times without a mesh, median of rounds")
 	t.Logf("p50 %.2f times that without a mesh (rounds %.2f)", median(ratios), ratios)
 }
+
+// The packets of these connections take the short way, from veth to veth, unless a NetworkPolicy selects a pod: then all
+// of them go by the path that the network plugin watches over.
+func TestSameNodeShortWay(t *testing.T) {
+	ns := pair(t, "e2e-short-way")
+	const n = 50
+	at := net.JoinHostPort(pod(t, ns, "near").IP, "9000")
+	outcome := func(name string) float64 {
+		samples, err := mesh.Metrics(t.Context())
+		must(t, err)
+		return lab.Sum(samples, "warren_datapath_outcomes_total", map[string]string{"outcome": name})
+	}
+	policy := fmt.Sprintf(`
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: everybody, namespace: %s}
+spec: {podSelector: {}, policyTypes: [Ingress], ingress: [{}]}
+`, ns)
+	for _, c := range []struct {
+		name, want, not string
+		change          func() error
+	}{
+		{"no NetworkPolicy", "near_redirected", "near_detour", func() error { return nil }},
+		{"a NetworkPolicy selects the pods", "near_detour", "near_redirected", func() error { return mesh.Apply(t.Context(), policy) }},
+		{"it is gone", "near_redirected", "near_detour", func() error {
+			_, err := mesh.Kubectl(t.Context(), "-n", ns, "delete", "networkpolicy", "everybody")
+			return err
+		}},
+	} {
+		must(t, c.change())
+		var s storm
+		must(t, lab.Eventually(t.Context(), 60*time.Second, func() error {
+			took, other := outcome(c.want), outcome(c.not)
+			s = runStorm(t, ns, "client", n, 4, at, at)
+			took, other = outcome(c.want)-took, outcome(c.not)-other
+			if took < n || other >= n {
+				return fmt.Errorf("%s: %s rose by %g, %s by %g, in %d connections", c.name, c.want, took, c.not, other, n)
+			}
+			return nil
+		}))
+		if bad := s.bad(); bad != 0 {
+			t.Errorf("%s: %+v", c.name, s)
+		}
+		record("same-node", c.name+": "+c.want, n, s.bad(), float64(n)/s.Seconds, "connections/s")
+	}
+}
