@@ -105,7 +105,9 @@ func (o order) run() (a account) {
 					a.Refused++
 					a.Error = err.Error()
 				} else if r.Ended {
-					a.Cut++
+					if a.Cut++; a.Cut == 1 {
+						_ = json.NewEncoder(os.Stdout).Encode(a)
+					}
 					a.Slowest = max(a.Slowest, r.Took)
 				}
 				mu.Unlock()
@@ -253,8 +255,12 @@ func (c *process) end() (account, error) {
 	kill := time.AfterFunc(30*time.Second, func() { c.cmd.Process.Kill() })
 	defer kill.Stop()
 	a, err := c.report()
-	if e := c.cmd.Wait(); err == nil {
-		err = e
+	for err == nil {
+		last := a
+		if a, err = c.report(); err == io.EOF {
+			return last, c.cmd.Wait()
+		}
 	}
+	c.cmd.Wait()
 	return a, err
 }

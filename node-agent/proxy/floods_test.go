@@ -157,7 +157,10 @@ func TestFloods(t *testing.T) {
 		floods = append(floods, flood{k.Name, k.Held})
 	}
 	floods = append(floods, flood{halfOpen, true}, flood{brokenOff, true}, flood{garbage, false})
-	for _, f := range floods {
+	for i, f := range floods {
+		if raceEnabled && i%5 > 0 { // which is slow
+			continue
+		}
 		for _, certified := range []bool{true, false} {
 			overTLS := f.name != halfOpen && f.name != brokenOff && f.name != garbage
 			if !overTLS && certified || overTLS && !certified && !*long && f.name != "PING" {
@@ -203,6 +206,13 @@ func TestFloods(t *testing.T) {
 					p, err := l.pods["outside"].start(o)
 					check(t, err)
 					with = append(with, w.rate(turn))
+					cut := !f.held || !certified && overTLS
+					if cut { // on a busy machine the attackers may only begin now
+						kill := time.AfterFunc(time.Minute, func() { p.cmd.Process.Kill() })
+						_, err := p.report()
+						kill.Stop()
+						check(t, err)
+					}
 					close(stop)
 					grown = max(grown, most()-before)
 					a, err := p.end()

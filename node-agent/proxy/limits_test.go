@@ -142,7 +142,7 @@ func TestTooManyHandshakes(t *testing.T) {
 // An agent whose memory for bytes on their way is used up resets the connections that hold most, and carries the
 // others.
 func TestWithoutMemoryWhatHoldsMostIsReset(t *testing.T) {
-	const memory = 4 << 20
+	const memory = 2 << 20
 	l := newLab(t, configured(func(c *Config) { c.Memory = memory }))
 	cat := l.pods["catalog-1"]
 	cat.listen(appPort, func(c *net.TCPConn) { io.WriteString(c, "!"); echo(c) })
@@ -158,28 +158,28 @@ func TestWithoutMemoryWhatHoldsMostIsReset(t *testing.T) {
 	b := l.nodes["node-b"].proxy
 	resets := 0
 	ended := make(chan bool, 100)
-	n := 0
-	for ; n < 60; n++ {
+	const n = 60
+	for range n {
 		c, err := l.pods["ui"].dial(netip.AddrPortFrom(cat.v4, deafPort))
 		check(t, err)
 		defer c.Close()
 		go func() {
-			c.SetDeadline(time.Now().Add(3 * time.Second))
+			c.SetDeadline(time.Now().Add(30 * time.Second))
 			_, err := io.Copy(c, zeros{})
 			ended <- err != nil && !isTimeout(err)
 		}()
 		time.Sleep(20 * time.Millisecond)
-		if held := b.memory.Held(); held > 3*memory {
+		if held := b.memory.Held(); held > 16*memory {
 			t.Fatalf("%d bytes are held", held)
 		}
 	}
-	exchanges(t, lively, 100)
-	for range n {
+	for i := 0; i < n && resets == 0; i++ {
 		if <-ended {
 			resets++
 		}
 	}
-	t.Logf("%d connections stood still, %d of them were reset", n, resets)
+	exchanges(t, lively, 100)
+	t.Logf("%d connections stood still, the first was reset with %d bytes held", n, b.memory.Held())
 	if resets == 0 {
 		t.Error("no connection was reset")
 	}
