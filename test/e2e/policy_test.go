@@ -467,7 +467,11 @@ func TestOpenConnectionsAreCut(t *testing.T) {
 			}
 		}
 		missed := r.Held - len(r.HeldEnds) + r.HeldHung + early
-		record("open-connections", to+" server: open connections that a policy no longer allows are cut, the slowest", r.Held, missed, milliseconds(slowest), "ms after apply")
+		what := to + " server"
+		if *long {
+			what += ", thousands at once"
+		}
+		record("open-connections", what+": open connections that a policy no longer allows are cut, the slowest", r.Held, missed, milliseconds(slowest), "ms after apply")
 		t.Logf("%s: enforced after %s, %d of %d cut, the last after %s", to, enforced.Sub(cut), len(r.HeldEnds), r.Held, slowest)
 		if missed > 0 {
 			t.Errorf("%s: %d of %d connections went on or ended too early: %+v", to, missed, r.Held, r)
