@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"encoding/xml"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -164,6 +165,7 @@ type fakeSite struct {
 	staged []string
 	loads  []string
 	failed int64
+	failAt int // this load, counted from 1, is an error
 	cpu    time.Duration
 }
 
@@ -189,6 +191,9 @@ func (f fakeStage) Targets() (string, string) { return "h", "t" }
 
 func (f fakeStage) Load(_ context.Context, args ...string) (*Outcome, error) {
 	f.loads = append(f.loads, f.v.Name+" "+strings.Join(args, " "))
+	if len(f.loads) == f.failAt {
+		return nil, errors.New("no")
+	}
 	return &Outcome{Done: 1000, Failed: f.failed, Seconds: 2, Latency: &Latency{P50: 10}}, nil
 }
 
@@ -237,5 +242,13 @@ func TestRun(t *testing.T) {
 	cancel()
 	if _, err := Run(ctx, f, o); err == nil {
 		t.Error("a path that loses requests is measured")
+	}
+	f.failed, f.failAt = 0, len(f.loads)+10 // after the first workload
+	if o.Workloads, err = SelectWorkloads([]string{"http-c1", "http-c16"}); err != nil {
+		t.Fatal(err)
+	}
+	part, err := Run(t.Context(), f, o)
+	if err == nil || part == nil || part.Report().row("http-c1", "cross-node", metricRate) == nil || part.Report().row("http-c16", "none", metricRate) != nil {
+		t.Errorf("a run that failed in its second workload: %+v, %v", part, err)
 	}
 }

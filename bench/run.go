@@ -77,6 +77,7 @@ func (o Options) Validate() error {
 type sample map[string]float64
 
 // Run measures: for every workload, round after round, every variant in turn, each round beginning with another.
+// With an error it returns the workloads that it has finished.
 func Run(ctx context.Context, site Site, o Options) (*Series, error) {
 	if err := o.Validate(); err != nil {
 		return nil, err
@@ -108,10 +109,11 @@ func Run(ctx context.Context, site Site, o Options) (*Series, error) {
 				r.step(fmt.Sprintf("%s, round %d: %s", w.Name, round+1, v.Name))
 				s, err := r.measure(ctx, w, v)
 				if ctx.Err() != nil {
-					return nil, fmt.Errorf("stopped in %s, round %d: %w", w.Name, round+1, ctx.Err())
+					err = ctx.Err()
 				}
 				if err != nil {
-					return nil, fmt.Errorf("%s through %s, round %d: %w", w.Name, v.Name, round+1, err)
+					out.drop(w.Name)
+					return out, fmt.Errorf("%s through %s, round %d: %w", w.Name, v.Name, round+1, err)
 				}
 				r.last = s.String()
 				out.add(w.Name, v, round, s)

@@ -64,6 +64,11 @@ func (s *Series) Merge(newer *Series) {
 	s.Machine, s.Commit = newer.Machine, newer.Commit
 }
 
+// drop forgets a workload.
+func (s *Series) drop(workload string) {
+	s.Lines = slices.DeleteFunc(s.Lines, func(l *Line) bool { return l.Workload == workload })
+}
+
 // Row is a line of a report.
 type Row struct {
 	Workload string   `json:"workload"`

@@ -85,9 +85,9 @@ func run(ctx context.Context, args []string) (err error) {
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
 	o.Progress = bench.ShowProgress(os.Stderr, false)
-	series, err := bench.Run(ctx, s, o)
-	if err != nil {
-		return err
+	series, failed := bench.Run(ctx, s, o)
+	if series == nil || len(series.Lines) == 0 {
+		return failed
 	}
 	if out, err := exec.CommandContext(ctx, "git", "describe", "--always", "--dirty", "--exclude=*").Output(); err == nil {
 		series.Commit = strings.TrimSpace(string(out))
@@ -99,7 +99,7 @@ func run(ctx context.Context, args []string) (err error) {
 		}
 	}
 	fmt.Print(report.Markdown())
-	return nil
+	return failed
 }
 
 func findEnvoy() string {

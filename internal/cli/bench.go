@@ -101,16 +101,19 @@ func (a *app) bench(ctx context.Context, f benchFlags) (err error) {
 		defer func() { err = errors.Join(err, site.close(context.WithoutCancel(ctx))) }()
 	}
 	o.Progress = bench.ShowProgress(a.env.Err, isTerminal(a.env.Err) && !a.env.NoColor)
-	run, err := bench.Run(ctx, site, o)
-	if err != nil {
-		return err
+	run, failed := bench.Run(ctx, site, o)
+	if run == nil || len(run.Lines) == 0 {
+		return failed
 	}
 	run.Commit = f.commit
 	report := run.Report()
-	if f.results != "" {
+	if f.results != "" { // also what was finished before it failed
 		if report, err = bench.Write(f.results, run); err != nil {
-			return fmt.Errorf("writing the report: %w", err)
+			return errors.Join(failed, fmt.Errorf("writing the report: %w", err))
 		}
+	}
+	if failed != nil {
+		return failed
 	}
 	if err := a.print(report, func(w io.Writer) error {
 		_, err := io.WriteString(w, report.Markdown())
