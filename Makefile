@@ -37,6 +37,7 @@ soak: deps                      # the suites with the numbers of a long run
 	@go test -count=1 -v -timeout 1h ./test/images -long
 	@go test -count=1 -v -timeout 1h -run TestValidationIsIstiods ./test/interop -istiod=build
 	@go test -count=1 -v -timeout 2h -run 'TestPolicyDifferential|TestKernelVerdictCost' ./node-agent/datapath -cases 1000000
+	@go test -count=1 -v -timeout 30m -run 'ShortWay|TestShortConnections|TestBytesAreExact' ./node-agent/datapath -long
 	@go test -count=1 -v -timeout 3h ./node-agent/proxy -long
 	@cd test/e2e && go test -count=1 -v -timeout 6h . -long
 

@@ -333,6 +333,9 @@ func TestSemanticsOfTheShortWay(t *testing.T) {
 
 func (l *lab) recordSemantics(name string, inputs, failures int, figure float64, unit string) {
 	l.t.Helper()
+	if !*long {
+		return
+	}
 	check(l.t, results.Record("tcp-semantics", results.Row{Name: "same node, redirected: " + name, Inputs: inputs, Failures: failures, Figure: figure, Unit: unit}))
 }
 
@@ -342,6 +345,8 @@ func TestBulkByTheShortWay(t *testing.T) {
 	size := int64(32 << 20)
 	if *long {
 		size = 1 << 30
+	} else if testing.Short() {
+		size = 1 << 20
 	}
 	var ln net.Listener
 	check(t, l.cat.as(func() (err error) { ln, err = net.Listen("tcp", ":7200"); return err }))
@@ -424,6 +429,8 @@ func TestShortConnectionsLeaveNoTrace(t *testing.T) {
 	count := 1000
 	if *long {
 		count = 10_000
+	} else if testing.Short() {
+		count = 100
 	}
 	ln := l.listener(7300)
 	go func() {
