@@ -35,7 +35,7 @@ func TestWhatIsNoAttack(t *testing.T) {
 	case raceEnabled:
 		bytes, streams, aborts = 30_000, 1_000, 300
 	}
-	l := newLab(t)
+	l := newLab(t, configured(func(c *Config) { c.ConnectTimeout, c.HandshakeTimeout = 30*time.Second, 30*time.Second }))
 	cat := l.pods["catalog-1"]
 	// Many ports: each has source ports of its own, of which a closed connection keeps one for a minute.
 	const ports = 64
