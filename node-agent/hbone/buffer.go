@@ -13,8 +13,12 @@ const (
 	// the data, so that header and data leave in one write without a copy.
 	relayBuffer = frameHeaderLen + largeChunk
 
-	// readBuffer holds the longest frame that must be complete before it is read.
-	readBuffer = maxControlFrame + 8<<10
+	// readBuffer is what one read from a tunnel takes. It holds the longest frame that must be complete before it
+	// is read, and a record.
+	readBuffer = 128 << 10
+
+	// sealBatch is how much is encrypted before it is sent.
+	sealBatch = 128 << 10
 )
 
 var (
@@ -28,6 +32,75 @@ var (
 
 // outBuffer is a buffer of frames to be written; it grows to what is needed.
 type outBuffer struct{ b []byte }
+
+func (o *outBuffer) free() {
+	if cap(o.b) <= outCeiling {
+		outPool.Put(o)
+	}
+}
+
+// span is what is left of received bytes, buf[r:w] of a borrowed buffer: a large one while it is worked on, a
+// small one while a little waits for the rest, none while nothing does.
+type span struct {
+	buf  *[readBuffer]byte
+	few  *chunk
+	r, w int
+}
+
+func (s *span) empty() bool { return s.r == s.w }
+
+// borrow makes sure that there is a large buffer.
+func (s *span) borrow() *[readBuffer]byte {
+	if s.buf == nil {
+		s.buf = readPool.Get().(*[readBuffer]byte)
+		if s.few != nil {
+			copy(s.buf[s.r:], s.few.buf[:s.w-s.r])
+			s.few.free()
+			s.few = nil
+		}
+	}
+	return s.buf
+}
+
+// compact moves what is left to the front.
+func (s *span) compact() {
+	if s.r > 0 && s.buf != nil {
+		s.w = copy(s.buf[:], s.buf[s.r:s.w])
+		s.r = 0
+	}
+}
+
+// room reports whether n more bytes fit in, if need be after compacting.
+func (s *span) room(n int) bool {
+	if s.w+n > readBuffer {
+		s.compact()
+	}
+	return s.w+n <= readBuffer
+}
+
+// settle gives the large buffer back, if what is left is little.
+func (s *span) settle() {
+	n := s.w - s.r
+	if s.buf == nil || n > smallChunk {
+		return
+	}
+	if n > 0 {
+		s.few = newChunk(n)
+		copy(s.few.buf, s.buf[s.r:s.w])
+	}
+	s.r, s.w = 0, n
+	readPool.Put(s.buf)
+	s.buf = nil
+}
+
+func (s *span) drop() {
+	s.r, s.w = 0, 0
+	s.settle()
+	if s.few != nil {
+		s.few.free()
+		s.few = nil
+	}
+}
 
 // chunk holds received bytes buf[r:w] until the application takes them.
 type chunk struct {

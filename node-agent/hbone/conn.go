@@ -34,10 +34,7 @@ type conn struct {
 	mu sync.Mutex
 	*session
 	nc   net.Conn
-	cork interface { // nil when the transport is not a Wire
-		cork()
-		uncork() error
-	}
+	link link // what carries the bytes of nc
 
 	holder    *outBuffer // what out was borrowed with, nil if it was not
 	writing   bool       // somebody writes out, or a goroutine is about to
@@ -67,7 +64,7 @@ type conn struct {
 
 // newConn starts the timers of a connection; reading is up to the caller.
 func newConn(nc net.Conn, s *session, ping, wait, idle time.Duration) *conn {
-	c := &conn{session: s, nc: nc, done: make(chan struct{}),
+	c := &conn{session: s, nc: nc, link: newLink(nc, s.client), done: make(chan struct{}),
 		pingEvery: ping, pingWait: wait, idleAfter: idle}
 	c.session.flood.init()
 	if c.pingEvery == 0 {
@@ -81,7 +78,6 @@ func newConn(nc net.Conn, s *session, ping, wait, idle time.Duration) *conn {
 		inner = t.NetConn()
 	}
 	if w, ok := inner.(*wire); ok {
-		c.cork = w
 		inner = w.Conn
 	}
 	if t, ok := inner.(*net.TCPConn); ok {
@@ -120,13 +116,13 @@ func (c *conn) failLocked(err error) {
 		go c.onStop()
 	}
 	if !c.closing {
-		go c.nc.Close()
+		go c.link.close()
 		return
 	}
 	// What is queued, the GOAWAY last, goes out; then the peer gets a moment to read it.
 	_ = c.nc.SetWriteDeadline(time.Now().Add(closeGrace))
 	if c.closeSent = ce.Code == CodeNo; !c.closeSent || c.writing {
-		time.AfterFunc(2*closeGrace, func() { _ = c.nc.Close() })
+		time.AfterFunc(2*closeGrace, func() { _ = c.link.close() })
 	}
 	c.flush(false)
 }
@@ -163,12 +159,12 @@ func (c *conn) writeQueued(rounds int) {
 		batch, h := c.out, c.holder
 		c.out, c.holder = nil, nil
 		c.mu.Unlock()
-		err := c.transmit(batch)
+		err := c.link.send(batch)
 		if h != nil {
 			if cap(batch) <= outCeiling {
 				h.b = batch[:0]
 			}
-			outPool.Put(h)
+			h.free()
 		}
 		c.mu.Lock()
 		if !c.wrote(err) {
@@ -177,7 +173,7 @@ func (c *conn) writeQueued(rounds int) {
 	}
 	c.writing = false
 	if c.closeSent {
-		go c.nc.Close()
+		go c.link.close()
 	}
 }
 
@@ -200,17 +196,6 @@ func (c *conn) borrowOut() {
 	}
 }
 
-// transmit writes without mu; the writing flag makes it exclusive.
-func (c *conn) transmit(b []byte) error {
-	if c.cork == nil || len(b) <= minMaxFrame {
-		_, err := c.nc.Write(b)
-		return err
-	}
-	c.cork.cork()
-	_, err := c.nc.Write(b)
-	return errors.Join(err, c.cork.uncork())
-}
-
 func (c *conn) wakeWriters() {
 	if c.waiters == 0 {
 		return
@@ -224,45 +209,17 @@ func (c *conn) wakeWriters() {
 
 // readLoop reads until the connection ends and returns why.
 func (c *conn) readLoop() error {
-	var small [smallRead]byte
-	var big *[readBuffer]byte
-	defer func() {
-		if big != nil {
-			readPool.Put(big)
-		}
-	}()
-	buf := small[:]
-	quiet, w := 0, 0
+	used, need := 0, 1
 	for {
-		n, err := c.nc.Read(buf[w:])
-		w += n
-		if n > 0 {
-			r, need, e := c.process(buf[:w])
-			if e != nil {
-				c.fail(e)
-				c.discard()
-				return e
-			}
-			rest := copy(buf, buf[r:w])
-			filled := w == len(buf)
-			w = rest
-			switch {
-			case big == nil && (filled || need > smallRead):
-				big = readPool.Get().(*[readBuffer]byte)
-				copy(big[:], buf[:w])
-				buf, quiet = big[:], 0
-			case big != nil && n < smallRead && need <= smallRead && w <= smallRead:
-				if quiet++; quiet > quietReads {
-					copy(small[:], buf[:w])
-					readPool.Put(big)
-					big, buf = nil, small[:]
-				}
-			default:
-				quiet = 0
-			}
-		}
+		p, err := c.link.receive(used, need)
 		if err != nil {
 			return c.readEnded(err)
+		}
+		var e *ConnError
+		if used, need, e = c.process(p); e != nil {
+			c.fail(e)
+			c.discard(len(p))
+			return e
 		}
 	}
 }
@@ -287,16 +244,16 @@ func (c *conn) readEnded(err error) error {
 // discard reads on after a fatal error, so that the kernel does not answer what is unread with a RST that
 // would overtake our GOAWAY. The timer in failLocked closes the connection; a peer that floods on is not worth
 // waiting for.
-func (c *conn) discard() {
-	b := make([]byte, minMaxFrame)
+func (c *conn) discard(n int) {
 	for left := discardMax; left > 0; {
-		n, err := c.nc.Read(b)
+		p, err := c.link.receive(n, 1)
 		if err != nil {
 			return
 		}
+		n = len(p)
 		left -= n
 	}
-	_ = c.nc.Close()
+	_ = c.link.close()
 }
 
 // process handles the frames in p; it returns how much it used and how much it needs to go on.

@@ -13,6 +13,10 @@
 //	peer ──▶ TLS ──▶ read loop ──▶ frames ──▶ non-blocking write ──▶ app socket (only what the app does not
 //	                                                                            take at once is buffered)
 //
+// After the handshake, which stays crypto/tls's, the codec protects records itself ([TLSClient], [TLSServer]): payload
+// is encrypted out of the buffer that it was read into and decrypted into the one that it is written from, many records
+// to a system call. Where that cannot be (FIPS 140, ChaCha20) crypto/tls goes on.
+//
 // A stream costs one goroutine, the caller's, and no buffer while nothing is in flight. The read loop never
 // blocks: what a slow application leaves behind is bounded by its stream's window, and the connection's
 // window is returned on receipt, so that one stalled stream does not stall its neighbours.

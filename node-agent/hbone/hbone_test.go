@@ -59,7 +59,7 @@ func tlsPair(t testing.TB) (net.Conn, net.Conn) {
 	a, b := tcpPair(t)
 	cfg := &tls.Config{Certificates: []tls.Certificate{testCert()}, InsecureSkipVerify: true, MinVersion: tls.VersionTLS13,
 		NextProtos: []string{"h2"}, DynamicRecordSizingDisabled: true, SessionTicketsDisabled: true, CurvePreferences: []tls.CurveID{tls.X25519}}
-	client, server := tls.Client(Wire(a), cfg), tls.Server(Wire(b), cfg)
+	client, server := TLSClient(a, cfg), TLSServer(b, cfg)
 	errc := make(chan error, 1)
 	go func() { errc <- server.Handshake() }()
 	if err := client.Handshake(); err != nil {

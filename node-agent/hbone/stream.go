@@ -304,7 +304,7 @@ func (st *Stream) writeFramed(buf []byte) (int, error) {
 	putFrameHeader(buf, n, frameData, 0, st.id)
 	c.writing = true
 	c.mu.Unlock()
-	err := c.transmit(buf)
+	err := c.link.send(buf)
 	c.mu.Lock()
 	if !c.wrote(err) {
 		return 0, err

@@ -1,6 +1,9 @@
 package hbone
 
 import (
+	"bytes"
+	"crypto/tls"
+	"encoding/hex"
 	"net"
 	"sync"
 	"time"
@@ -8,50 +11,113 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Wire wraps a TCP connection before it goes to tls.Client or tls.Server, so that the codec can send several
-// TLS records in one write. The codec works without it, at one system call for each 16 KiB.
+// TLSServer is tls.Server for a connection that goes to [Serve]: after the handshake the codec protects records
+// itself. The tls.Conn is then good for its ConnectionState and for being named, no more. cfg is copied.
+func TLSServer(c net.Conn, cfg *tls.Config) *tls.Conn {
+	w := &wire{Conn: c}
+	return tls.Server(w, w.config(cfg))
+}
+
+// TLSClient is tls.Client for a connection that goes to [NewClient], as TLSServer is for one that goes to Serve.
+func TLSClient(c net.Conn, cfg *tls.Config) *tls.Conn {
+	w := &wire{Conn: c}
+	return tls.Client(w, w.config(cfg))
+}
+
+// Wire wraps a connection for tls.Client or tls.Server where crypto/tls is to go on after the handshake.
 func Wire(c net.Conn) net.Conn { return &wire{Conn: c} }
 
+// wire is what crypto/tls makes the handshake over. It hands out what it reads record by record: crypto/tls never
+// has bytes of a record that it has not processed, and what came after the handshake is in buf, where the codec's
+// record layer finds it. From the key log it learns the secrets that the first application data is under.
 type wire struct {
 	net.Conn
-	mu     sync.Mutex // guards what follows
-	corked bool
-	out    *outBuffer
+	buf    *chunk // read from Conn, not handed out; nil when there is nothing
+	left   int    // of the record that is being handed out
+	client []byte // traffic secrets
+	server []byte
+
+	mu    sync.Mutex
+	taken bool // crypto/tls has no part in the connection any more
 }
 
+// config has the key log come here. A server's session ticket would be a record under the first application key,
+// which nobody here has counted.
+func (w *wire) config(cfg *tls.Config) *tls.Config {
+	cfg = cfg.Clone()
+	cfg.KeyLogWriter = keyLog{w}
+	cfg.SessionTicketsDisabled = true
+	return cfg
+}
+
+type keyLog struct{ w *wire }
+
+// Write takes a line of the NSS key log format: label, client random, secret.
+func (k keyLog) Write(line []byte) (int, error) {
+	f := bytes.Fields(line)
+	if len(f) != 3 {
+		return len(line), nil
+	}
+	var to *[]byte
+	switch string(f[0]) {
+	case "CLIENT_TRAFFIC_SECRET_0":
+		to = &k.w.client
+	case "SERVER_TRAFFIC_SECRET_0":
+		to = &k.w.server
+	default:
+		return len(line), nil
+	}
+	secret, err := hex.AppendDecode(nil, f[2])
+	*to = secret
+	return len(line), err
+}
+
+// Read hands out at most what remains of one record.
+func (w *wire) Read(p []byte) (int, error) {
+	for w.buf == nil || w.left == 0 && w.buf.w-w.buf.r < recordHeaderLen {
+		if w.buf == nil {
+			w.buf = newChunk(mediumChunk)
+		}
+		b := w.buf
+		if b.r > 0 {
+			b.w = copy(b.buf, b.buf[b.r:b.w])
+			b.r = 0
+		}
+		n, err := w.Conn.Read(b.buf[b.w:])
+		b.w += n
+		if n == 0 {
+			rest := copy(p, b.buf[:b.w]) // an incomplete header
+			b.free()
+			w.buf = nil
+			return rest, err
+		}
+	}
+	b := w.buf
+	if w.left == 0 {
+		w.left = recordHeaderLen + int(b.buf[b.r+3])<<8 + int(b.buf[b.r+4])
+	}
+	n := copy(p, b.buf[b.r:min(b.w, b.r+w.left)])
+	w.left -= n
+	if b.r += n; b.r == b.w {
+		b.free()
+		w.buf = nil
+	}
+	return n, nil
+}
+
+// Write fails once the record layer has changed hands: crypto/tls does not know what was sent since.
 func (w *wire) Write(p []byte) (int, error) {
 	w.mu.Lock()
-	if !w.corked {
-		w.mu.Unlock()
-		return w.Conn.Write(p)
-	}
-	w.out.b = append(w.out.b, p...)
+	taken := w.taken
 	w.mu.Unlock()
-	return len(p), nil
+	if taken {
+		return 0, net.ErrClosed
+	}
+	return w.Conn.Write(p)
 }
 
-// NetConn returns what Wire wrapped.
+// NetConn returns the connection below.
 func (w *wire) NetConn() net.Conn { return w.Conn }
-
-func (w *wire) cork() {
-	w.mu.Lock()
-	w.corked = true
-	w.out = outPool.Get().(*outBuffer)
-	w.out.b = w.out.b[:0]
-	w.mu.Unlock()
-}
-
-func (w *wire) uncork() error {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	_, err := w.Conn.Write(w.out.b)
-	if cap(w.out.b) > outCeiling {
-		w.out.b = nil
-	}
-	outPool.Put(w.out)
-	w.corked, w.out = false, nil
-	return err
-}
 
 // setUserTimeout makes the kernel give up on a peer that acknowledges nothing.
 func setUserTimeout(c *net.TCPConn, d time.Duration) {

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"net"
 	"net/netip"
 
@@ -62,7 +61,7 @@ func (p *Proxy) dialTunnel(ctx context.Context, k hbone.Key) (net.Conn, error) {
 	}
 	hctx, cancel := context.WithTimeout(ctx, p.cfg.HandshakeTimeout)
 	defer cancel()
-	tc := tls.Client(hbone.Wire(c), bundle.ClientTLS(k.Wanted()))
+	tc := hbone.TLSClient(c, bundle.ClientTLS(k.Wanted()))
 	if err := tc.HandshakeContext(hctx); err != nil {
 		abort(c)
 		p.metrics.peerRefused(Outbound, identity.Reason(err))

@@ -2,7 +2,6 @@ package proxy
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -37,7 +36,7 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		return
 	}
 	p.shaking.begin(remote.Addr(), raw)
-	tc := tls.Server(hbone.Wire(raw), bundle.ServerTLS(identity.Peers{TrustDomains: p.trustDomains(bundle)}))
+	tc := hbone.TLSServer(raw, bundle.ServerTLS(identity.Peers{TrustDomains: p.trustDomains(bundle)}))
 	err = tc.HandshakeContext(ctx)
 	if !p.shaking.end(remote.Addr(), raw) {
 		err = errManyHandshakes

@@ -2,7 +2,6 @@ package certificates
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -252,7 +251,7 @@ func (w *world) serve() netip.AddrPort {
 				if err != nil {
 					return
 				}
-				tc := tls.Server(hbone.Wire(c), b.ServerTLS(identity.Peers{}))
+				tc := hbone.TLSServer(c, b.ServerTLS(identity.Peers{}))
 				if tc.HandshakeContext(ctx) != nil {
 					return
 				}
@@ -290,7 +289,7 @@ func (w *world) run(to netip.AddrPort, perSecond int) *load {
 		if err != nil {
 			return nil, err
 		}
-		tc := tls.Client(hbone.Wire(c), b.ClientTLS(k.Wanted()))
+		tc := hbone.TLSClient(c, b.ClientTLS(k.Wanted()))
 		if err := tc.HandshakeContext(ctx); err != nil {
 			c.Close()
 			return nil, err

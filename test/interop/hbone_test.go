@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -29,7 +28,7 @@ func pool(t *testing.T, ui *identity.Bundle, dials *atomic.Int32) *hbone.Pool {
 		if err != nil {
 			return nil, err
 		}
-		tc := tls.Client(hbone.Wire(c), ui.ClientTLS(k.Wanted()))
+		tc := hbone.TLSClient(c, ui.ClientTLS(k.Wanted()))
 		if err := tc.HandshakeContext(ctx); err != nil {
 			c.Close()
 			return nil, err
@@ -255,7 +254,7 @@ func TestEnvoyConnectsToOurServer(t *testing.T) {
 			conns.Add(1)
 			wg.Go(func() {
 				defer raw.Close()
-				tc := tls.Server(hbone.Wire(raw), catalog.ServerTLS(identity.Peers{}))
+				tc := hbone.TLSServer(raw, catalog.ServerTLS(identity.Peers{}))
 				if err := tc.Handshake(); err != nil {
 					t.Error("handshake:", err)
 					return

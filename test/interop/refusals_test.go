@@ -95,7 +95,7 @@ func (a *agent) serve() (addr string, handshakes *tally, served *atomic.Int32) {
 			}
 			wg.Go(func() {
 				defer c.Close()
-				tc := tls.Server(hbone.Wire(c), a.bundle.ServerTLS(identity.Peers{}))
+				tc := hbone.TLSServer(c, a.bundle.ServerTLS(identity.Peers{}))
 				hctx, stop := context.WithTimeout(ctx, 30*time.Second)
 				err := tc.HandshakeContext(hctx)
 				stop()
@@ -128,7 +128,7 @@ func (a *agent) dial(addr string, connect bool) error {
 		return fmt.Errorf("no connection: %w", err)
 	}
 	defer c.Close()
-	tc := tls.Client(hbone.Wire(c), a.bundle.ClientTLS([]string{catalogID.String()}))
+	tc := hbone.TLSClient(c, a.bundle.ClientTLS([]string{catalogID.String()}))
 	if err := tc.HandshakeContext(ctx); err != nil || !connect {
 		return err
 	}
