@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"net/netip"
+	"os"
 	"runtime"
 	"syscall"
 
@@ -41,6 +43,18 @@ func (h *Handle) Socket(family, typ, proto int) (int, error) {
 // There the right socket takes over its descriptor number: connecting, cancelling and polling stay the
 // runtime's, and nothing has to be duplicated afterwards.
 func (h *Handle) DialTCP(ctx context.Context, dst string, prepare func(fd int) error) (*net.TCPConn, error) {
+	ap, err := netip.ParseAddrPort(dst)
+	if err != nil {
+		return nil, fmt.Errorf("dial %q in network namespace %s: %w", dst, h.name, err)
+	}
+	a := ap.Addr().Unmap()
+	if a.Zone() != "" {
+		return nil, fmt.Errorf("dial %s in network namespace %s: a zone belongs to another namespace", dst, h.name)
+	}
+	var to unix.Sockaddr = &unix.SockaddrInet6{Port: int(ap.Port()), Addr: a.As16()}
+	if a.Is4() {
+		to = &unix.SockaddrInet4{Port: int(ap.Port()), Addr: a.As4()}
+	}
 	d := net.Dialer{
 		KeepAlive: -1,
 		Control: func(network, _ string, c syscall.RawConn) error {
@@ -57,6 +71,11 @@ func (h *Handle) DialTCP(ctx context.Context, dst string, prepare func(fd int) e
 				if err := prepare(s); err != nil {
 					return err
 				}
+			}
+			// Where the handshake is over at once, as it is within a namespace, the runtime's own connect, which comes
+			// next, says so: no goroutine and no poll wait for it.
+			if err := unix.Connect(s, to); err != nil && err != unix.EINPROGRESS {
+				return os.NewSyscallError("connect", err)
 			}
 			var dupErr error
 			if err := c.Control(func(fd uintptr) { dupErr = unix.Dup3(s, int(fd), unix.O_CLOEXEC) }); err != nil {
