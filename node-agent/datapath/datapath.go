@@ -152,6 +152,7 @@ func (d *Datapath) open(ctx context.Context) (err error) {
 	if err := d.schemas.find(); err != nil {
 		return err
 	}
+	d.schemas.settle()
 	d.gates = newGatekeeper(&d.kernel)
 	d.canReset = canReset(d.node)
 	if err := d.readPods(); err != nil {

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/cilium/ebpf"
 
@@ -61,6 +62,16 @@ func (s *schemas) find() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// settle lets connections that an agent of another version has tagged already, for its own data path alone, leave
+// before this one's programs see them.
+func (s *schemas) settle() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.others) > 0 {
+		time.Sleep(10 * inFlight)
+	}
 }
 
 // tag marks a socket for the data paths of other versions. That one of them is gone meanwhile is fine.
