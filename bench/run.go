@@ -15,7 +15,8 @@ type Site interface {
 	Machine(ctx context.Context) (Machine, error)
 	// Stage sets a variant up; it stays until the site is closed.
 	Stage(ctx context.Context, v *Variant) (Stage, error)
-	// Rest adds pods that do nothing to a variant, on one node, and returns what takes them away.
+	// Rest adds pods that do nothing to a variant, on one node, and returns what takes them away. Other variants may be
+	// gone afterwards.
 	Rest(ctx context.Context, v *Variant, pods int) (end func(context.Context) error, err error)
 }
 

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -56,8 +57,12 @@ func SelectWorkloads(names []string) ([]Workload, error) {
 			}
 			return nil, fmt.Errorf("no workload is called %q; there are %s", n, strings.Join(known, ", "))
 		}
-		out = append(out, all[i])
+		if !slices.ContainsFunc(out, func(w Workload) bool { return w.Name == n }) {
+			out = append(out, all[i])
+		}
 	}
+	// What comes last takes the others' pods away.
+	slices.SortStableFunc(out, func(a, b Workload) int { return cmp.Compare(a.rest, b.rest) })
 	return out, nil
 }
 

@@ -76,8 +76,11 @@ func openBenchSite(ctx context.Context, a *app, c *conn, f benchFlags) (*benchSi
 	return s, nil
 }
 
-// close deletes every namespace of the benchmark, and waits until they are gone.
-func (s *benchSite) close(ctx context.Context) error {
+// close deletes every namespace of the benchmark.
+func (s *benchSite) close(ctx context.Context) error { return s.remove(ctx) }
+
+// remove deletes the namespaces of the benchmark but some, and waits until they are gone.
+func (s *benchSite) remove(ctx context.Context, but ...string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
 	namespaces := s.c.CoreV1().Namespaces()
@@ -86,17 +89,18 @@ func (s *benchSite) close(ctx context.Context) error {
 		if err != nil {
 			return "", err
 		}
-		for _, n := range list.Items {
+		left := slices.DeleteFunc(list.Items, func(n corev1.Namespace) bool { return slices.Contains(but, n.Name) })
+		for _, n := range left {
 			if n.DeletionTimestamp == nil {
 				if err := namespaces.Delete(ctx, n.Name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 					return "", err
 				}
 			}
 		}
-		if len(list.Items) == 0 {
+		if len(left) == 0 {
 			return "", nil
 		}
-		return plural(len(list.Items), "namespace") + " left", nil
+		return plural(len(left), "namespace") + " left", nil
 	})
 }
 

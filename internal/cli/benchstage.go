@@ -159,9 +159,13 @@ func (s *benchSite) pod(ctx context.Context, v *bench.Variant, place bench.Place
 	return s.await(ctx, place.Namespace, place.Role, v.Await)
 }
 
-// Rest adds a job of many pods on the client's node.
+// Rest adds a job of many pods on the client's node. A node takes about as many as that: the other variants are
+// removed first.
 func (s *benchSite) Rest(ctx context.Context, v *bench.Variant, pods int) (func(context.Context) error, error) {
 	namespace, n := benchNamespace+"-"+v.Name, int32(pods)
+	if err := s.remove(ctx, benchNamespace, namespace); err != nil {
+		return nil, err
+	}
 	job := s.job(namespace, "rest", s.client, []string{"/load", "sleep"})
 	job.Spec.Parallelism, job.Spec.Completions = &n, &n
 	if _, err := s.c.BatchV1().Jobs(namespace).Create(ctx, job, metav1.CreateOptions{}); err != nil {
