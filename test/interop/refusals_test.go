@@ -509,7 +509,7 @@ func sServerRun(t *testing.T, files, class []string) string {
 // a client sends some to another.
 func earlyData(t *testing.T, files []string) []string {
 	t.Helper()
-	addr := sServerRun(t, files, []string{"-early_data", "-max_early_data", "16384"})
+	addr := sServerRun(t, files, []string{"-early_data", "-max_early_data", "16384", "-num_tickets", "1"}) // a second ticket would be written over the first
 	dir := t.TempDir()
 	session, data := filepath.Join(dir, "session"), filepath.Join(dir, "data")
 	if err := os.WriteFile(data, []byte("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"), 0o600); err != nil {
