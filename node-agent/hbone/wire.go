@@ -24,9 +24,6 @@ func TLSClient(c net.Conn, cfg *tls.Config) *tls.Conn {
 	return tls.Client(w, w.config(cfg))
 }
 
-// Wire wraps a connection for tls.Client or tls.Server where crypto/tls is to go on after the handshake.
-func Wire(c net.Conn) net.Conn { return &wire{Conn: c} }
-
 // wire is what crypto/tls makes the handshake over. It hands out what it reads record by record: crypto/tls never
 // has bytes of a record that it has not processed, and what came after the handshake is in buf, where the codec's
 // record layer finds it. From the key log it learns the secrets that the first application data is under.

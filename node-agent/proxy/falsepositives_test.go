@@ -3,7 +3,6 @@ package proxy
 import (
 	"bufio"
 	"context"
-	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -237,7 +236,7 @@ func manyStreams(t *testing.T, l *lab, n int, each func(i int, st *hbone.Stream)
 func (l *lab) strangerClient(t *testing.T, b *identity.Bundle) *hbone.Client {
 	c, err := l.pods["outside"].dial(netip.AddrPortFrom(l.pods["catalog-1"].v4, HBONEPort))
 	check(t, err)
-	tc := tls.Client(hbone.Wire(c), b.ClientTLS([]string{l.pods["catalog-1"].id.String()}))
+	tc := hbone.TLSClient(c, b.ClientTLS([]string{l.pods["catalog-1"].id.String()}))
 	check(t, tc.Handshake())
 	return hbone.NewClient(tc, hbone.ClientConfig{})
 }
