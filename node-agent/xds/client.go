@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"math"
@@ -256,6 +257,20 @@ func (c *Client) session(ctx context.Context, conn *grpc.ClientConn) (answered b
 		}
 	})
 	beside.Go(func() { c.sendReports(ctx, conn) })
+	// unsent says why an answer was not sent. Only the receiver can hear that, and a stream has one receiver: gRPC tells
+	// the end of a stream once, and a second receiver would leave the first waiting for ever.
+	unsent := func(err error) error {
+		for ended := !errors.Is(err, io.EOF); !ended; {
+			select {
+			case <-responses:
+			case err = <-failed:
+				ended = true
+			case <-ctx.Done():
+				err, ended = ctx.Err(), true
+			}
+		}
+		return fmt.Errorf("sending: %w", err)
+	}
 
 	var deriveTimer <-chan time.Time
 	for {
@@ -296,11 +311,11 @@ func (c *Client) session(ctx context.Context, conn *grpc.ClientConn) (answered b
 				}
 			}
 			if err := c.answer(stream); err != nil {
-				return answered, err
+				return answered, unsent(err)
 			}
 		case <-c.enforced:
 			if err := c.answer(stream); err != nil {
-				return answered, err
+				return answered, unsent(err)
 			}
 		}
 	}
@@ -322,7 +337,7 @@ func (c *Client) answer(stream grpc.ClientStream) error {
 			a.ErrorDetail = &status.Status{Code: int32(codes.Internal), Message: "not enforced: " + why}
 		}
 		if err := stream.SendMsg(a.DeltaDiscoveryRequest); err != nil {
-			return streamError(stream, err)
+			return err
 		}
 	}
 	c.acks = wait
@@ -344,7 +359,7 @@ func (c *Client) forgetDropped() {
 	}
 }
 
-// streamError is the reason why a Send failed, which only Recv tells.
+// streamError is the reason why a Send failed, which only Recv tells. Nobody else may be receiving.
 func streamError(stream grpc.ClientStream, err error) error {
 	var m discovery.DeltaDiscoveryResponse
 	for {

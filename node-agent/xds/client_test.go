@@ -402,3 +402,25 @@ func TestForeignControlPlane(t *testing.T) {
 	c.write("root", string(right)) // the file is read again
 	c.subscribed()
 }
+
+// A stream that ends while the client is answering on it ends for the client too, and another follows.
+func TestStreamThatEndsWhileItIsAnswered(t *testing.T) {
+	c := newControl(t)
+	c.start(nil)
+	for i := range 20 {
+		st, _ := c.subscribed()
+		go func() {
+			for range st.reqs {
+			}
+		}()
+		if i == 0 {
+			st.put(wds.AuthorizationType, "1", nil)
+			st.put(wds.AddressType, "1", nil)
+		}
+		for j := range 30 {
+			st.put(wds.AddressType, fmt.Sprint(i, j), nil, captured("a", "10.0.0.1"))
+		}
+		st.end <- errors.New("restarting")
+		<-c.tokens
+	}
+}
