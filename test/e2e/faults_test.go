@@ -154,7 +154,7 @@ func TestControlPlaneAway(t *testing.T) {
 	}
 	events, err := mesh.Kubectl(t.Context(), "-n", ns, "get", "events", "--field-selector=reason=FailedCreatePodSandBox", "-o", "jsonpath={.items[*].message}")
 	must(t, err)
-	if !strings.Contains(events, "has not told this node about the pod") {
+	if !strings.Contains(events, "has not told this node about this one") {
 		t.Errorf("the pods' events do not say what they wait for: %s", events)
 	}
 	must(t, scale(t.Context(), 1))
