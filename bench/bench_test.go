@@ -144,7 +144,7 @@ func TestWorse(t *testing.T) {
 		{"better", []float64{800, 810, 790}, false},
 		{"within the slack", []float64{325, 325, 325}, false},
 		{"within a wide spread", []float64{200, 300, 450}, false},
-		{"worse", []float64{300, 310, 290}, true},
+		{"worse", []float64{250, 260, 240}, true},
 	} {
 		got := Worse(series("http-c16", metricRate, []float64{1000, 1000, 1000}, c.ours), committed)
 		if (len(got) > 0) != c.worse {
