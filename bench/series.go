@@ -179,31 +179,26 @@ func number(v float64) string {
 
 // ReadSeries reads rounds.json; of a file that is not there it returns nothing measured.
 func ReadSeries(file string) (*Series, error) {
-	b, err := os.ReadFile(file)
+	s, err := readJSON[Series](file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return &Series{}, nil
 	}
-	if err != nil {
-		return nil, err
-	}
-	s := &Series{}
-	if err := json.Unmarshal(b, s); err != nil {
-		return nil, fmt.Errorf("%s: %w", file, err)
-	}
-	return s, nil
+	return s, err
 }
 
 // ReadReport reads latest.json.
-func ReadReport(file string) (*Report, error) {
+func ReadReport(file string) (*Report, error) { return readJSON[Report](file) }
+
+func readJSON[T any](file string) (*T, error) {
 	b, err := os.ReadFile(file)
 	if err != nil {
 		return nil, err
 	}
-	r := &Report{}
-	if err := json.Unmarshal(b, r); err != nil {
+	v := new(T)
+	if err := json.Unmarshal(b, v); err != nil {
 		return nil, fmt.Errorf("%s: %w", file, err)
 	}
-	return r, nil
+	return v, nil
 }
 
 // writeLines writes an object whose list has a line for every element: what changed can be read in a diff.

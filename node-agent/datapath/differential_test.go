@@ -217,21 +217,7 @@ func TestPolicyDifferential(t *testing.T) {
 	d := dice{rand.New(rand.NewPCG(seed, 0))}
 	done, wrong, denied, snapshots := 0, 0, 0, 0
 	for ; done < limit && wrong < 10; snapshots++ {
-		b := mesh.NewBuilder(nil)
-		b.SetConfig(mesh.Config{TrustDomain: "cluster.local", SameNode: mesh.SameNodeKernel})
-		var bound []mesh.PolicyName
-		for i := range d.IntN(7) {
-			p := d.policy(i)
-			b.PutPolicy(p)
-			if p.Scope == mesh.ScopeWorkload && d.IntN(4) > 0 {
-				bound = append(bound, p.Name)
-			}
-		}
-		w := l.cat.workload(bound...)
-		b.PutWorkload(w)
-		b.PutWorkload(l.ui.workload())
-		s := b.Commit(1)
-		check(t, l.dp.SetPolicies(s))
+		w, s := d.policies(l, mesh.Config{TrustDomain: "cluster.local", SameNode: mesh.SameNodeKernel})
 
 		compiled := map[netip.Addr]*mesh.Compiled{}
 		for _, a := range w.Addrs {
@@ -307,6 +293,27 @@ func TestPolicyDifferential(t *testing.T) {
 		Figure: float64(wrong), Unit: "disagreements of the kernel, the compiled form, the agent and the reference"}); err != nil {
 		t.Error(err)
 	}
+}
+
+// policies puts random policies in force on lab l, and returns the workload that they are about.
+func (d dice) policies(l *lab, cfg mesh.Config) (*mesh.Workload, *mesh.Snapshot) {
+	l.t.Helper()
+	b := mesh.NewBuilder(nil)
+	b.SetConfig(cfg)
+	var bound []mesh.PolicyName
+	for i := range d.IntN(7) {
+		p := d.policy(i)
+		b.PutPolicy(p)
+		if p.Scope == mesh.ScopeWorkload && d.IntN(4) > 0 {
+			bound = append(bound, p.Name)
+		}
+	}
+	w := l.cat.workload(bound...)
+	b.PutWorkload(w)
+	b.PutWorkload(l.ui.workload())
+	s := b.Commit(1)
+	check(l.t, l.dp.SetPolicies(s))
+	return w, s
 }
 
 // drain accepts and closes.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -58,30 +59,12 @@ func (d *Datapath) recheck(s *mesh.Snapshot) error {
 	for uid, p := range d.given {
 		servers[d.pods[uid].cookie] = p
 	}
-	denied := map[uint64]map[[2]netip.AddrPort]bool{} // by namespace: local, remote
-	n := 0
-	for _, c := range open {
-		if d.stillAllowed(s, &c, servers) {
-			continue
-		}
-		n++
-		for ns, ends := range map[uint64][2]netip.AddrPort{c.from: {c.client, c.server}, c.to: {c.server, c.client}} {
-			if denied[ns] == nil {
-				denied[ns] = map[[2]netip.AddrPort]bool{}
-			}
-			denied[ns][ends] = true
-		}
+	denied := slices.DeleteFunc(open, func(c direct) bool { return d.stillAllowed(s, &c, servers) })
+	err = resetBothEnds(denied, func(c direct) (client, server *netns.Handle) { return servers[c.from].NetNS, servers[c.to].NetNS })
+	if len(denied) > 0 {
+		d.cfg.Log.Info("direct connections reset that policy no longer allows", "count", len(denied))
 	}
-	var errs []error
-	for cookie, ends := range denied {
-		if p, ok := servers[cookie]; ok {
-			errs = append(errs, resetConnections(p.NetNS, ends))
-		}
-	}
-	if n > 0 {
-		d.cfg.Log.Info("direct connections reset that policy no longer allows", "count", n)
-	}
-	return errors.Join(errs...)
+	return err
 }
 
 func (d *Datapath) stillAllowed(s *mesh.Snapshot, c *direct, servers map[uint64]Pod) bool {
@@ -97,6 +80,30 @@ func (d *Datapath) stillAllowed(s *mesh.Snapshot, c *direct, servers map[uint64]
 		}
 	}
 	return w != nil && known && s.Authorize(mesh.Conn{Source: who, SourceIP: c.client.Addr(), Dst: c.server, DstWorkload: w}).Allow
+}
+
+// resetBothEnds resets connections in the namespaces of both ends; where says which those are, nil for none to reset in.
+func resetBothEnds(conns []direct, where func(direct) (client, server *netns.Handle)) error {
+	ends := map[*netns.Handle]map[[2]netip.AddrPort]bool{} // local, remote
+	note := func(ns *netns.Handle, local, remote netip.AddrPort) {
+		if ns == nil {
+			return
+		}
+		if ends[ns] == nil {
+			ends[ns] = map[[2]netip.AddrPort]bool{}
+		}
+		ends[ns][[2]netip.AddrPort{local, remote}] = true
+	}
+	for _, c := range conns {
+		client, server := where(c)
+		note(client, c.client, c.server)
+		note(server, c.server, c.client)
+	}
+	var errs []error
+	for ns, e := range ends {
+		errs = append(errs, resetConnections(ns, e))
+	}
+	return errors.Join(errs...)
 }
 
 // resetConnections resets those of a namespace's connections that are named by their local and remote ends.

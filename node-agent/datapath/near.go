@@ -306,12 +306,9 @@ func (d *Datapath) chooseWays(all bool) error {
 // endNears has the open connections of some interfaces go on through the node's stack, or cuts them. Where the node's
 // connection tracker takes up none in its middle, those that need not be cut stay as they are.
 func (d *Datapath) endNears(ended map[uint32]bool) error {
-	var f bpf.MeshFlow
-	var n bpf.MeshNear
 	var over []bpf.MeshFlow
 	var cut []direct
-	it := d.kernel.Nears.Iterate()
-	for it.Next(&f, &n) {
+	err := d.eachNear(func(f bpf.MeshFlow, n bpf.MeshNear) {
 		cuts, named := false, false
 		for _, index := range []uint32{n.Client, n.Server} {
 			c, ok := ended[index]
@@ -328,17 +325,36 @@ func (d *Datapath) endNears(ended map[uint32]bool) error {
 		case d.near.found.loose:
 			over = append(over, f)
 		}
+	})
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.cut(cut), d.forgetNears(over))
+}
+
+// eachNear goes through the connections that are redirected, and some that have ended.
+func (d *Datapath) eachNear(do func(bpf.MeshFlow, bpf.MeshNear)) error {
+	var f bpf.MeshFlow
+	var n bpf.MeshNear
+	it := d.kernel.Nears.Iterate()
+	for it.Next(&f, &n) {
+		do(f, n)
 	}
 	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
 		return fmt.Errorf("read the connections that are redirected: %w", err)
 	}
-	err := d.cut(cut)
-	for _, f := range over {
-		if e := d.kernel.Nears.Delete(f); e != nil && !errors.Is(e, ebpf.ErrKeyNotExist) {
-			err = errors.Join(err, fmt.Errorf("end the short way of a connection: %w", e))
+	return nil
+}
+
+// forgetNears ends the short way of connections; one whose is gone already is fine.
+func (d *Datapath) forgetNears(flows []bpf.MeshFlow) error {
+	var errs []error
+	for _, f := range flows {
+		if err := d.kernel.Nears.Delete(f); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("end the short way of a connection: %w", err))
 		}
 	}
-	return err
+	return errors.Join(errs...)
 }
 
 // cut resets connections by their addresses, at both ends.
@@ -352,23 +368,9 @@ func (d *Datapath) cut(conns []direct) error {
 			byAddr[a.Unmap()] = p.NetNS
 		}
 	}
-	ends := map[*netns.Handle]map[[2]netip.AddrPort]bool{}
-	for _, c := range conns {
-		for _, e := range [][2]netip.AddrPort{{c.client, c.server}, {c.server, c.client}} {
-			if ns := byAddr[e[0].Addr()]; ns != nil {
-				if ends[ns] == nil {
-					ends[ns] = map[[2]netip.AddrPort]bool{}
-				}
-				ends[ns][e] = true
-			}
-		}
-	}
-	var errs []error
-	for ns, e := range ends {
-		errs = append(errs, resetConnections(ns, e))
-	}
+	err := resetBothEnds(conns, func(c direct) (client, server *netns.Handle) { return byAddr[c.client.Addr()], byAddr[c.server.Addr()] })
 	d.cfg.Log.Info("direct connections reset that may not go past the node's stack any more", "count", len(conns))
-	return errors.Join(errs...)
+	return err
 }
 
 // leaveNear takes a pod that is released off the short way.
@@ -392,22 +394,14 @@ func (d *Datapath) pruneNears() error {
 	for _, r := range d.pods {
 		known[r.pod.Ifindex] = true
 	}
-	var f bpf.MeshFlow
-	var n bpf.MeshNear
 	var gone []bpf.MeshFlow
-	it := d.kernel.Nears.Iterate()
-	for it.Next(&f, &n) {
+	err := d.eachNear(func(f bpf.MeshFlow, n bpf.MeshNear) {
 		if !known[n.Client] || !known[n.Server] {
 			gone = append(gone, f)
 		}
+	})
+	if err != nil {
+		return err
 	}
-	if err := it.Err(); err != nil && !errors.Is(err, ebpf.ErrIterationAborted) {
-		return fmt.Errorf("read the connections that are redirected: %w", err)
-	}
-	for _, f := range gone {
-		if err := d.kernel.Nears.Delete(f); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
-			return fmt.Errorf("forget a connection: %w", err)
-		}
-	}
-	return nil
+	return d.forgetNears(gone)
 }

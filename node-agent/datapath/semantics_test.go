@@ -6,8 +6,8 @@ import (
 	"crypto/sha256"
 	"errors"
 	"flag"
-	"fmt"
 	"io"
+	"fmt"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -97,6 +97,24 @@ func readAll(fd int) ([]byte, error) {
 			out = append(out, b[:n]...)
 		}
 	}
+}
+
+// readFull reads len(b) bytes with MSG_WAITALL: in one call, or in more where a signal of the Go runtime ends one, which
+// the kernel does not take up again on a socket with a timeout (signal(7)).
+func readFull(fd int, b []byte) error {
+	for have := 0; have < len(b); {
+		n, _, err := unix.Recvfrom(fd, b[have:], unix.MSG_WAITALL)
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return err
+		case n == 0:
+			return io.ErrUnexpectedEOF
+		default:
+			have += n
+		}
+	}
+	return nil
 }
 
 // hangUp closes a socket but not its descriptor, which somebody else would get.
@@ -245,8 +263,8 @@ var semantics = []struct {
 			sent <- err
 		}()
 		got := make([]byte, len(data))
-		n, _, err := unix.Recvfrom(s.server, got, unix.MSG_WAITALL)
-		return errors.Join(err, <-sent, want(bytes.Equal(got[:n], data), "%d bytes at once", n))
+		err := readFull(s.server, got)
+		return errors.Join(err, <-sent, want(bytes.Equal(got, data), "other bytes"))
 	}},
 	{"SO_RCVLOWAT", 10, func(s sides) error {
 		if err := errors.Join(unix.SetsockoptInt(s.server, unix.SOL_SOCKET, unix.SO_RCVLOWAT, 100), writeAll(s.client, random(50))); err != nil {
@@ -570,11 +588,7 @@ func TestBytesAreExact(t *testing.T) {
 					}()
 				}
 				for i, fd := range []int{s.server, s.client} {
-					b := make([]byte, n[i])
-					if n[i] > 0 {
-						_, _, err := unix.Recvfrom(fd, b, unix.MSG_WAITALL)
-						check(t, err)
-					}
+					check(t, readFull(fd, make([]byte, n[i])))
 				}
 				check(t, errors.Join(<-moved, <-moved))
 				if err := c.end(s); err != nil {

@@ -41,21 +41,7 @@ func TestUDPDifferential(t *testing.T) {
 	d := dice{rand.New(rand.NewPCG(seed, 0))}
 	done, wrong, denied := 0, 0, 0
 	for done < limit && wrong < 10 {
-		b := mesh.NewBuilder(nil)
-		b.SetConfig(mesh.Config{TrustDomain: "cluster.local", UDPNamespaces: []string{"shop"}})
-		var bound []mesh.PolicyName
-		for i := range d.IntN(7) {
-			p := d.policy(i)
-			b.PutPolicy(p)
-			if p.Scope == mesh.ScopeWorkload && d.IntN(4) > 0 {
-				bound = append(bound, p.Name)
-			}
-		}
-		w := l.cat.workload(bound...)
-		b.PutWorkload(w)
-		b.PutWorkload(l.ui.workload())
-		s := b.Commit(1)
-		check(t, l.dp.SetPolicies(s))
+		w, s := d.policies(l, mesh.Config{TrustDomain: "cluster.local", UDPNamespaces: []string{"shop"}})
 		compare := func(id mesh.Identity, src netip.Addr, dst netip.AddrPort) {
 			done++
 			before := verdicts(l)

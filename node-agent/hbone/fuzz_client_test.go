@@ -43,20 +43,12 @@ func FuzzClientSession(f *testing.F) {
 		w.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, EndHeaders: true, EndStream: true, BlockFragment: block("x", "trailer")})
 		w.WriteWindowUpdate(1, maxWindow)
 	}), uint8(30))
-	f.Fuzz(func(t *testing.T, in []byte, cut uint8) {
-		whole := driveClient(t, in, len(in)+1)
-		pieces := driveClient(t, in, int(cut)+1)
-		if whole != pieces {
-			t.Errorf("at once: %q\nin pieces of %d: %q", whole, int(cut)+1, pieces)
-		}
-	})
+	fuzzPieces(f, driveClient)
 }
 
 // driveClient runs a client's session over in and returns what it sent, what it got and why it stopped.
 func driveClient(t *testing.T, in []byte, piece int) string {
-	c := &conn{session: newSession(true, 0, nil), done: make(chan struct{})}
-	c.session.flood.init()
-	c.session.flood.now = func() int64 { return 0 }
+	c := still(true)
 	s := c.session
 	for range 2 {
 		s.add(newStream(c, s.nextID))

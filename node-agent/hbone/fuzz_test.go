@@ -52,6 +52,11 @@ func FuzzSession(f *testing.F) {
 		w.WriteHeaders(http2.HeadersFrameParam{StreamID: 3, BlockFragment: b[:2], PadLength: 3, Priority: http2.PriorityParam{StreamDep: 1}})
 		w.WriteContinuation(3, true, b[2:])
 	}), uint8(200))
+	fuzzPieces(f, drive)
+}
+
+// fuzzPieces holds that a session does the same with what arrives at once and in pieces.
+func fuzzPieces(f *testing.F, drive func(t *testing.T, in []byte, piece int) string) {
 	f.Fuzz(func(t *testing.T, in []byte, cut uint8) {
 		whole := drive(t, in, len(in)+1)
 		pieces := drive(t, in, int(cut)+1)
@@ -61,11 +66,17 @@ func FuzzSession(f *testing.F) {
 	})
 }
 
-// drive runs a server's session over in and returns what it sent and why it stopped.
-func drive(t *testing.T, in []byte, piece int) string {
-	c := &conn{session: newSession(false, 0, nil), done: make(chan struct{})}
+// still is a session's connection for which no time passes.
+func still(client bool) *conn {
+	c := &conn{session: newSession(client, 0, nil), done: make(chan struct{})}
 	c.session.flood.init()
 	c.session.flood.now = func() int64 { return 0 }
+	return c
+}
+
+// drive runs a server's session over in and returns what it sent and why it stopped.
+func drive(t *testing.T, in []byte, piece int) string {
+	c := still(false)
 	s := c.session
 	body := 0
 	var held []byte
