@@ -32,6 +32,8 @@ type step struct {
 type result struct {
 	passed, failed, skipped int
 	detail                  string // printed when something failed
+	broken                  []broken
+	unsteady                []string // what tests printed that failed, and passed alone
 	slow                    []timed
 }
 
@@ -101,13 +103,17 @@ func main() {
 			if s := r.slowest(); s != "" {
 				fmt.Println("        longest: " + s)
 			}
-			if r.detail != "" && r.failed > 0 {
+			switch {
+			case r.detail != "" && r.failed > 0:
 				fmt.Println(indent(r.detail))
+			case len(r.unsteady) > 0:
+				fmt.Println(indent("failed, and passed when run alone:\n" + strings.Join(r.unsteady, "")))
 			}
 			fmt.Fprintf(t, "%s\t%s\t%d\t%d\t%d\t%.1f\n", s.name, st.name, r.passed, r.failed, r.skipped, took.Seconds())
 			total.passed += r.passed
 			total.failed += r.failed
 			total.skipped += r.skipped
+			total.unsteady = append(total.unsteady, r.unsteady...)
 			if ctx.Err() != nil {
 				fmt.Println("interrupted")
 				os.Exit(1)
@@ -117,6 +123,9 @@ func main() {
 	t.Flush()
 	if total.skipped > 0 {
 		fmt.Printf("\n%d skipped\n", total.skipped)
+	}
+	if n := len(total.unsteady); n > 0 {
+		fmt.Printf("\n%d unsteady: failed among the others and passed alone; see above\n", n)
 	}
 	fmt.Printf("\n%d passed, %d failed\n", total.passed, total.failed)
 	if total.failed > 0 {

@@ -71,28 +71,72 @@ func command(ctx context.Context, dir, name string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// goTest runs go test and counts its tests, subtests not.
+// mostAgain is how many failed tests of a step get a second try. More failures than that are no accident.
+const mostAgain = 3
+
+// goTest runs go test and counts its tests, subtests not. A test that fails runs once more, alone: what passes then is
+// counted as passed and told as unsteady, with what it printed when it failed. A data race, a panic, a package that
+// does not build or that ran out of time has no second try.
 func goTest(args ...string) func(context.Context, step) result {
 	return func(ctx context.Context, s step) result {
-		cmd := command(ctx, s.dir, "go", append([]string{"test", "-json"}, args...)...)
-		var errs bytes.Buffer
-		cmd.Stderr = &errs
-		out, err := cmd.StdoutPipe()
-		if err != nil {
-			return verdict(err, "")
+		r := runTests(ctx, s, args)
+		if len(r.broken) > mostAgain || slices.ContainsFunc(r.broken, broken.final) {
+			return r
 		}
-		if err := cmd.Start(); err != nil {
-			return verdict(err, "")
+		for _, b := range r.broken {
+			if again := runTests(ctx, s, b.alone(args)); again.failed > 0 || again.passed != 1 {
+				continue
+			}
+			r.failed--
+			r.passed++
+			r.unsteady = append(r.unsteady, b.detail)
 		}
-		r, detail := count(bufio.NewReader(out))
-		err = cmd.Wait()
-		if err != nil && r.failed == 0 {
-			r.failed = 1
-			detail += errs.String() + err.Error()
-		}
-		r.detail = detail
 		return r
 	}
+}
+
+// broken is a test that failed, or with no name a package.
+type broken struct{ pkg, test, detail string }
+
+// final says that no second try can tell anything else.
+func (b broken) final() bool {
+	return b.test == "" || strings.Contains(b.detail, "WARNING: DATA RACE") || strings.Contains(b.detail, "panic: ")
+}
+
+// alone is the command line that runs this test and no other.
+func (b broken) alone(args []string) []string {
+	out := []string{"-count=1", "-run=^" + b.test + "$"}
+	for _, a := range args {
+		switch {
+		case strings.HasPrefix(a, "-run="), strings.HasPrefix(a, "-count="):
+		case strings.HasPrefix(a, "."): // the packages
+			out = append(out, b.pkg)
+		default:
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+func runTests(ctx context.Context, s step, args []string) result {
+	cmd := command(ctx, s.dir, "go", append([]string{"test", "-json"}, args...)...)
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return verdict(err, "")
+	}
+	if err := cmd.Start(); err != nil {
+		return verdict(err, "")
+	}
+	r := count(bufio.NewReader(out))
+	err = cmd.Wait()
+	if err != nil && r.failed == 0 {
+		r.failed = 1
+		r.broken = []broken{{}}
+		r.detail += errs.String() + err.Error()
+	}
+	return r
 }
 
 // event is one line of go test -json.
@@ -101,13 +145,13 @@ type event struct {
 	Elapsed                                   float64 // seconds
 }
 
-// count reads go test's events. The detail is the output of what failed, and why what was skipped was.
-func count(r *bufio.Reader) (result, string) {
+// count reads go test's events. The detail is the output of what failed.
+func count(r *bufio.Reader) result {
 	var (
 		res    result
-		detail strings.Builder
 		output = map[string][]string{}
-		broken = map[string]bool{} // packages with a failed test: their own failure adds nothing
+		failed = map[string]bool{}   // packages with a failed test: their own failure adds nothing
+		said   = map[string]string{} // by package, what a failed test and its subtests printed
 	)
 	dec := json.NewDecoder(r)
 	for {
@@ -136,20 +180,24 @@ func count(r *bufio.Reader) (result, string) {
 				fmt.Printf("        skipped %s %s\n", e.Package, e.Test)
 			}
 		case "fail", "build-fail":
-			if e.Test == "" && broken[e.Package] {
+			if e.Test == "" && failed[e.Package] {
 				continue
 			}
-			if e.Test == "" || top {
-				res.failed++
-			}
-			broken[e.Package] = true
 			if e.Action == "build-fail" {
 				key = e.ImportPath + " "
 			}
-			fmt.Fprintf(&detail, "%s %s\n%s", e.Package, e.Test, excerpt(output[key], 40, 80))
+			printed := fmt.Sprintf("%s %s\n%s", e.Package, e.Test, excerpt(output[key], 40, 80))
+			res.detail += printed
+			said[e.Package] += printed
+			failed[e.Package] = true
+			if e.Test == "" || top {
+				res.failed++
+				res.broken = append(res.broken, broken{e.Package, e.Test, said[e.Package]})
+				delete(said, e.Package)
+			}
 		}
 	}
-	return res, detail.String()
+	return res
 }
 
 // excerpt is the beginning, where a test says what failed, and the end, where it says what it found around it.
