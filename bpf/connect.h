@@ -7,6 +7,7 @@
  *  3. loopback or the pod itself -> allowed; it never leaves the pod
  *  4. another pod of this node   -> policy decides here, where it can: refused, or let go to that pod and nowhere
  *                                   else, with a ticket; see same_node for when it cannot
+ *     a Service                  -> the same, where the endpoint that is drawn is such a pod; see service.h
  *  5. a mesh destination         -> marked, so that the pod's rule and route keep it in the pod
  *  6. anything else              -> vouched for, so that the guard lets it out
  *
@@ -17,6 +18,7 @@
 #pragma once
 
 #include "decide.h"
+#include "service.h"
 
 /* The application's own SO_MARK gives way to capture and comes back when the socket is used again for a
  * destination outside the mesh. Should the application change the mark on a captured connection, its packets
@@ -52,15 +54,15 @@ static __always_inline int connect_from_node(struct bpf_sock *sk, const struct a
 }
 
 /*
- * A connection to another captured pod of this node, by its own address (a service's is chosen for by the agent). The
- * agent has it where
+ * A connection to another captured pod of this node, by its own address or by a Service's. The agent has it where
  *
  *   - it knows what to do and the kernel does not: no gate, no ruleset, an identity that is new
  *   - a waypoint comes before the pod
  *   - the mesh wants it encrypted: sameNode
  *   - too many direct connections of this client are under way
  */
-static __always_inline int same_node(const struct pod *pod, const struct owner *o, const struct flow *f, __u64 *rules)
+static __always_inline int same_node(const struct pod *pod, const struct owner *o, const struct flow *f,
+					   const struct target *service, __u64 *rules)
 {
 	__u32 flags = 0, slot = o->slot;
 	struct reason why;
@@ -71,7 +73,7 @@ static __always_inline int same_node(const struct pod *pod, const struct owner *
 		return LEFT_TO_AGENT;
 	int d = decide(*rules, pod->identity, &f->client, f->server_port, &why);
 	if (d == DENIED)
-		tell_denied(pod->slot, pod->slot, slot, f, pod->identity, *rules, &why);
+		tell_denied_as(EVENT_DENIED, pod->slot, pod->slot, slot, f, service, pod->identity, *rules, &why);
 	if (d != ALLOWED)
 		return d;
 
@@ -88,8 +90,10 @@ static __always_inline int same_node(const struct pod *pod, const struct owner *
 	return out && *out < TICKETS_PER_POD ? ALLOWED : LEFT_TO_AGENT;
 }
 
-static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct addr *dst)
+/* to: where the connection goes, and where to send it instead. */
+static __always_inline int connect_to(struct bpf_sock_addr *ctx, struct target *to)
 {
+	const struct addr *dst = &to->addr;
 	if (ctx->type != SOCK_STREAM || (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_MPTCP))
 		return CONNECT_ALLOW;
 
@@ -124,12 +128,16 @@ static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct ad
 	}
 
 	__u64 rules = 0;
-	__u32 server = NO_SLOT;
+	__u32 server = NO_SLOT, draw = 0;
+	struct target service = {}, at = *to;
 	struct owner *o = bpf_map_lookup_elem(&owners, dst);
+	if (!o && draw_endpoint(to, &draw, &at) && is_plain_tcp(sk)) {
+		service = *to;
+		o = bpf_map_lookup_elem(&owners, &at.addr);
+	}
 	if (o && o->cookie != cookie) {
-		struct flow f = {.client = addr_is_v4(dst) ? pod->v4 : pod->v6, .server = *dst,
-				 .server_port = ntohs(((volatile struct bpf_sock_addr *)ctx)->user_port)};
-		switch (same_node(pod, o, &f, &rules)) {
+		struct flow f = {.client = addr_is_v4(dst) ? pod->v4 : pod->v6, .server = at.addr, .server_port = at.port};
+		switch (same_node(pod, o, &f, &service, &rules)) {
 		case DENIED:
 			count(CONNECT_DENIED);
 			bpf_set_retval(-ECONNREFUSED);
@@ -147,8 +155,12 @@ static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct ad
 
 	if (server != NO_SLOT) {
 		count(CONNECT_DIRECT);
+		if (service.port)
+			count(SERVICE_NEAR);
 		v->slot = server;
 		v->rules = rules;
+		v->service = service;
+		*to = at;
 		return uncapture(ctx, v, FATE_DIRECT);
 	}
 
@@ -160,10 +172,12 @@ static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct ad
 	if (v->fate != FATE_CAPTURED)
 		v->saved_mark = sk->mark;
 	v->fate = FATE_CAPTURED; /* before the mark: should that fail, the guard still holds the socket back */
-	if (!set_mark(ctx, capture_mark)) {
+	if (!set_mark(ctx, capture_mark | draw << DRAW_SHIFT)) {
 		count(CONNECT_REFUSED_MARK);
 		return CONNECT_REFUSE;
 	}
+	if (draw)
+		count(SERVICE_AGENT);
 	count(CONNECT_CAPTURED);
 	return CONNECT_ALLOW;
 }
@@ -171,9 +185,16 @@ static __always_inline int connect_to(struct bpf_sock_addr *ctx, const struct ad
 SEC("cgroup/connect4")
 int mesh_connect4(struct bpf_sock_addr *ctx)
 {
-	struct addr dst;
-	addr_from_v4(&dst, ctx->user_ip4);
-	return connect_to(ctx, &dst);
+	volatile struct bpf_sock_addr *c = ctx;
+	__u32 ip = c->user_ip4;
+	struct target to = {.port = ntohs(c->user_port)};
+	addr_from_v4(&to.addr, ip);
+	int ret = connect_to(ctx, &to);
+	if (ret == CONNECT_ALLOW && to.addr.w[3] != ip) {
+		c->user_ip4 = to.addr.w[3];
+		c->user_port = htons(to.port);
+	}
+	return ret;
 }
 
 SEC("cgroup/connect6")
@@ -181,5 +202,14 @@ int mesh_connect6(struct bpf_sock_addr *ctx)
 {
 	volatile struct bpf_sock_addr *c = ctx; /* four loads: the verifier wants no wider ones merged */
 	struct addr dst = {{c->user_ip6[0], c->user_ip6[1], c->user_ip6[2], c->user_ip6[3]}};
-	return connect_to(ctx, &dst);
+	struct target to = {.addr = dst, .port = ntohs(c->user_port)};
+	int ret = connect_to(ctx, &to);
+	if (ret == CONNECT_ALLOW && !addr_eq(&to.addr, &dst)) {
+		c->user_ip6[0] = to.addr.w[0];
+		c->user_ip6[1] = to.addr.w[1];
+		c->user_ip6[2] = to.addr.w[2];
+		c->user_ip6[3] = to.addr.w[3];
+		c->user_port = htons(to.port);
+	}
+	return ret;
 }

@@ -105,7 +105,7 @@ static __always_inline bool may_tell(__u32 slot)
 
 /* payer: the slot on whose budget it is. */
 static __always_inline void tell_denied_as(enum event_kind kind, __u32 payer, __u32 client, __u32 server, const struct flow *f,
-					   __u64 identity, __u64 rules, const struct reason *why)
+					   const struct target *service, __u64 identity, __u64 rules, const struct reason *why)
 {
 	if (!may_tell(payer)) {
 		count(EVENT_LIMITED);
@@ -128,14 +128,15 @@ static __always_inline void tell_denied_as(enum event_kind kind, __u32 payer, __
 	e->client_slot = client;
 	e->server_slot = server;
 	e->flow = *f;
-	e->pad = 0;
+	e->service = *service;
 	bpf_ringbuf_submit(e, 0);
 }
 
 static __always_inline void tell_denied(__u32 payer, __u32 client, __u32 server, const struct flow *f, __u64 identity, __u64 rules,
 					const struct reason *why)
 {
-	tell_denied_as(EVENT_DENIED, payer, client, server, f, identity, rules, why);
+	struct target none = {};
+	tell_denied_as(EVENT_DENIED, payer, client, server, f, &none, identity, rules, why);
 }
 
 /* How much may wait before whoever reads events is woken. What a connection carried can wait for its next look. */
@@ -162,7 +163,7 @@ static __always_inline bool tell_direct(enum event_kind kind, const struct flow 
 	e->client_slot = d->client_slot;
 	e->server_slot = d->server_slot;
 	e->flow = *f;
-	e->pad = 0;
+	e->service = d->service;
 	bpf_ringbuf_submit(e, bpf_ringbuf_query(&events, BPF_RB_AVAIL_DATA) < EVENTS_WAITING ? BPF_RB_NO_WAKEUP : BPF_RB_FORCE_WAKEUP);
 	return true;
 }

@@ -227,7 +227,10 @@ struct sock {
 struct tcp_sock {
 	__u32 snd_una;
 	__u32 write_seq;
+	bool is_mptcp; /* where the kernel has MPTCP */
 } BY_NAME;
+
+#define HAS_FIELD(field) __builtin_preserve_field_info(field, 2)
 
 #define SOCK_DONE 1 /* a bit of skc_flags: the peer's FIN has come */
 
@@ -241,6 +244,7 @@ static void *(*bpf_map_lookup_elem)(void *map, const void *key) = (void *)1;
 static long (*bpf_map_update_elem)(void *map, const void *key, const void *value, __u64 flags) = (void *)2;
 static long (*bpf_map_delete_elem)(void *map, const void *key) = (void *)3;
 static __u64 (*bpf_ktime_get_ns)(void) = (void *)5;
+static __u32 (*bpf_get_prandom_u32)(void) = (void *)7;
 static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) = (void *)26;
 static long (*bpf_skb_change_type)(struct __sk_buff *skb, __u32 type) = (void *)32;
 static long (*bpf_setsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)49;

@@ -140,6 +140,26 @@ struct {
 	PINNED;
 } rules_sources SEC(".maps");
 
+/* Ports of Services that have an endpoint on this node, and how many draws there are. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct target);
+	__type(value, __u32);
+	PINNED;
+} services SEC(".maps");
+
+/* The draws that fall to endpoints on this node. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 262144);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct service_draw);
+	__type(value, struct endpoint);
+	PINNED;
+} service_draws SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 262144);

@@ -104,7 +104,7 @@ static __always_inline void connecting_direct(struct bpf_sock_ops *ctx, struct f
 	    !(addr_eq(&f->client, &pod->v4) || addr_eq(&f->client, &pod->v6)))
 		return;
 	struct direct d = {.client = cookie, .server = o->cookie, .identity = pod->identity, .rules = v->rules,
-			   .client_slot = pod->slot, .server_slot = o->slot};
+			   .client_slot = pod->slot, .server_slot = o->slot, .service = v->service};
 	struct ticket t = {.identity = pod->identity, .rules = v->rules, .account = MAX_PODS + pod->slot};
 	if (bpf_map_update_elem(&directs, f, &d, BPF_ANY)) {
 		count(TICKET_DENIED_FULL);

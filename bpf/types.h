@@ -55,6 +55,24 @@ struct flow {
 	__u16 server_port;
 };
 
+/* An address of a Service or of a pod, and a port in host order. */
+struct target {
+	struct addr addr;
+	__u32 port;
+};
+
+/* A draw of an endpoint of a Service, from 0 on: see service.h. */
+struct service_draw {
+	struct target service;
+	__u32 draw;
+};
+
+/* Whom a draw falls to. */
+struct endpoint {
+	struct target service; /* again: as in a gate. The first field, and read last */
+	struct target at;
+};
+
 struct ticket {
 	__u64 born;     /* bpf_ktime_get_ns */
 	__u64 identity; /* of the client of a direct connection; 0: kubelet's or the agent's, which need no policy */
@@ -83,6 +101,8 @@ struct verdict {
 	__u32 slot;       /* direct: the server's */
 	__u32 pad;
 	__u64 rules; /* direct: the ruleset that allowed it */
+	struct target service; /* direct: what the application asked for, port 0 if that is the server itself */
+	__u32 pad2;
 };
 
 /*
@@ -156,6 +176,8 @@ struct direct {
 	__u64 received;
 	__u32 client_slot;
 	__u32 server_slot;
+	struct target service; /* as in a verdict */
+	__u32 pad;
 };
 
 /* A direct connection whose packets take the short way. */
@@ -220,7 +242,7 @@ struct event {
 	__u32 client_slot; /* NO_SLOT: not a captured pod of this node */
 	__u32 server_slot;
 	struct flow flow; /* denied at connect: no client port */
-	__u32 pad;
+	struct target service; /* of a connection between pods of this node, as in a verdict */
 };
 
 /* Events of denied connections that a pod may cause in a second, so that none drowns the others. */
@@ -306,6 +328,9 @@ enum outcome {
 	NEAR_DETOUR,
 	NEAR_ELSEWHERE,
 	NEAR_FULL,
+
+	SERVICE_NEAR,
+	SERVICE_AGENT,
 
 	OUTCOMES,
 };

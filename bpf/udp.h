@@ -121,7 +121,8 @@ static __always_inline int udp_arrives(struct __sk_buff *skb, struct udp_gate *g
 		return shoot(UDP_DENIED_UNKNOWN);
 	if (d == DENIED) {
 		struct owner *o = bpf_map_lookup_elem(&owners, &t->src);
-		tell_denied_as(EVENT_DENIED_UDP, slot, o ? o->slot : NO_SLOT, slot, &f, identity, rules, &why);
+		struct target none = {};
+		tell_denied_as(EVENT_DENIED_UDP, slot, o ? o->slot : NO_SLOT, slot, &f, &none, identity, rules, &why);
 		return shoot(UDP_DENIED);
 	}
 	void *let_in = bpf_map_lookup_elem(&udp_let_in, &slot);

@@ -77,7 +77,7 @@ func (a *agent) chooseWays(ctx context.Context) error {
 }
 
 func (a *agent) reportEvent(e datapath.Event) {
-	f := proxy.Flow{Client: e.Client, Server: e.Server, ClientPod: e.ClientPod, ServerPod: e.ServerPod, Source: e.Source}
+	f := proxy.Flow{Client: e.Client, Server: e.Server, Service: e.Service, ClientPod: e.ClientPod, ServerPod: e.ServerPod, Source: e.Source}
 	switch e.Kind {
 	case datapath.Denied:
 		a.proxy.FlowDenied(f, e.Time, e.Verdict)

@@ -172,9 +172,11 @@ func (a *agent) build(ctx context.Context) error {
 	// Held listeners are accepted on as soon as the registry is there: by then there has to be a state.
 	a.xds.Restore()
 
+	ceiling := proxy.OwnCeiling("/proc/self")
+	ceiling.HoldHeap()
 	traffic := proxy.NewMetrics()
 	a.proxy, err = proxy.New(proxy.Config{Store: a.store, Certs: a.manager, Sockets: a.datapath, Metrics: traffic,
-		Log: log, Access: cfg.Access, PoolIdle: cfg.PoolIdle, MaxStreams: cfg.MaxStreams, MaxFrame: cfg.MaxFrame})
+		Log: log, Access: cfg.Access, PoolIdle: cfg.PoolIdle, MaxStreams: cfg.MaxStreams, MaxFrame: cfg.MaxFrame, Ceiling: ceiling})
 	if err != nil {
 		return err
 	}

@@ -226,9 +226,27 @@ func (r *resolution) choose(svc *Service, port uint16) (*member, uint16, Reason)
 	if !ok {
 		return nil, 0, WhyNoEndpoint
 	}
-	// First the best rank there is, and the weight of those that have it. The reason for a refusal is that of
-	// the endpoint which came closest.
-	best, weight, why := -1, 0, WhyNoEndpoint
+	best, weight, why := r.nearest(svc, set, port, target)
+	if best < 0 {
+		return nil, 0, why
+	}
+	n := r.number(weight)
+	for i := range set.list {
+		e := &set.list[i]
+		if rank, _ := r.rank(svc, e, port, target); rank != best {
+			continue
+		}
+		if n -= e.weight(); n < 0 {
+			return e.member, e.target(port, target), ""
+		}
+	}
+	return nil, 0, WhyNoEndpoint
+}
+
+// nearest is the best rank that an endpoint has, and the weight of those that have it. Where there is none, it is -1 and
+// the reason that of the endpoint which came closest.
+func (r *resolution) nearest(svc *Service, set *endpointSet, port, target uint16) (best, weight int, why Reason) {
+	best, why = -1, WhyNoEndpoint
 	for i := range set.list {
 		e := &set.list[i]
 		rank, reason := r.rank(svc, e, port, target)
@@ -243,21 +261,48 @@ func (r *resolution) choose(svc *Service, port uint16) (*member, uint16, Reason)
 			weight += e.weight()
 		}
 	}
-	if best < 0 {
-		return nil, 0, why
+	return best, weight, why
+}
+
+// Share is what one endpoint has of the numbers that Resolve picks from: Count of them, from First on.
+type Share struct {
+	First, Count int
+	Workload     *Workload
+	At           netip.AddrPort
+}
+
+// Shares returns from how many numbers Resolve picks one for a connection of src to a Service's own address, and which of
+// them choose which endpoint. It is the same for all clients that are where src is. 0: Resolve chooses in another way,
+// by the client's namespace too, or not at all.
+func (s *Snapshot) Shares(src *Workload, dst netip.AddrPort) (total int, shares []Share) {
+	at := NetAddr{src.Network, dst.Addr()}
+	there, ok := s.vips.get(at)
+	if !ok || len(there.list) != 1 || s.memberAt(at) != nil {
+		return 0, nil
 	}
-	// Then one of those.
-	n := r.number(weight)
+	svc := there.list[0]
+	i := slices.IndexFunc(svc.Ports, func(p ServicePort) bool { return p.Port == dst.Port() })
+	set, ok := s.endpoints.get(svc.Name)
+	if svc.NamespaceOnly || svc.Waypoint != nil || svc.LB.Mode == LBPassthrough || i < 0 || !ok {
+		return 0, nil
+	}
+	r := resolution{s: s, src: src, network: src.Network}
+	port, target := dst.Port(), svc.Ports[i].Target
+	best, total, _ := r.nearest(svc, set, port, target)
+	if best < 0 {
+		return 0, nil
+	}
+	first := 0
 	for i := range set.list {
 		e := &set.list[i]
 		if rank, _ := r.rank(svc, e, port, target); rank != best {
 			continue
 		}
-		if n -= e.weight(); n < 0 {
-			return e.member, e.target(port, target), ""
-		}
+		addr, _ := e.addrLike(dst.Addr())
+		shares = append(shares, Share{First: first, Count: e.weight(), Workload: e.Workload, At: netip.AddrPortFrom(addr, e.target(port, target))})
+		first += e.weight()
 	}
-	return nil, 0, WhyNoEndpoint
+	return total, shares
 }
 
 // rank says how near an endpoint is: the number of preferred scopes, from the first, that it shares with the

@@ -16,7 +16,7 @@ import (
 // cgroups are the two cgroup v2 directories that programs are attached to.
 type cgroups struct {
 	root string // sock_ops: sees every socket of the node
-	pods string // connect hooks: kubepods, or root where there is no such cgroup
+	pods string // connect and getpeername hooks: kubepods, or root where there is no such cgroup
 }
 
 // findCgroups finds them. Below the pods' cgroup the connect hooks run before a CNI's program at the root, so
@@ -65,6 +65,9 @@ func (d *Datapath) attachments() []attachment {
 		// sock_ops first: a connect that is captured before tickets are written would be one whose inbound
 		// leg comes back to the agent.
 		{"sockops", d.cgroups.root, d.kernel.MeshSockops, ebpf.AttachCGroupSockOps},
+		// What connect has sent elsewhere is told as what the application asked for: that comes first too.
+		{"getpeername4", d.cgroups.pods, d.kernel.MeshGetpeername4, ebpf.AttachCgroupInet4GetPeername},
+		{"getpeername6", d.cgroups.pods, d.kernel.MeshGetpeername6, ebpf.AttachCgroupInet6GetPeername},
 		{"connect4", d.cgroups.pods, d.kernel.MeshConnect4, ebpf.AttachCGroupInet4Connect},
 		{"connect6", d.cgroups.pods, d.kernel.MeshConnect6, ebpf.AttachCGroupInet6Connect},
 	}

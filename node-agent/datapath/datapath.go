@@ -26,7 +26,9 @@ import (
 const (
 	// Mark is the fwmark of a socket whose packets stay in the pod: captured clients and the inbound leg.
 	// Istio uses the same number, so one document serves for both.
-	Mark = 0x539
+	// The bits above markMask may say which endpoint of a Service the kernel has drawn, see Drawn.
+	Mark     = 0x539
+	markMask = 0xfff
 	// Table holds the local default route that marked packets take, and is the priority of its rule.
 	Table = 1337
 

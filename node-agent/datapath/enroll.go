@@ -264,6 +264,8 @@ func (d *Datapath) sharedMaps() map[string]*ebpf.Map {
 		bpf.MeshMapRulesPorts:      d.kernel.RulesPorts,
 		bpf.MeshMapRulesSources:    d.kernel.RulesSources,
 		bpf.MeshMapRulesets:        d.kernel.Rulesets,
+		bpf.MeshMapServiceDraws:    d.kernel.ServiceDraws,
+		bpf.MeshMapServices:        d.kernel.Services,
 		bpf.MeshMapTickets:         d.kernel.Tickets,
 		bpf.MeshMapUdpBegun:        d.kernel.UdpBegun,
 		bpf.MeshMapUdpGates:        d.kernel.UdpGates,

@@ -35,6 +35,7 @@ type Event struct {
 	Time      time.Time
 	Client    netip.AddrPort // the port is 0 where the connection was refused before it had one
 	Server    netip.AddrPort // of the pod
+	Service   netip.AddrPort // of the Service that the application asked for; zero: of the pod itself
 	ClientPod string         // Kubernetes' UID of a captured pod of this node; "" for a client from elsewhere
 	ServerPod string
 	Source    mesh.Identity // the client's, asserted by the kernel; zero for plaintext from elsewhere
@@ -148,7 +149,7 @@ func (d *Datapath) lateEvents() (out []bpf.MeshEvent) {
 	for it := d.kernel.Directs.Iterate(); it.Next(&f, &v); {
 		if v.Closed != 0 {
 			out = append(out, bpf.MeshEvent{At: v.Closed, Born: v.Established, Rules: v.Rules, Identity: v.Identity, Sent: v.Sent, Received: v.Received,
-				Kind: bpf.MeshEventKindEVENT_CLOSED, ClientSlot: v.ClientSlot, ServerSlot: v.ServerSlot, Flow: f})
+				Kind: bpf.MeshEventKindEVENT_CLOSED, ClientSlot: v.ClientSlot, ServerSlot: v.ServerSlot, Flow: f, Service: v.Service})
 		}
 	}
 	for i := range out { // one that is not there any more has been told, or another connection has its ports
@@ -164,6 +165,9 @@ func (d *Datapath) event(e *bpf.MeshEvent) Event {
 		Time:   sinceBoot(e.At),
 		Client: netip.AddrPortFrom(goAddr(e.Flow.Client), e.Flow.ClientPort),
 		Server: netip.AddrPortFrom(goAddr(e.Flow.Server), e.Flow.ServerPort),
+	}
+	if e.Service.Port != 0 {
+		out.Service = netip.AddrPortFrom(goAddr(e.Service.Addr), uint16(e.Service.Port))
 	}
 	x := d.index.Load()
 	if x == nil {

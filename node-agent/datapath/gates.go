@@ -66,6 +66,32 @@ func (t *table[K, V]) putAll(rows map[K]V) error {
 	return nil
 }
 
+// putOrRemove writes rows that may be missing, but not be others. It returns how many are missing for want of room.
+func (t *table[K, V]) putOrRemove(rows map[K]V) (missing int, err error) {
+	for k, v := range rows {
+		if t.put(k, v) == nil {
+			continue
+		}
+		if err := t.remove(k); err != nil {
+			return missing, err
+		}
+		missing++
+	}
+	return missing, nil
+}
+
+// keep removes all rows but those of the keys in wanted.
+func (t *table[K, V]) keep(wanted map[K]V) error {
+	for k := range t.have {
+		if _, ok := wanted[k]; !ok {
+			if err := t.remove(k); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (t *table[K, V]) remove(k K) error {
 	if err := t.m.Delete(k); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
 		return fmt.Errorf("remove from %s: %w", t.name, err)
@@ -119,6 +145,7 @@ type gatekeeper struct {
 	sources    *table[bpf.MeshRulesSource, bpf.MeshWords]
 	gates      *table[uint32, bpf.MeshGate]
 	udp        datagrams
+	services   services
 
 	compiler *compiler      // of the last Snapshot; nil before there is one
 	applied  *mesh.Snapshot // what the kernel decides by; nil where that failed
@@ -135,6 +162,7 @@ func newGatekeeper(k *bpf.MeshObjects) *gatekeeper {
 		sources:    newTable[bpf.MeshRulesSource, bpf.MeshWords]("rules_sources", k.RulesSources),
 		gates:      newTable[uint32, bpf.MeshGate]("gates", k.Gates),
 		udp:        newDatagrams(k),
+		services:   newServices(k),
 	}
 }
 
@@ -146,7 +174,8 @@ func (g *gatekeeper) compare() (drift map[string]int, err error) {
 		compare func() (int, error)
 	}{{g.gates.name, g.gates.compare}, {g.rulesets.name, g.rulesets.compare}, {g.identities.name, g.identities.compare},
 		{g.ports.name, g.ports.compare}, {g.sources.name, g.sources.compare},
-		{g.udp.gates.name, g.udp.gates.compare}, {g.udp.sources.name, g.udp.sources.compare}} {
+		{g.udp.gates.name, g.udp.gates.compare}, {g.udp.sources.name, g.udp.sources.compare},
+		{g.services.ports.name, g.services.ports.compare}, {g.services.draws.name, g.services.draws.compare}} {
 		n, err := t.compare()
 		if err != nil {
 			return nil, err
@@ -194,12 +223,19 @@ func (d *Datapath) SetPolicies(s *mesh.Snapshot) error {
 	}
 	g := d.gates
 	same := g.applied != nil && d.unaffected(g.applied, s)
+	drawn := same && g.services.unaffected(g.applied, s)
 	g.compiler = newCompiler(s, g.wanted.sets)
 	strangers := g.udp.follow(s, d.asksForUDP(s))
 	g.applied = nil
 	if same && !strangers {
 		if err := d.applySources(); err != nil {
 			return err
+		}
+		if !drawn {
+			if err := d.applyServices(); err != nil {
+				return err
+			}
+			g.tell(d.cfg.Log)
 		}
 	} else if err := errors.Join(d.applyPolicies(), d.recheck(s)); err != nil {
 		return err
@@ -279,7 +315,7 @@ func (d *Datapath) applyPolicies() error {
 			errs = append(errs, g.gates.remove(slot))
 		}
 	}
-	errs = append(errs, d.applyUDP(broken))
+	errs = append(errs, d.applyUDP(broken), d.applyServices())
 	if err := g.sweep(time.Now()); err != nil {
 		g.wanted.problems = append(g.wanted.problems, err)
 	}
@@ -291,7 +327,7 @@ func (d *Datapath) applyPolicies() error {
 // tell logs what is left to the agent, once.
 func (g *gatekeeper) tell(log *slog.Logger) {
 	text := ""
-	if err := errors.Join(g.wanted.problems...); err != nil {
+	if err := errors.Join(append(slices.Clip(g.wanted.problems), g.services.problems...)...); err != nil {
 		text = err.Error()
 	}
 	if text != g.told && text != "" {

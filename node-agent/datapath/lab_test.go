@@ -43,7 +43,8 @@ type lab struct {
 	dp               *Datapath
 	dialer           *atomic.Pointer[Datapath] // dp, for the relay's goroutines: a restart replaces it under load
 	agents           *sync.WaitGroup
-	conns            *conns // of servers and agents
+	conns            *conns                    // of servers and agents
+	drawn            *atomic.Pointer[chan int] // where the agent tells what the kernel has drawn, nil: nowhere
 }
 
 // host is a namespace with one address of each family on eth0.
@@ -71,7 +72,7 @@ func newLab(t *testing.T) *lab {
 	if os.Getuid() != 0 {
 		t.Skip("needs root: network namespaces, cgroups and BPF")
 	}
-	l := &lab{t: t, up: new(sync.RWMutex), agents: new(sync.WaitGroup), conns: new(conns)}
+	l := &lab{t: t, up: new(sync.RWMutex), agents: new(sync.WaitGroup), conns: new(conns), drawn: new(atomic.Pointer[chan int])}
 	l.node = must(netns.New())
 	t.Cleanup(func() { l.node.Close() })
 	l.makeCgroups()
@@ -439,6 +440,9 @@ func (l *lab) outbound(from *host, c *net.TCPConn) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), agentDial)
 	defer cancel()
 	dst, src := addrOf(c.LocalAddr()), addrOf(c.RemoteAddr())
+	if tell := l.drawn.Swap(nil); tell != nil {
+		*tell <- l.dialer.Load().Drawn(c)
+	}
 	switch dst.Addr() {
 	case vip4:
 		dst = netip.AddrPortFrom(l.cat.v4, appPort)
@@ -506,11 +510,10 @@ func (l *lab) counted(want map[string]int, f func()) {
 		}
 		return true
 	}
-	for range 400 { // the last event may be an acknowledgement under way
+	for end := time.Now().Add(plenty); time.Now().Before(end); time.Sleep(5 * time.Millisecond) { // the last event may be an acknowledgement under way
 		if ok() {
 			return
 		}
-		time.Sleep(5 * time.Millisecond)
 	}
 	for name, b := range before {
 		rose := int(after[name] - b)
@@ -547,13 +550,12 @@ func writeProc(t *testing.T, path, value string) {
 
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
-	for range 1500 {
-		if f() {
+	for end := time.Now().Add(plenty); !f(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Errorf("not within %s: %s", plenty, what)
 			return
 		}
-		time.Sleep(10 * time.Millisecond)
 	}
-	t.Errorf("not within 15 s: %s", what)
 }
 
 func TestMain(m *testing.M) {

@@ -14,7 +14,7 @@ import (
 
 // A pod's namespace gets, per family,
 //
-//	ip rule add pref 1337 fwmark 0x539 lookup 1337
+//	ip rule add pref 1337 fwmark 0x539/0xfff lookup 1337
 //	ip route add local default dev eth0 src POD-IP table 1337
 //
 // and four sysctls. The route is on eth0, not lo: local delivery goes over lo either way, and so it also holds
@@ -66,7 +66,7 @@ func (d *Datapath) setRouting(w wiring) error {
 		if err := netlink.RouteReplace(localRoute(family, w.podIndex, src)); err != nil {
 			return fmt.Errorf("add the local route for marked packets: %w", err)
 		}
-		rules, err := netlink.RuleListFiltered(family, markRule(family), netlink.RT_FILTER_MARK|netlink.RT_FILTER_TABLE)
+		rules, err := netlink.RuleListFiltered(family, markRule(family), thisRule)
 		if err != nil {
 			return fmt.Errorf("list rules: %w", err)
 		}
@@ -86,7 +86,7 @@ func (d *Datapath) routingProblems(w wiring) (problems []string) {
 		problems = append(problems, "tcp_fwmark_accept is off")
 	}
 	err := w.families(func(family int, src netip.Addr) error {
-		rules, err := netlink.RuleListFiltered(family, markRule(family), netlink.RT_FILTER_MARK|netlink.RT_FILTER_TABLE)
+		rules, err := netlink.RuleListFiltered(family, markRule(family), thisRule)
 		if err != nil {
 			return err
 		}
@@ -116,8 +116,15 @@ func (d *Datapath) routingProblems(w wiring) (problems []string) {
 func clearRouting(proc string) error {
 	var errs []error
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		if err := netlink.RuleDel(markRule(family)); err != nil && !gone(err) {
-			errs = append(errs, fmt.Errorf("delete the rule for marked packets: %w", err))
+		rules, err := netlink.RuleListFiltered(family, markRule(family), netlink.RT_FILTER_MARK|netlink.RT_FILTER_TABLE)
+		if err != nil && !gone(err) {
+			errs = append(errs, fmt.Errorf("list rules: %w", err))
+		}
+		for _, r := range rules {
+			r.Family = family
+			if err := netlink.RuleDel(&r); err != nil && !gone(err) {
+				errs = append(errs, fmt.Errorf("delete the rule for marked packets: %w", err))
+			}
 		}
 		routes, err := netlink.RouteListFiltered(family, &netlink.Route{Table: Table}, netlink.RT_FILTER_TABLE)
 		if err != nil {
@@ -142,13 +149,18 @@ func gone(err error) bool {
 }
 
 func markRule(family int) *netlink.Rule {
+	mask := uint32(markMask)
 	r := netlink.NewRule()
 	r.Family = family
 	r.Priority = Table
 	r.Mark = Mark
+	r.Mask = &mask
 	r.Table = Table
 	return r
 }
+
+// thisRule is what tells markRule from others, such as that of an earlier version, which has no mask.
+const thisRule = netlink.RT_FILTER_MARK | netlink.RT_FILTER_MASK | netlink.RT_FILTER_TABLE
 
 func localRoute(family, index int, src netip.Addr) *netlink.Route {
 	all := &net.IPNet{IP: net.IPv4zero.To4(), Mask: net.CIDRMask(0, 32)}

@@ -95,6 +95,21 @@ func setAll(fd int, opts []sockopt) error {
 	return nil
 }
 
+// Drawn returns one more than the number that the kernel has drawn for a connection to a Service that the outbound
+// listener has accepted, 0 where it has drawn none. Resolve chooses the endpoint that the number stands for, if it is
+// its pick.
+func (d *Datapath) Drawn(c *net.TCPConn) int {
+	mark := 0
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	if err := raw.Control(func(fd uintptr) { mark, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK) }); err != nil || mark&markMask != Mark {
+		return 0
+	}
+	return int(uint32(mark) >> drawShift)
+}
+
 // Tag marks a socket as the agent's own: its connections are not captured, and where it dials the pod's
 // own address it reaches the application. It is for sockets that are not connected yet.
 func (d *Datapath) Tag(fd int) error {

@@ -52,7 +52,7 @@ func admit(req cni.Request, k known) admission {
 	case k.namespaces == nil:
 		return admission{answer: answerWait, why: "it is not known yet which namespaces are enrolled: the control plane has not been reached since this node's state was lost"}
 	case k.namespaces[req.Namespace]:
-		return admission{answer: answerWait, why: "pods of namespace " + req.Namespace + " are enrolled, and the control plane has not told this node about this one"}
+		return admission{answer: answerWait, why: "pods of namespace " + req.Namespace + " are enrolled, and the control plane has not told this node about this one yet"}
 	case k.synced:
 		return admission{answer: answerWait, brief: true, why: "namespace not enrolled"}
 	default:

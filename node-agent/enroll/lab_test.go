@@ -29,6 +29,8 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
+const plenty = 30 * time.Second // for what has to come about, on a machine that does other things
+
 // lab is a node without a kernel side: real network namespaces, processes, sockets and holder; the datapath is
 // a record of what it was asked, so that its failures can be played.
 type lab struct {
@@ -62,9 +64,9 @@ func newLab(t *testing.T) *lab {
 
 func (l *lab) eventually(what string, ok func() bool) {
 	l.t.Helper()
-	for end := time.Now().Add(5 * time.Second); !ok(); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(plenty); !ok(); time.Sleep(2 * time.Millisecond) {
 		if time.Now().After(end) {
-			l.t.Fatalf("not within 5 s: %s", what)
+			l.t.Fatalf("not within %s: %s", plenty, what)
 		}
 	}
 }
@@ -86,7 +88,7 @@ func (l *lab) start(edit ...func(*Config)) *node {
 	cfg := Config{
 		Exempt: []string{"kube-system"}, Plumber: l.plumber, Acceptor: l.served, Certs: l.certs, Keeper: k, Held: held,
 		Socket: filepath.Join(l.dir, "cni.sock"), StateFile: filepath.Join(l.dir, "enrolled.json"), Proc: l.proc,
-		AddWait: 500 * time.Millisecond, CertWait: 100 * time.Millisecond, Resync: 100 * time.Millisecond,
+		AddWait: 2 * time.Second, CertWait: 100 * time.Millisecond, Resync: 100 * time.Millisecond,
 		Linger: 50 * time.Millisecond, Drain: time.Second, Log: slog.New(slog.NewTextHandler(testWriter{l.t}, nil)),
 	}
 	for _, e := range edit {
@@ -337,7 +339,7 @@ func (c *certs) Forget(id mesh.Identity) {
 // dial connects from inside a namespace.
 func dial(t *testing.T, h *netns.Handle, addr string) (net.Conn, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), plenty)
 	defer cancel()
 	return h.DialTCP(ctx, addr, nil)
 }

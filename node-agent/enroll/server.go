@@ -107,7 +107,7 @@ func answerWith(f func(context.Context, cni.Request) (cni.Response, error)) http
 }
 
 // Add answers a CNI ADD. It returns when the pod is captured, or when it is clear that it need not be; an error
-// keeps the pod from starting, and the kubelet tries again.
+// keeps the pod from starting, and the kubelet tries again. The plugin says of which pod it is.
 func (r *Registry) Add(ctx context.Context, req cni.Request) (cni.Response, error) {
 	began := time.Now()
 	for {
@@ -123,7 +123,7 @@ func (r *Registry) Add(ctx context.Context, req cni.Request) (cni.Response, erro
 				return cni.Response{Why: string(u.Reason)}, nil
 			}
 			if err != nil && !a.exempt {
-				return cni.Response{}, fmt.Errorf("capture pod %s/%s: %w", req.Namespace, req.Name, err)
+				return cni.Response{}, err
 			}
 			r.log.Debug("CNI ADD", "namespace", req.Namespace, "pod", req.Name, "took", time.Since(began), "err", err)
 			return cni.Response{Captured: err == nil, Why: a.why}, nil
@@ -138,12 +138,12 @@ func (r *Registry) Add(ctx context.Context, req cni.Request) (cni.Response, erro
 			t.Stop()
 		case <-ctx.Done():
 			t.Stop()
-			return cni.Response{}, fmt.Errorf("pod %s/%s: %w", req.Namespace, req.Name, context.Cause(ctx))
+			return cni.Response{}, context.Cause(ctx)
 		case <-t.C:
 			if a.brief {
 				return cni.Response{Why: a.why}, nil
 			}
-			return cni.Response{}, fmt.Errorf("pod %s/%s waits, for %v so far: %s", req.Namespace, req.Name, wait, a.why)
+			return cni.Response{}, errors.New(a.why)
 		}
 	}
 }

@@ -30,6 +30,8 @@ const (
 
 	updatesPerData = 10
 	updatesBase    = 64
+
+	crumb = 256 // bytes: DATA shorter than that pays for no WINDOW_UPDATE if the peer's window was the reason
 )
 
 var processStart = time.Now()
@@ -57,8 +59,10 @@ func (f *flood) glitch(cost int) *ConnError {
 	return &ConnError{Code: CodeEnhanceYourCalm, Reason: "too many control frames or resets"}
 }
 
-func (f *flood) dataSent() {
-	if f.updates < 1<<20 {
+// dataSent accounts for a DATA frame of n bytes that leaves the peer's window with left. A window that grows by a byte
+// at a time must not pay for itself: each byte would cost a read of the application's socket, a record and a write.
+func (f *flood) dataSent(n int, left int64) {
+	if f.updates < 1<<20 && (left > 0 || n >= crumb) {
 		f.updates += updatesPerData
 	}
 }

@@ -206,7 +206,7 @@ func FuzzServe(f *testing.F) {
 			_ = Serve(context.Background(), b, ServerConfig{Handler: echo})
 		}()
 		go io.Copy(io.Discard, a)
-		a.SetWriteDeadline(time.Now().Add(5 * time.Second))
+		a.SetWriteDeadline(time.Now().Add(20 * time.Second))
 		a.Write(in)
 		a.Close()
 		<-done

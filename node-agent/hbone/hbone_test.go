@@ -251,10 +251,10 @@ func TestRelayReset(t *testing.T) {
 				}
 				a.SetLinger(0)
 				a.Close()
-				b.SetReadDeadline(time.Now().Add(5 * time.Second))
+				b.SetReadDeadline(time.Now().Add(20 * time.Second))
 				if name == "half-closed" && from == "client" {
 					// b has read the FIN; the reset shows as an error on the socket.
-					deadline := time.Now().Add(5 * time.Second)
+					deadline := time.Now().Add(20 * time.Second)
 					for {
 						if _, err := b.Write([]byte("x")); err != nil {
 							break
@@ -314,7 +314,7 @@ func TestRelaySockets(t *testing.T) {
 		if err := <-result; !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.EPIPE) {
 			t.Errorf("reset (half-closed before: %v): relay ended with %v", half, err)
 		}
-		b.SetDeadline(time.Now().Add(5 * time.Second))
+		b.SetDeadline(time.Now().Add(20 * time.Second))
 		_, err := b.Read(make([]byte, 1))
 		if half { // the FIN was read; the reset shows on the next write
 			_, err = b.Write([]byte("x"))

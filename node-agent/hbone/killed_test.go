@@ -50,7 +50,7 @@ func TestKilledProcessResets(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	c.SetDeadline(deadline)
 	s.SetDeadline(deadline)
 	if _, err := io.WriteString(s, "half of it"); err != nil {

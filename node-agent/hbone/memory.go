@@ -9,6 +9,10 @@ import (
 // take. As it fills up, connections that hold much shrink their streams' windows; then no new streams are taken;
 // when it is full, the stream that holds most is reset. The others go on.
 type Memory struct {
+	// Short tells of another reason why new work is to be refused; nil: there is none. It is set before the first
+	// connection.
+	Short func() bool
+
 	limit     int64
 	held      atomic.Int64
 	relieving atomic.Bool
@@ -17,12 +21,12 @@ type Memory struct {
 	conns map[*conn]struct{}
 }
 
-const defaultMemory = 256 << 20
+const DefaultMemory = 256 << 20
 
-// NewMemory returns one of so many bytes, 0 for 256 MiB.
+// NewMemory returns one of so many bytes, 0 for DefaultMemory.
 func NewMemory(limit int64) *Memory {
 	if limit == 0 {
-		limit = defaultMemory
+		limit = DefaultMemory
 	}
 	return &Memory{limit: limit, conns: map[*conn]struct{}{}}
 }
@@ -30,8 +34,8 @@ func NewMemory(limit int64) *Memory {
 // Held is how many bytes are waiting for applications.
 func (m *Memory) Held() int64 { return m.held.Load() }
 
-// Full reports that new work is to be refused: seven eighths are used.
-func (m *Memory) Full() bool { return m.held.Load() > m.limit-m.limit/8 }
+// Full reports that new work is to be refused: seven eighths are used, or Short says so.
+func (m *Memory) Full() bool { return m.held.Load() > m.limit-m.limit/8 || m.Short != nil && m.Short() }
 
 func (m *Memory) join(c *conn) {
 	m.mu.Lock()

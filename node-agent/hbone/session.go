@@ -242,7 +242,7 @@ func (s *session) frame(h frameHeader, p []byte) (event, *ConnError) {
 			return event{}, &ConnError{Code: CodeFrameSize, Reason: "PING"}
 		}
 		if h.flags&flagAck != 0 {
-			return event{kind: evPong}, nil
+			return event{kind: evPong}, s.glitch(costUnknownFrame)
 		}
 		s.out = appendPing(s.out, true, [8]byte(p))
 		return event{}, s.glitch(costPing)
@@ -721,7 +721,7 @@ func (s *session) appendData(st *Stream, p []byte, end bool) {
 		}
 		s.out = appendFrameHeader(s.out, n, frameData, flags, st.id)
 		s.out = append(s.out, p[:n]...)
-		s.dataSent()
+		s.dataSent(n, min(st.sendWin, s.sendWin))
 		if p = p[n:]; len(p) == 0 {
 			return
 		}

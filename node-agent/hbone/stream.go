@@ -300,7 +300,7 @@ func (st *Stream) writeFramed(buf []byte) (int, error) {
 	}
 	st.sendWin -= int64(n)
 	c.sendWin -= int64(n)
-	c.dataSent()
+	c.dataSent(n, min(st.sendWin, c.sendWin))
 	putFrameHeader(buf, n, frameData, 0, st.id)
 	c.writing = true
 	c.mu.Unlock()

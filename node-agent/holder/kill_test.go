@@ -94,13 +94,13 @@ func TestNoConnectionIsRefusedWhileTheAgentIsKilled(t *testing.T) {
 		wg.Go(func() {
 			for next.Add(1) <= connections {
 				began := time.Now()
-				c, err := net.DialTimeout("tcp4", addr, 10*time.Second)
+				c, err := net.DialTimeout("tcp4", addr, 30*time.Second)
 				if err != nil {
 					refused.Add(1)
 					t.Log(err)
 					continue
 				}
-				c.SetDeadline(time.Now().Add(10 * time.Second))
+				c.SetDeadline(time.Now().Add(30 * time.Second))
 				if _, err := io.ReadAll(c); err != nil {
 					cut.Add(1)
 				}

@@ -123,7 +123,7 @@ func TestConnectionsToALostNodeEnd(t *testing.T) {
 		for i := range conns {
 			c, err := l.pods["ui"].dial(netip.AddrPortFrom(cat.v4, appPort))
 			check(t, err)
-			c.SetReadDeadline(time.Now().Add(20 * time.Second))
+			c.SetReadDeadline(time.Now().Add(plenty))
 			_, err = io.ReadFull(c, make([]byte, 5))
 			check(t, err)
 			conns[i] = c

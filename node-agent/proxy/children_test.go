@@ -123,7 +123,7 @@ func (o order) run() (a account) {
 }
 
 func (o order) attackOnce(stop <-chan struct{}) (r attack.Report, err error) {
-	c, err := net.DialTimeout("tcp", o.To, 5*time.Second)
+	c, err := net.DialTimeout("tcp", o.To, plenty)
 	if err != nil {
 		return r, err
 	}
@@ -153,7 +153,7 @@ func (o order) attackOnce(stop <-chan struct{}) (r attack.Report, err error) {
 		}
 		cfg.Certificates = []tls.Certificate{pair}
 	}
-	c.SetDeadline(time.Now().Add(5 * time.Second))
+	c.SetDeadline(time.Now().Add(plenty))
 	tc := tls.Client(c, cfg)
 	if o.Attack == brokenOff {
 		cfg.VerifyConnection = func(tls.ConnectionState) error { return errBrokenOff }
@@ -183,10 +183,10 @@ func (o order) crowd(stop <-chan struct{}) (a account) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			began := time.Now()
-			c, err := net.DialTimeout("tcp", o.To, 10*time.Second)
+			c, err := net.DialTimeout("tcp", o.To, 2*plenty)
 			if err == nil {
 				defer c.Close()
-				c.SetReadDeadline(time.Now().Add(10 * time.Second))
+				c.SetReadDeadline(time.Now().Add(2 * plenty))
 				_, err = c.Read(make([]byte, 1))
 			}
 			if took := int64(time.Since(began)); took > slowest.Load() {
@@ -252,7 +252,7 @@ func (c *process) report() (a account, err error) {
 // end has the child end and returns its last account.
 func (c *process) end() (account, error) {
 	c.stdin.Close()
-	kill := time.AfterFunc(30*time.Second, func() { c.cmd.Process.Kill() })
+	kill := time.AfterFunc(2*plenty, func() { c.cmd.Process.Kill() })
 	defer kill.Stop()
 	a, err := c.report()
 	for err == nil {

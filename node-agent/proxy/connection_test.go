@@ -247,13 +247,13 @@ func TestAPolicyChangeResetsWhatItNoLongerAllows(t *testing.T) {
 	l.builder.PutPolicy(&mesh.Policy{Name: mesh.PolicyName{Namespace: "shop", Name: "no-ui"}, Scope: mesh.ScopeNamespace, Action: mesh.Deny,
 		Rules: []mesh.Rule{{Clauses: []mesh.Clause{{Matches: []mesh.Match{{Principals: []mesh.StringMatch{{Value: "cluster.local/ns/shop/sa/ui"}}}}}}}}})
 	l.commit()
-	lost.SetReadDeadline(time.Now().Add(time.Second))
+	lost.SetReadDeadline(time.Now().Add(plenty))
 	if _, err := lost.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
-		t.Errorf("the connection that is denied now got %v, want a reset within 1 s", err)
+		t.Errorf("the connection that is denied now got %v, want a reset", err)
 	}
 	l.nodes["node-b"].log.find(t, map[string]any{"direction": "inbound", "outcome": "policy_revoked", "src.workload": "ui"})
 	kept.Write([]byte("x"))
-	kept.SetReadDeadline(time.Now().Add(time.Second))
+	kept.SetReadDeadline(time.Now().Add(plenty))
 	if _, err := io.ReadFull(kept, make([]byte, 1)); err != nil {
 		t.Errorf("the connection that is still allowed: %v", err)
 	}
@@ -322,7 +322,7 @@ func TestTCPsManners(t *testing.T) {
 		server = <-app
 		t.Cleanup(func() { client.Close(); server.Close(); app <- nil })
 		for _, c := range []*net.TCPConn{client, server} {
-			c.SetDeadline(time.Now().Add(5 * time.Second))
+			c.SetDeadline(time.Now().Add(plenty))
 		}
 		return client, server
 	}

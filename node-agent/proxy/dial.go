@@ -16,6 +16,9 @@ type Sockets interface {
 	Dial(ctx context.Context, ns *netns.Handle, dst netip.AddrPort) (*net.TCPConn, error)
 	// DialInbound connects to the pod's own application and shows it src as the peer. Port 0 lets the kernel choose.
 	DialInbound(ctx context.Context, ns *netns.Handle, src, dst netip.AddrPort) (*net.TCPConn, error)
+	// Drawn is one more than the number by which the kernel has chosen an endpoint of a Service for a captured
+	// connection, 0 if it has not.
+	Drawn(c *net.TCPConn) int
 }
 
 func (h *PodHandle) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {

@@ -2,11 +2,13 @@ package proxy
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/netip"
 	"os"
 	"runtime"
@@ -24,31 +26,38 @@ import (
 	"github.com/warrenmesh/warren/results"
 )
 
+// The ports of catalog-1 here. Echoes have many: each has source ports of its own, of which a closed connection keeps
+// one for a minute.
+const (
+	echoPorts   = 64 // from appPort on
+	endlessPort = appPort + echoPorts
+)
+
 // What clients do that are in order, only many of it, must not be taken for an attack: no GOAWAY, and nothing is
 // left over.
 func TestWhatIsNoAttack(t *testing.T) {
-	bytes, streams, aborts := 100_000, 5_000, 1_000
+	crumbs, streams, aborts, slowly := 100_000, 5_000, 1_000, 1<<20
 	switch {
 	case *long:
-		bytes, streams, aborts = 10_000_000, 1_000_000, 10_000
+		crumbs, streams, aborts, slowly = 10_000_000, 1_000_000, 10_000, 16<<20 // the last takes a minute
 	case raceEnabled:
-		bytes, streams, aborts = 30_000, 1_000, 300
+		crumbs, streams, aborts = 30_000, 1_000, 300
 	}
-	l := newLab(t, configured(func(c *Config) { c.ConnectTimeout, c.HandshakeTimeout = 30*time.Second, 30*time.Second }))
+	l := newLab(t)
 	cat := l.pods["catalog-1"]
-	// Many ports: each has source ports of its own, of which a closed connection keeps one for a minute.
-	const ports = 64
-	for i := range ports {
+	for i := range echoPorts {
 		cat.listen(appPort+i, echo)
 	}
+	cat.listen(endlessPort, func(c *net.TCPConn) { io.Copy(c, zeros{}) })
 	for _, tc := range []struct {
 		name string
 		n    int
 		run  func(*testing.T, *lab, int) (goAways, broken int)
 	}{
-		{"DATA frames of one byte", bytes, oneByteFrames},
+		{"DATA frames of one byte", crumbs, oneByteFrames},
 		{"short streams", streams, shortStreams},
 		{"clients that go away in the middle", aborts, abortedClients},
+		{"bytes that are read slowly", slowly, slowReader},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			// What the first connection of a kind brings with it stays.
@@ -100,24 +109,37 @@ func descriptorsOf() map[string]int {
 	return kinds
 }
 
-// oneByteFrames writes n DATA frames of one byte by hand, and wants the bytes back.
-func oneByteFrames(t *testing.T, l *lab, n int) (goAways, broken int) {
+// byHand is a tunnel of one stream, 1, whose frames a test writes and reads itself.
+type byHand struct {
+	io.Closer
+	w       *bufio.Writer
+	out, in *http2.Framer
+}
+
+// byHand makes one to an application of catalog-1; the server may send so many bytes on it.
+func (l *lab) byHand(t *testing.T, port uint16, window uint32) byHand {
 	tc, err := l.strangerTLS(l.pods["catalog-1"])
 	check(t, err)
-	defer tc.Close()
 	w := bufio.NewWriterSize(tc, 16<<10)
 	out, in := http2.NewFramer(w, nil), http2.NewFramer(nil, bufio.NewReaderSize(tc, 64<<10))
 	in.SetMaxReadFrameSize(1<<24 - 1)
 	in.SetReuseFrames()
-	var block [256]byte
-	head := writerTo{block[:0]}
+	var head bytes.Buffer
 	enc := hpack.NewEncoder(&head)
-	for _, f := range [][2]string{{":method", "CONNECT"}, {":authority", netip.AddrPortFrom(l.pods["catalog-1"].v4, appPort).String()}} {
+	for _, f := range [][2]string{{":method", "CONNECT"}, {":authority", netip.AddrPortFrom(l.pods["catalog-1"].v4, port).String()}} {
 		check(t, enc.WriteField(hpack.HeaderField{Name: f[0], Value: f[1]}))
 	}
 	_, err = io.WriteString(w, http2.ClientPreface)
-	check(t, errors.Join(err, out.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1<<31 - 1}), out.WriteWindowUpdate(0, 1<<31-1-65535),
-		out.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, EndHeaders: true, BlockFragment: head.b}), w.Flush()))
+	check(t, errors.Join(err, out.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: window}), out.WriteWindowUpdate(0, 1<<31-1-65535),
+		out.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, EndHeaders: true, BlockFragment: head.Bytes()}), w.Flush()))
+	return byHand{tc, w, out, in}
+}
+
+// oneByteFrames writes n DATA frames of one byte, and wants the bytes back.
+func oneByteFrames(t *testing.T, l *lab, n int) (goAways, broken int) {
+	h := l.byHand(t, appPort, 1<<31-1)
+	defer h.Close()
+	w, out, in := h.w, h.out, h.in
 	windows := make(chan int, 1000)
 	echoed := make(chan int, 1)
 	var acks sync.Mutex // w
@@ -186,9 +208,45 @@ func oneByteFrames(t *testing.T, l *lab, n int) (goAways, broken int) {
 	return goAways, broken
 }
 
-type writerTo struct{ b []byte }
-
-func (w *writerTo) Write(p []byte) (int, error) { w.b = append(w.b, p...); return len(p), nil }
+// slowReader takes n bytes of an application that sends without end, as a peer does that is in order and slow: it reads
+// what comes, and lets more come, a few KiB at a time, when it has dealt with that.
+func slowReader(t *testing.T, l *lab, n int) (goAways, broken int) {
+	const window, portion = 16 << 10, 4 << 10
+	h := l.byHand(t, endlessPort, window)
+	defer h.Close()
+	got, due := 0, 0
+	for got < n {
+		f, err := h.in.ReadFrame()
+		if err != nil {
+			t.Errorf("after %d of %d bytes: %v", got, n, err)
+			return goAways, n - got
+		}
+		switch f := f.(type) {
+		case *http2.DataFrame:
+			got += len(f.Data())
+			due += len(f.Data())
+		case *http2.GoAwayFrame:
+			goAways++
+		case *http2.RSTStreamFrame:
+			t.Errorf("reset after %d of %d bytes: %s", got, n, f.ErrCode)
+			return goAways, n - got
+		case *http2.PingFrame:
+			if !f.IsAck() {
+				err = h.out.WritePing(true, f.Data)
+			}
+		case *http2.SettingsFrame:
+			if !f.IsAck() {
+				err = h.out.WriteSettingsAck()
+			}
+		}
+		for ; due >= portion && err == nil; due -= portion {
+			time.Sleep(10 * time.Millisecond)
+			err = errors.Join(h.out.WriteWindowUpdate(1, portion), h.out.WriteWindowUpdate(0, portion), h.w.Flush())
+		}
+		check(t, errors.Join(err, h.w.Flush()))
+	}
+	return goAways, 0
+}
 
 // manyStreams opens n streams on a few tunnels, some at a time, and counts the tunnels that ended by the server.
 func manyStreams(t *testing.T, l *lab, n int, each func(i int, st *hbone.Stream) error) (goAways, broken int) {
@@ -204,8 +262,8 @@ func manyStreams(t *testing.T, l *lab, n int, each func(i int, st *hbone.Stream)
 		for range parallel {
 			wg.Go(func() {
 				for i := next.Add(1); i <= int64(n) && failed.Load() < 100; i = next.Add(1) {
-					ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
-					port := appPort + uint16(i%64)
+					ctx, cancel := context.WithTimeout(t.Context(), plenty)
+					port := appPort + uint16(i%echoPorts)
 					st, _, err := c.Open(ctx, hbone.Request{Authority: netip.AddrPortFrom(l.pods["catalog-1"].v4, port).String()})
 					cancel()
 					if err == nil {

@@ -64,7 +64,7 @@ func (w *work) converse(l *lab) error {
 		return err
 	}
 	defer c.Close()
-	c.SetDeadline(time.Now().Add(20 * time.Second))
+	c.SetDeadline(time.Now().Add(plenty))
 	said, heard := bytes.Repeat([]byte("well-behaved"), 86)[:1024], make([]byte, 1024)
 	for range perConnection {
 		select {

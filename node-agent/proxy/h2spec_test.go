@@ -49,7 +49,7 @@ func (l *lab) strangerTLS(p *labPod) (*tls.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.SetDeadline(time.Now().Add(10 * time.Second))
+	c.SetDeadline(time.Now().Add(plenty))
 	tc := tls.Client(c, b.ClientTLS([]string{p.id.String()}))
 	if err := tc.Handshake(); err != nil {
 		c.Close()

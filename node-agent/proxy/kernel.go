@@ -1,6 +1,7 @@
 package proxy
 
 import (
+	"cmp"
 	"errors"
 	"net/netip"
 	"time"
@@ -13,6 +14,7 @@ import (
 // in plaintext that it refused.
 type Flow struct {
 	Client, Server       netip.AddrPort // the client's port is 0 where the connection was refused before it had one
+	Service              netip.AddrPort // of the Service that the client asked for; zero: of the server itself
 	ClientPod, ServerPod string         // Kubernetes' uid; ClientPod is empty for a client from elsewhere
 	Source               mesh.Identity  // asserted by the kernel; zero for plaintext from elsewhere
 }
@@ -85,13 +87,22 @@ func (p *Proxy) flow(f Flow, at time.Time) *flow {
 	if src == nil && server != nil {
 		src = s.WorkloadAt(mesh.NetAddr{Network: server.Pod().Network, Addr: f.Client.Addr()})
 	}
-	key := seriesKey{src: src, dst: dst, service: serviceOf(s, dst, f.Server.Port(), ""), peer: f.Source}
-	begin := func(h *PodHandle, dir Direction) *report {
+	key := seriesKey{src: src, dst: dst, peer: f.Source}
+	asked := f.Server
+	if f.Service.IsValid() {
+		asked = f.Service
+		if h := cmp.Or(client, server); h != nil {
+			key.service = s.ServiceAt(mesh.NetAddr{Network: h.Pod().Network, Addr: f.Service.Addr()})
+		}
+	} else {
+		key.service = serviceOf(s, dst, f.Server.Port(), "")
+	}
+	begin := func(h *PodHandle, dir Direction, asked netip.AddrPort) *report {
 		if h == nil {
 			return nil
 		}
 		c := &conn{dir: dir, pod: h}
-		c.begin(ConnInfo{Direction: dir, Pod: h.Pod().WorkloadUID, Src: f.Client, OriginalDst: f.Server, ActualDst: f.Server, Protocol: "TCP", Peer: f.Source})
+		c.begin(ConnInfo{Direction: dir, Pod: h.Pod().WorkloadUID, Src: f.Client, OriginalDst: asked, ActualDst: f.Server, Protocol: "TCP", Peer: f.Source})
 		c.start = at
 		k := key
 		k.dir = dir
@@ -99,7 +110,7 @@ func (p *Proxy) flow(f Flow, at time.Time) *flow {
 		r.kernel = true
 		return r
 	}
-	x := &flow{out: begin(client, Outbound), in: begin(server, Inbound)}
+	x := &flow{out: begin(client, Outbound, asked), in: begin(server, Inbound, f.Server)}
 	if x.out == nil && x.in == nil {
 		return nil
 	}

@@ -31,7 +31,7 @@ func (n *labNode) kernelDecides(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			f := Flow{Client: e.Client, Server: e.Server, ClientPod: e.ClientPod, ServerPod: e.ServerPod, Source: e.Source}
+			f := Flow{Client: e.Client, Server: e.Server, Service: e.Service, ClientPod: e.ClientPod, ServerPod: e.ServerPod, Source: e.Source}
 			switch e.Kind {
 			case datapath.Denied:
 				n.proxy.FlowDenied(f, e.Time, e.Verdict)
@@ -145,7 +145,7 @@ func TestADirectConnectionThatAPolicyEndsIsReportedAsSuch(t *testing.T) {
 	l.builder.PutPolicy(&mesh.Policy{Name: mesh.PolicyName{Namespace: "shop", Name: "nobody"}, Scope: mesh.ScopeNamespace, Action: mesh.Deny, Rules: []mesh.Rule{{}}})
 	l.commit()
 	check(t, n.dp.SetPolicies(l.store.Load()))
-	if err := untilEnd(c, 3*time.Second); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.ECONNABORTED) {
+	if err := untilEnd(c, plenty); !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.ECONNABORTED) {
 		t.Errorf("the client saw %v, want a reset", err)
 	}
 	if err := <-appEnd; !errors.Is(err, syscall.ECONNRESET) && !errors.Is(err, syscall.ECONNABORTED) {

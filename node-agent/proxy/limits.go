@@ -31,7 +31,7 @@ func (h *PodHandle) overload(c *net.TCPConn) error {
 		return fail(Overloaded, "the pod has %d connections", open)
 	}
 	if p.memory.Full() {
-		return fail(Overloaded, "%d MiB wait for applications that do not read", p.memory.Held()>>20)
+		return fail(Overloaded, "%d MiB wait for applications that do not read, the agent uses %d MiB", p.memory.Held()>>20, p.cfg.Ceiling.Used()>>20)
 	}
 	rc, err := c.SyscallConn()
 	if err != nil {

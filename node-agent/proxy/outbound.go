@@ -25,6 +25,7 @@ type Request struct {
 	Src    netip.AddrPort // the client's own
 	Dst    netip.AddrPort // what it asked for
 	Client *mesh.Workload
+	Drawn  int // as in Sockets
 	Route  mesh.Route
 }
 
@@ -45,7 +46,7 @@ func (h *PodHandle) serveOutbound(down *net.TCPConn) {
 		h.refuse(Outbound, src, dst, fail(RequestInvalid, "%s is a port of the node agent", dst))
 		return
 	}
-	req, err := h.decide(ctx, src, dst, nil)
+	req, err := h.decide(ctx, Request{Src: src, Dst: dst, Drawn: p.cfg.Sockets.Drawn(down)}, nil)
 	var up net.Conn
 	var via hop
 	if err == nil {
@@ -73,15 +74,15 @@ func (h *PodHandle) serveOutbound(down *net.TCPConn) {
 }
 
 // decide asks the Snapshot where a connection goes. It leaves out the endpoints that were tried in vain.
-func (h *PodHandle) decide(ctx context.Context, src, dst netip.AddrPort, tried []string) (Request, error) {
+func (h *PodHandle) decide(ctx context.Context, req Request, tried []string) (Request, error) {
 	s, client, err := h.state(ctx)
-	req := Request{Src: src, Dst: dst, Client: client}
+	req.Client, req.Route = client, mesh.Route{}
 	if err != nil {
 		return req, err
 	}
 	req.Route = h.p.route(s, req, tried)
 	if req.Route.Kind == mesh.RouteRefuse {
-		return req, fail(RouteRefused, "no route to %s: %s", dst, req.Route.Why)
+		return req, fail(RouteRefused, "no route to %s: %s", req.Dst, req.Route.Why)
 	}
 	return req, nil
 }
@@ -123,7 +124,7 @@ func (h *PodHandle) connect(ctx context.Context, req Request) (net.Conn, hop, Re
 		}
 		if other {
 			tried = append(tried, req.Route.Workload.UID)
-			next, none := h.decide(ctx, req.Src, req.Dst, tried)
+			next, none := h.decide(ctx, req, tried)
 			if none == nil {
 				h.p.metrics.failover(true)
 				req = next

@@ -50,7 +50,7 @@ func openStream(t *testing.T, client *hbone.Client, p *labPod) *hbone.Stream {
 
 // lives reports whether a byte comes back.
 func lives(c net.Conn) error {
-	c.SetDeadline(time.Now().Add(3 * time.Second))
+	c.SetDeadline(time.Now().Add(plenty))
 	defer c.SetDeadline(time.Time{})
 	if _, err := c.Write([]byte("x")); err != nil {
 		return err
@@ -81,7 +81,7 @@ func TestATunnelEndsWithItsPeersCertificate(t *testing.T) {
 	check(t, err)
 	st := openStream(t, client, cat)
 	check(t, lives(st))
-	if err := untilEnd(st, 10*time.Second); err == nil || isTimeout(err) {
+	if err := untilEnd(st, plenty); err == nil || isTimeout(err) {
 		t.Errorf("after the end of the certificate: %v", err)
 	}
 	if early := time.Until(now.Add(4 * time.Second)); early > 0 {
@@ -111,7 +111,7 @@ func TestATunnelEndsWithItsPeersCertificate(t *testing.T) {
 			t.Errorf("new connections were refused after %s of 5 s", time.Since(now))
 		}
 		check(t, lives(st)) // what is open goes on until the end
-		if err := untilEnd(st, 10*time.Second); err == nil || isTimeout(err) {
+		if err := untilEnd(st, plenty); err == nil || isTimeout(err) {
 			t.Errorf("after the end of the certificate: %v", err)
 		}
 	})
@@ -149,7 +149,7 @@ func TestAConnectionOutlivesTheCertificatesItWasMadeUnder(t *testing.T) {
 		l.renew(valid, nil)
 	}
 	// Nobody renews any more: then it ends on both sides.
-	if err := untilEnd(c, 2*valid+5*time.Second); !errors.Is(err, syscall.ECONNRESET) {
+	if err := untilEnd(c, 2*valid+plenty); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("without new certificates: %v, want a reset", err)
 	}
 	eventually(t, "nothing is left of the tunnels", func() bool {
@@ -179,7 +179,7 @@ func TestAConnectionEndsWithTheRootOfItsPeer(t *testing.T) {
 
 	l.renew(time.Hour, l.ca.pem)
 	changed := time.Now()
-	if err := untilEnd(st, 10*time.Second); err == nil || isTimeout(err) {
+	if err := untilEnd(st, plenty); err == nil || isTimeout(err) {
 		t.Errorf("after the root was dropped: %v", err)
 	}
 	t.Logf("ended %s after the root was dropped", time.Since(changed))
@@ -225,7 +225,7 @@ func TestAConnectionEndsWithTheRootOfItsServer(t *testing.T) {
 	set(cat.id, other.sign(cat.id, now.Add(-time.Minute), now.Add(3*time.Hour), both))
 	set(ui, other.sign(ui, now.Add(-time.Minute), now.Add(time.Hour), newTestCA(t, "cluster.local").pem))
 	l.nodes["node-a"].proxy.TrustChanged()
-	if err := untilEnd(c, 5*time.Second); !errors.Is(err, syscall.ECONNRESET) {
+	if err := untilEnd(c, plenty); !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("a server that nobody trusts: %v, want a reset", err)
 	}
 	l.nodes["node-a"].log.find(t, map[string]any{"direction": "outbound", "outcome": "peer_untrusted"})
@@ -245,7 +245,7 @@ func TestAConnectionEndsWithTheTrustDomainOfItsPeer(t *testing.T) {
 	cfg.TrustDomainAliases = nil
 	l.builder.SetConfig(cfg)
 	l.commit()
-	if err := untilEnd(st, 5*time.Second); err == nil || isTimeout(err) {
+	if err := untilEnd(st, plenty); err == nil || isTimeout(err) {
 		t.Errorf("after its trust domain left the mesh: %v", err)
 	}
 }

@@ -45,8 +45,10 @@ type Config struct {
 	MaxStreams   int           // streams of one tunnel: 100
 	MaxFrame     int           // longest DATA frame that peers are told to send: 1 MiB
 	// Memory bounds what both directions of all connections together hold of bytes that applications do not take. When
-	// most of it is used, new connections are reset. 0: 256 MiB.
+	// most of it is used, new connections are reset. 0: 256 MiB, or an eighth of the Ceiling if that is less.
 	Memory int64
+	// Ceiling is the memory that the process may use: when three quarters are used, new connections are reset.
+	Ceiling *Ceiling
 	// MaxConns bounds the connections of one pod; those beyond it are reset. 0: 65536.
 	MaxConns int
 }
@@ -126,6 +128,9 @@ func New(cfg Config) (*Proxy, error) {
 	def(&cfg.Attempts, 3)
 	def(&cfg.StateTimeout, 5*time.Second)
 	def(&cfg.MaxConns, 65536)
+	if cfg.Memory == 0 && cfg.Ceiling.Limit() > 0 {
+		cfg.Memory = min(cfg.Ceiling.buffers(), hbone.DefaultMemory)
+	}
 	if cfg.Metrics == nil {
 		cfg.Metrics = NewMetrics()
 	}
@@ -137,6 +142,7 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	p := &Proxy{cfg: cfg, store: cfg.Store, metrics: cfg.Metrics, log: cfg.Log, access: cfg.Access,
 		conns: newConnTable(), peers: newPeerTable(), memory: hbone.NewMemory(cfg.Memory), pods: map[string]*PodHandle{}, flows: map[flowKey]*flow{}, changed: make(chan struct{})}
+	p.memory.Short = cfg.Ceiling.Short
 	p.files, _ = descriptors()
 	p.shaking.from = map[netip.Addr][]*net.TCPConn{}
 	p.penalty.of = map[party]penalty{}

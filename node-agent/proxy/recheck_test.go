@@ -24,6 +24,7 @@ type nothing struct{}
 func (nothing) Dial(context.Context, *netns.Handle, netip.AddrPort) (*net.TCPConn, error) {
 	return nil, net.ErrClosed
 }
+func (nothing) Drawn(*net.TCPConn) int { return 0 }
 func (nothing) DialInbound(context.Context, *netns.Handle, netip.AddrPort, netip.AddrPort) (*net.TCPConn, error) {
 	return nil, net.ErrClosed
 }

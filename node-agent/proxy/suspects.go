@@ -2,6 +2,7 @@ package proxy
 
 import (
 	"errors"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -74,12 +75,21 @@ func (s *suspects) list() []string {
 // route is the Snapshot's answer without the workloads that were tried, and without suspects as long as
 // anything else is left.
 func (p *Proxy) route(s *mesh.Snapshot, req Request, tried []string) mesh.Route {
+	var pick func(int) int
+	if req.Drawn > 0 && tried == nil {
+		pick = func(n int) int {
+			if req.Drawn <= n {
+				return req.Drawn - 1
+			}
+			return rand.IntN(n) // the endpoints are others by now
+		}
+	}
 	if avoid := p.suspects.list(); avoid != nil {
-		if r := s.ResolveExcluding(req.Client, req.Dst, slices.Concat(tried, avoid), nil); r.Kind != mesh.RouteRefuse && r.Service != nil {
+		if r := s.ResolveExcluding(req.Client, req.Dst, slices.Concat(tried, avoid), pick); r.Kind != mesh.RouteRefuse && r.Service != nil {
 			return r
 		}
 	}
-	return s.ResolveExcluding(req.Client, req.Dst, tried, nil)
+	return s.ResolveExcluding(req.Client, req.Dst, tried, pick)
 }
 
 // judge remembers how an attempt at a workload ended.

@@ -1,6 +1,7 @@
 package xds
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -9,8 +10,12 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"google.golang.org/grpc"
 
 	api "github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/api/security"
@@ -303,7 +308,7 @@ func TestStateThatCannotBeUsed(t *testing.T) {
 	st.put(wds.AuthorizationType, "1", nil)
 	st.answer(wds.AddressType, "1", nil, captured("a", "10.0.0.1"))
 	<-cl.Synced()
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
 		data, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
@@ -403,24 +408,64 @@ func TestForeignControlPlane(t *testing.T) {
 	c.subscribed()
 }
 
-// A stream that ends while the client is answering on it ends for the client too, and another follows.
+// A stream that ends while the client is answering on it ends for the client too, and another follows: who answers
+// learns why from the stream's receiver instead of receiving beside it.
 func TestStreamThatEndsWhileItIsAnswered(t *testing.T) {
 	c := newControl(t)
-	c.start(nil)
-	for i := range 20 {
-		st, _ := c.subscribed()
-		go func() {
-			for range st.reqs {
+	var streams atomic.Int32
+	c.start(func(cfg *Config) {
+		cfg.DialOptions = append(cfg.DialOptions, grpc.WithStreamInterceptor(func(ctx context.Context, d *grpc.StreamDesc, cc *grpc.ClientConn, method string, open grpc.Streamer, opts ...grpc.CallOption) (grpc.ClientStream, error) {
+			s, err := open(ctx, d, cc, method, opts...)
+			if err != nil || !strings.HasSuffix(method, "/DeltaAggregatedResources") || streams.Add(1) > 1 {
+				return s, err
 			}
-		}()
-		if i == 0 {
-			st.put(wds.AuthorizationType, "1", nil)
-			st.put(wds.AddressType, "1", nil)
+			return &lateReceiver{ClientStream: s, prompt: 2, ended: make(chan struct{}), other: make(chan struct{})}, nil
+		}))
+	})
+	st, _ := c.subscribed()
+	st.put(wds.AuthorizationType, "1", nil)
+	st.put(wds.AddressType, "1", nil, captured("a", "10.0.0.1"))
+	receive(t, "an answer", st.reqs)
+	go func() {
+		for range st.reqs {
 		}
-		for j := range 30 {
-			st.put(wds.AddressType, fmt.Sprint(i, j), nil, captured("a", "10.0.0.1"))
-		}
-		st.end <- errors.New("restarting")
-		<-c.tokens
+	}()
+	st.end <- errors.New("restarting")
+	c.subscribed()
+}
+
+// lateReceiver is a stream whose answers are sent until it has ended. Its receiver comes back late, after that, for more
+// than the first responses: whoever else receives takes the end from under it.
+type lateReceiver struct {
+	grpc.ClientStream
+	prompt int32 // responses
+	calls  atomic.Int32
+	ended  chan struct{}
+	other  chan struct{} // closed once another has received
+}
+
+func (s *lateReceiver) SendMsg(m any) error {
+	err := s.ClientStream.SendMsg(m)
+	if m.(*discovery.DeltaDiscoveryRequest).ResponseNonce == "" {
+		return err
 	}
+	for err == nil {
+		err = s.ClientStream.SendMsg(m)
+	}
+	close(s.ended)
+	return err
+}
+
+func (s *lateReceiver) RecvMsg(m any) error {
+	switch s.calls.Add(1) - s.prompt {
+	case 1:
+		<-s.ended
+		select {
+		case <-s.other:
+		case <-time.After(200 * time.Millisecond):
+		}
+	case 2:
+		defer close(s.other)
+	}
+	return s.ClientStream.RecvMsg(m)
 }

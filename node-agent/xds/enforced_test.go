@@ -63,7 +63,7 @@ func TestAnAcknowledgementWaitsUntilTheNodeEnforces(t *testing.T) {
 
 func waitRevision(t *testing.T, store *mesh.Store, rev uint64) {
 	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); store.Load().Revision() < rev; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(30 * time.Second); store.Load().Revision() < rev; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("at revision %d, want %d", store.Load().Revision(), rev)
 		}

@@ -185,7 +185,7 @@ func receive[T any](t *testing.T, what string, ch <-chan T) T {
 			t.Fatalf("%s: it ended", what)
 		}
 		return v
-	case <-time.After(10 * time.Second):
+	case <-time.After(30 * time.Second):
 		t.Fatalf("%s: nothing came", what)
 		panic("not reached")
 	}

@@ -143,7 +143,7 @@ func TestEnvoyServesOurConnect(t *testing.T) {
 	t.Run("application closes first", func(t *testing.T) {
 		mode <- func(c *net.TCPConn) { io.WriteString(c, "banner"); c.CloseWrite(); io.Copy(io.Discard, c) }
 		c, done := tunnelTo(t, p, k, "10.0.0.1:80")
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 		if got, err := io.ReadAll(c); err != nil || string(got) != "banner" {
 			t.Errorf("read %q, %v", got, err)
 		}
@@ -155,7 +155,7 @@ func TestEnvoyServesOurConnect(t *testing.T) {
 	t.Run("application resets", func(t *testing.T) {
 		mode <- func(c *net.TCPConn) { c.Read(make([]byte, 1)); c.SetLinger(0); c.Close() }
 		c, done := tunnelTo(t, p, k, "10.0.0.1:80")
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 		io.WriteString(c, "x")
 		if _, err := c.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("client saw %v, want a reset", err)
@@ -175,7 +175,7 @@ func TestEnvoyServesOurConnect(t *testing.T) {
 		select {
 		case err := <-seen: // Envoy turns the reset of a tunnel into a close of its upstream
 			t.Logf("application saw %v", err)
-		case <-time.After(5 * time.Second):
+		case <-time.After(30 * time.Second):
 			t.Error("application never learned of the reset")
 		}
 		<-done
@@ -211,7 +211,7 @@ func TestEnvoyServesOurConnect(t *testing.T) {
 
 func waitZero(t *testing.T, admin, name string) {
 	t.Helper()
-	deadline := time.Now().Add(10 * time.Second)
+	deadline := time.Now().Add(30 * time.Second)
 	for stat(t, admin, name) != "0" {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s stays at %s", name, stat(t, admin, name))
@@ -342,7 +342,7 @@ func TestEnvoyConnectsToOurServer(t *testing.T) {
 	t.Run("application resets", func(t *testing.T) {
 		mode <- func(c *net.TCPConn) { c.Read(make([]byte, 1)); c.SetLinger(0); c.Close() }
 		c := dial(t)
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 		io.WriteString(c, "x")
 		if _, err := c.Read(make([]byte, 1)); err == nil {
 			t.Error("client saw data")
@@ -362,7 +362,7 @@ func TestEnvoyConnectsToOurServer(t *testing.T) {
 		select {
 		case err := <-seen:
 			t.Logf("application saw %v", err)
-		case <-time.After(5 * time.Second):
+		case <-time.After(30 * time.Second):
 			t.Error("application never learned of the reset")
 		}
 		<-relayErr
@@ -371,7 +371,7 @@ func TestEnvoyConnectsToOurServer(t *testing.T) {
 		refuse.Store(true)
 		defer refuse.Store(false)
 		c := dial(t)
-		_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 		if _, err := c.Read(make([]byte, 1)); err == nil {
 			t.Error("client saw data")
 		}

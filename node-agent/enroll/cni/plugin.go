@@ -132,20 +132,24 @@ func (p Plugin) admit(ctx context.Context, c *netConf, req Request) error {
 		fmt.Fprintf(p.Stderr, "%s: pod %s/%s starts uncaptured for now: %v\n", PluginType, req.Namespace, req.Name, err)
 		return nil
 	case !errors.Is(err, ErrAway):
-		return cnitypes.NewError(cnitypes.ErrTryAgainLater, fmt.Sprintf("pod %s/%s waits to be captured by the mesh", req.Namespace, req.Name), err.Error())
+		return waits(req, err.Error())
 	}
 	known, kerr := ReadLastKnown(c.set.StateFile)
 	if kerr == nil && !known.Enrolled(req.Namespace) {
 		fmt.Fprintf(p.Stderr, "%s: pod %s/%s starts: its namespace was not enrolled when the node agent was last there: %v\n", PluginType, req.Namespace, req.Name, err)
 		return nil
 	}
-	why := fmt.Sprintf("the pod waits, since pods of namespace %s are enrolled", req.Namespace)
+	why := err.Error()
 	if kerr != nil {
-		why = fmt.Sprintf("pod of namespace %s waits, since nobody can tell whether it is enrolled (%v)", req.Namespace, kerr)
+		why += fmt.Sprintf(", and nobody else can tell whether namespace %s is enrolled (%v)", req.Namespace, kerr)
 	}
-	return cnitypes.NewError(cnitypes.ErrTryAgainLater,
-		fmt.Sprintf("warren node agent is not answering at %s: %s; this protects it from starting outside the mesh. See to DaemonSet warren-node in namespace %s", c.set.Socket, why, c.set.SystemNamespace),
-		err.Error())
+	return waits(req, why+"; see to DaemonSet warren-node in namespace "+c.set.SystemNamespace)
+}
+
+// waits is what the runtime shows in an event of the pod. The message has it all: details of its own would be printed
+// after it, and say half of it again.
+func waits(req Request, why string) error {
+	return cnitypes.NewError(cnitypes.ErrTryAgainLater, fmt.Sprintf("pod %s/%s waits to be captured by the mesh: %s", req.Namespace, req.Name, why), "")
 }
 
 // Del tells the agent. It never fails: a pod must be able to go whatever the state of the mesh, and the agent

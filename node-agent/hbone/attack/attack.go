@@ -26,6 +26,7 @@ type Kind struct {
 
 	settings []http2.Setting
 	deaf     bool                    // nothing that comes is read
+	trickle  time.Duration           // as little as trickleBytes is read, once in so long
 	begin    func(*client) error     // once
 	step     func(*client) error     // until the connection ends; nil: nothing more is sent
 	target   func(*Addresses) string // Echo when nil
@@ -51,11 +52,14 @@ type Report struct {
 const (
 	streams = 100        // what a Held kind opens on a connection
 	block   = 16<<10 - 1 // payload of a frame that any server takes
+
+	trickleBytes = 128
 )
 
 var (
 	bigValue = strings.Repeat("x", 4000)
 	zeros    = make([]byte, block)
+	widest   = []http2.Setting{{ID: http2.SettingInitialWindowSize, Val: 1<<31 - 1}}
 )
 
 // Kinds returns every way, those that the server has to cut first.
@@ -76,6 +80,7 @@ func Kinds() []Kind {
 			return c.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: c.fields(":method", "CONNECT")})
 		}, step: func(c *client) error { return c.WriteContinuation(1, false, nil) }},
 		{Name: "PING", step: func(c *client) error { return c.WritePing(false, [8]byte{}) }},
+		{Name: "answers to no PING", step: func(c *client) error { return c.WritePing(true, [8]byte{}) }},
 		{Name: "PING, answers not read", deaf: true, step: func(c *client) error { return c.WritePing(false, [8]byte{}) }},
 		{Name: "SETTINGS", step: func(c *client) error {
 			return c.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: 1 << 20})
@@ -85,6 +90,13 @@ func Kinds() []Kind {
 		{Name: "empty DATA", begin: first, step: func(c *client) error { return c.WriteData(1, false, nil) }},
 		{Name: "DATA of padding", begin: first, step: func(c *client) error { return c.WriteDataPadded(1, false, nil, []byte{0}) }},
 		{Name: "WINDOW_UPDATE", begin: first, step: func(c *client) error { return c.WriteWindowUpdate(1, 1) }},
+		{Name: "windows of one byte", target: source, settings: []http2.Setting{{ID: http2.SettingInitialWindowSize}}, begin: func(c *client) error {
+			_ = crowd(c)
+			return c.WriteWindowUpdate(0, 1<<30)
+		}, step: func(c *client) error {
+			c.turn = (c.turn + 1) % streams
+			return c.WriteWindowUpdate(uint32(2*c.turn+1), 1)
+		}},
 		{Name: "window overflow", step: func(c *client) error { return c.WriteWindowUpdate(0, 1<<31-1) }},
 		{Name: "too many streams", step: func(c *client) error { c.connect(); return c.WriteRSTStream(1, http2.ErrCodeCancel) }},
 		{Name: "HPACK bomb", step: func(c *client) error { return c.bomb("x", bigValue, 1000) }},
@@ -94,8 +106,15 @@ func Kinds() []Kind {
 		}},
 
 		{Name: "windows of zero", Held: true, target: source, begin: crowd, settings: []http2.Setting{{ID: http2.SettingInitialWindowSize}}},
-		{Name: "slow reading", Held: true, target: source, begin: crowd, deaf: true,
-			settings: []http2.Setting{{ID: http2.SettingInitialWindowSize, Val: 1<<31 - 1}}},
+		{Name: "windows that are never used", Held: true, target: source, begin: crowd, deaf: true, settings: widest},
+		{Name: "windows that are never used, with signs of life", Held: true, target: source, begin: crowd, deaf: true, settings: widest, step: func(c *client) error {
+			time.Sleep(100 * time.Millisecond)
+			return errors.Join(c.WritePing(true, [8]byte{}), c.w.Flush())
+		}},
+		{Name: "reading in drops", Held: true, target: source, begin: func(c *client) error {
+			_ = crowd(c)
+			return c.WriteWindowUpdate(0, 1<<30)
+		}, trickle: 50 * time.Millisecond, settings: widest},
 		{Name: "applications that do not read", Held: true, target: deaf, begin: func(c *client) error {
 			_ = crowd(c)
 			for range 256 << 10 / block { // within what a new stream may send
@@ -131,6 +150,7 @@ type client struct {
 	hpack     *hpack.Encoder
 	buf       bytes.Buffer
 	next      uint32
+	turn      int    // the stream that is next
 	block     []byte // of a bomb
 	bombs     int
 }
@@ -210,7 +230,18 @@ func (k Kind) Run(conn net.Conn, to Addresses, stop <-chan struct{}) (r Report) 
 	var mu sync.Mutex            // guards r's GOAWAY
 	var reader sync.WaitGroup
 	end := sync.OnceFunc(func() { close(ended); conn.Close() })
-	if !k.deaf {
+	switch {
+	case k.deaf:
+	case k.trickle > 0:
+		reader.Go(func() {
+			defer end()
+			for b := make([]byte, trickleBytes); ; time.Sleep(k.trickle) {
+				if _, err := conn.Read(b); err != nil {
+					return
+				}
+			}
+		})
+	default:
 		reader.Go(func() {
 			defer end()
 			in := http2.NewFramer(io.Discard, bufio.NewReaderSize(conn, 16<<10))
