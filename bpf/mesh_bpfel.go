@@ -30,6 +30,14 @@ type MeshDirect struct {
 	Received    uint64
 	ClientSlot  uint32
 	ServerSlot  uint32
+	Service     MeshTarget
+	Pad         uint32
+}
+
+type MeshEndpoint struct {
+	_       structs.HostLayout
+	Service MeshTarget
+	At      MeshTarget
 }
 
 type MeshEvent struct {
@@ -46,7 +54,7 @@ type MeshEvent struct {
 	ClientSlot uint32
 	ServerSlot uint32
 	Flow       MeshFlow
-	Pad        uint32
+	Service    MeshTarget
 }
 
 type MeshEventBudget struct {
@@ -178,7 +186,9 @@ const (
 	MeshOutcomeNEAR_DETOUR                MeshOutcome = 52
 	MeshOutcomeNEAR_ELSEWHERE             MeshOutcome = 53
 	MeshOutcomeNEAR_FULL                  MeshOutcome = 54
-	MeshOutcomeOUTCOMES                   MeshOutcome = 55
+	MeshOutcomeSERVICE_NEAR               MeshOutcome = 55
+	MeshOutcomeSERVICE_AGENT              MeshOutcome = 56
+	MeshOutcomeOUTCOMES                   MeshOutcome = 57
 )
 
 type MeshOwner struct {
@@ -245,6 +255,18 @@ type MeshRuleset struct {
 	Words uint32
 }
 
+type MeshServiceDraw struct {
+	_       structs.HostLayout
+	Service MeshTarget
+	Draw    uint32
+}
+
+type MeshTarget struct {
+	_    structs.HostLayout
+	Addr MeshAddr
+	Port uint32
+}
+
 type MeshTicket struct {
 	_        structs.HostLayout
 	Born     uint64
@@ -288,6 +310,8 @@ type MeshVerdict struct {
 	Slot      uint32
 	Pad       uint32
 	Rules     uint64
+	Service   MeshTarget
+	Pad2      uint32
 }
 
 type MeshWords struct {
@@ -299,47 +323,51 @@ type MeshWords struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	MeshMapAgentSockets    = "agent_sockets"
-	MeshMapDestinations    = "destinations"
-	MeshMapDirects         = "directs"
-	MeshMapEventBudgets    = "event_budgets"
-	MeshMapEvents          = "events"
-	MeshMapGates           = "gates"
-	MeshMapGuards          = "guards"
-	MeshMapHandshakes      = "handshakes"
-	MeshMapListeners       = "listeners"
-	MeshMapNears           = "nears"
-	MeshMapNearsEnded      = "nears_ended"
-	MeshMapNearsNext       = "nears_next"
-	MeshMapOutcomes        = "outcomes"
-	MeshMapOwners          = "owners"
-	MeshMapPods            = "pods"
-	MeshMapPrefixes        = "prefixes"
-	MeshMapRulesIdentities = "rules_identities"
-	MeshMapRulesPorts      = "rules_ports"
-	MeshMapRulesSources    = "rules_sources"
-	MeshMapRulesets        = "rulesets"
-	MeshMapTickets         = "tickets"
-	MeshMapUdpBegun        = "udp_begun"
-	MeshMapUdpGates        = "udp_gates"
-	MeshMapUdpLetIn        = "udp_let_in"
-	MeshMapUdpSources      = "udp_sources"
-	MeshMapVerdicts        = "verdicts"
-	MeshProgMeshConnect4   = "mesh_connect4"
-	MeshProgMeshConnect6   = "mesh_connect6"
-	MeshProgMeshGuard      = "mesh_guard"
-	MeshProgMeshLookup     = "mesh_lookup"
-	MeshProgMeshSockops    = "mesh_sockops"
-	MeshProgMeshUdp        = "mesh_udp"
-	MeshVarEvent           = "_event"
-	MeshVarUdpFlow         = "_udp_flow"
-	MeshVarUdpPeer         = "_udp_peer"
-	MeshVarCaptureMark     = "capture_mark"
-	MeshVarHookSeesAll     = "hook_sees_all"
-	MeshVarNodeCookie      = "node_cookie"
-	MeshVarPodSlot         = "pod_slot"
-	MeshVarPodV4           = "pod_v4"
-	MeshVarPodV6           = "pod_v6"
+	MeshMapAgentSockets      = "agent_sockets"
+	MeshMapDestinations      = "destinations"
+	MeshMapDirects           = "directs"
+	MeshMapEventBudgets      = "event_budgets"
+	MeshMapEvents            = "events"
+	MeshMapGates             = "gates"
+	MeshMapGuards            = "guards"
+	MeshMapHandshakes        = "handshakes"
+	MeshMapListeners         = "listeners"
+	MeshMapNears             = "nears"
+	MeshMapNearsEnded        = "nears_ended"
+	MeshMapNearsNext         = "nears_next"
+	MeshMapOutcomes          = "outcomes"
+	MeshMapOwners            = "owners"
+	MeshMapPods              = "pods"
+	MeshMapPrefixes          = "prefixes"
+	MeshMapRulesIdentities   = "rules_identities"
+	MeshMapRulesPorts        = "rules_ports"
+	MeshMapRulesSources      = "rules_sources"
+	MeshMapRulesets          = "rulesets"
+	MeshMapServiceDraws      = "service_draws"
+	MeshMapServices          = "services"
+	MeshMapTickets           = "tickets"
+	MeshMapUdpBegun          = "udp_begun"
+	MeshMapUdpGates          = "udp_gates"
+	MeshMapUdpLetIn          = "udp_let_in"
+	MeshMapUdpSources        = "udp_sources"
+	MeshMapVerdicts          = "verdicts"
+	MeshProgMeshConnect4     = "mesh_connect4"
+	MeshProgMeshConnect6     = "mesh_connect6"
+	MeshProgMeshGetpeername4 = "mesh_getpeername4"
+	MeshProgMeshGetpeername6 = "mesh_getpeername6"
+	MeshProgMeshGuard        = "mesh_guard"
+	MeshProgMeshLookup       = "mesh_lookup"
+	MeshProgMeshSockops      = "mesh_sockops"
+	MeshProgMeshUdp          = "mesh_udp"
+	MeshVarEvent             = "_event"
+	MeshVarUdpFlow           = "_udp_flow"
+	MeshVarUdpPeer           = "_udp_peer"
+	MeshVarCaptureMark       = "capture_mark"
+	MeshVarHookSeesAll       = "hook_sees_all"
+	MeshVarNodeCookie        = "node_cookie"
+	MeshVarPodSlot           = "pod_slot"
+	MeshVarPodV4             = "pod_v4"
+	MeshVarPodV6             = "pod_v6"
 )
 
 // LoadMesh returns the embedded CollectionSpec for Mesh.
@@ -384,12 +412,14 @@ type MeshSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type MeshProgramSpecs struct {
-	MeshConnect4 *ebpf.ProgramSpec `ebpf:"mesh_connect4"`
-	MeshConnect6 *ebpf.ProgramSpec `ebpf:"mesh_connect6"`
-	MeshGuard    *ebpf.ProgramSpec `ebpf:"mesh_guard"`
-	MeshLookup   *ebpf.ProgramSpec `ebpf:"mesh_lookup"`
-	MeshSockops  *ebpf.ProgramSpec `ebpf:"mesh_sockops"`
-	MeshUdp      *ebpf.ProgramSpec `ebpf:"mesh_udp"`
+	MeshConnect4     *ebpf.ProgramSpec `ebpf:"mesh_connect4"`
+	MeshConnect6     *ebpf.ProgramSpec `ebpf:"mesh_connect6"`
+	MeshGetpeername4 *ebpf.ProgramSpec `ebpf:"mesh_getpeername4"`
+	MeshGetpeername6 *ebpf.ProgramSpec `ebpf:"mesh_getpeername6"`
+	MeshGuard        *ebpf.ProgramSpec `ebpf:"mesh_guard"`
+	MeshLookup       *ebpf.ProgramSpec `ebpf:"mesh_lookup"`
+	MeshSockops      *ebpf.ProgramSpec `ebpf:"mesh_sockops"`
+	MeshUdp          *ebpf.ProgramSpec `ebpf:"mesh_udp"`
 }
 
 // MeshMapSpecs contains maps before they are loaded into the kernel.
@@ -416,6 +446,8 @@ type MeshMapSpecs struct {
 	RulesPorts      *ebpf.MapSpec `ebpf:"rules_ports"`
 	RulesSources    *ebpf.MapSpec `ebpf:"rules_sources"`
 	Rulesets        *ebpf.MapSpec `ebpf:"rulesets"`
+	ServiceDraws    *ebpf.MapSpec `ebpf:"service_draws"`
+	Services        *ebpf.MapSpec `ebpf:"services"`
 	Tickets         *ebpf.MapSpec `ebpf:"tickets"`
 	UdpBegun        *ebpf.MapSpec `ebpf:"udp_begun"`
 	UdpGates        *ebpf.MapSpec `ebpf:"udp_gates"`
@@ -479,6 +511,8 @@ type MeshMaps struct {
 	RulesPorts      *ebpf.Map `ebpf:"rules_ports"`
 	RulesSources    *ebpf.Map `ebpf:"rules_sources"`
 	Rulesets        *ebpf.Map `ebpf:"rulesets"`
+	ServiceDraws    *ebpf.Map `ebpf:"service_draws"`
+	Services        *ebpf.Map `ebpf:"services"`
 	Tickets         *ebpf.Map `ebpf:"tickets"`
 	UdpBegun        *ebpf.Map `ebpf:"udp_begun"`
 	UdpGates        *ebpf.Map `ebpf:"udp_gates"`
@@ -509,6 +543,8 @@ func (m *MeshMaps) Close() error {
 		m.RulesPorts,
 		m.RulesSources,
 		m.Rulesets,
+		m.ServiceDraws,
+		m.Services,
 		m.Tickets,
 		m.UdpBegun,
 		m.UdpGates,
@@ -537,18 +573,22 @@ type MeshVariables struct {
 //
 // It can be passed to LoadMeshObjects or ebpf.CollectionSpec.LoadAndAssign.
 type MeshPrograms struct {
-	MeshConnect4 *ebpf.Program `ebpf:"mesh_connect4"`
-	MeshConnect6 *ebpf.Program `ebpf:"mesh_connect6"`
-	MeshGuard    *ebpf.Program `ebpf:"mesh_guard"`
-	MeshLookup   *ebpf.Program `ebpf:"mesh_lookup"`
-	MeshSockops  *ebpf.Program `ebpf:"mesh_sockops"`
-	MeshUdp      *ebpf.Program `ebpf:"mesh_udp"`
+	MeshConnect4     *ebpf.Program `ebpf:"mesh_connect4"`
+	MeshConnect6     *ebpf.Program `ebpf:"mesh_connect6"`
+	MeshGetpeername4 *ebpf.Program `ebpf:"mesh_getpeername4"`
+	MeshGetpeername6 *ebpf.Program `ebpf:"mesh_getpeername6"`
+	MeshGuard        *ebpf.Program `ebpf:"mesh_guard"`
+	MeshLookup       *ebpf.Program `ebpf:"mesh_lookup"`
+	MeshSockops      *ebpf.Program `ebpf:"mesh_sockops"`
+	MeshUdp          *ebpf.Program `ebpf:"mesh_udp"`
 }
 
 func (p *MeshPrograms) Close() error {
 	return _MeshClose(
 		p.MeshConnect4,
 		p.MeshConnect6,
+		p.MeshGetpeername4,
+		p.MeshGetpeername6,
 		p.MeshGuard,
 		p.MeshLookup,
 		p.MeshSockops,

@@ -313,6 +313,46 @@ func TestResolveAgainstOracle(t *testing.T) {
 	})
 }
 
+// Shares says of each number which endpoint Resolve picks by it, for whatever namespace the client is in.
+func TestSharesAreWhatResolvePicks(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		b := NewBuilder(nil)
+		for range rapid.IntRange(0, 30).Draw(t, "changes") {
+			genParts(t, b)
+		}
+		s := b.Commit(1)
+		src := pod("p0", "10.0.0.200")
+		src.Node = "n1"
+		to := netip.AddrPortFrom(ip(fmt.Sprintf("10.96.0.%d", rapid.IntRange(0, 2).Draw(t, "vip"))), 80)
+		total, shares := s.Shares(src, to)
+		next := 0
+		for _, x := range shares {
+			if x.First != next {
+				t.Fatalf("a share begins at %d, want %d: %+v", x.First, next, shares)
+			}
+			for range x.Count {
+				for _, namespace := range []string{"shop", "other"} {
+					client := *src
+					client.Namespace = namespace
+					r := s.Resolve(&client, to, func(n int) int {
+						if n != total {
+							t.Fatalf("Resolve picks of %d, want %d", n, total)
+						}
+						return next
+					})
+					if r.Workload == nil || r.Workload.UID != x.Workload.UID || r.Kind == RouteHBONE && r.Authority != x.At || r.Kind == RouteDirect && r.Dial != x.At {
+						t.Fatalf("%d of %d: Resolve says %+v, Shares %+v", next, total, r, x)
+					}
+				}
+				next++
+			}
+		}
+		if next != total {
+			t.Fatalf("the shares end at %d of %d", next, total)
+		}
+	})
+}
+
 func namespaceOf(w *Workload) string {
 	if w == nil {
 		return ""

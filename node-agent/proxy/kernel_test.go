@@ -104,6 +104,60 @@ func TestWhatTheKernelCarriesIsReportedByBothEnds(t *testing.T) {
 	}
 }
 
+// A pod that is an endpoint of the Service it asks for is half the time its own server, through the agent, and half the
+// time another's client, which the kernel carries: both are reported under the Service's name.
+func TestAServiceThatTheKernelCarriesIsReportedByItsName(t *testing.T) {
+	l := shop(t)
+	n := l.nodes["node-b"]
+	from, to := l.pods["catalog-1"], l.pods["catalog-2"]
+	n.kernelDecides(t)
+	const tries = 60
+	others := 0.0
+	for i := range tries {
+		c, err := from.dial(service(i%2 == 1))
+		check(t, err)
+		if got := addrPort(c.RemoteAddr()); got != service(i%2 == 1) {
+			t.Errorf("the client sees the server as %s, want %s", got, service(i%2 == 1))
+		}
+		by, _, _, err := seen(c)
+		check(t, err)
+		if by == to.name {
+			others++
+		}
+		c.Close()
+	}
+	if others < tries/6 || others > tries*5/6 {
+		t.Errorf("%g of %d connections went to the other endpoint", others, tries)
+	}
+	labels := map[string]string{"connection_security_policy": "unknown", "source_principal": from.id.String(),
+		"destination_service": catalogName.Hostname, "destination_service_name": "catalog", "destination_workload": "catalog"}
+	for _, reporter := range reporters {
+		labels["reporter"] = reporter
+		eventually(t, reporter+" counts the connections of the Service", func() bool {
+			return n.metric("istio_tcp_connections_closed_total", labels) == others
+		})
+	}
+	line := map[string]any{"msg": "connection complete", "path": "kernel", "dst.service": catalogName.Hostname, "dst.addr": netip.AddrPortFrom(to.v4, appPort),
+		"src.workload": from.name, "dst.workload": to.name}
+	for _, direction := range []string{"outbound", "inbound"} {
+		line["direction"] = direction
+		n.log.find(t, line)
+	}
+	name := mesh.PolicyName{Namespace: "shop", Name: "nobody"}
+	l.builder.PutPolicy(&mesh.Policy{Name: name, Scope: mesh.ScopeNamespace, Action: mesh.Deny, Rules: []mesh.Rule{{}}})
+	l.commit()
+	check(t, n.dp.SetPolicies(l.store.Load()))
+	for range tries { // until the other one is drawn
+		c, err := from.dial(service(false))
+		if err != nil {
+			break
+		}
+		c.Close()
+	}
+	n.log.find(t, map[string]any{"level": "ERROR", "direction": "outbound", "path": "kernel", "outcome": "policy_denied", "dst.service": catalogName.Hostname,
+		"dst.addr": netip.AddrPortFrom(to.v4, appPort)})
+}
+
 func TestWhatTheKernelDeniesIsReported(t *testing.T) {
 	l := shop(t)
 	n := l.nodes["node-b"]

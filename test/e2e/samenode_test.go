@@ -177,3 +177,58 @@ spec: {podSelector: {}, policyTypes: [Ingress], ingress: [{}]}
 		record("same-node", c.name+": "+c.want, n, s.bad(), float64(n)/s.Seconds, "connections/s")
 	}
 }
+
+// By a Service's address too: the endpoint is chosen when the connection is made, the client sees the address that it
+// asked for, and metrics name the Service. What is on another node goes through the tunnel as ever.
+func TestSameNodeService(t *testing.T) {
+	ns := pair(t, "e2e-near-service")
+	const n = 50
+	count := func(name string, labels map[string]string) float64 {
+		samples, err := mesh.Metrics(t.Context())
+		must(t, err)
+		return lab.Sum(samples, name, labels)
+	}
+	for _, c := range []struct{ server, outcome, security string }{{"near", "near_redirected", "unknown"}, {"far", "connect_captured", "mutual_tls"}} {
+		vips, err := mesh.ServiceAddrs(t.Context(), ns, c.server)
+		must(t, err)
+		for i, vip := range vips {
+			target, at := net.JoinHostPort(pod(t, ns, c.server).IPs[i], "9000"), net.JoinHostPort(vip, "9000")
+			family := map[bool]string{true: "IPv6", false: "IPv4"}[strings.Contains(vip, ":")]
+			t.Run(c.server+", "+family, func(t *testing.T) {
+				outcomes := func() (way, chosen float64) {
+					return count("warren_datapath_outcomes_total", map[string]string{"outcome": c.outcome}),
+						count("warren_datapath_outcomes_total", map[string]string{"outcome": "service_near"})
+				}
+				reported := func(reporter string) float64 {
+					return count("istio_tcp_connections_closed_total", map[string]string{"reporter": reporter, "destination_service_namespace": ns,
+						"destination_service_name": c.server, "destination_service": c.server + "." + ns + ".svc.cluster.local",
+						"source_workload_namespace": ns, "connection_security_policy": c.security})
+				}
+				var s storm
+				var before [2]float64
+				must(t, lab.Eventually(t.Context(), 30*time.Second, func() error { // until the node knows the endpoint
+					way, chosen := outcomes()
+					before = [2]float64{reported("source"), reported("destination")}
+					s = runStorm(t, ns, "client", n, 4, target, at)
+					nowWay, nowChosen := outcomes()
+					if way, chosen = nowWay-way, nowChosen-chosen; way < n || (chosen >= n) != (c.server == "near") {
+						return fmt.Errorf("%s rose by %g, service_near by %g, in %d connections: %+v", c.outcome, way, chosen, n, s)
+					}
+					return nil
+				}))
+				record("same-node", "the Service of a pod, "+c.server+", "+family+": "+c.outcome, n, s.bad(), float64(n)/s.Seconds, "connections/s")
+				if s.bad() != 0 {
+					t.Errorf("%s: %+v", at, s)
+				}
+				for i, reporter := range []string{"source", "destination"} {
+					must(t, lab.Eventually(t.Context(), 30*time.Second, func() error {
+						if rose := reported(reporter) - before[i]; rose < n { // those of an attempt before it may be in it
+							return fmt.Errorf("%s reports %g connections to the Service, want %d", reporter, rose, n)
+						}
+						return nil
+					}))
+				}
+			})
+		}
+	}
+}
