@@ -141,7 +141,7 @@ func (p Plugin) admit(ctx context.Context, c *netConf, req Request) error {
 	}
 	why := err.Error()
 	if kerr != nil {
-		why += fmt.Sprintf(", and nobody else can tell whether namespace %s is enrolled (%v)", req.Namespace, kerr)
+		why += fmt.Sprintf(", and nobody can tell whether namespace %s is enrolled (%v)", req.Namespace, kerr)
 	}
 	return waits(req, why+"; see to DaemonSet warren-node in namespace "+c.set.SystemNamespace)
 }
