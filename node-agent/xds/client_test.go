@@ -419,7 +419,7 @@ func TestStreamThatEndsWhileItIsAnswered(t *testing.T) {
 			if err != nil || !strings.HasSuffix(method, "/DeltaAggregatedResources") || streams.Add(1) > 1 {
 				return s, err
 			}
-			return &lateReceiver{ClientStream: s, prompt: 2, ended: make(chan struct{}), other: make(chan struct{})}, nil
+			return &lateReceiver{ClientStream: s, t: t, prompt: 2, ended: make(chan struct{}), other: make(chan struct{})}, nil
 		}))
 	})
 	st, _ := c.subscribed()
@@ -434,10 +434,11 @@ func TestStreamThatEndsWhileItIsAnswered(t *testing.T) {
 	c.subscribed()
 }
 
-// lateReceiver is a stream whose answers are sent until it has ended. Its receiver comes back late, after that, for more
-// than the first responses: whoever else receives takes the end from under it.
+// lateReceiver is a stream whose answers are sent until it has ended. Its receiver, who has had the first responses,
+// hears of the end a little later than that: whoever else receives meanwhile takes it away, which gRPC does not allow.
 type lateReceiver struct {
 	grpc.ClientStream
+	t      *testing.T
 	prompt int32 // responses
 	calls  atomic.Int32
 	ended  chan struct{}
@@ -465,6 +466,7 @@ func (s *lateReceiver) RecvMsg(m any) error {
 		case <-time.After(200 * time.Millisecond):
 		}
 	case 2:
+		s.t.Error("two receive at once: one hears of the end, and the other may wait for ever")
 		defer close(s.other)
 	}
 	return s.ClientStream.RecvMsg(m)
