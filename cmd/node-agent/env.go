@@ -19,6 +19,7 @@ import (
 type environment struct {
 	lookup func(string) string
 	errs   []error
+	flush  func() // writes what the access log still has, see loggers
 }
 
 func (e *environment) str(name string) string { return e.lookup(name) }
@@ -111,7 +112,7 @@ func (e *environment) config() nodeagent.Config {
 	}
 	c.Level = new(slog.LevelVar)
 	e.level(c.Level)
-	c.Log, c.Access = loggers(os.Stdout, e.str("LOG_FORMAT") == "json", c.Level)
+	c.Log, c.Access, e.flush = loggers(os.Stdout, e.str("LOG_FORMAT") == "json", c.Level)
 	return c
 }
 

@@ -51,9 +51,10 @@ func TestWhatIsWrongIsSaidAllAtOnce(t *testing.T) {
 
 func TestTheAccessLogTellsItselfApart(t *testing.T) {
 	var out strings.Builder
-	log, access := loggers(&out, true, slog.LevelInfo)
+	log, access, flush := loggers(&out, true, slog.LevelInfo)
 	log.Info("starting")
 	access.Error("connection complete", "src.addr", "10.0.0.1:1")
+	flush()
 	lines := strings.Split(out.String(), "\n")
 	if strings.Contains(lines[0], "access") || !strings.Contains(lines[0], `"message":"starting"`) {
 		t.Errorf("the agent's line is %s", lines[0])

@@ -37,6 +37,7 @@ func run(args []string) error {
 	}
 	env := &environment{lookup: os.Getenv}
 	cfg := env.config()
+	defer env.flush()
 	if err := errors.Join(env.errs...); err != nil {
 		return err
 	}
