@@ -47,7 +47,7 @@ func (a *agent) keepCertificates(ctx context.Context) error {
 		}
 		clear(data)
 		if err != nil && ctx.Err() == nil {
-			a.cfg.Log.Debug("leaving certificates with the holder", "error", err)
+			a.cfg.Log.Warn("certificates do not outlive this process: the holder does not have them", "error", err)
 		}
 	}
 }

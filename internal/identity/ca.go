@@ -6,7 +6,6 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/keepalive"
 	"google.golang.org/protobuf/types/known/structpb"
 
 	"github.com/warrenmesh/warren/api/ca"
@@ -37,8 +36,7 @@ type CA struct {
 
 // NewCA prepares a client; the connection is made when it is needed.
 func NewCA(cfg CAConfig) (*CA, error) {
-	conn, err := DialControlPlane(cfg.Address, cfg.ServerName, cfg.Roots, cfg.TokenFile, cfg.Cluster,
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}))
+	conn, err := DialControlPlane(cfg.Address, cfg.ServerName, cfg.Roots, cfg.TokenFile, cfg.Cluster)
 	if err != nil {
 		return nil, fmt.Errorf("preparing the connection to the CA %s: %w", cfg.Address, err)
 	}

@@ -9,9 +9,12 @@ import (
 	"net"
 	"os"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 )
 
 // ControlPlaneRoots are what a control plane's own certificate is checked against.
@@ -33,7 +36,16 @@ func DialControlPlane(address, serverName string, roots ControlPlaneRoots, token
 		}
 		serverName = host
 	}
-	all := []grpc.DialOption{grpc.WithTransportCredentials(controlPlaneTLS(serverName, roots))}
+	all := []grpc.DialOption{
+		grpc.WithTransportCredentials(controlPlaneTLS(serverName, roots)),
+		// A control plane that went without a word, as a node that lost power does, is noticed within Timeout of the next
+		// request: gRPC sets TCP_USER_TIMEOUT from it (gRFC A18).
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 5 * time.Second}),
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: 5 * time.Second},
+			MinConnectTimeout: 5 * time.Second,
+		}),
+	}
 	if tokenFile != "" {
 		all = append(all, grpc.WithPerRPCCredentials(tokenCredentials{tokenFile, cluster}))
 	}

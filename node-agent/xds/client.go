@@ -17,9 +17,7 @@ import (
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
 	"google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/keepalive"
 
 	"github.com/warrenmesh/warren/api/node"
 	"github.com/warrenmesh/warren/internal/identity"
@@ -175,11 +173,6 @@ func (c *Client) Run(ctx context.Context) error {
 
 	opts := append([]grpc.DialOption{
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(math.MaxInt32)),
-		grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
-		grpc.WithConnectParams(grpc.ConnectParams{
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.3, MaxDelay: 5 * time.Second},
-			MinConnectTimeout: 5 * time.Second,
-		}),
 	}, c.cfg.DialOptions...)
 	conn, err := identity.DialControlPlane(c.cfg.Address, c.cfg.ServerName,
 		identity.ControlPlaneRoots{File: c.cfg.RootFile, More: c.cfg.Roots}, c.cfg.TokenFile, c.cfg.Node.Cluster, opts...)
