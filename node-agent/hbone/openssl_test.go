@@ -7,7 +7,6 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -15,13 +14,15 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // openssl is a running s_server or s_client whose connection is the terminal's: what is typed is sent, what comes
 // is printed, and "K" asks for new keys.
 type openssl struct {
 	t   *testing.T
-	in  io.Writer
+	in  *os.File
 	out *bufio.Reader
 }
 
@@ -32,7 +33,7 @@ func startOpenSSL(t *testing.T, args ...string) *openssl {
 		t.Skip("needs openssl")
 	}
 	cmd := exec.Command(bin, args...)
-	in, err := cmd.StdinPipe()
+	stdin, in, err := os.Pipe()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,14 +41,16 @@ func startOpenSSL(t *testing.T, args ...string) *openssl {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd.Stdout, cmd.Stderr = w, w
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, w, w
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	stdin.Close()
 	w.Close()
 	t.Cleanup(func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
+		in.Close()
 		r.Close()
 	})
 	_ = r.SetReadDeadline(time.Now().Add(time.Minute))
@@ -62,6 +65,21 @@ func (o *openssl) prints(line string) {
 			o.t.Fatalf("openssl did not print %q: %v", line, err)
 		}
 		if strings.TrimSpace(got) == line {
+			return
+		}
+	}
+}
+
+// command types what openssl takes for a command only where it begins what is read: it returns when it has been read.
+func (o *openssl) command(c string) {
+	o.t.Helper()
+	fmt.Fprintln(o.in, c)
+	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+		left, err := unix.IoctlGetInt(int(o.in.Fd()), unix.TIOCINQ)
+		if err != nil || time.Now().After(end) {
+			o.t.Fatalf("openssl did not read %q: %d bytes are left (%v)", c, left, err)
+		}
+		if left == 0 {
 			return
 		}
 	}
@@ -89,11 +107,9 @@ func talk(t *testing.T, o *openssl, r *records) {
 	say("from this side")
 	hear("from openssl")
 	for range 3 {
-		// openssl takes a command only where it begins what is read, so that each has to be on its own.
 		for _, command := range []string{"K", "k"} {
 			before := r.in.secret
-			fmt.Fprintln(o.in, command)
-			time.Sleep(50 * time.Millisecond)
+			o.command(command)
 			hear("under new keys of openssl's")
 			if string(before) == string(r.in.secret) {
 				t.Error("openssl has not made new keys")
