@@ -73,8 +73,8 @@ func unharmed(t *testing.T, what string, r loadReport) {
 	}
 }
 
-// Certificates that live for a minute, for ten minutes of connections; then a root in all three phases; then
-// nobody who signs.
+// Certificates that live for a minute, for ten minutes of requests and connections; then a root in all three phases;
+// then nobody who signs.
 func TestShortCertificates(t *testing.T) {
 	if !*long {
 		t.Skip("ten minutes; the same without a cluster is in test/certificates")
@@ -91,16 +91,26 @@ func TestShortCertificates(t *testing.T) {
 	})
 	ns := namespace(t, "e2e-short", ambient)
 	strict(t, ns)
-	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
-	load := func(d string) func() loadReport {
-		return startLoad(t, ns, "client", "-for", d, "-rate", "1000", "-timeout", "60s", "far:9000")
+	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]), loaded(ns, "requests", nodes[1]))
+	answers(t, ns, "client", "requests:8080")
+	// 1,000 requests a second on connections that stay open, 100 connections a second that do not, and ten that are
+	// there from the beginning to the end.
+	load := func(what string, seconds int, first func()) {
+		report := startLoad(t, ns, "client", "-for", fmt.Sprint(seconds, "s"), "-rate", "100", "-hold", "10", "-timeout", "60s", "far:9000")
+		first()
+		o := runLoad(t, ns, "client", "qps", "-rate", "1000", "-c", "16", "-n", fmt.Sprint(1000*seconds), "-timeout", "60s", "requests:8080")
+		unharmed(t, what, report())
+		record("certificates", what+", requests", o.Requests, o.Requests-o.OK, o.PerSecond, "requests a second")
+		if o.OK != o.Requests {
+			t.Errorf("%s: %+v", what, o)
+		}
 	}
-	unharmed(t, "certificate-rotation on a cluster", load("10m")())
-	report := load("6m")
-	must(t, rotateRoot(t.Context()))
-	awaitTrust(t, 3*time.Minute, "phase 2 of 3", "settled")
-	awaitTrust(t, 5*time.Minute, "settled")
-	unharmed(t, "root-rotation on a cluster, three phases", report())
+	load("certificate-rotation on a cluster", 600, func() {})
+	load("root-rotation on a cluster, three phases", 420, func() { // two lifetimes and five minutes
+		must(t, rotateRoot(t.Context()))
+		awaitTrust(t, 3*time.Minute, "phase 2 of 3")
+	})
+	awaitTrust(t, 3*time.Minute, "settled")
 
 	_, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "scale", "deployment", "-l", "app=istiod", "--replicas=0")
 	must(t, err)
