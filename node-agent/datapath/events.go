@@ -110,15 +110,17 @@ func (d *Datapath) Events(ctx context.Context) iter.Seq2[Event, error] {
 		defer r.Close()
 		var rec ringbuf.Record
 		r.SetDeadline(time.Now())
+		boot := bootTime()
 		var late uint64
 		for {
 			err := r.ReadInto(&rec)
 			if errors.Is(err, os.ErrDeadlineExceeded) {
 				r.SetDeadline(time.Now().Add(eventsEvery))
+				boot = bootTime() // the clock may have been set
 				if n, err := d.counter(uint32(bpf.MeshOutcomeEVENT_LATE)); err == nil && n != late {
 					late = n
 					for _, e := range d.lateEvents() {
-						if !yield(d.event(&e), nil) {
+						if !yield(d.event(&e, boot), nil) {
 							return
 						}
 					}
@@ -135,7 +137,7 @@ func (d *Datapath) Events(ctx context.Context) iter.Seq2[Event, error] {
 				continue
 			}
 			raw := *(*bpf.MeshEvent)(unsafe.Pointer(&rec.RawSample[0]))
-			if !yield(d.event(&raw), nil) {
+			if !yield(d.event(&raw, boot), nil) {
 				return
 			}
 		}
@@ -160,9 +162,9 @@ func (d *Datapath) lateEvents() (out []bpf.MeshEvent) {
 	return out
 }
 
-func (d *Datapath) event(e *bpf.MeshEvent) Event {
+func (d *Datapath) event(e *bpf.MeshEvent, boot time.Time) Event {
 	out := Event{
-		Time:   sinceBoot(e.At),
+		Time:   boot.Add(time.Duration(e.At)),
 		Client: netip.AddrPortFrom(goAddr(e.Flow.Client), e.Flow.ClientPort),
 		Server: netip.AddrPortFrom(goAddr(e.Flow.Server), e.Flow.ServerPort),
 	}
@@ -190,16 +192,16 @@ func (d *Datapath) event(e *bpf.MeshEvent) Event {
 	case bpf.MeshEventKindEVENT_OPENED:
 		out.Kind = Opened
 	case bpf.MeshEventKindEVENT_CLOSED:
-		out.Kind, out.Opened, out.Sent, out.Received = Closed, sinceBoot(e.Born), e.Sent, e.Received
+		out.Kind, out.Opened, out.Sent, out.Received = Closed, boot.Add(time.Duration(e.Born)), e.Sent, e.Received
 	}
 	return out
 }
 
-// sinceBoot is the time of the kernel's monotonic clock.
-func sinceBoot(ns uint64) time.Time {
+// bootTime is when the kernel's monotonic clock began.
+func bootTime() time.Time {
 	var now unix.Timespec
 	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
 		return time.Now()
 	}
-	return time.Now().Add(time.Duration(int64(ns) - now.Nano()))
+	return time.Now().Add(-time.Duration(now.Nano()))
 }

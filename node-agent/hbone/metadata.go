@@ -37,6 +37,7 @@ var workloadKinds = [...]string{"deployment", "pod", "job", "cronjob", "stateful
 // String returns the header's value, without empty members.
 func (b Baggage) String() string {
 	var s strings.Builder
+	s.Grow(192)
 	put := func(k, v string) {
 		if v == "" {
 			return

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"strconv"
+	"sync"
 	"time"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -19,11 +20,12 @@ type report struct {
 	dstAddr netip.AddrPort // what was connected to, or for inbound what the peer connected to
 	hbone   string         // authority of the CONNECT
 	kernel  bool           // the agent has no part in it
+	shared  bool           // the objects of key belong to the Snapshot
 }
 
 // open counts the connection. shared says that the objects of k belong to the Snapshot.
 func (p *Proxy) open(c *conn, k seriesKey, shared bool, dst netip.AddrPort, hbone string) *report {
-	return &report{p: p, c: c, key: k, series: p.metrics.opened(c, k, shared), dstAddr: dst, hbone: hbone}
+	return &report{p: p, c: c, key: k, series: p.metrics.opened(c, k, shared), dstAddr: dst, hbone: hbone, shared: shared}
 }
 
 // close counts the end and writes the line.
@@ -34,9 +36,8 @@ func (r *report) close(err error) {
 	if o.flag() != flagNone {
 		level = slog.LevelError
 	}
-	log := r.p.access
 	ctx := context.Background()
-	if !log.Enabled(ctx, level) {
+	if !r.p.access.Enabled(ctx, level) {
 		return
 	}
 	var suppressed int
@@ -52,29 +53,15 @@ func (r *report) close(err error) {
 	if r.c.dir == Inbound {
 		sent, recv = recv, sent
 	}
-	a := make([]slog.Attr, 0, 20)
+	a := make([]slog.Attr, 0, 16)
 	str := func(k, v string) {
 		if v != "" {
 			a = append(a, slog.String(k, v))
 		}
 	}
 	str("src.addr", r.c.info.Src.String())
-	str("src.workload", podName(r.key.src))
-	str("src.namespace", namespaceOf(r.key.src))
-	str("src.identity", r.key.peer.String())
-	str("src.cluster", clusterOf(r.key.src))
 	str("dst.addr", r.dstAddr.String())
 	str("dst.hbone_addr", r.hbone)
-	if r.key.service != nil {
-		str("dst.service", r.key.service.Name.Hostname)
-	}
-	str("dst.workload", podName(r.key.dst))
-	str("dst.namespace", namespaceOf(r.key.dst))
-	if !r.key.peer.IsZero() && r.key.dst != nil {
-		str("dst.identity", r.key.dst.Identity.String())
-	}
-	str("dst.cluster", clusterOf(r.key.dst))
-	str("direction", r.c.dir.String())
 	a = append(a, slog.Int64("bytes_sent", sent), slog.Int64("bytes_recv", recv),
 		slog.String("duration", strconv.FormatInt(time.Since(r.c.start).Milliseconds(), 10)+"ms"))
 	if o != Completed {
@@ -82,9 +69,6 @@ func (r *report) close(err error) {
 	}
 	if err != nil && o.flag() != flagNone {
 		str("error", fold(err.Error()))
-	}
-	if r.kernel {
-		str("path", "kernel")
 	}
 	if r.c.excepted != (mesh.PolicyName{}) {
 		str("authz.exception", r.c.excepted.String())
@@ -94,7 +78,67 @@ func (r *report) close(err error) {
 	if suppressed > 0 {
 		a = append(a, slog.Int("suppressed", suppressed)) // lines like this one that were left out before it
 	}
-	log.LogAttrs(ctx, level, msg, a...)
+	r.p.parties.logger(r.p.access, r.key, r.kernel, r.shared).LogAttrs(ctx, level, msg, a...)
+}
+
+// loggers are of those who have connections: what a line says about both ends is put together once for all their
+// connections.
+type loggers struct {
+	mu sync.Mutex
+	of map[loggerKey]*slog.Logger
+}
+
+type loggerKey struct {
+	seriesKey
+	kernel bool
+}
+
+// maxLoggers is after how many all are forgotten: they hold on to workloads that may have gone.
+const maxLoggers = 512
+
+// logger adds to log what is known about both ends. It is kept if the objects of k are the Snapshot's.
+func (l *loggers) logger(log *slog.Logger, k seriesKey, kernel, shared bool) *slog.Logger {
+	if !shared {
+		return describe(log, k, kernel)
+	}
+	x := loggerKey{k, kernel}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	known := l.of[x]
+	if known == nil {
+		if known = describe(log, k, kernel); l.of == nil || len(l.of) >= maxLoggers {
+			l.of = map[loggerKey]*slog.Logger{}
+		}
+		l.of[x] = known
+	}
+	return known
+}
+
+func describe(log *slog.Logger, k seriesKey, kernel bool) *slog.Logger {
+	a := make([]any, 0, 12)
+	str := func(key, v string) {
+		if v != "" {
+			a = append(a, slog.String(key, v))
+		}
+	}
+	str("direction", k.dir.String())
+	str("src.workload", podName(k.src))
+	str("src.namespace", namespaceOf(k.src))
+	str("src.identity", k.peer.String())
+	str("src.cluster", clusterOf(k.src))
+	if k.service != nil {
+		str("dst.service", k.service.Name.Hostname)
+	}
+	str("dst.workload", podName(k.dst))
+	str("dst.namespace", namespaceOf(k.dst))
+	if !k.peer.IsZero() && k.dst != nil {
+		str("dst.identity", k.dst.Identity.String())
+	}
+	str("dst.cluster", clusterOf(k.dst))
+	if kernel {
+		str("path", "kernel")
+	}
+	return log.With(a...)
 }
 
 // refuse logs and counts a connection that ended before anything was known about its ends.

@@ -22,6 +22,7 @@ type Flow struct {
 // flow is an open Flow as each of its two ends reports it.
 type flow struct {
 	out, in *report
+	allowed uint64 // revision of the state that allows it, 0: not asked
 }
 
 // flowKey names an open flow: no two have both ends in common.
@@ -55,13 +56,15 @@ func (p *Proxy) FlowClosed(f Flow, opened time.Time, sent, received uint64) {
 			return
 		}
 	}
-	for _, r := range x.both() {
+	for r := range x.both {
 		r.c.bytes.AtoB.Store(int64(sent))
 		r.c.bytes.BtoA.Store(int64(received))
 	}
 	var err error
-	if v := p.authorizeFlow(f); v.Why != mesh.WhyNoWorkload && !v.Allow {
-		err = fail(PolicyRevoked, "a policy change ended the connection: %s", denial(v))
+	if s := p.store.Load(); x.allowed == 0 || x.allowed != s.Revision() {
+		if v := p.authorizeFlow(s, f); v.Why != mesh.WhyNoWorkload && !v.Allow {
+			err = fail(PolicyRevoked, "a policy change ended the connection: %s", denial(v))
+		}
 	}
 	x.close(err)
 }
@@ -115,34 +118,36 @@ func (p *Proxy) flow(f Flow, at time.Time) *flow {
 		return nil
 	}
 	if x.in != nil && dst != nil {
-		p.note(x.in.c, p.authorizeFlow(f))
+		v := p.authorizeFlow(s, f)
+		if p.note(x.in.c, v); v.Allow {
+			x.allowed = s.Revision()
+		}
 	}
 	return x
 }
 
-// authorizeFlow is what policies say about a flow now, AUDIT and dry runs included.
-func (p *Proxy) authorizeFlow(f Flow) mesh.Verdict {
+// authorizeFlow is what policies say about a flow, AUDIT and dry runs included.
+func (p *Proxy) authorizeFlow(s *mesh.Snapshot, f Flow) mesh.Verdict {
 	h := p.podByUID(f.ServerPod)
 	if h == nil {
 		return mesh.Verdict{Why: mesh.WhyNoWorkload}
 	}
-	s := p.store.Load()
 	return s.Authorize(mesh.Conn{Source: f.Source, SourceIP: f.Client.Addr(), Dst: f.Server, Plaintext: f.Source.IsZero(),
 		DstWorkload: s.Workload(h.Pod().WorkloadUID)})
 }
 
-func (x *flow) both() []*report {
-	var out []*report
-	for _, r := range [2]*report{x.out, x.in} {
-		if r != nil {
-			out = append(out, r)
-		}
+// both yields the reports that there are.
+func (x *flow) both(yield func(*report) bool) {
+	if x.out != nil && !yield(x.out) {
+		return
 	}
-	return out
+	if x.in != nil {
+		yield(x.in)
+	}
 }
 
 func (x *flow) close(err error) {
-	for _, r := range x.both() {
+	for r := range x.both {
 		r.close(err)
 	}
 }
@@ -152,7 +157,7 @@ func (p *Proxy) forgetFlows(h *PodHandle) {
 	p.flowsMu.Lock()
 	var left []*flow
 	for k, x := range p.flows {
-		for _, r := range x.both() {
+		for r := range x.both {
 			if r.c.pod == h {
 				left = append(left, x)
 				delete(p.flows, k)
@@ -194,7 +199,7 @@ func (p *Proxy) MeasureFlows() error {
 			if !ok || p.flows[f.key] != f.flow {
 				continue
 			}
-			for _, r := range f.both() {
+			for r := range f.both {
 				r.c.bytes.AtoB.Store(int64(s.Received))
 				r.c.bytes.BtoA.Store(int64(s.Acked))
 			}

@@ -73,6 +73,7 @@ type Proxy struct {
 	metrics  *Metrics
 	log      *slog.Logger
 	access   *slog.Logger
+	parties  loggers
 	conns    *connTable
 	peers    *peerTable
 	pool     *hbone.Pool
