@@ -254,15 +254,14 @@ func (c *compiler) desired(pods []Pod, direct bool) rules {
 		pr.flags = c.flags(w, direct)
 		out.pods[p.UID] = pr
 	}
-	if len(out.udpSets) > 0 {
-		for who := range c.remote {
-			id := idOf(who)
-			if other, ok := out.identities[id]; ok && other != who {
-				out.problems = append(out.problems, fmt.Errorf("identities %s and %s have the same number", other, who))
-				continue
-			}
-			out.remote[id] = who
+	// Also while no pod is given whose rules name them: those that an earlier process enrolled go on by their numbers.
+	for who := range c.remote {
+		id := idOf(who)
+		if other, ok := out.identities[id]; ok && other != who {
+			out.problems = append(out.problems, fmt.Errorf("identities %s and %s have the same number", other, who))
+			continue
 		}
+		out.remote[id] = who
 	}
 	for _, set := range out.sets {
 		for id, who := range out.identities {

@@ -513,9 +513,22 @@ func TestUDPFloodQuota(t *testing.T) {
 }
 
 // Verdicts go on while there is no agent, and a new one takes over what the kernel has: rules, flows, hook.
+// Both are so for senders on the node and elsewhere.
 func TestUDPSurvivesTheAgent(t *testing.T) {
-	l := udpLab(t)
-	l.setUDP(rule(mesh.Allow, "a", account("ui")))
+	t.Run("sender here", func(t *testing.T) {
+		l := udpLab(t)
+		udpSurvives(l, l.ui, "ui", l.outside)
+	})
+	t.Run("sender elsewhere", func(t *testing.T) {
+		l := udpLab(t)
+		udpSurvives(l, l.outside, "far", l.ui)
+	})
+}
+
+func udpSurvives(l *lab, friend *host, name string, other *host) {
+	t := l.t
+	friends := rule(mesh.Allow, "a", account(name))
+	l.setUDP(friends)
 	cat, server := l.cat.addrs(dnsPort)[0], l.outside.addrs(dnsPort)[0]
 	c := l.cat.udpSocket(netip.AddrPort{})
 	late := func() []byte {
@@ -524,10 +537,10 @@ func TestUDPSurvivesTheAgent(t *testing.T) {
 	eventually(t, "the pod is answered", func() bool { return len(ask(c, "before", time.Second, server)) == 1 })
 	holds := func(when string) {
 		t.Helper()
-		if !l.ui.reaches(cat, true) {
+		if !friend.reaches(cat, true) {
 			t.Errorf("%s: who is allowed is kept out", when)
 		}
-		if l.outside.reaches(cat, false) {
+		if other.reaches(cat, false) {
 			t.Errorf("%s: who is not allowed is let in", when)
 		}
 	}
@@ -542,7 +555,7 @@ func TestUDPSurvivesTheAgent(t *testing.T) {
 	check(t, l.dp.kernel.UdpSources.Put(gone, bpf.MeshUdpSource{Identity: 1}))
 	holds("with a new agent that knows nothing")
 	l.counted(map[string]int{"udp_answer": 1}, func() { check(t, l.outside.sendRaw(late())) })
-	l.setUDP(rule(mesh.Allow, "a", account("ui"))) // before any pod is enrolled again
+	l.setUDP(friends) // before any pod is enrolled again
 	holds("with a new agent that knows the policies")
 	for _, h := range []*host{l.ui, l.cat} {
 		check(t, l.dp.Enroll(h.pod()))
@@ -553,7 +566,7 @@ func TestUDPSurvivesTheAgent(t *testing.T) {
 		t.Errorf("the address of a pod that has gone: %v", err)
 	}
 	l.setUDP(rule(mesh.Allow, "a", account("nobody")))
-	if l.ui.reaches(cat, false) {
+	if friend.reaches(cat, false) {
 		t.Error("the new agent's policies do not hold")
 	}
 }
