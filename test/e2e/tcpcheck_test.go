@@ -131,6 +131,14 @@ type loadReport struct {
 	Examples                                             []string
 }
 
+// String leaves out the times of thousands of ends.
+func (r loadReport) String() string {
+	type plain loadReport
+	p := plain(r)
+	p.HeldEnds = nil
+	return fmt.Sprintf("%+v and %d of the held ended", p, len(r.HeldEnds))
+}
+
 // failures are new connections that did not come to a right end.
 func (r loadReport) failures() int { return r.Refused + r.TimedOut + r.Cut + r.WrongSource }
 
