@@ -54,8 +54,12 @@ func TestServiceGoesDirectly(t *testing.T) {
 	l := near(t)
 	check(t, l.dp.SetPolicies(l.service(mesh.SameNodeKernel, 0).Commit(2)))
 	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
 	events := make(chan Event, 1000)
+	defer func() { // nothing reads from the kernel when it is closed
+		cancel()
+		for range events {
+		}
+	}()
 	go func() {
 		defer close(events)
 		for e := range l.dp.Events(ctx) {
