@@ -17,6 +17,7 @@ const (
 	inlineRounds      = 4         // how often a sender writes for others before a goroutine takes over
 	smallRead         = 512
 	quietReads        = 32 // small reads after which the large read buffer is given back
+	soonAfter         = time.Millisecond
 	closeGrace        = 250 * time.Millisecond
 	discardMax        = 2 << 20 // read after a fatal error
 	handshakeWait     = 10 * time.Second
@@ -44,6 +45,8 @@ type conn struct {
 	drain     bool       // no new streams; ends after the last
 	closing   bool       // GOAWAY with the reason is out; the reader only discards
 	closeSent bool       // an orderly end: close as soon as everything is written
+	soon      *time.Timer
+	soonSet   bool // the timer is set
 
 	reads      uint64 // by the read loop; tells that the peer is alive
 	seenReads  uint64
@@ -139,6 +142,25 @@ func (c *conn) flush(inline bool) {
 		return
 	}
 	c.writeQueued(inlineRounds)
+}
+
+// flushSoon is flush for what nobody waits for: the end of a stream that the peer has ended already. As a rule something
+// else is sent before a millisecond has passed, and takes it along.
+func (c *conn) flushSoon() {
+	if c.writing || len(c.out) == 0 || c.soonSet {
+		return
+	}
+	c.soonSet = true
+	if c.soon == nil {
+		c.soon = time.AfterFunc(soonAfter, func() {
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.soonSet = false
+			c.flush(false)
+		})
+	} else {
+		c.soon.Reset(soonAfter)
+	}
 }
 
 func (c *conn) flushLoop() {

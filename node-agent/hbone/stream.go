@@ -328,7 +328,11 @@ func (st *Stream) CloseWrite() error {
 		return st.err
 	}
 	st.endLocked()
-	st.c.flush(true)
+	if st.gone {
+		st.c.flushSoon()
+	} else {
+		st.c.flush(true)
+	}
 	return nil
 }
 
@@ -347,24 +351,24 @@ func (st *Stream) Close() error {
 		c.mu.Unlock()
 		return nil
 	}
-	switch {
-	case st.gone:
-	case st.q.n > 0:
-		st.resetLocked(CodeCancel)
-	default:
-		if !st.localEnd {
-			st.endLocked()
+	unread := st.q.n > 0
+	if !st.gone && !unread && !st.localEnd {
+		st.endLocked()
+	}
+	inOrder := st.gone
+	if !inOrder { // the peer may go on sending; nobody will read it
+		code := CodeNo
+		if c.client || unread {
+			code = CodeCancel
 		}
-		if !st.gone { // the peer may go on sending; nobody will read it
-			code := CodeNo
-			if c.client {
-				code = CodeCancel
-			}
-			st.resetLocked(code)
-		}
+		st.resetLocked(code)
 	}
 	st.closeLocked()
-	c.flush(true)
+	if inOrder {
+		c.flushSoon()
+	} else {
+		c.flush(true)
+	}
 	c.mu.Unlock()
 	st.release()
 	return nil

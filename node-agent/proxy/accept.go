@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"runtime"
 	"time"
 )
 
@@ -41,6 +42,7 @@ func (h *PodHandle) accept(l net.Listener, dir Direction, serve func(*PodHandle,
 		}
 		h.open.Add(1)
 		h.p.wg.Go(func() {
+			deepen()
 			defer h.open.Add(-1)
 			serve(h, tc)
 		})
@@ -69,4 +71,13 @@ func addrPort(a net.Addr) netip.AddrPort {
 	}
 	ap := t.AddrPort()
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
+}
+
+// deepen gives a new goroutine the stack that a connection needs: it would be copied again and again, with more on it
+// each time, if it grew as it is used.
+//
+//go:noinline
+func deepen() byte {
+	var frame [6 << 10]byte
+	return frame[runtime.NumCPU()&1]
 }

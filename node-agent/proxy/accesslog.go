@@ -78,44 +78,47 @@ func (r *report) close(err error) {
 	if suppressed > 0 {
 		a = append(a, slog.Int("suppressed", suppressed)) // lines like this one that were left out before it
 	}
-	r.p.parties.logger(r.p.access, r.key, r.kernel, r.shared).LogAttrs(ctx, level, msg, a...)
+	// Without a Logger, which would find out from where it is called, at the price of the rest of the line.
+	line := slog.NewRecord(time.Now(), level, msg, 0)
+	line.AddAttrs(a...)
+	_ = r.p.parties.handler(r.p.access.Handler(), r.key, r.kernel, r.shared).Handle(ctx, line)
 }
 
-// loggers are of those who have connections: what a line says about both ends is put together once for all their
+// parties are those who have connections: what a line says about both ends is put together once for all their
 // connections.
-type loggers struct {
+type parties struct {
 	mu sync.Mutex
-	of map[loggerKey]*slog.Logger
+	of map[partiesKey]slog.Handler
 }
 
-type loggerKey struct {
+type partiesKey struct {
 	seriesKey
 	kernel bool
 }
 
-// maxLoggers is after how many all are forgotten: they hold on to workloads that may have gone.
-const maxLoggers = 512
+// maxParties is after how many all are forgotten: they hold on to workloads that may have gone.
+const maxParties = 512
 
-// logger adds to log what is known about both ends. It is kept if the objects of k are the Snapshot's.
-func (l *loggers) logger(log *slog.Logger, k seriesKey, kernel, shared bool) *slog.Logger {
+// handler adds to log what is known about both ends. It is kept if the objects of k are the Snapshot's.
+func (t *parties) handler(log slog.Handler, k seriesKey, kernel, shared bool) slog.Handler {
 	if !shared {
 		return describe(log, k, kernel)
 	}
-	x := loggerKey{k, kernel}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	known := l.of[x]
+	x := partiesKey{k, kernel}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	known := t.of[x]
 	if known == nil {
-		if known = describe(log, k, kernel); l.of == nil || len(l.of) >= maxLoggers {
-			l.of = map[loggerKey]*slog.Logger{}
+		if known = describe(log, k, kernel); t.of == nil || len(t.of) >= maxParties {
+			t.of = map[partiesKey]slog.Handler{}
 		}
-		l.of[x] = known
+		t.of[x] = known
 	}
 	return known
 }
 
-func describe(log *slog.Logger, k seriesKey, kernel bool) *slog.Logger {
-	a := make([]any, 0, 12)
+func describe(log slog.Handler, k seriesKey, kernel bool) slog.Handler {
+	a := make([]slog.Attr, 0, 12)
 	str := func(key, v string) {
 		if v != "" {
 			a = append(a, slog.String(key, v))
@@ -138,7 +141,7 @@ func describe(log *slog.Logger, k seriesKey, kernel bool) *slog.Logger {
 	if kernel {
 		str("path", "kernel")
 	}
-	return log.With(a...)
+	return log.WithAttrs(a)
 }
 
 // refuse logs and counts a connection that ended before anything was known about its ends.

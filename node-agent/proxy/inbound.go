@@ -74,6 +74,7 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		MaxFrame:     p.cfg.MaxFrame,
 		Memory:       p.memory,
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
+			deepen()
 			n := h.open.Add(1)
 			defer h.open.Add(-1)
 			if n > int64(p.cfg.MaxConns) {

@@ -73,7 +73,7 @@ type Proxy struct {
 	metrics  *Metrics
 	log      *slog.Logger
 	access   *slog.Logger
-	parties  loggers
+	parties  parties
 	conns    *connTable
 	peers    *peerTable
 	pool     *hbone.Pool
