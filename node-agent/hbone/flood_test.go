@@ -16,6 +16,14 @@ import (
 
 func refuseAll(_ context.Context, s *ServerStream) { s.Reject(503) }
 
+// source sends without end.
+func source(_ context.Context, s *ServerStream) {
+	st, err := s.Accept()
+	for p := make([]byte, 1<<10); err == nil; {
+		_, err = st.Write(p)
+	}
+}
+
 func TestFloodsAreCut(t *testing.T) {
 	hold := func(ctx context.Context, s *ServerStream) {
 		if _, err := s.Accept(); err == nil {
@@ -23,12 +31,6 @@ func TestFloodsAreCut(t *testing.T) {
 		}
 	}
 	slow := func(ctx context.Context, s *ServerStream) { <-ctx.Done(); s.Reject(503) }
-	source := func(_ context.Context, s *ServerStream) {
-		st, err := s.Accept()
-		for p := make([]byte, 1<<10); err == nil; {
-			_, err = st.Write(p)
-		}
-	}
 	for _, k := range attack.Kinds() {
 		if k.Held {
 			continue
@@ -80,6 +82,31 @@ func TestNotReadingPeer(t *testing.T) {
 		t.Error("no error")
 	}
 	a.Close()
+}
+
+// A peer that opens its windows and takes nothing of what comes is given up, whatever signs of life it sends.
+func TestPeerThatReadsNothingIsCut(t *testing.T) {
+	if testing.Short() {
+		t.Skip("-short: waits ten seconds")
+	}
+	for _, k := range attack.Kinds() {
+		if k.Name != "windows that are never used, with signs of life" {
+			continue
+		}
+		a, b := tcpPair(t)
+		end := make(chan error, 1)
+		go func() { end <- Serve(context.Background(), b, ServerConfig{Handler: source}) }()
+		stop := make(chan struct{})
+		defer time.AfterFunc(time.Minute, func() { close(stop) }).Stop()
+		r := k.Run(a, attack.Addresses{Source: "10.0.0.1:80"}, stop)
+		if err := <-end; !r.Ended || err == nil {
+			t.Errorf("after %s: %v", r.Took, err)
+		} else {
+			t.Logf("cut after %s: %v", r.Took, err)
+		}
+		return
+	}
+	t.Error("no such attack")
 }
 
 func TestSilentClientIsCut(t *testing.T) {

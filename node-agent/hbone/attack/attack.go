@@ -71,6 +71,10 @@ func Kinds() []Kind {
 		}
 		return nil
 	}
+	wide := func(c *client) error { // the connection's window too
+		_ = crowd(c)
+		return c.WriteWindowUpdate(0, 1<<30)
+	}
 	source := func(a *Addresses) string { return a.Source }
 	deaf := func(a *Addresses) string { return a.Deaf }
 	return []Kind{
@@ -90,10 +94,7 @@ func Kinds() []Kind {
 		{Name: "empty DATA", begin: first, step: func(c *client) error { return c.WriteData(1, false, nil) }},
 		{Name: "DATA of padding", begin: first, step: func(c *client) error { return c.WriteDataPadded(1, false, nil, []byte{0}) }},
 		{Name: "WINDOW_UPDATE", begin: first, step: func(c *client) error { return c.WriteWindowUpdate(1, 1) }},
-		{Name: "windows of one byte", target: source, settings: []http2.Setting{{ID: http2.SettingInitialWindowSize}}, begin: func(c *client) error {
-			_ = crowd(c)
-			return c.WriteWindowUpdate(0, 1<<30)
-		}, step: func(c *client) error {
+		{Name: "windows of one byte", target: source, settings: []http2.Setting{{ID: http2.SettingInitialWindowSize}}, begin: wide, step: func(c *client) error {
 			c.turn = (c.turn + 1) % streams
 			return c.WriteWindowUpdate(uint32(2*c.turn+1), 1)
 		}},
@@ -106,15 +107,12 @@ func Kinds() []Kind {
 		}},
 
 		{Name: "windows of zero", Held: true, target: source, begin: crowd, settings: []http2.Setting{{ID: http2.SettingInitialWindowSize}}},
-		{Name: "windows that are never used", Held: true, target: source, begin: crowd, deaf: true, settings: widest},
-		{Name: "windows that are never used, with signs of life", Held: true, target: source, begin: crowd, deaf: true, settings: widest, step: func(c *client) error {
+		{Name: "windows that are never used", Held: true, target: source, begin: wide, deaf: true, settings: widest},
+		{Name: "windows that are never used, with signs of life", Held: true, target: source, begin: wide, deaf: true, settings: widest, step: func(c *client) error {
 			time.Sleep(100 * time.Millisecond)
 			return errors.Join(c.WritePing(true, [8]byte{}), c.w.Flush())
 		}},
-		{Name: "reading in drops", Held: true, target: source, begin: func(c *client) error {
-			_ = crowd(c)
-			return c.WriteWindowUpdate(0, 1<<30)
-		}, trickle: 50 * time.Millisecond, settings: widest},
+		{Name: "reading in drops", Held: true, target: source, begin: wide, trickle: 50 * time.Millisecond, settings: widest},
 		{Name: "applications that do not read", Held: true, target: deaf, begin: func(c *client) error {
 			_ = crowd(c)
 			for range 256 << 10 / block { // within what a new stream may send
