@@ -137,7 +137,7 @@ func TestAConnectionCostsFewSystemCallsAndAllocations(t *testing.T) {
 	meshed, meshedAllocs := cost(l.pods["catalog-1"], 2)
 	calls, allocs := meshed-direct, meshedAllocs-directAllocs
 	t.Logf("a connection takes %.1f system calls and %.1f allocations in both agents", calls, allocs)
-	if calls > 76 {
+	if calls > 72 {
 		t.Errorf("a connection takes %.1f system calls in both agents", calls)
 	}
 	if allocs > 140 && !raceEnabled {

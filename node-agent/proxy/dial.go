@@ -32,7 +32,8 @@ func (h *PodHandle) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, 
 	return c, nil
 }
 
-// dialApp connects to the pod's own application as if client did.
+// dialApp connects to the pod's own application as if client did. No probes keep the connection alive: both its ends are
+// in this kernel, and one that is gone has said so.
 func (h *PodHandle) dialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error) {
 	if client.Addr().Is4() != app.Addr().Is4() {
 		return nil, fail(AppRefused, "client %s and application %s are not of one address family", client, app)
@@ -43,7 +44,6 @@ func (h *PodHandle) dialApp(ctx context.Context, client, app netip.AddrPort) (*n
 	if err != nil {
 		return nil, fail(AppRefused, "connect to the application at %s: %w", app, err)
 	}
-	c.SetKeepAliveConfig(keepAlive)
 	return c, nil
 }
 
