@@ -6,12 +6,14 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/warrenmesh/warren/bpf"
+	"github.com/warrenmesh/warren/internal/netns"
 )
 
 // enrolled is a lab with both pods captured and servers everywhere.
@@ -293,4 +295,40 @@ func TestListenersGoneFailsClosed(t *testing.T) {
 	c, err := l.ui.dial(netip.AddrPortFrom(l.outside.v4, appPort))
 	check(t, err) // a destination outside the mesh needs no agent
 	c.Close()
+}
+
+// Between the agent and an application of the same namespace nothing paces; between nodes the node's choice stands.
+func TestSocketsOfApplicationsAreNotPaced(t *testing.T) {
+	l := enrolled(t)
+	control := func(fd uintptr) string {
+		name, err := unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION)
+		check(t, err)
+		return name
+	}
+	c, err := l.dp.DialInbound(context.Background(), l.cat.ns, l.outside.addrs(34569)[0], l.cat.addrs(appPort)[0])
+	check(t, err)
+	defer c.Close()
+	f, err := c.File()
+	check(t, err)
+	defer f.Close()
+	if got := control(f.Fd()); got != "reno" {
+		t.Errorf("to the application: %s", got)
+	}
+	ns, err := netns.New()
+	check(t, err)
+	defer ns.Close()
+	own, err := Listen(ns)
+	check(t, err)
+	defer own.Close()
+	if got := control(own.Outbound.Fd()); got != "reno" {
+		t.Errorf("from the application: %s", got)
+	}
+	plain, err := ns.Socket(unix.AF_INET, unix.SOCK_STREAM, unix.IPPROTO_TCP)
+	check(t, err)
+	defer unix.Close(plain)
+	for _, f := range []*os.File{own.Inbound, own.HBONE} {
+		if got, want := control(f.Fd()), control(uintptr(plain)); got != want {
+			t.Errorf("%s, from other nodes: %s, not %s", f.Name(), got, want)
+		}
+	}
 }

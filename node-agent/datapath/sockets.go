@@ -61,6 +61,9 @@ func ListenTransparent(ns *netns.Handle, port uint16) (*os.File, error) {
 		set = append(set, sockopt{unix.SOL_IPV6, unix.IPV6_V6ONLY, 0}, sockopt{unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1})
 		addr = &unix.SockaddrInet6{Port: int(port)}
 	}
+	if port == PortOutbound {
+		unpaced(fd)
+	}
 	if err = setAll(fd, set); err == nil {
 		if err = unix.Bind(fd, addr); err == nil {
 			err = unix.Listen(fd, backlog)
@@ -85,6 +88,13 @@ func (l Listeners) Close() error {
 }
 
 type sockopt struct{ level, name, value int }
+
+// unpaced is for a socket whose peer is an application in the same namespace, and for a listener of such. There is no
+// network in between that a congestion control could spare, and one that paces, as BBR does, programs a timer for
+// every 64 KiB. What the application sends is under the node's.
+func unpaced(fd int) {
+	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "reno") // without it all works as well
+}
 
 func setAll(fd int, opts []sockopt) error {
 	for _, o := range opts {
@@ -182,6 +192,7 @@ func (d *Datapath) prepareInbound(fd int, as netip.AddrPort) error {
 		transparent = sockopt{unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1}
 		addr = &unix.SockaddrInet6{Port: int(as.Port()), Addr: as.Addr().As16()}
 	}
+	unpaced(fd)
 	if err := setAll(fd, []sockopt{transparent, {unix.SOL_SOCKET, unix.SO_MARK, Mark}, {unix.SOL_SOCKET, unix.SO_REUSEADDR, 1}}); err != nil {
 		return err
 	}
