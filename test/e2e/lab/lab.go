@@ -225,8 +225,12 @@ func (l *Lab) BuildIstiod(ctx context.Context) (string, error) {
 // Install installs the chart, or upgrades it, and waits until it works. Pods of the same tag but of another
 // build are replaced.
 func (l *Lab) Install(ctx context.Context, set ...string) error {
+	wait := "--wait"
+	if slices.ContainsFunc(set, func(s string) bool { return strings.HasPrefix(s, "image.") }) {
+		wait = "--wait=legacy" // other images leave the holders alone (OnDelete), and the watcher waits for them too
+	}
 	args := []string{"upgrade", "--install", Release, filepath.Join(l.root, "charts", "warren"),
-		"--namespace", Namespace, "--create-namespace", "--wait", "--timeout", "180s"}
+		"--namespace", Namespace, "--create-namespace", wait, "--timeout", "180s"}
 	if l.build != "" {
 		args = append(args, "--set-string", "node.podAnnotations.build="+l.build,
 			"--set-string", "control.podAnnotations.build="+l.build)
