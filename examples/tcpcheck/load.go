@@ -38,7 +38,10 @@ func talk(ctx context.Context, addr string) (exchange, error) {
 	var d net.Dialer
 	start := time.Now()
 	c, err := d.DialContext(ctx, "tcp", addr)
-	if err != nil {
+	switch {
+	case errors.Is(err, syscall.ECONNRESET): // connected, and cut before this was seen: a SYN's reset is ECONNREFUSED
+		return exchange{}, fmt.Errorf("%w: %w", errCut, err)
+	case err != nil:
 		return exchange{}, fmt.Errorf("%w: %w", errConnect, err)
 	}
 	defer c.Close()
