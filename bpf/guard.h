@@ -6,6 +6,8 @@
  *
  *   any TCP packet of a captured socket -> drop: the pod's rule or route is gone, the mark was changed, the
  *                                          socket is bound to a device (also data of an open connection)
+ *   data of a direct socket that knows  -> redirected before all else: the packet is of its own connection, by
+ *   its way (near.h)                       its addresses and ports
  *   SYN of an agent's socket            -> pass
  *   SYN of a vouched socket             -> pass, unless the packet's destination is mesh (DNAT in the pod)
  *   SYN of a direct socket              -> pass, if the packet's destination is the pod that it was let go to;
@@ -22,18 +24,6 @@
 #include "near.h"
 #include "udp.h"
 
-#define TCP_SYN 0x02
-#define TCP_ACK 0x10
-
-struct tcp_header {
-	__u16 source;
-	__u16 destination;
-	__u32 sequence;
-	__u32 acknowledged;
-	__u8 offset;
-	__u8 flags;
-};
-
 struct arp_packet {
 	__u16 hardware, protocol;
 	__u8 hardware_len, protocol_len;
@@ -44,7 +34,7 @@ struct arp_packet {
 	__u8 target_ip[4];
 };
 
-static __always_inline int guard_tcp(struct __sk_buff *skb, const struct transport *t)
+static __always_inline int guard_tcp(struct __sk_buff *skb, struct bpf_sock *sk, const struct transport *t)
 {
 	struct tcp_header tcp;
 	if (bpf_skb_load_bytes(skb, t->at, &tcp, 14))
@@ -52,11 +42,8 @@ static __always_inline int guard_tcp(struct __sk_buff *skb, const struct transpo
 	bool syn = (tcp.flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 	struct flow f = {.client = t->src, .server = t->dst, .client_port = ntohs(tcp.source), .server_port = ntohs(tcp.destination)};
 
-	struct bpf_sock *sk = skb->sk;
-	if (sk)
-		sk = bpf_sk_fullsock(sk);
 	if (!sk)
-		return syn ? shoot(GUARD_DROP_NO_SOCKET) : near_packet(skb, t, &f, false, false);
+		return syn ? shoot(GUARD_DROP_NO_SOCKET) : near_packet(skb, t, 0, &f, false, false);
 
 	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
 	if (v && v->fate == FATE_CAPTURED)
@@ -64,7 +51,7 @@ static __always_inline int guard_tcp(struct __sk_buff *skb, const struct transpo
 	if (!syn) {
 		if (v && v->fate != FATE_DIRECT)
 			return TC_NEXT;
-		return near_packet(skb, t, &f, v != 0, sk->type == SOCK_STREAM);
+		return near_packet(skb, t, sk, &f, v != 0, sk->type == SOCK_STREAM);
 	}
 	if (bpf_sk_storage_get(&agent_sockets, sk, 0, 0)) {
 		count(GUARD_AGENT);
@@ -86,7 +73,7 @@ static __always_inline int guard_tcp(struct __sk_buff *skb, const struct transpo
 	return TC_NEXT;
 }
 
-static __always_inline int guard_ipv4(struct __sk_buff *skb, struct guarded *g)
+static __always_inline int guard_ipv4(struct __sk_buff *skb, struct bpf_sock *sk, struct guarded *g)
 {
 	struct transport t = {};
 	enum packet p = ipv4_transport(skb, &t);
@@ -97,7 +84,7 @@ static __always_inline int guard_ipv4(struct __sk_buff *skb, struct guarded *g)
 	bool own = addr_eq(&t.src, &g->v4);
 	switch (t.protocol) {
 	case IPPROTO_TCP:
-		return own ? guard_tcp(skb, &t) : shoot(GUARD_DROP_SOURCE);
+		return own ? guard_tcp(skb, sk, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_UDP:
 		if (own || t.src.w[3] == 0) /* 0: who has no address yet asks for one */
 			return udp_leaves(skb, &t);
@@ -111,7 +98,7 @@ static __always_inline bool link_local(const struct addr *a)
 	return (a->w[0] & htonl(0xffc00000)) == htonl(0xfe800000);
 }
 
-static __always_inline int guard_ipv6(struct __sk_buff *skb, struct guarded *g)
+static __always_inline int guard_ipv6(struct __sk_buff *skb, struct bpf_sock *sk, struct guarded *g)
 {
 	struct transport t = {};
 	enum packet p = ipv6_transport(skb, &t);
@@ -122,7 +109,7 @@ static __always_inline int guard_ipv6(struct __sk_buff *skb, struct guarded *g)
 	bool own = addr_eq(&t.src, &g->v6) || link_local(&t.src);
 	switch (t.protocol) {
 	case IPPROTO_TCP:
-		return own ? guard_tcp(skb, &t) : shoot(GUARD_DROP_SOURCE);
+		return own ? guard_tcp(skb, sk, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_UDP:
 		return own ? udp_leaves(skb, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_ICMPV6: {
@@ -156,6 +143,14 @@ static __always_inline int guard_arp(struct __sk_buff *skb, struct guarded *g)
 SEC("tc")
 int mesh_guard(struct __sk_buff *skb)
 {
+	struct bpf_sock *sk = skb->sk;
+	if (sk)
+		sk = bpf_sk_fullsock(sk);
+	if (sk) {
+		__u32 to = near_way(skb, sk);
+		if (to)
+			return bpf_redirect_peer(to, 0);
+	}
 	__u32 ifindex = skb->ifindex;
 	struct guarded *g = bpf_map_lookup_elem(&guards, &ifindex);
 	if (!g)
@@ -164,9 +159,9 @@ int mesh_guard(struct __sk_buff *skb)
 		return shoot(GUARD_DROP_VLAN);
 	switch (skb->protocol) {
 	case htons(ETH_P_IP):
-		return guard_ipv4(skb, g);
+		return guard_ipv4(skb, sk, g);
 	case htons(ETH_P_IPV6):
-		return guard_ipv6(skb, g);
+		return guard_ipv6(skb, sk, g);
 	case htons(ETH_P_ARP):
 		return guard_arp(skb, g);
 	case htons(ETH_P_8021Q):

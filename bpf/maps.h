@@ -178,6 +178,14 @@ struct {
 	PINNED;
 } nears SEC(".maps");
 
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct way);
+	PINNED;
+} ways SEC(".maps");
+
 /* Those of them that have ended, the oldest to be forgotten next. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);

@@ -122,10 +122,11 @@ const (
 )
 
 type MeshNear struct {
-	_      structs.HostLayout
-	Client uint32
-	Server uint32
-	Ended  uint32
+	_       structs.HostLayout
+	Client  uint32
+	Server  uint32
+	Ended   uint32
+	Packets uint32
 }
 
 type MeshOutcome uint32
@@ -314,6 +315,15 @@ type MeshVerdict struct {
 	Pad2      uint32
 }
 
+type MeshWay struct {
+	_          structs.HostLayout
+	Generation uint64
+	Flow       MeshFlow
+	From       uint32
+	To         uint32
+	_          [4]byte
+}
+
 type MeshWords struct {
 	_ structs.HostLayout
 	W [8]uint64
@@ -351,6 +361,7 @@ const (
 	MeshMapUdpLetIn          = "udp_let_in"
 	MeshMapUdpSources        = "udp_sources"
 	MeshMapVerdicts          = "verdicts"
+	MeshMapWays              = "ways"
 	MeshProgMeshConnect4     = "mesh_connect4"
 	MeshProgMeshConnect6     = "mesh_connect6"
 	MeshProgMeshGetpeername4 = "mesh_getpeername4"
@@ -364,6 +375,7 @@ const (
 	MeshVarUdpPeer           = "_udp_peer"
 	MeshVarCaptureMark       = "capture_mark"
 	MeshVarHookSeesAll       = "hook_sees_all"
+	MeshVarNearGeneration    = "near_generation"
 	MeshVarNodeCookie        = "node_cookie"
 	MeshVarPodSlot           = "pod_slot"
 	MeshVarPodV4             = "pod_v4"
@@ -454,21 +466,23 @@ type MeshMapSpecs struct {
 	UdpLetIn        *ebpf.MapSpec `ebpf:"udp_let_in"`
 	UdpSources      *ebpf.MapSpec `ebpf:"udp_sources"`
 	Verdicts        *ebpf.MapSpec `ebpf:"verdicts"`
+	Ways            *ebpf.MapSpec `ebpf:"ways"`
 }
 
 // MeshVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type MeshVariableSpecs struct {
-	Event       *ebpf.VariableSpec `ebpf:"_event"`
-	UdpFlow     *ebpf.VariableSpec `ebpf:"_udp_flow"`
-	UdpPeer     *ebpf.VariableSpec `ebpf:"_udp_peer"`
-	CaptureMark *ebpf.VariableSpec `ebpf:"capture_mark"`
-	HookSeesAll *ebpf.VariableSpec `ebpf:"hook_sees_all"`
-	NodeCookie  *ebpf.VariableSpec `ebpf:"node_cookie"`
-	PodSlot     *ebpf.VariableSpec `ebpf:"pod_slot"`
-	PodV4       *ebpf.VariableSpec `ebpf:"pod_v4"`
-	PodV6       *ebpf.VariableSpec `ebpf:"pod_v6"`
+	Event          *ebpf.VariableSpec `ebpf:"_event"`
+	UdpFlow        *ebpf.VariableSpec `ebpf:"_udp_flow"`
+	UdpPeer        *ebpf.VariableSpec `ebpf:"_udp_peer"`
+	CaptureMark    *ebpf.VariableSpec `ebpf:"capture_mark"`
+	HookSeesAll    *ebpf.VariableSpec `ebpf:"hook_sees_all"`
+	NearGeneration *ebpf.VariableSpec `ebpf:"near_generation"`
+	NodeCookie     *ebpf.VariableSpec `ebpf:"node_cookie"`
+	PodSlot        *ebpf.VariableSpec `ebpf:"pod_slot"`
+	PodV4          *ebpf.VariableSpec `ebpf:"pod_v4"`
+	PodV6          *ebpf.VariableSpec `ebpf:"pod_v6"`
 }
 
 // MeshObjects contains all objects after they have been loaded into the kernel.
@@ -519,6 +533,7 @@ type MeshMaps struct {
 	UdpLetIn        *ebpf.Map `ebpf:"udp_let_in"`
 	UdpSources      *ebpf.Map `ebpf:"udp_sources"`
 	Verdicts        *ebpf.Map `ebpf:"verdicts"`
+	Ways            *ebpf.Map `ebpf:"ways"`
 }
 
 func (m *MeshMaps) Close() error {
@@ -551,6 +566,7 @@ func (m *MeshMaps) Close() error {
 		m.UdpLetIn,
 		m.UdpSources,
 		m.Verdicts,
+		m.Ways,
 	)
 }
 
@@ -558,15 +574,16 @@ func (m *MeshMaps) Close() error {
 //
 // It can be passed to LoadMeshObjects or ebpf.CollectionSpec.LoadAndAssign.
 type MeshVariables struct {
-	Event       *ebpf.Variable `ebpf:"_event"`
-	UdpFlow     *ebpf.Variable `ebpf:"_udp_flow"`
-	UdpPeer     *ebpf.Variable `ebpf:"_udp_peer"`
-	CaptureMark *ebpf.Variable `ebpf:"capture_mark"`
-	HookSeesAll *ebpf.Variable `ebpf:"hook_sees_all"`
-	NodeCookie  *ebpf.Variable `ebpf:"node_cookie"`
-	PodSlot     *ebpf.Variable `ebpf:"pod_slot"`
-	PodV4       *ebpf.Variable `ebpf:"pod_v4"`
-	PodV6       *ebpf.Variable `ebpf:"pod_v6"`
+	Event          *ebpf.Variable `ebpf:"_event"`
+	UdpFlow        *ebpf.Variable `ebpf:"_udp_flow"`
+	UdpPeer        *ebpf.Variable `ebpf:"_udp_peer"`
+	CaptureMark    *ebpf.Variable `ebpf:"capture_mark"`
+	HookSeesAll    *ebpf.Variable `ebpf:"hook_sees_all"`
+	NearGeneration *ebpf.Variable `ebpf:"near_generation"`
+	NodeCookie     *ebpf.Variable `ebpf:"node_cookie"`
+	PodSlot        *ebpf.Variable `ebpf:"pod_slot"`
+	PodV4          *ebpf.Variable `ebpf:"pod_v4"`
+	PodV6          *ebpf.Variable `ebpf:"pod_v6"`
 }
 
 // MeshPrograms contains all programs after they have been loaded into the kernel.

@@ -4,7 +4,8 @@
  *
  *   TCP_CONNECT_CB  both pods may take the short way (user space says so, see datapath/near.go): written down
  *   its SYN         the guard asks the node's routing for the way. Not that veth: forgotten, and with it the short way
- *   every packet    from the pod that it is said to be from: redirected
+ *   every packet    from the pod that it is said to be from: redirected. The sockets of a connection that lasts know the
+ *                   way after some packets, so that nothing is looked up; until user space takes back any way
  *   STATE_CB        one end is closed, then the other: forgotten some thousand connections later
  *
  * All packets of a connection take the same way, so that conntrack sees all of it or nothing: one that saw a SYN and
@@ -23,6 +24,12 @@ enum near_ends {
 	NEAR_SERVER = 2,
 	NEAR_BOTH = 3,
 };
+
+/* Changed by user space after it has taken entries out of nears: ways of before do not hold. Of each loading its own. */
+SEC(".data.near") volatile __u64 near_generation = 0;
+
+/* After how many packets of both sides a socket learns its way: a short connection is not worth it. */
+#define NEAR_LASTS 16
 
 /* The short way is taken for both pods, or for neither. */
 static __always_inline void near_begin(const struct flow *f, const struct pod *client, __u64 server_cookie)
@@ -108,22 +115,76 @@ static __always_inline int near_syn(struct __sk_buff *skb, const struct transpor
 	return redirect(skb, t, n->server);
 }
 
+/* sk: that sent the packet, 0 if it is none that could know its way. */
+static __always_inline int near_known(struct __sk_buff *skb, const struct transport *t, struct bpf_sock *sk, const struct flow *f,
+				      struct near *n, __u64 generation, __u32 to)
+{
+	if (sk && n->packets < NEAR_LASTS) {
+		n->packets++; /* two at once: one more or less */
+	} else if (sk) {
+		struct way w = {.generation = generation, .flow = *f, .from = skb->ifindex, .to = to};
+		struct way *old = bpf_sk_storage_get(&ways, sk, &w, BPF_SK_STORAGE_GET_F_CREATE);
+		if (old && old->generation != generation)
+			*old = w;
+	}
+	return redirect(skb, t, to);
+}
+
 /* Any other packet, f as if its sender were the client. A socket of the kernel's own, which answers for connections that
  * are over, tells neither. */
-static __always_inline int near_packet(struct __sk_buff *skb, const struct transport *t, const struct flow *f, bool is_client,
-				       bool is_server)
+static __always_inline int near_packet(struct __sk_buff *skb, const struct transport *t, struct bpf_sock *sk, const struct flow *f,
+				       bool is_client, bool is_server)
 {
+	__u64 generation = near_generation; /* before what is looked up: see near_generation */
 	struct near *n;
 	if (!is_client) {
 		struct flow back = {.client = f->server, .server = f->client, .client_port = f->server_port, .server_port = f->client_port};
 		n = bpf_map_lookup_elem(&nears, &back);
 		if (n && n->server == skb->ifindex)
-			return redirect(skb, t, n->client);
+			return near_known(skb, t, is_server ? sk : 0, f, n, generation, n->client);
 		if (is_server)
 			return TC_NEXT;
 	}
 	n = bpf_map_lookup_elem(&nears, f);
 	if (!n || n->client != skb->ifindex)
 		return TC_NEXT;
-	return redirect(skb, t, n->server);
+	return near_known(skb, t, is_client ? sk : 0, f, n, generation, n->server);
+}
+
+/* Whether a packet is one of a flow that is under way, and nothing out of the ordinary. What is not has the long way
+ * round of the guard. */
+static __always_inline bool is_plainly(struct __sk_buff *skb, const struct flow *f)
+{
+	volatile struct __sk_buff *s = skb;
+	void *data = (void *)(unsigned long)s->data, *end = (void *)(unsigned long)s->data_end;
+	if (skb->vlan_present)
+		return false;
+	if (skb->protocol == htons(ETH_P_IP)) {
+		struct ipv4_header *ip = data + ETH_LEN;
+		struct tcp_header *tcp = (void *)(ip + 1);
+		if ((void *)(tcp + 1) > end)
+			return false;
+		return ip->version_ihl == 0x45 && ip->protocol == IPPROTO_TCP && ip->ttl > 1 &&
+		       !(ip->fragment & htons(MORE_FRAGMENTS | FRAGMENT_OFFSET)) && addr_is_v4(&f->client) &&
+		       ip->source == f->client.w[3] && ip->destination == f->server.w[3] && ntohs(tcp->source) == f->client_port &&
+		       ntohs(tcp->destination) == f->server_port && !(tcp->flags & TCP_SYN);
+	}
+	if (skb->protocol == htons(ETH_P_IPV6)) {
+		struct ipv6_header *ip = data + ETH_LEN;
+		struct tcp_header *tcp = (void *)(ip + 1);
+		if ((void *)(tcp + 1) > end)
+			return false;
+		return ip->next == IPPROTO_TCP && ip->hops > 1 && addr_eq(&ip->source, &f->client) && addr_eq(&ip->destination, &f->server) &&
+		       ntohs(tcp->source) == f->client_port && ntohs(tcp->destination) == f->server_port && !(tcp->flags & TCP_SYN);
+	}
+	return false;
+}
+
+/* A packet of a socket that knows its way: to which interface, or 0. */
+static __always_inline __u32 near_way(struct __sk_buff *skb, struct bpf_sock *sk)
+{
+	struct way *w = bpf_sk_storage_get(&ways, sk, 0, 0);
+	if (!w || w->generation != near_generation || w->from != skb->ifindex || skb->pkt_type != PACKET_HOST || !is_plainly(skb, &w->flow))
+		return 0;
+	return w->to;
 }

@@ -27,7 +27,18 @@ struct ipv6_header {
 	struct addr destination;
 };
 
+struct tcp_header {
+	__u16 source;
+	__u16 destination;
+	__u32 sequence;
+	__u32 acknowledged;
+	__u8 offset;
+	__u8 flags;
+};
+
 #define ETH_LEN 14
+#define TCP_SYN 0x02
+#define TCP_ACK 0x10
 #define FRAGMENT_OFFSET 0x1fff
 #define MORE_FRAGMENTS 0x2000
 #define MAX_EXTENSIONS 6

@@ -185,6 +185,15 @@ struct near {
 	__u32 client; /* node sides of the veths */
 	__u32 server;
 	__u32 ended; /* which ends are closed: enum near_ends */
+	__u32 packets;
+};
+
+/* The same, at a socket that has sent some packets already. */
+struct way {
+	__u64 generation; /* of near_generation */
+	struct flow flow; /* its packets, as if it were the client */
+	__u32 from;       /* node sides of the veths */
+	__u32 to;
 };
 
 /* How many connections the short way is remembered for after they have ended. */

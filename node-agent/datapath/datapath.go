@@ -189,6 +189,9 @@ func (d *Datapath) load() error {
 		}
 	}
 	d.spec = spec.Copy()
+	if err := spec.Variables[bpf.MeshVarNearGeneration].Set(uint64(time.Now().UnixNano())); err != nil {
+		return fmt.Errorf("set %s: %w", bpf.MeshVarNearGeneration, err)
+	}
 	err = spec.LoadAndAssign(&d.kernel, &ebpf.CollectionOptions{Maps: ebpf.MapOptions{PinPath: d.dir}})
 	if errors.Is(err, ebpf.ErrMapIncompatible) {
 		return fmt.Errorf("maps in %s were made by another build with the same schema name: %w", d.dir, err)

@@ -272,6 +272,7 @@ func (d *Datapath) sharedMaps() map[string]*ebpf.Map {
 		bpf.MeshMapUdpLetIn:        d.kernel.UdpLetIn,
 		bpf.MeshMapUdpSources:      d.kernel.UdpSources,
 		bpf.MeshMapVerdicts:        d.kernel.Verdicts,
+		bpf.MeshMapWays:            d.kernel.Ways,
 	}
 }
 

@@ -354,7 +354,19 @@ func (d *Datapath) forgetNears(flows []bpf.MeshFlow) error {
 			errs = append(errs, fmt.Errorf("end the short way of a connection: %w", err))
 		}
 	}
+	if len(flows) > 0 {
+		errs = append(errs, d.newGeneration())
+	}
 	return errors.Join(errs...)
+}
+
+// newGeneration has sockets look up their way again, which some know by heart. It is the time, so that it is no other
+// process's.
+func (d *Datapath) newGeneration() error {
+	if err := d.kernel.NearGeneration.Set(uint64(time.Now().UnixNano())); err != nil {
+		return fmt.Errorf("have sockets look up their ways again: %w", err)
+	}
+	return nil
 }
 
 // cut resets connections by their addresses, at both ends.

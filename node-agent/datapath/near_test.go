@@ -184,6 +184,9 @@ func TestDetours(t *testing.T) {
 			check(t, err)
 			_, _, err = seen(open)
 			check(t, err)
+			for range 20 { // its sockets know the way by heart
+				echoes(t, open)
+			}
 			defer open.Close()
 			var undo func()
 			err = l.node.Do(func() (err error) { undo, err = c.set(); return err })
