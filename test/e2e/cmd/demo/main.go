@@ -243,10 +243,14 @@ func printPairs(start, end []lab.Sample) int {
 	t := tabwriter.NewWriter(os.Stdout, 0, 0, 3, ' ', 0)
 	fmt.Fprintln(t, "  from\tto\tclient's identity\tserver's identity\tprotection\tconnections")
 	for _, p := range pairs {
-		if p.policy == "mutual_tls" {
+		n := counts[p]
+		switch {
+		case p.policy == "mutual_tls":
 			protected++
+		case p.policy == "unknown" && strings.HasPrefix(p.fromID, "spiffe://"): // the metrics' word for what nothing encrypts
+			p.policy = "same node, kernel"
 		}
-		fmt.Fprintf(t, "  %s\t%s\t%s\t%s\t%s\t%.0f\n", p.from, p.to, p.fromID, p.toID, p.policy, counts[p])
+		fmt.Fprintf(t, "  %s\t%s\t%s\t%s\t%s\t%.0f\n", p.from, p.to, p.fromID, p.toID, p.policy, n)
 	}
 	t.Flush()
 	return protected
