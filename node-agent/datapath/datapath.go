@@ -104,7 +104,8 @@ type Datapath struct {
 	drift map[string]uint64 // rows that an audit found wrong, by map
 	near  nearby
 
-	stopEvents context.CancelFunc // nil before Events
+	stopEvents  context.CancelFunc // nil before Events
+	eventsEnded chan struct{}      // closed when Events reads nothing more from the kernel
 }
 
 // record is a row of the pods map.
@@ -233,13 +234,18 @@ func uidOf(p *bpf.MeshPod) string {
 	return unix.ByteSliceToString(p.Uid[:])
 }
 
-// Close gives the lock back. Programs, links and pins stay: pods remain captured. Nothing may be dialled any more.
+// Close gives the lock back. Programs, links and pins stay: pods remain captured. Nothing may be dialled any more. It
+// waits for whoever ranges over Events.
 func (d *Datapath) Close() error {
 	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.stopEvents != nil {
-		d.stopEvents()
+	stop, ended := d.stopEvents, d.eventsEnded
+	d.mu.Unlock()
+	if stop != nil {
+		stop()
+		<-ended
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	d.spares.close()
 	err := errors.Join(d.kernel.Close(), d.schemas.close())
 	if d.ownsNode && d.node != nil {

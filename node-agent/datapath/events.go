@@ -91,19 +91,21 @@ const eventsEvery = 100 * time.Millisecond
 // events came while nobody read, are the outcomes event_limited and event_lost.
 func (d *Datapath) Events(ctx context.Context) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		ended := make(chan struct{})
+		defer close(ended)
+		d.mu.Lock()
+		yielded := d.lock == nil
+		d.stopEvents, d.eventsEnded = cancel, ended
+		d.mu.Unlock()
+		if yielded {
+			return
+		}
 		r, err := ringbuf.NewReader(d.kernel.Events)
 		if err != nil {
 			yield(Event{}, fmt.Errorf("read the kernel's events: %w", err))
 			return
-		}
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		d.mu.Lock()
-		yielded := d.lock == nil
-		d.stopEvents = cancel
-		d.mu.Unlock()
-		if yielded {
-			cancel()
 		}
 		stop := context.AfterFunc(ctx, func() { r.Close() })
 		defer stop()
