@@ -17,7 +17,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-const captureMark = 0x539
+// captureMark is what captures a packet, in the bits of captureMask.
+const (
+	captureMark = 0x539
+	captureMask = 0xfff
+)
 
 // connecting are the ways of an ordinary process: sockets, with whatever options.
 var connecting = map[string]way{

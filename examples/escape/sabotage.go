@@ -18,10 +18,15 @@ const captureTable = 1337
 // sabotage are the ways of a process with NET_ADMIN: it changes its own namespace and then connects.
 var sabotage = map[string]way{
 	"delete-rule": func(o options) (string, error) {
-		r := netlink.NewRule()
-		r.Family, r.Mark, r.Table = family(o.to.Addr()), captureMark, captureTable
-		if err := netlink.RuleDel(r); err != nil {
-			return "", fmt.Errorf("delete the rule: %w", err)
+		list, err := netlink.RuleListFiltered(family(o.to.Addr()), &netlink.Rule{Table: captureTable}, netlink.RT_FILTER_TABLE)
+		if err != nil || len(list) == 0 {
+			return "", fmt.Errorf("%d rules: %v", len(list), err)
+		}
+		for _, r := range list {
+			r.Family = family(o.to.Addr())
+			if err := netlink.RuleDel(&r); err != nil {
+				return "", fmt.Errorf("delete the rule: %w", err)
+			}
 		}
 		return dial(o, socket{})
 	},
@@ -39,7 +44,8 @@ var sabotage = map[string]way{
 	},
 	"earlier-rule": func(o options) (string, error) { // a rule of its own before the one that captures
 		r := netlink.NewRule()
-		r.Family, r.Priority, r.Mark, r.Table = family(o.to.Addr()), 1, captureMark, unix.RT_TABLE_MAIN
+		mask := uint32(captureMask)
+		r.Family, r.Priority, r.Mark, r.Mask, r.Table = family(o.to.Addr()), 1, captureMark, &mask, unix.RT_TABLE_MAIN
 		if err := netlink.RuleAdd(r); err != nil {
 			return "", fmt.Errorf("add a rule: %w", err)
 		}
