@@ -154,12 +154,7 @@ func underALimit(t *testing.T) {
 		failures++
 		t.Errorf("%+v, want some served and others refused", a)
 	}
-	for _, c := range open {
-		exchanges(t, c, 3)
-	}
-	if n := l.nodes["node-a"].metric("warren_connections_total", map[string]string{"outcome": "overloaded"}); n < 1 {
-		t.Error("no connection is counted as one too many")
-	}
+	l.spared(open)
 	_, err = crowd.end()
 	check(t, err)
 	eventually(t, "new connections are taken again", func() bool {

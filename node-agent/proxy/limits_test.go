@@ -53,12 +53,7 @@ func TestWithoutDescriptorsNewConnectionsAreReset(t *testing.T) {
 		failures++
 		t.Errorf("%+v, want some served and the others refused soon", a)
 	}
-	for _, c := range open {
-		exchanges(t, c, 3)
-	}
-	if n := l.nodes["node-a"].metric("warren_connections_total", map[string]string{"outcome": "overloaded"}); n < 1 {
-		t.Error("no connection is counted as one too many")
-	}
+	l.spared(open)
 	_, err = crowd.end()
 	check(t, err)
 	eventually(t, "the descriptors are given back", func() bool { return leftover().files <= before.files+16 }) // tunnels stay for a while
@@ -182,5 +177,16 @@ func TestWithoutMemoryWhatHoldsMostIsReset(t *testing.T) {
 	t.Logf("%d connections stood still, the first was reset with %d bytes held", n, b.memory.Held())
 	if resets == 0 {
 		t.Error("no connection was reset")
+	}
+}
+
+// spared holds that open connections go on while new ones are refused, and that these are counted.
+func (l *lab) spared(open []*net.TCPConn) {
+	l.t.Helper()
+	for _, c := range open {
+		exchanges(l.t, c, 3)
+	}
+	if n := l.nodes["node-a"].metric("warren_connections_total", map[string]string{"outcome": "overloaded"}); n < 1 {
+		l.t.Error("no connection is counted as one too many")
 	}
 }
