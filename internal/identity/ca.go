@@ -32,6 +32,7 @@ type CAConfig struct {
 type CA struct {
 	conn *grpc.ClientConn
 	stub ca.IstioCertificateServiceClient
+	own  bool // only for itself
 }
 
 // NewCA prepares a client; the connection is made when it is needed.
@@ -41,6 +42,15 @@ func NewCA(cfg CAConfig) (*CA, error) {
 		return nil, fmt.Errorf("preparing the connection to the CA %s: %w", cfg.Address, err)
 	}
 	return NewCAOn(conn), nil
+}
+
+// NewOwnCA prepares a client that asks for nothing but the certificate of the service account it runs as.
+func NewOwnCA(cfg CAConfig) (*CA, error) {
+	c, err := NewCA(cfg)
+	if err == nil {
+		c.own = true
+	}
+	return c, err
 }
 
 // NewCAOn uses a connection that is there; Close closes it.
@@ -53,13 +63,11 @@ func (c *CA) Close() error { return c.conn.Close() }
 
 // Sign asks for a certificate of id.
 func (c *CA) Sign(ctx context.Context, id mesh.Identity, csr []byte, ttl time.Duration) ([]string, error) {
-	resp, err := c.stub.CreateCertificate(ctx, &ca.IstioCertificateRequest{
-		Csr:              string(csr),
-		ValidityDuration: int64(ttl / time.Second),
-		Metadata: &structpb.Struct{Fields: map[string]*structpb.Value{
-			"ImpersonatedIdentity": structpb.NewStringValue(id.String()),
-		}},
-	})
+	req := &ca.IstioCertificateRequest{Csr: string(csr), ValidityDuration: int64(ttl / time.Second)}
+	if !c.own {
+		req.Metadata = &structpb.Struct{Fields: map[string]*structpb.Value{"ImpersonatedIdentity": structpb.NewStringValue(id.String())}}
+	}
+	resp, err := c.stub.CreateCertificate(ctx, req)
 	if err != nil {
 		return nil, fmt.Errorf("asking the CA for a certificate of %s: %w", id, err)
 	}

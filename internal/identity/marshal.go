@@ -46,6 +46,22 @@ func Marshal(bundles []*Bundle) ([]byte, error) {
 	return out.Bytes(), nil
 }
 
+// PEM returns the certificate with its key and the roots, for a TLS implementation in another process of this pod. It is
+// a secret: it must not reach a disk.
+func (b *Bundle) PEM() (chain, key, roots []byte, err error) {
+	der, err := x509.MarshalPKCS8PrivateKey(b.cert.PrivateKey)
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("writing the certificate of %s: %w", b.ID, err)
+	}
+	for _, c := range b.cert.Certificate {
+		chain = append(chain, pem.EncodeToMemory(&pem.Block{Type: blockCert, Bytes: c})...)
+	}
+	for _, c := range b.roots.certs {
+		roots = append(roots, pem.EncodeToMemory(&pem.Block{Type: blockCert, Bytes: c.Raw})...)
+	}
+	return chain, pem.EncodeToMemory(&pem.Block{Type: blockKey, Bytes: der}), roots, nil
+}
+
 // Unmarshal reads what Marshal wrote. Every Bundle is checked as NewBundle does. Errors never quote a key.
 func Unmarshal(data []byte) ([]*Bundle, error) {
 	var bundles []*Bundle

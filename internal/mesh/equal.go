@@ -21,7 +21,7 @@ func (w *Workload) Equal(o *Workload) bool {
 		maps.EqualFunc(w.Services, o.Services, slices.Equal) &&
 		slices.Equal(w.Policies, o.Policies) && slices.Equal(w.Audits, o.Audits) &&
 		w.Waypoint.Equal(o.Waypoint) && w.NetworkGateway.Equal(o.NetworkGateway) &&
-		w.AppTunnel == o.AppTunnel
+		w.AppTunnel == o.AppTunnel && maps.Equal(w.Labels, o.Labels)
 }
 
 // Equal reports whether two gateways are the same.
@@ -41,7 +41,8 @@ func (s *Service) Equal(o *Service) bool {
 		slices.Equal(s.VIPs, o.VIPs) && slices.Equal(s.VIPNets, o.VIPNets) &&
 		slices.Equal(s.Ports, o.Ports) && slices.Equal(s.SANs, o.SANs) &&
 		s.Waypoint.Equal(o.Waypoint) && s.IngressUseWaypoint == o.IngressUseWaypoint &&
-		s.LB.Equal(o.LB) && s.Canonical == o.Canonical && s.NamespaceOnly == o.NamespaceOnly
+		s.LB.Equal(o.LB) && s.Canonical == o.Canonical && s.NamespaceOnly == o.NamespaceOnly &&
+		equalHTTP(s, o)
 }
 
 // Equal reports whether two settings are the same.

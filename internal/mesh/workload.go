@@ -59,7 +59,8 @@ type Workload struct {
 	NetworkGateway *Gateway
 
 	AppTunnel AppTunnel
-	Revision  uint64 // of the Snapshot in which it last changed
+	Labels    map[string]string // by which subsets choose; not sent to nodes
+	Revision  uint64            // of the Snapshot in which it last changed
 }
 
 // AppTunnel says that the workload wants the connection wrapped by its own protocol (sandwiched gateways).
@@ -97,7 +98,12 @@ type Service struct {
 	LB                 LoadBalancing
 	Canonical          bool
 	NamespaceOnly      bool // visible in its own namespace alone (exportTo)
-	Revision           uint64
+
+	// For waypoints alone; not sent to nodes.
+	HTTP    []HTTPRule // nil: requests go to the service as they come
+	Subsets []Subset
+
+	Revision uint64
 }
 
 // NetPrefix is a prefix in a network.

@@ -1,0 +1,157 @@
+package mesh
+
+import (
+	"reflect"
+	"time"
+)
+
+// HTTPRule is one rule of a service's HTTP routing. Of a service's rules the first that matches a request decides; a
+// request that none matches is answered with 404. Nodes know nothing of them: they are for waypoints.
+type HTTPRule struct {
+	Name    string      // for logs: who wrote it, and the rule's own name
+	Matches []HTTPMatch // one of them has to match; empty: every request does
+
+	// What becomes of a request: exactly one of these.
+	Backends []HTTPBackend
+	Redirect *HTTPRedirect
+	Direct   *HTTPDirect
+	Invalid  string // why the rule cannot be followed: its requests are answered with 500
+
+	Rewrite  *HTTPRewrite
+	Request  HTTPHeaders
+	Response HTTPHeaders
+	Timeout  time.Duration // 0: none
+	Retries  *HTTPRetries  // nil: the default
+	Delay    *HTTPDelay
+	Abort    *HTTPAbort
+	Mirrors  []HTTPMirror
+	CORS     *HTTPCORS
+}
+
+// TextKind says how a TextMatch compares.
+type TextKind uint8
+
+const (
+	TextAny    TextKind = iota // whatever the value is
+	TextExact                  // the whole value
+	TextPrefix                 // its beginning
+	TextPath                   // its beginning, up to a slash or the end
+	TextRegex                  // the whole value, RE2
+	TextAbsent                 // there is no value
+)
+
+// TextMatch is a condition on one value.
+type TextMatch struct {
+	Kind  TextKind
+	Value string
+}
+
+// NamedMatch is a condition on a header or a query parameter.
+type NamedMatch struct {
+	Name   string
+	Match  TextMatch
+	Invert bool
+}
+
+// HTTPMatch holds where all its conditions do.
+type HTTPMatch struct {
+	Port       uint16 // of the service; 0: any
+	Path       TextMatch
+	IgnoreCase bool // of the path
+	Method     TextMatch
+	Scheme     TextMatch
+	Authority  TextMatch
+	Headers    []NamedMatch
+	Query      []NamedMatch
+}
+
+// HTTPBackend is where a share of the requests goes.
+type HTTPBackend struct {
+	Service  ServiceName
+	Subset   string // "" for all endpoints
+	Port     uint16 // 0: that of the request
+	Weight   uint32
+	Request  HTTPHeaders
+	Response HTTPHeaders
+}
+
+// HTTPHeader is a header and its value.
+type HTTPHeader struct{ Name, Value string }
+
+// HTTPHeaders changes headers; what is set replaces, what is added comes beside.
+type HTTPHeaders struct {
+	Set, Add []HTTPHeader
+	Remove   []string
+}
+
+// HTTPRedirect answers with another address. Empty fields keep what the request has.
+type HTTPRedirect struct {
+	Scheme, Host, Path string
+	Prefix             *string // replaces what was matched of the path
+	Port               uint16
+	Code               uint32
+}
+
+// HTTPDirect answers without a backend.
+type HTTPDirect struct {
+	Status uint32
+	Body   string
+}
+
+// HTTPRewrite changes the request on its way. At most one of Prefix, Path and Regex is set.
+type HTTPRewrite struct {
+	Host         string
+	Prefix       *string // replaces the prefix that was matched
+	Path         *string // replaces the whole path
+	Regex        string  // what of the path is replaced by Substitution
+	Substitution string
+}
+
+// HTTPRetries says when a request is tried again.
+type HTTPRetries struct {
+	Attempts    uint32 // beside the first; 0: none
+	PerTry      time.Duration
+	On          string // Envoy's words; "": the default
+	StatusCodes []uint32
+}
+
+// HTTPDelay holds up a share of requests.
+type HTTPDelay struct {
+	Fixed      time.Duration
+	Millionths uint32
+}
+
+// HTTPAbort fails a share of requests.
+type HTTPAbort struct {
+	Status, GRPC uint32 // one of them
+	Millionths   uint32
+}
+
+// HTTPMirror sends a copy of a share of requests to another backend, whose answers nobody reads.
+type HTTPMirror struct {
+	Backend    HTTPBackend
+	Millionths uint32
+}
+
+// HTTPCORS answers preflight requests.
+type HTTPCORS struct {
+	Origins       []TextMatch
+	Methods       []string
+	AllowHeaders  []string
+	ExposeHeaders []string
+	MaxAge        time.Duration
+	Credentials   bool
+}
+
+// Million is all requests, where a share is given in millionths.
+const Million = 1_000_000
+
+// Subset are the endpoints of a service that have certain labels.
+type Subset struct {
+	Name   string
+	Labels map[string]string
+}
+
+func equalHTTP(a, b *Service) bool {
+	return reflect.DeepEqual(a.HTTP, b.HTTP) && reflect.DeepEqual(a.Subsets, b.Subsets)
+}

@@ -1,0 +1,302 @@
+package interop
+
+import (
+	"bufio"
+	"context"
+	"crypto/tls"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	istioapi "istio.io/api/networking/v1alpha3"
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	istiofake "istio.io/client-go/pkg/clientset/versioned/fake"
+	authenticationv1 "k8s.io/api/authentication/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/client-go/kubernetes/fake"
+	k8stesting "k8s.io/client-go/testing"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	gatewayfake "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned/fake"
+	"sigs.k8s.io/yaml"
+
+	"github.com/warrenmesh/warren/controlplane"
+	"github.com/warrenmesh/warren/internal/identity"
+	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/node-agent/hbone"
+	"github.com/warrenmesh/warren/waypoint/bootstrap"
+)
+
+const ownNetwork = "WARREN_TEST_OWN_NETWORK"
+
+// TestWaypointServes runs a waypoint, its Envoy and a control plane, everything but Kubernetes: the certificate comes from
+// the CA, the configuration from the objects, and a client's tunnel leads to the endpoints that a VirtualService says. It
+// has a network of its own, because a waypoint's ports are given.
+func TestWaypointServes(t *testing.T) {
+	bin := envoyBinary(t)
+	if os.Getenv(ownNetwork) == "" {
+		if os.Geteuid() != 0 {
+			t.Skip("a network of one's own needs root")
+		}
+		cmd := exec.CommandContext(t.Context(), "unshare", "-n", "sh", "-c", `ip link set lo up && exec "$0" -test.run '^TestWaypointServes$' -test.timeout 5m`, os.Args[0])
+		cmd.Env = append(os.Environ(), ownNetwork+"=1", "WARREN_ENVOY="+bin,
+			"KUBE_FEATURE_WatchListClient=false") // the fakes cannot do it
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	kube, istio, gateways := waypointCluster(t)
+	done := make(chan error, 2)
+	go func() {
+		done <- controlplane.Run(ctx, controlplane.Config{XDSAddr: "127.0.0.1:15012", Log: slog.New(slog.DiscardHandler)},
+			controlplane.Clients{Kube: kube, Istio: istio, Gateways: gateways})
+	}()
+	dir := t.TempDir()
+	write := func(name string, b []byte) string {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	var root []byte
+	await(t, "the mesh's root", func() error {
+		cm, err := kube.CoreV1().ConfigMaps("shop").Get(ctx, "istio-ca-root-cert", metav1.GetOptions{})
+		if err == nil {
+			root = []byte(cm.Data["root-cert.pem"])
+		}
+		return err
+	})
+	cfg := bootstrap.Config{
+		PodName: "way-1", PodNamespace: "shop", PodIP: "127.0.0.9", ServiceAccount: "way", TrustDomain: "cluster.local", ClusterID: "Kubernetes",
+		ControlAddress: "127.0.0.1:15012", ControlName: "istiod.istio-system.svc", RootFile: write("root.pem", root), TokenFile: write("token", []byte("way")),
+		Envoy: bin, RunDir: dir, Concurrency: 1, Drain: time.Second, LogLevel: "error", StatusAddr: "127.0.0.1:15021", TelemetryAddr: "127.0.0.1:15020", AdminPort: 15000,
+		Log: slog.New(slog.DiscardHandler),
+	}
+	running, end := context.WithCancel(ctx)
+	go func() { done <- bootstrap.Run(running, cfg) }()
+	t.Cleanup(func() {
+		end()
+		if err := <-done; err != nil {
+			t.Errorf("the waypoint ended: %v", err)
+		}
+		stop()
+		if err := <-done; err != nil {
+			t.Errorf("the control plane ended: %v", err)
+		}
+	})
+	await(t, "readiness", func() error { return fetch("http://127.0.0.1:15021/healthz/ready") })
+
+	// The client is a pod that the CA knows.
+	ca, err := identity.NewOwnCA(identity.CAConfig{Address: cfg.ControlAddress, ServerName: cfg.ControlName, Roots: identity.ControlPlaneRoots{File: cfg.RootFile}, TokenFile: write("client", []byte("client"))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ca.Close()
+	manager := identity.NewManager(identity.Config{Signer: ca, RootFile: cfg.RootFile, Log: cfg.Log})
+	go func() { _ = manager.Run(ctx) }()
+	me, err := manager.Bundle(ctx, mesh.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: "client"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := mesh.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: "way"}.String()
+	tunnels := hbone.NewPool(hbone.PoolConfig{Dial: func(ctx context.Context, k hbone.Key) (net.Conn, error) {
+		var d net.Dialer
+		c, err := d.DialContext(ctx, "tcp", k.Addr.String())
+		if err != nil {
+			return nil, err
+		}
+		tc := tls.Client(c, me.ClientTLS(k.Wanted()))
+		return tc, tc.HandshakeContext(ctx)
+	}})
+	defer tunnels.Close()
+	get := func(authority, path string, headers ...string) (int, string, error) {
+		st, _, err := tunnels.Open(ctx, hbone.Key{Src: me.ID, Want: hbone.WantKey([]string{want}), Addr: netip.MustParseAddrPort("127.0.0.1:15008")}, hbone.Request{Authority: authority})
+		if err != nil {
+			return 0, "", err
+		}
+		defer st.Close()
+		_, err = fmt.Fprintf(st, "GET %s HTTP/1.1\r\nhost: inventory\r\n%s\r\n", path, strings.Join(headers, ""))
+		if err != nil {
+			return 0, "", err
+		}
+		res, err := http.ReadResponse(bufio.NewReader(st), nil)
+		if err != nil {
+			return 0, "", err
+		}
+		defer res.Body.Close()
+		b, err := io.ReadAll(res.Body)
+		return res.StatusCode, string(b), err
+	}
+	await(t, "an answer", func() error {
+		code, body, err := get("10.96.0.9:80", "/")
+		if err == nil && code != 200 {
+			err = fmt.Errorf("%d %s", code, body)
+		}
+		return err
+	})
+	if _, body, err := get("10.96.0.9:80", "/", "x-envoy-original-path: /x\r\n", "x-forwarded-client-cert: By=me\r\n", "x-envoy-max-retries: 9\r\n"); err != nil || strings.Contains(strings.ToLower(body), "x-envoy") || strings.Contains(strings.ToLower(body), "client-cert") {
+		t.Errorf("what a client says of itself reaches the application: %v\n%s", err, body)
+	}
+	if code, body, err := get("10.96.0.77:80", "/"); err == nil {
+		t.Errorf("an address that is not bound is answered: %d %s", code, body)
+	}
+
+	// A change reaches the next request.
+	apply := func(spec string) {
+		t.Helper()
+		v := &networkingv1.VirtualService{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "inventory"}}
+		if err := yaml.Unmarshal([]byte("hosts: [inventory]\n"+spec), &v.Spec); err != nil {
+			t.Fatal(err)
+		}
+		api := istio.NetworkingV1().VirtualServices("shop")
+		_, err := api.Update(ctx, v, metav1.UpdateOptions{})
+		if err != nil {
+			_, err = api.Create(ctx, v, metav1.CreateOptions{})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	shares := func(n int) (v1, v2 int) {
+		for range n {
+			_, body, err := get("10.96.0.9:80", "/")
+			if err != nil {
+				t.Fatal(err)
+			}
+			v1 += strings.Count(body, "version v1")
+			v2 += strings.Count(body, "version v2")
+		}
+		return v1, v2
+	}
+	apply(`http: [{route: [{destination: {host: inventory, subset: v2}}]}]`)
+	await(t, "everything to v2", func() error {
+		if v1, v2 := shares(20); v1 != 0 || v2 != 20 {
+			return fmt.Errorf("v1 got %d of 20", v1)
+		}
+		return nil
+	})
+	apply(`http: [{route: [{destination: {host: inventory, subset: v1}, weight: 80}, {destination: {host: inventory, subset: v2}, weight: 20}]}]`)
+	await(t, "80 and 20", func() error {
+		if v1, v2 := shares(500); v1+v2 != 500 || v1 < 350 || v1 > 450 {
+			return fmt.Errorf("v1 got %d, v2 %d of 500", v1, v2)
+		}
+		return nil
+	})
+	apply(`http: [{match: [{uri: {prefix: /old}}], redirect: {uri: /new, redirectCode: 308}}, {fault: {abort: {httpStatus: 418, percentage: {value: 100}}}, route: [{destination: {host: inventory}}]}]`)
+	await(t, "the fault", func() error {
+		code, _, err := get("10.96.0.9:80", "/")
+		if err == nil && code != 418 {
+			err = fmt.Errorf("%d", code)
+		}
+		return err
+	})
+	if code, _, err := get("10.96.0.9:80", "/old/x"); err != nil || code != 308 {
+		t.Errorf("%d %v instead of a redirect", code, err)
+	}
+}
+
+func fetch(url string) error {
+	res, err := http.Get(url)
+	if err != nil {
+		return err
+	}
+	res.Body.Close()
+	if res.StatusCode != 200 {
+		return fmt.Errorf("%s: %s", url, res.Status)
+	}
+	return nil
+}
+
+func await(t *testing.T, what string, ok func() error) {
+	t.Helper()
+	deadline := time.Now().Add(time.Minute)
+	for {
+		err := ok()
+		if err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: %v", what, err)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+// waypointCluster has a waypoint, two versions of a service on loopback addresses and a client.
+func waypointCluster(t *testing.T) (*fake.Clientset, *istiofake.Clientset, *gatewayfake.Clientset) {
+	pod := func(name, account, ip string, labels map[string]string) *corev1.Pod {
+		return &corev1.Pod{
+			ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, UID: types.UID("uid-" + name), Labels: labels},
+			Spec:       corev1.PodSpec{NodeName: "n1", ServiceAccountName: account},
+			Status: corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip, PodIPs: []corev1.PodIP{{IP: ip}},
+				Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}},
+		}
+	}
+	for i, version := range []string{"v1", "v2"} {
+		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			fmt.Fprintln(w, "version", version)
+			_ = r.Header.Write(w)
+		})}
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.1.%d:8080", i+1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() { _ = srv.Serve(l) }()
+		t.Cleanup(func() { _ = srv.Close() })
+	}
+	kube := fake.NewClientset(
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"istio.io/use-waypoint": "way"}}},
+		pod("way-1", "way", "127.0.0.9", nil), pod("client", "client", "127.0.0.8", nil),
+		pod("inventory-1", "inventory", "127.0.1.1", map[string]string{"app": "inventory", "version": "v1"}),
+		pod("inventory-2", "inventory", "127.0.1.2", map[string]string{"app": "inventory", "version": "v2"}),
+		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "inventory"}, Spec: corev1.ServiceSpec{
+			ClusterIP: "10.96.0.9", ClusterIPs: []string{"10.96.0.9"}, Selector: map[string]string{"app": "inventory"},
+			Ports: []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(8080), Protocol: corev1.ProtocolTCP}},
+		}},
+	)
+	kube.PrependReactor("create", "tokenreviews", func(a k8stesting.Action) (bool, runtime.Object, error) {
+		r := a.(k8stesting.CreateAction).GetObject().(*authenticationv1.TokenReview).DeepCopy()
+		account := r.Spec.Token
+		name := map[string]string{"way": "way-1", "client": "client"}[account]
+		r.Status = authenticationv1.TokenReviewStatus{Authenticated: name != "", Audiences: []string{"istio-ca"}, User: authenticationv1.UserInfo{
+			Username: "system:serviceaccount:shop:" + account,
+			Extra: map[string]authenticationv1.ExtraValue{
+				"authentication.kubernetes.io/pod-name": {name}, "authentication.kubernetes.io/pod-uid": {"uid-" + name}, "authentication.kubernetes.io/node-name": {"n1"},
+			},
+		}}
+		return true, r, nil
+	})
+	kube.Resources = []*metav1.APIResourceList{
+		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}}},
+		{GroupVersion: "gateway.networking.k8s.io/v1", APIResources: []metav1.APIResource{{Name: "gateways"}}},
+	}
+	istio := istiofake.NewSimpleClientset(&networkingv1.DestinationRule{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "inventory"},
+		Spec: istioapi.DestinationRule{Host: "inventory", Subsets: []*istioapi.Subset{
+			{Name: "v1", Labels: map[string]string{"version": "v1"}}, {Name: "v2", Labels: map[string]string{"version": "v2"}},
+		}},
+	})
+	gateways := gatewayfake.NewSimpleClientset()
+	if _, err := gateways.GatewayV1().Gateways("shop").Create(t.Context(), &gatewayv1.Gateway{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "way", UID: "g1"},
+		Spec:       gatewayv1.GatewaySpec{GatewayClassName: "istio-waypoint", Listeners: []gatewayv1.Listener{{Name: "mesh", Port: 15008, Protocol: "HBONE"}}},
+	}, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	return kube, istio, gateways
+}

@@ -1,0 +1,233 @@
+package waypoint
+
+import (
+	"encoding/json"
+	"flag"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/proto"
+	"sigs.k8s.io/yaml"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+var (
+	gateway = mesh.ServiceName{Namespace: "shop", Hostname: "way.shop.svc.cluster.local"}
+	catalog = mesh.ServiceName{Namespace: "shop", Hostname: "catalog.shop.svc.cluster.local"}
+	stock   = mesh.ServiceName{Namespace: "shop", Hostname: "stock.shop.svc.cluster.local"}
+)
+
+// shop is a catalog of two versions, of which one has no tunnel, and a stock service behind the same waypoint.
+func shop(change func(*mesh.Service)) *mesh.Snapshot {
+	b := mesh.NewBuilder(nil)
+	b.SetConfig(mesh.Config{TrustDomain: "cluster.local", Cluster: "Kubernetes", ClusterDomain: "cluster.local", RootNamespace: "istio-system"})
+	bound := &mesh.Gateway{Service: gateway, HBONEPort: mesh.HBONEPort}
+	svc := &mesh.Service{
+		Name: catalog, Short: "catalog", Canonical: true, Waypoint: bound,
+		VIPs:  []mesh.NetAddr{{Addr: netip.MustParseAddr("10.96.0.10")}},
+		Ports: []mesh.ServicePort{{Port: 80, Target: 8080, App: mesh.AppHTTP1}},
+	}
+	if change != nil {
+		change(svc)
+	}
+	b.PutService(svc)
+	b.PutService(&mesh.Service{
+		Name: stock, Short: "stock", Canonical: true, Waypoint: bound,
+		VIPs:  []mesh.NetAddr{{Addr: netip.MustParseAddr("10.96.0.11")}, {Addr: netip.MustParseAddr("fd00::11")}},
+		Ports: []mesh.ServicePort{{Port: 50051, Target: 50051, App: mesh.AppGRPC}, {Port: 9000, Target: 9000}, {Port: 3306, Target: 3306, App: mesh.AppTCP}},
+	})
+	b.PutService(&mesh.Service{Name: gateway, Short: "way", Canonical: true, Ports: []mesh.ServicePort{{Port: 15008, Target: 15008}}})
+	backs := func(n mesh.ServiceName, ports ...mesh.ServicePort) map[mesh.ServiceName][]mesh.ServicePort {
+		return map[mesh.ServiceName][]mesh.ServicePort{n: ports}
+	}
+	for i, w := range []*mesh.Workload{
+		{Name: "catalog-1", Tunnel: mesh.TunnelHBONE, Healthy: true, Labels: map[string]string{"version": "v1"}, Services: backs(catalog, mesh.ServicePort{Port: 80, Target: 8080})},
+		{Name: "catalog-2", Healthy: true, Labels: map[string]string{"version": "v2"}, Services: backs(catalog, mesh.ServicePort{Port: 80, Target: 8080})},
+		{Name: "stock-1", Tunnel: mesh.TunnelHBONE, Services: backs(stock, mesh.ServicePort{Port: 50051, Target: 50051})},
+	} {
+		w.UID, w.Namespace = "Kubernetes//Pod/shop/"+w.Name, "shop"
+		w.Addrs = []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)})}
+		b.PutWorkload(w)
+	}
+	return b.Commit(1)
+}
+
+func text(kind mesh.TextKind, v string) mesh.TextMatch { return mesh.TextMatch{Kind: kind, Value: v} }
+
+func to(subset string, weight uint32) mesh.HTTPBackend {
+	return mesh.HTTPBackend{Service: catalog, Subset: subset, Weight: weight}
+}
+
+var versions = []mesh.Subset{{Name: "v1", Labels: map[string]string{"version": "v1"}}, {Name: "v2", Labels: map[string]string{"version": "v2"}}}
+
+// rules makes the catalog's routing.
+func rules(all ...mesh.HTTPRule) func(*mesh.Service) {
+	return func(s *mesh.Service) { s.HTTP, s.Subsets = all, versions }
+}
+
+func one(r mesh.HTTPRule) func(*mesh.Service) {
+	if r.Redirect == nil && r.Direct == nil && len(r.Backends) == 0 {
+		r.Backends = []mesh.HTTPBackend{to("", 1)}
+	}
+	return rules(r)
+}
+
+func ptr[T any](v T) *T { return &v }
+
+var cases = map[string]func(*mesh.Service){
+	"plain": nil,
+	"split": one(mesh.HTTPRule{Name: "shop/canary/0", Backends: []mesh.HTTPBackend{to("v1", 80), to("v2", 20)}}),
+	"matches": rules(
+		mesh.HTTPRule{Name: "exact", Backends: []mesh.HTTPBackend{to("v1", 1)}, Matches: []mesh.HTTPMatch{
+			{Path: text(mesh.TextExact, "/one"), Method: text(mesh.TextExact, "GET")},
+			{Path: text(mesh.TextPrefix, "/two"), IgnoreCase: true, Scheme: text(mesh.TextExact, "http"), Authority: text(mesh.TextPrefix, "catalog")},
+			{Path: text(mesh.TextPath, "/three/"), Query: []mesh.NamedMatch{{Name: "a", Match: text(mesh.TextExact, "1")}, {Name: "b"}}},
+		}},
+		mesh.HTTPRule{Name: "headers", Backends: []mesh.HTTPBackend{to("v2", 1)}, Matches: []mesh.HTTPMatch{{
+			Path: text(mesh.TextRegex, "/v[0-9]+/.*"),
+			Headers: []mesh.NamedMatch{
+				{Name: "end-user", Match: text(mesh.TextExact, "jason")}, {Name: "x-any"}, {Name: "x-none", Match: text(mesh.TextAbsent, "")},
+				{Name: "x-not", Match: text(mesh.TextRegex, "a.*"), Invert: true},
+			},
+		}, {Port: 81}}},
+	),
+	"retries":  one(mesh.HTTPRule{Timeout: 3 * time.Second, Retries: &mesh.HTTPRetries{Attempts: 3, PerTry: time.Second, On: "gateway-error", StatusCodes: []uint32{503}}}),
+	"faults":   one(mesh.HTTPRule{Delay: &mesh.HTTPDelay{Fixed: 2 * time.Second, Millionths: 100_000}, Abort: &mesh.HTTPAbort{Status: 555, Millionths: mesh.Million}}),
+	"redirect": one(mesh.HTTPRule{Redirect: &mesh.HTTPRedirect{Scheme: "https", Host: "other.example", Path: "/there", Port: 8443, Code: 308}}),
+	"direct":   one(mesh.HTTPRule{Direct: &mesh.HTTPDirect{Status: 418, Body: "no"}}),
+	"rewrite": rules(
+		mesh.HTTPRule{Name: "prefix", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/a")}}, Backends: []mesh.HTTPBackend{to("", 1)}, Rewrite: &mesh.HTTPRewrite{Host: "b.example", Prefix: ptr("/")}},
+		mesh.HTTPRule{Name: "whole", Backends: []mesh.HTTPBackend{to("", 1)}, Rewrite: &mesh.HTTPRewrite{Path: ptr("/x")}},
+	),
+	"headers": one(mesh.HTTPRule{
+		Request:  mesh.HTTPHeaders{Set: []mesh.HTTPHeader{{Name: "x-set", Value: "100%"}}, Add: []mesh.HTTPHeader{{Name: "x-add", Value: "1"}}, Remove: []string{"x-gone"}},
+		Response: mesh.HTTPHeaders{Set: []mesh.HTTPHeader{{Name: "x-answer", Value: "yes"}}},
+	}),
+	"mirror":  one(mesh.HTTPRule{Mirrors: []mesh.HTTPMirror{{Backend: to("v2", 1), Millionths: 500_000}}}),
+	"cors":    one(mesh.HTTPRule{CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextExact, "https://a.example")}, Methods: []string{"GET", "PUT"}, AllowHeaders: []string{"x-a"}, MaxAge: time.Hour, Credentials: true}}),
+	"invalid": rules(mesh.HTTPRule{Name: "bad", Invalid: "there is nothing to do"}, mesh.HTTPRule{Name: "nowhere", Backends: []mesh.HTTPBackend{{Service: mesh.ServiceName{Namespace: "shop", Hostname: "absent"}, Weight: 1}}}),
+}
+
+// golden is what a file holds; test/interop has Envoy load it.
+func golden(t *testing.T, r *Resources) []byte {
+	t.Helper()
+	all := map[string][]any{}
+	add := func(kind string, m proto.Message) {
+		b, err := protojson.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var v any
+		if err := json.Unmarshal(b, &v); err != nil {
+			t.Fatal(err)
+		}
+		all[kind] = append(all[kind], v)
+	}
+	for _, m := range r.Listeners {
+		add("listeners", m)
+	}
+	for _, m := range r.Routes {
+		add("routes", m)
+	}
+	for _, m := range r.Clusters {
+		add("clusters", m)
+	}
+	for _, m := range r.Endpoints {
+		add("endpoints", m)
+	}
+	b, err := yaml.Marshal(all)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestGoldens(t *testing.T) {
+	for name, change := range cases {
+		t.Run(name, func(t *testing.T) {
+			r, err := Build(shop(change), gateway)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range r.Listeners {
+				if err := m.ValidateAll(); err != nil {
+					t.Error(err)
+				}
+			}
+			for _, m := range r.Routes {
+				if err := m.ValidateAll(); err != nil {
+					t.Error(err)
+				}
+			}
+			for _, m := range r.Clusters {
+				if err := m.ValidateAll(); err != nil {
+					t.Error(err)
+				}
+			}
+			got, file := golden(t, r), filepath.Join("testdata", name+".yaml")
+			if *update {
+				if err := os.WriteFile(file, got, 0o644); err != nil {
+					t.Fatal(err)
+				}
+				return
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d := cmp.Diff(string(want), string(got)); d != "" {
+				t.Errorf("%s (-want +got); go test ./waypoint -update writes it:\n%s", file, d)
+			}
+		})
+	}
+}
+
+// TestNothingBound is a waypoint that nobody asks for yet: it is configured too, so that it can become ready.
+func TestNothingBound(t *testing.T) {
+	r, err := Build(shop(nil), mesh.ServiceName{Namespace: "shop", Hostname: "idle.shop.svc.cluster.local"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Listeners) != 3 || len(r.Routes) != 0 || len(r.Endpoints) != 0 {
+		t.Errorf("%d listeners, %d routes, %d endpoints", len(r.Listeners), len(r.Routes), len(r.Endpoints))
+	}
+}
+
+// TestOneChange has a change of a route leave everything else as it was: only what changed is sent.
+func TestOneChange(t *testing.T) {
+	before, err := Build(shop(cases["split"]), gateway)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after, err := Build(shop(one(mesh.HTTPRule{Name: "shop/canary/0", Backends: []mesh.HTTPBackend{to("v1", 20), to("v2", 80)}})), gateway)
+	if err != nil {
+		t.Fatal(err)
+	}
+	changed := 0
+	for i := range before.Routes {
+		if !proto.Equal(before.Routes[i], after.Routes[i]) {
+			changed++
+		}
+	}
+	if changed != 1 {
+		t.Errorf("%d route tables changed, want 1", changed)
+	}
+	for i := range before.Listeners {
+		if !proto.Equal(before.Listeners[i], after.Listeners[i]) {
+			t.Errorf("listener %s changed", before.Listeners[i].Name)
+		}
+	}
+	for i := range before.Clusters {
+		if !proto.Equal(before.Clusters[i], after.Clusters[i]) {
+			t.Errorf("cluster %s changed", before.Clusters[i].Name)
+		}
+	}
+}

@@ -1,0 +1,269 @@
+package waypoint
+
+import (
+	"net/netip"
+	"slices"
+	"time"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	internalupstreamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/internal_upstream/v3"
+	rawbufferv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/raw_buffer/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	upstreamhttpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
+	metadatav3 "github.com/envoyproxy/go-control-plane/envoy/type/metadata/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+const (
+	metaOriginalDst = "envoy.filters.listener.original_dst"
+	metaTransport   = "envoy.transport_socket_match"
+	httpOptions     = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
+	connectTimeout  = 10 * time.Second
+)
+
+func (b *builder) clusters() {
+	targets := make([]target, 0, len(b.targets))
+	for t := range b.targets {
+		targets = append(targets, t)
+	}
+	slices.SortFunc(targets, compareTargets)
+	b.out.Clusters = []*clusterv3.Cluster{
+		{
+			Name: blackHole, ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+			ConnectTimeout: durationpb.New(connectTimeout),
+		},
+		b.hbone(), b.toMain(),
+	}
+	for _, t := range targets {
+		b.out.Clusters = append(b.out.Clusters, b.cluster(t))
+		b.out.Endpoints = append(b.out.Endpoints, b.endpoints(t))
+	}
+	slices.SortFunc(b.out.Endpoints, func(x, y *endpointv3.ClusterLoadAssignment) int {
+		return compareStrings(x.ClusterName, y.ClusterName)
+	})
+}
+
+func compareStrings(a, b string) int {
+	switch {
+	case a < b:
+		return -1
+	case a > b:
+		return 1
+	}
+	return 0
+}
+
+// toMain hands what a client's tunnel carries to the main listener.
+func (b *builder) toMain() *clusterv3.Cluster {
+	return &clusterv3.Cluster{
+		Name:                 mainInternal,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
+		ConnectTimeout:       durationpb.New(connectTimeout),
+		TransportSocket:      b.internal(),
+		LoadAssignment: &endpointv3.ClusterLoadAssignment{ClusterName: mainInternal, Endpoints: []*endpointv3.LocalityLbEndpoints{{
+			LbEndpoints: []*endpointv3.LbEndpoint{{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
+				Address: internalAddress(mainInternal, ""),
+			}}}},
+		}}},
+	}
+}
+
+// internal is the socket between two listeners of one Envoy. The address of an endpoint travels with it.
+func (b *builder) internal() *corev3.TransportSocket {
+	return b.transport("envoy.transport_sockets.internal_upstream", &internalupstreamv3.InternalUpstreamTransport{
+		PassthroughMetadata: []*internalupstreamv3.InternalUpstreamTransport_MetadataValueSource{{
+			Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}},
+			Name: metaOriginalDst,
+		}},
+		TransportSocket: b.raw(),
+	})
+}
+
+func (b *builder) raw() *corev3.TransportSocket {
+	return b.transport("envoy.transport_sockets.raw_buffer", &rawbufferv3.RawBuffer{})
+}
+
+// hbone is the tunnel to the pod that has the address, whichever it is.
+func (b *builder) hbone() *clusterv3.Cluster {
+	return &clusterv3.Cluster{
+		Name:                 hboneCluster,
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
+		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
+		ConnectTimeout:       durationpb.New(connectTimeout),
+		CleanupInterval:      durationpb.New(time.Minute),
+		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
+			UpstreamPortOverride: wrapperspb.UInt32(mesh.HBONEPort),
+		}},
+		TypedExtensionProtocolOptions: b.protocol(&upstreamhttpv3.HttpProtocolOptions{
+			UpstreamProtocolOptions: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
+				ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: b.tunnelOptions()},
+			}},
+		}),
+		TransportSocket: b.transport("envoy.transport_sockets.tls", &tlsv3.UpstreamTlsContext{CommonTlsContext: b.tls()}),
+	}
+}
+
+func (b *builder) protocol(o *upstreamhttpv3.HttpProtocolOptions) map[string]*anypb.Any {
+	return map[string]*anypb.Any{httpOptions: b.config(o)}
+}
+
+// cluster reaches the endpoints of a target, each by its tunnel or in plaintext where it has none.
+func (b *builder) cluster(t target) *clusterv3.Cluster {
+	c := &clusterv3.Cluster{
+		Name:                 t.name(),
+		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS},
+		EdsClusterConfig:     &clusterv3.Cluster_EdsClusterConfig{EdsConfig: adsSource()},
+		ConnectTimeout:       durationpb.New(connectTimeout),
+		LbPolicy:             clusterv3.Cluster_LEAST_REQUEST,
+		TransportSocketMatches: []*clusterv3.Cluster_TransportSocketMatch{
+			{Name: "tunnel", Match: tunnelled(), TransportSocket: b.internal()},
+			{Name: "plaintext", Match: &structpb.Struct{}, TransportSocket: b.raw()},
+		},
+		// Endpoints that are gone or unready are not waited for.
+		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
+	}
+	if !t.http {
+		return c
+	}
+	o := &upstreamhttpv3.HttpProtocolOptions{}
+	if b.http2(t) {
+		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
+			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}},
+		}}
+	} else {
+		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_UseDownstreamProtocolConfig{
+			UseDownstreamProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_UseDownstreamHttpConfig{
+				HttpProtocolOptions: &corev3.Http1ProtocolOptions{}, Http2ProtocolOptions: &corev3.Http2ProtocolOptions{},
+			},
+		}
+	}
+	c.TypedExtensionProtocolOptions = b.protocol(o)
+	return c
+}
+
+// http2 reports whether the port says that it is spoken there.
+func (b *builder) http2(t target) bool {
+	svc := b.s.Service(t.service)
+	return svc != nil && slices.ContainsFunc(svc.Ports, func(p mesh.ServicePort) bool {
+		return p.Port == t.port && (p.App == mesh.AppHTTP2 || p.App == mesh.AppGRPC)
+	})
+}
+
+func tunnelled() *structpb.Struct {
+	return &structpb.Struct{Fields: map[string]*structpb.Value{"tunnel": structpb.NewStringValue("h2")}}
+}
+
+// endpoints lists those of a target that have an address on this network.
+func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
+	out := &endpointv3.ClusterLoadAssignment{ClusterName: t.name()}
+	svc := b.s.Service(t.service)
+	if svc == nil {
+		return out
+	}
+	i := slices.IndexFunc(svc.Ports, func(p mesh.ServicePort) bool { return p.Port == t.port })
+	labels, known := subsetLabels(svc, t.subset)
+	if i < 0 || !known {
+		return out
+	}
+	group := &endpointv3.LocalityLbEndpoints{LoadBalancingWeight: wrapperspb.UInt32(1)}
+	for w, ports := range b.s.Endpoints(t.service) {
+		if w.Network != b.s.Config().Network || len(w.Addrs) == 0 || !hasLabels(w.Labels, labels) {
+			continue
+		}
+		port := svc.Ports[i].Target
+		if j := slices.IndexFunc(ports, func(p mesh.ServicePort) bool { return p.Port == t.port }); j >= 0 {
+			port = ports[j].Target
+		}
+		if port == 0 {
+			continue
+		}
+		group.LbEndpoints = append(group.LbEndpoints, endpoint(w, netip.AddrPortFrom(w.Addrs[0], port), svc.LB.AllowUnhealthy))
+	}
+	if len(group.LbEndpoints) > 0 {
+		out.Endpoints = []*endpointv3.LocalityLbEndpoints{group}
+	}
+	return out
+}
+
+func endpoint(w *mesh.Workload, at netip.AddrPort, unreadyToo bool) *endpointv3.LbEndpoint {
+	e := &endpointv3.LbEndpoint{HealthStatus: corev3.HealthStatus_HEALTHY, LoadBalancingWeight: wrapperspb.UInt32(max(1, w.Capacity))}
+	if !w.Healthy && !unreadyToo {
+		e.HealthStatus = corev3.HealthStatus_UNHEALTHY
+	}
+	address := socket(at.Addr().String(), uint32(at.Port()))
+	if w.Tunnel == mesh.TunnelHBONE {
+		address = internalAddress(connectOriginate, at.String())
+		e.Metadata = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
+			metaOriginalDst: {Fields: map[string]*structpb.Value{"local": structpb.NewStringValue(at.String())}},
+			metaTransport:   tunnelled(),
+		}}
+	}
+	e.HostIdentifier = &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: address}}
+	return e
+}
+
+// subsetLabels returns what an endpoint of a subset must have; known is false where the service has no such subset.
+func subsetLabels(svc *mesh.Service, name string) (_ map[string]string, known bool) {
+	if name == "" {
+		return nil, true
+	}
+	for _, s := range svc.Subsets {
+		if s.Name == name {
+			return s.Labels, true
+		}
+	}
+	return nil, false
+}
+
+func hasLabels(have, want map[string]string) bool {
+	for k, v := range want {
+		if have[k] != v {
+			return false
+		}
+	}
+	return true
+}
+
+func socket(addr string, port uint32) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_SocketAddress{SocketAddress: &corev3.SocketAddress{
+		Address: addr, PortSpecifier: &corev3.SocketAddress_PortValue{PortValue: port},
+	}}}
+}
+
+func internalAddress(listener, id string) *corev3.Address {
+	return &corev3.Address{Address: &corev3.Address_EnvoyInternalAddress{EnvoyInternalAddress: &corev3.EnvoyInternalAddress{
+		AddressNameSpecifier: &corev3.EnvoyInternalAddress_ServerListenerName{ServerListenerName: listener}, EndpointId: id,
+	}}}
+}
+
+func portRange(p uint16) *typev3.Int32Range {
+	return &typev3.Int32Range{Start: int32(p), End: int32(p) + 1}
+}
+
+func adsSource() *corev3.ConfigSource {
+	return &corev3.ConfigSource{
+		ConfigSourceSpecifier: &corev3.ConfigSource_Ads{Ads: &corev3.AggregatedConfigSource{}},
+		ResourceApiVersion:    corev3.ApiVersion_V3, InitialFetchTimeout: durationpb.New(0),
+	}
+}
+
+func sdsSource() *corev3.ConfigSource {
+	return &corev3.ConfigSource{
+		ConfigSourceSpecifier: &corev3.ConfigSource_ApiConfigSource{ApiConfigSource: &corev3.ApiConfigSource{
+			ApiType: corev3.ApiConfigSource_GRPC, TransportApiVersion: corev3.ApiVersion_V3,
+			GrpcServices: []*corev3.GrpcService{{TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{
+				EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: AgentCluster},
+			}}},
+			SetNodeOnFirstMessageOnly: true,
+		}},
+		ResourceApiVersion: corev3.ApiVersion_V3, InitialFetchTimeout: durationpb.New(0),
+	}
+}

@@ -1,0 +1,361 @@
+package waypoint
+
+import (
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	commonfaultv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/fault/v3"
+	corsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
+	faultv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
+	previoushostsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
+	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+const (
+	corsFilter  = "envoy.filters.http.cors"
+	faultFilter = "envoy.filters.http.fault"
+)
+
+// routes is the route table of a port. The address has chosen the service: the request's host plays no part in that.
+func (b *builder) routes(c chain) *routev3.RouteConfiguration {
+	vh := &routev3.VirtualHost{Name: c.svc.Name.Hostname, Domains: []string{"*"}, IncludeAttemptCountInResponse: false}
+	if c.svc.HTTP == nil {
+		vh.Routes = []*routev3.Route{b.plain(c)}
+	}
+	for i := range c.svc.HTTP {
+		vh.Routes = append(vh.Routes, b.rule(c, &c.svc.HTTP[i])...)
+	}
+	return &routev3.RouteConfiguration{
+		Name: c.name("http"), VirtualHosts: []*routev3.VirtualHost{vh},
+		ValidateClusters: wrapperspb.Bool(false),
+		// Said by Envoy of clients that it takes to be outside; to the application it would be noise.
+		RequestHeadersToRemove: []string{"x-envoy-external-address"},
+	}
+}
+
+// plain sends everything to the service itself.
+func (b *builder) plain(c chain) *routev3.Route {
+	r := &mesh.HTTPRule{Backends: []mesh.HTTPBackend{{Service: c.svc.Name, Weight: 1}}}
+	return &routev3.Route{Name: "default", Match: prefix("/"), Action: b.forward(c, r, nil)}
+}
+
+func prefix(p string) *routev3.RouteMatch {
+	return &routev3.RouteMatch{PathSpecifier: &routev3.RouteMatch_Prefix{Prefix: p}}
+}
+
+// rule makes a route of each of a rule's matches.
+func (b *builder) rule(c chain, r *mesh.HTTPRule) []*routev3.Route {
+	matches := r.Matches
+	if len(matches) == 0 {
+		matches = []mesh.HTTPMatch{{}}
+	}
+	var out []*routev3.Route
+	for i := range matches {
+		m := &matches[i]
+		if m.Port != 0 && m.Port != c.port.Port {
+			continue
+		}
+		route := &routev3.Route{Name: r.Name, Match: match(m)}
+		switch {
+		case r.Invalid != "":
+			route.Action = respond(500, "")
+		case r.Redirect != nil:
+			route.Action = redirect(r.Redirect)
+		case r.Direct != nil:
+			route.Action = respond(r.Direct.Status, r.Direct.Body)
+		default:
+			route.Action = b.forward(c, r, m)
+		}
+		headers(r.Request, &route.RequestHeadersToAdd, &route.RequestHeadersToRemove)
+		headers(r.Response, &route.ResponseHeadersToAdd, &route.ResponseHeadersToRemove)
+		route.TypedPerFilterConfig = b.perFilter(r)
+		out = append(out, route)
+	}
+	return out
+}
+
+// match is all conditions of one match.
+func match(m *mesh.HTTPMatch) *routev3.RouteMatch {
+	out := prefix("/")
+	if m.IgnoreCase {
+		out.CaseSensitive = wrapperspb.Bool(false)
+	}
+	switch m.Path.Kind {
+	case mesh.TextExact:
+		out.PathSpecifier = &routev3.RouteMatch_Path{Path: m.Path.Value}
+	case mesh.TextPrefix:
+		out.PathSpecifier = &routev3.RouteMatch_Prefix{Prefix: m.Path.Value}
+	case mesh.TextPath:
+		if p := strings.TrimRight(m.Path.Value, "/"); p != "" {
+			out.PathSpecifier = &routev3.RouteMatch_PathSeparatedPrefix{PathSeparatedPrefix: p}
+		}
+	case mesh.TextRegex:
+		out.PathSpecifier = &routev3.RouteMatch_SafeRegex{SafeRegex: &matcherv3.RegexMatcher{Regex: m.Path.Value}}
+	}
+	header := func(name string, s mesh.TextMatch, invert bool) {
+		if h := headerMatch(name, s, invert); h != nil {
+			out.Headers = append(out.Headers, h)
+		}
+	}
+	header(":method", m.Method, false)
+	header(":scheme", m.Scheme, false)
+	header(":authority", m.Authority, false)
+	for _, h := range m.Headers {
+		if h.Match.Kind == mesh.TextAny {
+			out.Headers = append(out.Headers, present(h.Name, h.Invert))
+			continue
+		}
+		header(h.Name, h.Match, h.Invert)
+	}
+	for _, q := range m.Query {
+		p := &routev3.QueryParameterMatcher{Name: q.Name}
+		if s := stringMatcher(q.Match); s != nil {
+			p.QueryParameterMatchSpecifier = &routev3.QueryParameterMatcher_StringMatch{StringMatch: s}
+		} else {
+			p.QueryParameterMatchSpecifier = &routev3.QueryParameterMatcher_PresentMatch{PresentMatch: true}
+		}
+		out.QueryParameters = append(out.QueryParameters, p)
+	}
+	return out
+}
+
+func present(name string, invert bool) *routev3.HeaderMatcher {
+	return &routev3.HeaderMatcher{Name: name, HeaderMatchSpecifier: &routev3.HeaderMatcher_PresentMatch{PresentMatch: true}, InvertMatch: invert}
+}
+
+func headerMatch(name string, s mesh.TextMatch, invert bool) *routev3.HeaderMatcher {
+	if s.Kind == mesh.TextAbsent {
+		return present(name, true)
+	}
+	m := stringMatcher(s)
+	if m == nil {
+		return nil
+	}
+	return &routev3.HeaderMatcher{Name: name, HeaderMatchSpecifier: &routev3.HeaderMatcher_StringMatch{StringMatch: m}, InvertMatch: invert}
+}
+
+func stringMatcher(s mesh.TextMatch) *matcherv3.StringMatcher {
+	switch s.Kind {
+	case mesh.TextExact:
+		return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Exact{Exact: s.Value}}
+	case mesh.TextPrefix, mesh.TextPath:
+		return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Prefix{Prefix: s.Value}}
+	case mesh.TextRegex:
+		return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_SafeRegex{SafeRegex: &matcherv3.RegexMatcher{Regex: s.Value}}}
+	}
+	return nil
+}
+
+func respond(status uint32, body string) *routev3.Route_DirectResponse {
+	a := &routev3.DirectResponseAction{Status: status}
+	if body != "" {
+		a.Body = &corev3.DataSource{Specifier: &corev3.DataSource_InlineString{InlineString: body}}
+	}
+	return &routev3.Route_DirectResponse{DirectResponse: a}
+}
+
+var redirectCodes = map[uint32]routev3.RedirectAction_RedirectResponseCode{
+	301: routev3.RedirectAction_MOVED_PERMANENTLY, 302: routev3.RedirectAction_FOUND, 303: routev3.RedirectAction_SEE_OTHER,
+	307: routev3.RedirectAction_TEMPORARY_REDIRECT, 308: routev3.RedirectAction_PERMANENT_REDIRECT,
+}
+
+func redirect(r *mesh.HTTPRedirect) *routev3.Route_Redirect {
+	a := &routev3.RedirectAction{HostRedirect: r.Host, PortRedirect: uint32(r.Port), ResponseCode: redirectCodes[r.Code]}
+	if r.Scheme != "" {
+		a.SchemeRewriteSpecifier = &routev3.RedirectAction_SchemeRedirect{SchemeRedirect: r.Scheme}
+	}
+	switch {
+	case r.Prefix != nil:
+		a.PathRewriteSpecifier = &routev3.RedirectAction_PrefixRewrite{PrefixRewrite: *r.Prefix}
+	case r.Path != "":
+		a.PathRewriteSpecifier = &routev3.RedirectAction_PathRedirect{PathRedirect: r.Path}
+	}
+	return &routev3.Route_Redirect{Redirect: a}
+}
+
+// forward sends requests to backends.
+func (b *builder) forward(c chain, r *mesh.HTTPRule, m *mesh.HTTPMatch) *routev3.Route_Route {
+	a := &routev3.RouteAction{Timeout: durationpb.New(r.Timeout), RetryPolicy: b.retries(r.Retries), ClusterNotFoundResponseCode: routev3.RouteAction_INTERNAL_SERVER_ERROR}
+	if r.Timeout > 0 { // for gRPC's own header, which may only shorten it
+		a.MaxStreamDuration = &routev3.RouteAction_MaxStreamDuration{MaxStreamDuration: durationpb.New(r.Timeout)}
+	}
+	var total uint32
+	for _, t := range r.Backends {
+		total += t.Weight
+	}
+	switch {
+	case len(r.Backends) == 1:
+		a.ClusterSpecifier = &routev3.RouteAction_Cluster{Cluster: b.backend(c, &r.Backends[0])}
+	case total == 0:
+		a.ClusterSpecifier = &routev3.RouteAction_Cluster{Cluster: blackHole}
+	default:
+		w := &routev3.WeightedCluster{}
+		for i := range r.Backends {
+			t := &r.Backends[i]
+			share := &routev3.WeightedCluster_ClusterWeight{Name: b.backend(c, t), Weight: wrapperspb.UInt32(t.Weight)}
+			headers(t.Request, &share.RequestHeadersToAdd, &share.RequestHeadersToRemove)
+			headers(t.Response, &share.ResponseHeadersToAdd, &share.ResponseHeadersToRemove)
+			w.Clusters = append(w.Clusters, share)
+		}
+		a.ClusterSpecifier = &routev3.RouteAction_WeightedClusters{WeightedClusters: w}
+	}
+	if r.Rewrite != nil {
+		rewrite(a, r.Rewrite, m)
+	}
+	for i := range r.Mirrors {
+		a.RequestMirrorPolicies = append(a.RequestMirrorPolicies, &routev3.RouteAction_RequestMirrorPolicy{
+			Cluster:                       b.backend(c, &r.Mirrors[i].Backend),
+			RuntimeFraction:               &corev3.RuntimeFractionalPercent{DefaultValue: share(r.Mirrors[i].Millionths)},
+			DisableShadowHostSuffixAppend: true,
+		})
+	}
+	a.UpgradeConfigs = []*routev3.RouteAction_UpgradeConfig{{UpgradeType: "websocket"}}
+	return &routev3.Route_Route{Route: a}
+}
+
+// backend names the cluster of a backend, and has it made.
+func (b *builder) backend(c chain, t *mesh.HTTPBackend) string {
+	port := t.Port
+	if port == 0 {
+		port = c.port.Port
+	}
+	if b.s.Service(t.Service) == nil {
+		return blackHole
+	}
+	k := target{t.Service, port, t.Subset, true}
+	b.targets[k] = true
+	return k.name()
+}
+
+func rewrite(a *routev3.RouteAction, r *mesh.HTTPRewrite, m *mesh.HTTPMatch) {
+	if r.Host != "" {
+		a.HostRewriteSpecifier = &routev3.RouteAction_HostRewriteLiteral{HostRewriteLiteral: r.Host}
+	}
+	regex := func(pattern, by string) {
+		a.RegexRewrite = &matcherv3.RegexMatchAndSubstitute{Pattern: &matcherv3.RegexMatcher{Regex: pattern}, Substitution: by}
+	}
+	literal := func(s string) string { return strings.ReplaceAll(s, `\`, `\\`) }
+	switch {
+	case r.Regex != "":
+		regex(r.Regex, r.Substitution)
+	case r.Path != nil:
+		regex("^[^?]*", literal(*r.Path)) // the query stays
+	case r.Prefix != nil && m != nil && m.Path.Kind == mesh.TextPath:
+		// Envoy would leave a slash too many, or one too few, where either prefix ends with one.
+		from, to := strings.TrimRight(m.Path.Value, "/"), strings.TrimRight(*r.Prefix, "/")
+		switch {
+		case from == "":
+			regex("^/", literal(to)+"/")
+		case to == "":
+			regex("^"+regexp.QuoteMeta(from)+"/*", "/")
+		default:
+			a.PrefixRewrite = to
+		}
+	case r.Prefix != nil:
+		a.PrefixRewrite = *r.Prefix
+	}
+}
+
+// defaultRetryOn is what nobody can have acted on.
+const defaultRetryOn = "connect-failure,refused-stream,unavailable,cancelled"
+
+func (b *builder) retries(r *mesh.HTTPRetries) *routev3.RetryPolicy {
+	if r == nil {
+		r = &mesh.HTTPRetries{Attempts: 2}
+	}
+	if r.Attempts == 0 {
+		return nil
+	}
+	p := &routev3.RetryPolicy{
+		RetryOn: r.On, NumRetries: wrapperspb.UInt32(r.Attempts),
+		RetryHostPredicate: []*routev3.RetryPolicy_RetryHostPredicate{{
+			Name:       "envoy.retry_host_predicates.previous_hosts",
+			ConfigType: &routev3.RetryPolicy_RetryHostPredicate_TypedConfig{TypedConfig: b.config(&previoushostsv3.PreviousHostsPredicate{})},
+		}},
+		HostSelectionRetryMaxAttempts: 5,
+		RetriableStatusCodes:          r.StatusCodes,
+	}
+	if p.RetryOn == "" {
+		p.RetryOn = defaultRetryOn
+	}
+	if len(r.StatusCodes) > 0 && !slices.Contains(strings.Split(p.RetryOn, ","), "retriable-status-codes") {
+		p.RetryOn += ",retriable-status-codes"
+	}
+	if r.PerTry > 0 {
+		p.PerTryTimeout = durationpb.New(r.PerTry)
+	}
+	return p
+}
+
+func share(millionths uint32) *typev3.FractionalPercent {
+	return &typev3.FractionalPercent{Numerator: min(millionths, mesh.Million), Denominator: typev3.FractionalPercent_MILLION}
+}
+
+// perFilter is what filters before the router do for a rule.
+func (b *builder) perFilter(r *mesh.HTTPRule) map[string]*anypb.Any {
+	out := map[string]*anypb.Any{}
+	if r.Delay != nil || r.Abort != nil {
+		f := &faultv3.HTTPFault{}
+		if r.Delay != nil {
+			f.Delay = &commonfaultv3.FaultDelay{
+				FaultDelaySecifier: &commonfaultv3.FaultDelay_FixedDelay{FixedDelay: durationpb.New(r.Delay.Fixed)}, Percentage: share(r.Delay.Millionths),
+			}
+		}
+		if r.Abort != nil {
+			f.Abort = &faultv3.FaultAbort{Percentage: share(r.Abort.Millionths)}
+			if r.Abort.Status != 0 {
+				f.Abort.ErrorType = &faultv3.FaultAbort_HttpStatus{HttpStatus: r.Abort.Status}
+			} else {
+				f.Abort.ErrorType = &faultv3.FaultAbort_GrpcStatus{GrpcStatus: r.Abort.GRPC}
+			}
+		}
+		out[faultFilter] = b.config(f)
+	}
+	if r.CORS != nil {
+		p := &corsv3.CorsPolicy{
+			AllowMethods: strings.Join(r.CORS.Methods, ","), AllowHeaders: strings.Join(r.CORS.AllowHeaders, ","),
+			ExposeHeaders: strings.Join(r.CORS.ExposeHeaders, ","), AllowCredentials: wrapperspb.Bool(r.CORS.Credentials),
+			FilterEnabled: &corev3.RuntimeFractionalPercent{DefaultValue: share(mesh.Million)},
+			// What is not allowed is not kept from the application, only its answer from the page.
+			ForwardNotMatchingPreflights: wrapperspb.Bool(true),
+		}
+		if r.CORS.MaxAge > 0 {
+			p.MaxAge = fmt.Sprint(int(r.CORS.MaxAge / time.Second))
+		}
+		for _, o := range r.CORS.Origins {
+			if s := stringMatcher(o); s != nil {
+				p.AllowOriginStringMatch = append(p.AllowOriginStringMatch, s)
+			}
+		}
+		out[corsFilter] = b.config(p)
+	}
+	if len(out) == 0 {
+		return nil
+	}
+	return out
+}
+
+func headers(h mesh.HTTPHeaders, add *[]*corev3.HeaderValueOption, remove *[]string) {
+	put := func(list []mesh.HTTPHeader, how corev3.HeaderValueOption_HeaderAppendAction) {
+		for _, v := range list {
+			// A percent sign begins one of Envoy's variables.
+			*add = append(*add, &corev3.HeaderValueOption{
+				Header: &corev3.HeaderValue{Key: v.Name, Value: strings.ReplaceAll(v.Value, "%", "%%")}, AppendAction: how, KeepEmptyValue: true,
+			})
+		}
+	}
+	put(h.Set, corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD)
+	put(h.Add, corev3.HeaderValueOption_APPEND_IF_EXISTS_OR_ADD)
+	*remove = append(*remove, h.Remove...)
+}
