@@ -26,7 +26,8 @@ type Config struct {
 	Revision  string // istio.io/rev
 	Version   string // of Warren, reported on /version
 
-	Mesh index.Config
+	Mesh      index.Config
+	Waypoints WaypointConfig
 
 	// TrustedNodes are the service accounts of node agents, as namespace/name.
 	TrustedNodes []string

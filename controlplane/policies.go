@@ -10,8 +10,3 @@ func (cp *controlPlane) newPolicies() *status.Policies {
 		RootNamespace: cp.cfg.Mesh.RootNamespace, Log: cp.cfg.Log.With("scope", "status"), Metrics: cp.metrics,
 	})
 }
-
-// waypoints tells Services about the waypoints that they ask for.
-func (cp *controlPlane) waypoints() *status.Waypoints {
-	return &status.Waypoints{Kube: cp.clients.Kube, Wishes: cp.source.WaypointWishes, Log: cp.cfg.Log.With("scope", "status")}
-}

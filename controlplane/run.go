@@ -19,6 +19,7 @@ import (
 	istio "istio.io/client-go/pkg/clientset/versioned"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
+	gatewayclient "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
 
 	caapi "github.com/warrenmesh/warren/api/ca"
 	nodeapi "github.com/warrenmesh/warren/api/node"
@@ -37,6 +38,8 @@ type Clients struct {
 	Istio istio.Interface
 	// Dynamic reads APIServices and CustomResourceDefinitions; nil leaves their calls without exemption from STRICT.
 	Dynamic dynamic.Interface
+	// Gateways reads the Gateway API; without it there are no waypoints.
+	Gateways gatewayclient.Interface
 }
 
 // placement shows the index's view of pods to the CA.
@@ -55,22 +58,24 @@ type controlPlane struct {
 	clients Clients
 	metrics *prometheus.Registry
 
-	store     mesh.Store
-	source    *index.Source
-	cache     *xds.Cache
-	xds       *xds.Server
-	ca        *ca.Server
-	authority *ca.Authority
-	copies    []*ca.Copies // of what every namespace has
-	events    *status.Events
-	notices   *status.Notices
-	nodes     *status.Nodes
-	policies  *status.Policies
-	grpc      *grpc.Server
-	serving   *ca.Serving
-	admission *admission.Server
-	bundle    *admission.Bundle
-	apiServer atomic.Pointer[[]netip.Prefix] // from where the API server calls
+	store      mesh.Store
+	source     *index.Source
+	cache      *xds.Cache
+	xds        *xds.Server
+	envoys     *xds.Waypoints
+	ca         *ca.Server
+	authority  *ca.Authority
+	authorizer *ca.Authorizer
+	copies     []*ca.Copies // of what every namespace has
+	events     *status.Events
+	notices    *status.Notices
+	nodes      *status.Nodes
+	policies   *status.Policies
+	grpc       *grpc.Server
+	serving    *ca.Serving
+	admission  *admission.Server
+	bundle     *admission.Bundle
+	apiServer  atomic.Pointer[[]netip.Prefix] // from where the API server calls
 
 	services prometheus.Gauge
 	ready    atomic.Bool // everything that exists has been read, and there is a key
@@ -93,7 +98,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	if cp.source, err = index.NewSource(clients.Kube, clients.Istio, cfg.Mesh, log.With("scope", "index")); err != nil {
 		return nil, err
 	}
-	cp.source.Dynamic = clients.Dynamic
+	cp.source.Dynamic, cp.source.Gateways = clients.Dynamic, clients.Gateways
 	trusted := map[string]bool{}
 	for _, a := range cfg.TrustedNodes {
 		trusted[a] = true
@@ -102,9 +107,11 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	authorizer := &ca.Authorizer{
 		TrustDomain: cfg.Mesh.TrustDomain, Nodes: trusted, Pods: placement{cp.source}, Grace: 300 * time.Millisecond,
 	}
+	cp.authorizer = authorizer
 	cp.cache = xds.NewCache()
+	cp.envoys = xds.NewWaypoints(log.With("scope", "xds"), cp.metrics)
 	cp.xds = xds.NewServer(xds.Config{
-		Callers: callers, NodeOf: authorizer.NodeOf, Log: log.With("scope", "xds"), Metrics: cp.metrics,
+		Callers: callers, NodeOf: authorizer.NodeOf, WaypointOf: cp.waypointOf, Waypoints: cp.envoys, Log: log.With("scope", "xds"), Metrics: cp.metrics,
 		OnProgress: func() { cp.policies.Progress() },
 	}, cp.cache)
 	cp.policies = cp.newPolicies()
@@ -243,6 +250,7 @@ func (cp *controlPlane) publish(u *index.Update) {
 	}
 	cp.policies.Take(u, cp.cache.Revision())
 	cp.store.Swap(u.Snapshot)
+	cp.envoys.Update(u.Snapshot)
 	_, services, _ := u.Snapshot.Len()
 	cp.services.Set(float64(services))
 	cp.apiServer.Store(&u.APIServer)

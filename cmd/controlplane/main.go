@@ -21,6 +21,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/clientcmd"
+	gateway "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
 
 	"github.com/warrenmesh/warren/controlplane"
 	"github.com/warrenmesh/warren/controlplane/index"
@@ -83,7 +84,11 @@ func connect() (controlplane.Clients, error) {
 	if err != nil {
 		return controlplane.Clients{}, fmt.Errorf("make a client of other resources: %w", err)
 	}
-	return controlplane.Clients{Kube: kube, Istio: istioClient, Dynamic: dynamicClient}, nil
+	gateways, err := gateway.NewForConfig(restConfig)
+	if err != nil {
+		return controlplane.Clients{}, fmt.Errorf("make a client of the Gateway API: %w", err)
+	}
+	return controlplane.Clients{Kube: kube, Istio: istioClient, Dynamic: dynamicClient, Gateways: gateways}, nil
 }
 
 // environment reads variables and collects what is wrong with them.
@@ -151,6 +156,9 @@ func (e *environment) config() controlplane.Config {
 			ClusterDomain: e.text("CLUSTER_DOMAIN", ""),
 			TrustDomain:   e.text("TRUST_DOMAIN", ""),
 			Network:       e.text("NETWORK", ""),
+		},
+		Waypoints: controlplane.WaypointConfig{
+			Image: e.text("WAYPOINT_IMAGE", ""), PullPolicy: e.text("WAYPOINT_PULL_POLICY", "IfNotPresent"), PullSecrets: e.list("WAYPOINT_PULL_SECRETS"),
 		},
 		TrustedNodes:   e.list("CA_TRUSTED_NODE_ACCOUNTS"),
 		DefaultCertTTL: e.duration("DEFAULT_WORKLOAD_CERT_TTL"),

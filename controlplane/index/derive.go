@@ -72,6 +72,7 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 		Services:     services,
 		Policies:     bound.policies,
 		Audits:       bound.audits,
+		Labels:       f.labels,
 	}
 	w.CanonicalName, w.CanonicalRevision = canonical(f.labels, f.workloadName)
 	setTunnel(w, f.redirected, f.labels[labelTunnel] == "http")
@@ -266,7 +267,7 @@ func (x *Index) deriveWorkloadEntry(k key) []*mesh.Workload {
 func (x *Index) endpointWorkload(e *endpointFact, hosts []*serviceFact) *mesh.Workload {
 	w := &mesh.Workload{
 		Cluster: x.c.ClusterID, Network: e.network, Hostname: e.hostname,
-		Healthy: true, Kind: mesh.KindPod, Locality: e.locality, Capacity: e.weight,
+		Healthy: true, Kind: mesh.KindPod, Locality: e.locality, Capacity: e.weight, Labels: e.labels,
 		Services: map[mesh.ServiceName][]mesh.ServicePort{},
 	}
 	if e.addr.IsValid() {

@@ -12,6 +12,7 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	kubenetworkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -35,11 +36,15 @@ const (
 	MutatingWebhookConfiguration
 	APIService
 	CustomResourceDefinition
+	VirtualService
+	DestinationRule
+	Gateway
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
+	"VirtualService", "DestinationRule", "Gateway",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -114,25 +119,28 @@ type Index struct {
 	c        compiled
 	snapshot *mesh.Snapshot
 
-	pods       map[string]map[string]*podFact // by namespace and name
-	podsByNode map[string]map[key]struct{}
-	podsByAddr map[netip.Addr]map[key]struct{} // but for those on the host network
-	namespaces map[string]*namespaceFact
-	labelled   map[string]int // pods of a namespace that are enrolled by their own label
-	nodes      map[string]*nodeFact
-	inside     map[netip.Addr]int                 // how many nodes have it, see nodeFact
-	services   map[string]map[string]*serviceFact // by namespace and name
-	slices     map[key]*sliceFact
-	slicesOf   map[key]map[key]struct{} // Service → its slices
-	slicesFor  map[key]map[key]struct{} // Pod → the slices that refer to it
-	entries    map[string]map[string]*entryFact
-	endpoints  map[string]map[string]*endpointFact
-	authz      map[string]map[string]*authorizationFact
-	peerAuths  map[string]map[string]*peerAuthFact
-	requests   map[string]map[string]*requestFact
-	selectors  map[string]map[string]*selectorFact
-	calledBy   map[ref][]called                    // what the API server calls on behalf of an object
-	callers    map[key]map[uint16]map[ref]struct{} // the same by Service and port
+	pods         map[string]map[string]*podFact // by namespace and name
+	podsByNode   map[string]map[key]struct{}
+	podsByAddr   map[netip.Addr]map[key]struct{} // but for those on the host network
+	namespaces   map[string]*namespaceFact
+	labelled     map[string]int // pods of a namespace that are enrolled by their own label
+	nodes        map[string]*nodeFact
+	inside       map[netip.Addr]int                 // how many nodes have it, see nodeFact
+	services     map[string]map[string]*serviceFact // by namespace and name
+	slices       map[key]*sliceFact
+	slicesOf     map[key]map[key]struct{} // Service → its slices
+	slicesFor    map[key]map[key]struct{} // Pod → the slices that refer to it
+	entries      map[string]map[string]*entryFact
+	endpoints    map[string]map[string]*endpointFact
+	authz        map[string]map[string]*authorizationFact
+	peerAuths    map[string]map[string]*peerAuthFact
+	requests     map[string]map[string]*requestFact
+	virtuals     map[string]map[string]*routeFact   // VirtualServices
+	destinations map[string]map[string]*routeFact   // DestinationRules
+	gateways     map[string]map[string]*gatewayFact // waypoints
+	selectors    map[string]map[string]*selectorFact
+	calledBy     map[ref][]called                    // what the API server calls on behalf of an object
+	callers      map[key]map[uint16]map[ref]struct{} // the same by Service and port
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -156,6 +164,7 @@ type Index struct {
 	dirtyPolicies   map[mesh.PolicyName]struct{}
 	dirtyStates     map[PolicyKey]struct{}
 	dirtyExemptions map[mesh.PolicyName]struct{}
+	dirtyRoutes     map[ref]struct{}
 	dirtyAPIServer  bool // its addresses
 	dirtyNamespaces map[string]struct{}
 }
@@ -185,6 +194,10 @@ func New(cfg Config) (*Index, error) {
 		authz:           map[string]map[string]*authorizationFact{},
 		peerAuths:       map[string]map[string]*peerAuthFact{},
 		requests:        map[string]map[string]*requestFact{},
+		virtuals:        map[string]map[string]*routeFact{},
+		destinations:    map[string]map[string]*routeFact{},
+		gateways:        map[string]map[string]*gatewayFact{},
+		dirtyRoutes:     map[ref]struct{}{},
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -236,6 +249,12 @@ func (x *Index) Set(obj any) {
 		x.setCalled(ref{ValidatingWebhookConfiguration, keyOf(o)}, calledByValidating(o))
 	case *admissionv1.MutatingWebhookConfiguration:
 		x.setCalled(ref{MutatingWebhookConfiguration, keyOf(o)}, calledByMutating(o))
+	case *networkingv1.VirtualService:
+		x.setRoutes(VirtualService, x.virtuals, keyOf(o), x.c.virtualServiceFactOf(o))
+	case *networkingv1.DestinationRule:
+		x.setRoutes(DestinationRule, x.destinations, keyOf(o), x.c.destinationRuleFactOf(o))
+	case *gatewayv1.Gateway:
+		x.setGateway(keyOf(o), gatewayFactOf(o))
 	case *unstructured.Unstructured:
 		kind := APIService
 		if o.GetKind() == CustomResourceDefinition.String() {
@@ -275,6 +294,12 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setEndpoint(k, nil)
 	case NetworkPolicy:
 		x.setNetworkPolicy(k, nil)
+	case VirtualService:
+		x.setRoutes(VirtualService, x.virtuals, k, nil)
+	case DestinationRule:
+		x.setRoutes(DestinationRule, x.destinations, k, nil)
+	case Gateway:
+		x.setGateway(k, nil)
 	}
 }
 
@@ -300,6 +325,7 @@ func (x *Index) Commit() *Update {
 	x.commitExemptions(b) // after the workloads, which need them or no more
 	x.commitNamespaces(u)
 	x.commitStates(u)
+	x.commitRoutes(u)
 
 	x.dirtyPolicies = emptied(x.dirtyPolicies)
 	x.dirtyHosts = emptied(x.dirtyHosts)
@@ -352,7 +378,10 @@ func (x *Index) commitServices(b *mesh.Builder) {
 			continue
 		}
 		x.winners[name] = is
-		b.PutService(is.finish(x.namespaces[name.Namespace]))
+		s := is.finish(x.namespaces[name.Namespace])
+		s.Waypoint = x.waypointFor(is)
+		x.route(s)
+		b.PutService(s)
 	}
 }
 

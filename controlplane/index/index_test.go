@@ -25,6 +25,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"pgregory.net/rapid"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 	"sigs.k8s.io/yaml"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -60,6 +61,15 @@ func dump(x *Index) string {
 	for _, v := range slices.SortedFunc(s.Services(), func(a, b *mesh.Service) int { return a.Name.Compare(b.Name) }) {
 		line("service %s", v.Name)
 		line("  vips %v%v ports %v lb %+v sans %v canonical %t", v.VIPs, v.VIPNets, v.Ports, v.LB, v.SANs, v.Canonical)
+		if v.Waypoint != nil {
+			line("  waypoint %s", v.Waypoint.Service)
+		}
+		for _, r := range v.HTTP {
+			line("  http %s matches %+v backends %+v invalid %q", r.Name, r.Matches, r.Backends, r.Invalid)
+		}
+		for _, s := range v.Subsets {
+			line("  subset %s %v", s.Name, s.Labels)
+		}
 	}
 	for _, p := range slices.SortedFunc(s.Policies(), func(a, b *mesh.Policy) int { return a.Name.Compare(b.Name) }) {
 		line("policy %s scope %d action %d dry-run %t", p.Name, p.Scope, p.Action, p.DryRun)
@@ -169,6 +179,12 @@ func decode(t testing.TB, doc string) any {
 		obj = &networkingv1.ServiceEntry{}
 	case "WorkloadEntry":
 		obj = &networkingv1.WorkloadEntry{}
+	case "VirtualService":
+		obj = &networkingv1.VirtualService{}
+	case "DestinationRule":
+		obj = &networkingv1.DestinationRule{}
+	case "Gateway":
+		obj = &gatewayv1.Gateway{}
 	default:
 		t.Fatalf("kind %q", meta.Kind)
 	}
@@ -336,7 +352,26 @@ var podLabels = []map[string]string{
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	switch kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)).Draw(t, "kind")); kind {
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+3).Draw(t, "kind"))
+	if kind > ValidatingWebhookConfiguration {
+		kind += VirtualService - ValidatingWebhookConfiguration - 1
+	}
+	switch kind {
+	case VirtualService:
+		v := &networkingv1.VirtualService{ObjectMeta: drawMeta(t, "name", "vs0", "vs1")}
+		mustYAML(t, pick(t, "spec", `{hosts: [s0], http: [{route: [{destination: {host: s0, subset: v1}}]}]}`,
+			`{hosts: [s0, s1.b.svc.cluster.local], http: [{match: [{uri: {regex: "("}}], route: [{destination: {host: s1}}]}]}`,
+			`{hosts: [s1], gateways: [g], http: [{redirect: {uri: /}}]}`), &v.Spec)
+		return ref{kind, keyOf(v)}, v
+	case DestinationRule:
+		d := &networkingv1.DestinationRule{ObjectMeta: drawMeta(t, "name", "dr0", "dr1")}
+		mustYAML(t, pick(t, "spec", `{host: s0, subsets: [{name: v1, labels: {app: x}}]}`, `{host: s1, trafficPolicy: {loadBalancer: {simple: RANDOM}}}`), &d.Spec)
+		return ref{kind, keyOf(d)}, d
+	case Gateway:
+		g := &gatewayv1.Gateway{ObjectMeta: drawMeta(t, "name", "w", "w1")}
+		g.Labels = pick(t, "labels", nil, map[string]string{labelWaypointFor: "none"})
+		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(waypointClass), "istio")
+		return ref{kind, keyOf(g)}, g
 	case RequestAuthentication:
 		r := &securityv1.RequestAuthentication{ObjectMeta: drawMeta(t, "name", "ra0", "ra1")}
 		return ref{kind, keyOf(r)}, r

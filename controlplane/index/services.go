@@ -28,6 +28,7 @@ type serviceFact struct {
 
 	waypoint     key // asked for by labels; the zero key where it wants none
 	waypointSaid bool
+	managed      bool // made for a Gateway: a waypoint's own
 }
 
 // portFact is how a service port finds its target on one endpoint.
@@ -77,6 +78,7 @@ func (c *compiled) serviceFactOf(s *corev1.Service) *serviceFact {
 		local:    s.Spec.InternalTrafficPolicy != nil && *s.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 	}
 	f.waypoint, f.waypointSaid = waypointOf(s.Labels, s.Namespace)
+	f.managed = s.Labels[labelManaged] != ""
 	if s.Spec.TrafficDistribution != nil {
 		if d := distributionOf(*s.Spec.TrafficDistribution); d != spreadAny {
 			f.spread = d

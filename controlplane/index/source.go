@@ -23,13 +23,18 @@ import (
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	gatewayclient "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
+	gatewayinformers "sigs.k8s.io/gateway-api/pkg/client/informers/externalversions"
 )
 
 // Source feeds an Index from a cluster.
 type Source struct {
 	Kube  kubernetes.Interface
 	Istio istio.Interface
-	Log   *slog.Logger
+	// Gateways reads the Gateway API; without it there are no waypoints.
+	Gateways gatewayclient.Interface
+	Log      *slog.Logger
 	// Dynamic reads what has no typed client here: APIServices and CustomResourceDefinitions. Without it their
 	// calls get no exemption from STRICT.
 	Dynamic dynamic.Interface
@@ -74,32 +79,44 @@ func NewSource(kube kubernetes.Interface, istioClient istio.Interface, cfg Confi
 	return s, nil
 }
 
+// factories are those of the clients that custom resources are read with.
+type factories struct {
+	istioinformers.SharedInformerFactory
+	gateways gatewayinformers.SharedInformerFactory // nil without a client
+}
+
 // crds are the custom resources that are read, which a cluster may not have (yet).
 var crds = []struct {
 	kind     Kind
 	resource schema.GroupVersionResource
-	informer func(istioinformers.SharedInformerFactory) cache.SharedIndexInformer
+	informer func(factories) cache.SharedIndexInformer
 }{
 	{AuthorizationPolicy, schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "authorizationpolicies"},
-		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+		func(f factories) cache.SharedIndexInformer {
 			return f.Security().V1().AuthorizationPolicies().Informer()
 		}},
 	{PeerAuthentication, schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "peerauthentications"},
-		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+		func(f factories) cache.SharedIndexInformer {
 			return f.Security().V1().PeerAuthentications().Informer()
 		}},
 	{RequestAuthentication, schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "requestauthentications"},
-		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+		func(f factories) cache.SharedIndexInformer {
 			return f.Security().V1().RequestAuthentications().Informer()
 		}},
 	{ServiceEntry, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "serviceentries"},
-		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+		func(f factories) cache.SharedIndexInformer {
 			return f.Networking().V1().ServiceEntries().Informer()
 		}},
 	{WorkloadEntry, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "workloadentries"},
-		func(f istioinformers.SharedInformerFactory) cache.SharedIndexInformer {
+		func(f factories) cache.SharedIndexInformer {
 			return f.Networking().V1().WorkloadEntries().Informer()
 		}},
+	{VirtualService, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "virtualservices"},
+		func(f factories) cache.SharedIndexInformer { return f.Networking().V1().VirtualServices().Informer() }},
+	{DestinationRule, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "destinationrules"},
+		func(f factories) cache.SharedIndexInformer { return f.Networking().V1().DestinationRules().Informer() }},
+	{Gateway, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "gateways"},
+		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().Gateways().Informer() }},
 }
 
 // selectorsWait is how long the first Update waits for the NetworkPolicies.
@@ -108,7 +125,11 @@ const selectorsWait = 5 * time.Second
 // Run watches until ctx ends. publish gets the first Update once everything that exists has been read, so that
 // it never shows a mesh without its policies, and then one Update per change. It is called by one goroutine.
 func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
-	inf := istioinformers.NewSharedInformerFactory(s.Istio, 0)
+	inf := factories{SharedInformerFactory: istioinformers.NewSharedInformerFactory(s.Istio, 0)}
+	if s.Gateways != nil {
+		inf.gateways = gatewayinformers.NewSharedInformerFactory(s.Gateways, 0)
+		defer inf.gateways.Shutdown()
+	}
 	var synced []cache.InformerSynced
 	add := func(kind Kind, i cache.SharedIndexInformer) error {
 		if err := i.SetTransform(strip); err != nil {
@@ -159,7 +180,9 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 	}
 	missing := map[Kind]bool{}
 	for _, c := range crds {
-		missing[c.kind] = true
+		if c.kind != Gateway || inf.gateways != nil {
+			missing[c.kind] = true
+		}
 	}
 	attach := func() error {
 		for _, c := range crds {
@@ -179,6 +202,9 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 			delete(missing, c.kind)
 		}
 		inf.Start(ctx.Done())
+		if inf.gateways != nil {
+			inf.gateways.Start(ctx.Done())
+		}
 		return nil
 	}
 	// Whether the CRDs exist has to be known: without them there are no policies, and without an answer there
@@ -357,6 +383,12 @@ func strip(obj any) (any, error) {
 	case *networkingv1.ServiceEntry:
 		o.ManagedFields = nil
 	case *networkingv1.WorkloadEntry:
+		o.ManagedFields = nil
+	case *networkingv1.VirtualService:
+		o.ManagedFields = nil
+	case *networkingv1.DestinationRule:
+		o.ManagedFields = nil
+	case *gatewayv1.Gateway:
 		o.ManagedFields = nil
 	case *kubenetworkingv1.NetworkPolicy:
 		o.ManagedFields, o.Spec = nil, kubenetworkingv1.NetworkPolicySpec{PodSelector: o.Spec.PodSelector}

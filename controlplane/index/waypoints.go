@@ -3,12 +3,13 @@ package index
 import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/tools/cache"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 )
 
 // WaypointWish is a Service that asks for a waypoint, by its own label or its namespace's.
 type WaypointWish struct {
 	Namespace, Name, UID string
-	Waypoint             string // namespace/name
+	Waypoint             struct{ Namespace, Name string }
 }
 
 // WaypointWishes lists them as the watch has them now.
@@ -32,9 +33,31 @@ func (s *Source) WaypointWishes() []WaypointWish {
 				}
 			}
 		}
-		if k != (key{}) {
-			out = append(out, WaypointWish{Namespace: svc.Namespace, Name: svc.Name, UID: string(svc.UID), Waypoint: k.Namespace + "/" + k.Name})
+		if k != (key{}) && svc.Labels[labelManaged] == "" {
+			out = append(out, WaypointWish{Namespace: svc.Namespace, Name: svc.Name, UID: string(svc.UID), Waypoint: k})
 		}
 	}
 	return out
+}
+
+// Waypoints lists the Gateways of the class for waypoints as the watch has them now; false where they are not read.
+func (s *Source) Waypoints() ([]*gatewayv1.Gateway, bool) {
+	store, ok := s.stores.Load(Gateway)
+	if !ok {
+		return nil, false
+	}
+	var out []*gatewayv1.Gateway
+	for _, o := range store.(cache.Store).List() {
+		if g, ok := o.(*gatewayv1.Gateway); ok && g.Spec.GatewayClassName == waypointClass {
+			out = append(out, g)
+		}
+	}
+	return out, true
+}
+
+// IsWaypoint reports whether there is a Gateway of that name and class.
+func (s *Source) IsWaypoint(namespace, name string) bool {
+	o, _ := s.Object(Gateway, namespace, name)
+	g, ok := o.(*gatewayv1.Gateway)
+	return ok && g.Spec.GatewayClassName == waypointClass
 }

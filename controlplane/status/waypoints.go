@@ -21,16 +21,28 @@ const ConditionWaypointBound = "istio.io/WaypointBound"
 // waypointsEvery is how often the wishes are compared with what has been said.
 const waypointsEvery = 2 * time.Second
 
-// Waypoints tells Services whether they have the waypoint that they ask for. No waypoint is known to this control
-// plane, so that none has: their policies with targetRefs keep everybody out meanwhile.
+// Waypoints tells Services whether they have the waypoint that they ask for. What is sent to one that has not is refused.
 type Waypoints struct {
 	Kube   kubernetes.Interface
 	Wishes func() []index.WaypointWish
-	Log    *slog.Logger
+	// Ready reports whether a waypoint has a pod that is ready; nil: none has.
+	Ready func(namespace, name string) bool
+	Log   *slog.Logger
 }
 
 // told is what was said to a Service.
 type told struct{ namespace, name, uid, message string }
+
+func (w *Waypoints) say(wish index.WaypointWish) (_ told, status, reason string) {
+	t := told{namespace: wish.Namespace, name: wish.Name, uid: wish.UID}
+	name := wish.Waypoint.Namespace + "/" + wish.Waypoint.Name
+	if w.Ready != nil && w.Ready(wish.Waypoint.Namespace, wish.Waypoint.Name) {
+		t.message = "Successfully attached to waypoint " + name
+		return t, "True", "WaypointAccepted"
+	}
+	t.message = fmt.Sprintf("waypoint %q is not ready", name)
+	return t, "False", "WaypointIsNotReady"
+}
 
 // Run writes until ctx ends. It is the leader's.
 func (w *Waypoints) Run(ctx context.Context) {
@@ -75,11 +87,11 @@ func (w *Waypoints) reconcile(ctx context.Context, said map[string]told) {
 	wished := map[string]bool{}
 	for _, wish := range w.Wishes() {
 		wished[wish.UID] = true
-		want := told{wish.Namespace, wish.Name, wish.UID, fmt.Sprintf("waypoint %q is not ready", wish.Waypoint)}
+		want, status, reason := w.say(wish)
 		if said[wish.UID] == want {
 			continue
 		}
-		if w.write(ctx, want, map[string]any{"type": ConditionWaypointBound, "status": "False", "reason": "WaypointIsNotReady",
+		if w.write(ctx, want, map[string]any{"type": ConditionWaypointBound, "status": status, "reason": reason,
 			"message": want.message, "lastTransitionTime": metav1.NewTime(time.Now().UTC())}) {
 			said[wish.UID] = want
 		}

@@ -14,7 +14,8 @@ import (
 
 func TestServicesAreToldThatTheirWaypointIsNotThere(t *testing.T) {
 	kube := fake.NewClientset(&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "ui", UID: "u1"}})
-	wishes := []index.WaypointWish{{Namespace: "shop", Name: "ui", UID: "u1", Waypoint: "shop/way"}, {Namespace: "shop", Name: "gone", UID: "u2", Waypoint: "shop/way"}}
+	way := struct{ Namespace, Name string }{"shop", "way"}
+	wishes := []index.WaypointWish{{Namespace: "shop", Name: "ui", UID: "u1", Waypoint: way}, {Namespace: "shop", Name: "gone", UID: "u2", Waypoint: way}}
 	w := &Waypoints{Kube: kube, Wishes: func() []index.WaypointWish { return wishes }, Log: slog.New(slog.DiscardHandler)}
 	says := func() string {
 		s, err := kube.CoreV1().Services("shop").Get(t.Context(), "ui", metav1.GetOptions{})

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/warrenmesh/warren/controlplane/auth"
+	"github.com/warrenmesh/warren/internal/mesh"
 )
 
 // Config is what the server needs.
@@ -23,9 +24,12 @@ type Config struct {
 		Authenticate(context.Context) (*auth.Caller, error)
 	}
 	// NodeOf returns the node that a caller speaks for, or why it is no node agent.
-	NodeOf  func(*auth.Caller) (string, error)
-	Log     *slog.Logger
-	Metrics prometheus.Registerer
+	NodeOf func(*auth.Caller) (string, error)
+	// WaypointOf returns the waypoint that a caller is, and false for others; nil where there are none.
+	WaypointOf func(*auth.Caller) (mesh.ServiceName, bool)
+	Waypoints  *Waypoints
+	Log        *slog.Logger
+	Metrics    prometheus.Registerer
 	// OnProgress is called when [Server.Nodes] has changed. It must not block.
 	OnProgress func()
 }
@@ -133,6 +137,8 @@ func (s *Server) Streams() []*Stream {
 	return out
 }
 
+var errNotSynced = status.Error(codes.Unavailable, "the control plane has not read the cluster's state yet")
+
 // retryRejected is when a rejected response is sent again without a change that would do so earlier.
 const retryRejected = 30 * time.Second
 
@@ -145,6 +151,14 @@ func (s *Server) DeltaAggregatedResources(stream grpc.BidiStreamingServer[discov
 		s.cfg.Log.Warn("xDS stream refused", "peer", auth.PeerAddr(ctx), "error", err)
 		return err
 	}
+	if s.cfg.WaypointOf != nil {
+		if name, ok := s.cfg.WaypointOf(caller); ok {
+			if !s.cache.Synced() {
+				return errNotSynced
+			}
+			return s.cfg.Waypoints.serve(stream, name, auth.PeerAddr(ctx))
+		}
+	}
 	node, err := s.cfg.NodeOf(caller)
 	if err != nil {
 		s.m.refused.Inc()
@@ -152,7 +166,7 @@ func (s *Server) DeltaAggregatedResources(stream grpc.BidiStreamingServer[discov
 		return status.Errorf(codes.PermissionDenied, "xDS refused: %v", err)
 	}
 	if !s.cache.Synced() {
-		return status.Error(codes.Unavailable, "the control plane has not read the cluster's state yet")
+		return errNotSynced
 	}
 	info := &Stream{Node: node, Peer: auth.PeerAddr(ctx), Connected: time.Now(), types: map[string]TypeState{}}
 	c := newClient(node)

@@ -1,0 +1,127 @@
+package deploy
+
+import (
+	"log/slog"
+	"testing"
+
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/kubernetes/fake"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	gatewayfake "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned/fake"
+)
+
+func gateway(change func(*gatewayv1.Gateway)) *gatewayv1.Gateway {
+	g := &gatewayv1.Gateway{
+		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "way", UID: "u1", Generation: 3},
+		Spec:       gatewayv1.GatewaySpec{GatewayClassName: Class, Listeners: []gatewayv1.Listener{{Name: "mesh", Port: 15008, Protocol: hboneProtocol}}},
+	}
+	if change != nil {
+		change(g)
+	}
+	return g
+}
+
+func TestDeploys(t *testing.T) {
+	g := gateway(nil)
+	kube, gateways := fake.NewClientset(), gatewayfake.NewSimpleClientset()
+	if _, err := gateways.GatewayV1().Gateways("shop").Create(t.Context(), g, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	ready, addresses := 0, []string(nil)
+	d := &Deployer{
+		Settings: Settings{Image: "waypoint:dev", PullPolicy: "IfNotPresent", Service: "istiod.istio-system.svc:15012", Revision: "default"},
+		Kube:     kube, Gateways: gateways, State: func(string, string) ([]string, int) { return addresses, ready }, Log: slog.New(slog.DiscardHandler),
+	}
+	applied := map[types.UID]done{}
+	step := func() *gatewayv1.Gateway {
+		t.Helper()
+		now, err := gateways.GatewayV1().Gateways("shop").Get(t.Context(), "way", metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.reconcile(t.Context(), now, applied)
+		if now, err = gateways.GatewayV1().Gateways("shop").Get(t.Context(), "way", metav1.GetOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		return now
+	}
+	says := func(g *gatewayv1.Gateway, kind, status, reason string) {
+		t.Helper()
+		if c := meta.FindStatusCondition(g.Status.Conditions, kind); c == nil || string(c.Status) != status || c.Reason != reason || c.ObservedGeneration != 3 {
+			t.Errorf("%s: %+v, want %s %s", kind, c, status, reason)
+		}
+	}
+	now := step()
+	says(now, "Accepted", "True", "Accepted")
+	says(now, "Programmed", "False", "AddressNotAssigned")
+	dep, err := kube.AppsV1().Deployments("shop").Get(t.Context(), "way", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pod := dep.Spec.Template
+	if pod.Labels["networking.istio.io/tunnel"] != "http" || pod.Labels["istio.io/dataplane-mode"] != "none" || pod.Spec.ServiceAccountName != "way" || pod.Spec.Containers[0].Image != "waypoint:dev" {
+		t.Errorf("pod: %+v", pod)
+	}
+	if dep.Spec.Replicas != nil && *dep.Spec.Replicas != 1 {
+		t.Errorf("replicas %v are somebody else's to say", *dep.Spec.Replicas)
+	}
+	if o := dep.OwnerReferences; len(o) != 1 || o[0].UID != "u1" || o[0].Kind != "Gateway" {
+		t.Errorf("owners: %+v", o)
+	}
+	for what, get := range map[string]func() error{
+		"Service": func() error {
+			_, err := kube.CoreV1().Services("shop").Get(t.Context(), "way", metav1.GetOptions{})
+			return err
+		},
+		"ServiceAccount": func() error {
+			_, err := kube.CoreV1().ServiceAccounts("shop").Get(t.Context(), "way", metav1.GetOptions{})
+			return err
+		},
+		"PodDisruptionBudget": func() error {
+			_, err := kube.PolicyV1().PodDisruptionBudgets("shop").Get(t.Context(), "way", metav1.GetOptions{})
+			return err
+		},
+	} {
+		if err := get(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	addresses = []string{"10.96.0.7"}
+	says(step(), "Programmed", "False", "Pending")
+	ready = 1
+	now = step()
+	says(now, "Programmed", "True", "Programmed")
+	if a := now.Status.Addresses; len(a) != 1 || a[0].Value != "10.96.0.7" {
+		t.Errorf("addresses %+v", a)
+	}
+	if l := now.Status.Listeners; len(l) != 1 || l[0].Name != "mesh" || !meta.IsStatusConditionTrue(l[0].Conditions, "Programmed") {
+		t.Errorf("listeners %+v", l)
+	}
+	kube.ClearActions()
+	gateways.ClearActions()
+	step()
+	for _, a := range append(kube.Actions(), gateways.Actions()...) {
+		if a.GetVerb() != "get" {
+			t.Errorf("%s of %s though nothing has changed", a.GetVerb(), a.GetResource().Resource)
+		}
+	}
+}
+
+func TestVerdicts(t *testing.T) {
+	for name, c := range map[string]struct {
+		change func(*gatewayv1.Gateway)
+		want   gatewayv1.GatewayConditionReason
+	}{
+		"as it should be": {nil, gatewayv1.GatewayReasonAccepted},
+		"for pods":        {func(g *gatewayv1.Gateway) { g.Labels = map[string]string{labelFor: "workload"} }, gatewayv1.GatewayReasonInvalidParameters},
+		"for what":        {func(g *gatewayv1.Gateway) { g.Labels = map[string]string{labelFor: "odd"} }, gatewayv1.GatewayReasonInvalidParameters},
+		"no listener":     {func(g *gatewayv1.Gateway) { g.Spec.Listeners = nil }, gatewayv1.GatewayReasonListenersNotValid},
+		"another port":    {func(g *gatewayv1.Gateway) { g.Spec.Listeners[0].Port = 80 }, gatewayv1.GatewayReasonListenersNotValid},
+	} {
+		if got, message := verdict(gateway(c.change)); got != c.want || message == "" {
+			t.Errorf("%s: %s (%s), want %s", name, got, message, c.want)
+		}
+	}
+}

@@ -1,0 +1,199 @@
+package deploy
+
+import (
+	"fmt"
+
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Names of Istio's, by which tools find waypoints.
+const (
+	Class           = "istio-waypoint"
+	controller      = "istio.io/mesh-controller"
+	managed         = "istio.io-mesh-controller"
+	labelManaged    = "gateway.istio.io/managed"
+	labelGateway    = "gateway.networking.k8s.io/gateway-name"
+	labelClass      = "gateway.networking.k8s.io/gateway-class-name"
+	labelFor        = "istio.io/waypoint-for"
+	hboneProtocol   = gatewayv1.ProtocolType("HBONE")
+	statusPort      = 15021
+	telemetryPort   = 15020
+	drainSeconds    = 30
+	terminateWithin = drainSeconds + 15
+)
+
+// Settings are the same for all waypoints.
+type Settings struct {
+	Image       string
+	PullPolicy  string
+	PullSecrets []string
+	Service     string // of the control plane: host and port
+	ClusterID   string
+	TrustDomain string
+	Revision    string
+}
+
+type object = map[string]any
+
+// manifest is one object and where it goes.
+type manifest struct {
+	kind kind
+	body object
+}
+
+type kind uint8
+
+const (
+	serviceAccount kind = iota
+	service
+	deployment
+	budget
+)
+
+// manifests are the objects of a Gateway.
+func (s Settings) manifests(g *gatewayv1.Gateway) []manifest {
+	labels, annotations := object{}, object{}
+	if i := g.Spec.Infrastructure; i != nil {
+		for k, v := range i.Labels {
+			labels[string(k)] = string(v)
+		}
+		for k, v := range i.Annotations {
+			annotations[string(k)] = string(v)
+		}
+	}
+	own := object{labelManaged: managed, labelGateway: g.Name, labelClass: Class}
+	for k, v := range own {
+		labels[k] = v
+	}
+	meta := func(apiVersion, kind string) object {
+		return object{
+			"apiVersion": apiVersion, "kind": kind,
+			"metadata": object{
+				"name": g.Name, "namespace": g.Namespace, "labels": labels, "annotations": annotations,
+				"ownerReferences": []any{object{
+					"apiVersion": gatewayv1.GroupVersion.String(), "kind": "Gateway", "name": g.Name, "uid": string(g.UID), "controller": true,
+				}},
+			},
+		}
+	}
+	selector := object{labelGateway: g.Name}
+
+	account := meta("v1", "ServiceAccount")
+
+	svc := meta("v1", "Service")
+	svc["spec"] = object{
+		"selector": selector, "ipFamilyPolicy": "PreferDualStack",
+		"ports": []any{
+			object{"name": "status-port", "port": statusPort, "protocol": "TCP", "appProtocol": "tcp"},
+			object{"name": "mesh", "port": mesh.HBONEPort, "protocol": "TCP", "appProtocol": "tcp"},
+		},
+	}
+
+	pod := object{}
+	for k, v := range labels {
+		pod[k] = v
+	}
+	for k, v := range (object{
+		"istio.io/dataplane-mode": "none", "sidecar.istio.io/inject": "false", "networking.istio.io/tunnel": "http",
+		"service.istio.io/canonical-name": g.Name, "service.istio.io/canonical-revision": "latest", "istio.io/rev": s.Revision,
+	}) {
+		pod[k] = v
+	}
+	podAnnotations := object{"prometheus.io/scrape": "true", "prometheus.io/port": fmt.Sprint(telemetryPort), "prometheus.io/path": "/stats/prometheus"}
+	for k, v := range annotations {
+		podAnnotations[k] = v
+	}
+	dep := meta("apps/v1", "Deployment")
+	dep["spec"] = object{
+		"selector": object{"matchLabels": selector},
+		"strategy": object{"type": "RollingUpdate", "rollingUpdate": object{"maxSurge": 1, "maxUnavailable": 0}},
+		"template": object{
+			"metadata": object{"labels": pod, "annotations": podAnnotations},
+			"spec":     s.pod(g, selector),
+		},
+	}
+
+	pdb := meta("policy/v1", "PodDisruptionBudget")
+	pdb["spec"] = object{"maxUnavailable": 1, "selector": object{"matchLabels": selector}}
+	return []manifest{{serviceAccount, account}, {service, svc}, {deployment, dep}, {budget, pdb}}
+}
+
+func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
+	field := func(name, path string) object {
+		return object{"name": name, "valueFrom": object{"fieldRef": object{"fieldPath": path}}}
+	}
+	value := func(name, v string) object { return object{"name": name, "value": v} }
+	mount := func(name, path string, readOnly bool) object {
+		return object{"name": name, "mountPath": path, "readOnly": readOnly}
+	}
+	probe := object{"httpGet": object{"path": "/healthz/ready", "port": statusPort}, "periodSeconds": 2, "failureThreshold": 4}
+	spec := object{
+		"serviceAccountName":            g.Name,
+		"automountServiceAccountToken":  false,
+		"enableServiceLinks":            false,
+		"terminationGracePeriodSeconds": terminateWithin,
+		"topologySpreadConstraints": []any{object{
+			"maxSkew": 1, "topologyKey": "kubernetes.io/hostname", "whenUnsatisfiable": "ScheduleAnyway",
+			"labelSelector": object{"matchLabels": selector},
+		}},
+		"containers": []any{object{
+			"name": "istio-proxy", "image": s.Image, "imagePullPolicy": s.PullPolicy,
+			"env": []any{
+				field("POD_NAME", "metadata.name"), field("POD_NAMESPACE", "metadata.namespace"),
+				field("POD_IP", "status.podIP"), field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
+				value("CONTROL_ADDRESS", s.Service), value("CLUSTER_ID", s.ClusterID), value("TRUST_DOMAIN", s.TrustDomain),
+				value("DRAIN_SECONDS", fmt.Sprint(drainSeconds)),
+			},
+			"ports": []any{
+				object{"name": "mesh", "containerPort": mesh.HBONEPort, "protocol": "TCP"},
+				object{"name": "metrics", "containerPort": telemetryPort, "protocol": "TCP"},
+				object{"name": "status-port", "containerPort": statusPort, "protocol": "TCP"},
+			},
+			"readinessProbe": probe,
+			"resources":      object{"requests": object{"cpu": "50m", "memory": "96Mi"}},
+			"securityContext": object{
+				"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "runAsNonRoot": true,
+				"runAsUser": 65532, "runAsGroup": 65532, "capabilities": object{"drop": []any{"ALL"}},
+				"seccompProfile": object{"type": "RuntimeDefault"},
+			},
+			"volumeMounts": []any{
+				mount("run", "/run/waypoint", false), mount("token", "/var/run/secrets/tokens", true), mount("root", "/var/run/secrets/istio", true),
+			},
+		}},
+		"volumes": []any{
+			object{"name": "run", "emptyDir": object{"medium": "Memory"}},
+			object{"name": "token", "projected": object{"sources": []any{object{
+				"serviceAccountToken": object{"audience": "istio-ca", "expirationSeconds": 43200, "path": "istio-token"},
+			}}}},
+			object{"name": "root", "configMap": object{"name": "istio-ca-root-cert"}},
+		},
+	}
+	if len(s.PullSecrets) > 0 {
+		var refs []any
+		for _, n := range s.PullSecrets {
+			refs = append(refs, object{"name": n})
+		}
+		spec["imagePullSecrets"] = refs
+	}
+	return spec
+}
+
+// verdict says whether a Gateway can be a waypoint, and why not.
+func verdict(g *gatewayv1.Gateway) (reason gatewayv1.GatewayConditionReason, message string) {
+	switch f := g.Labels[labelFor]; f {
+	case "", "service", "all", "none":
+	case "workload":
+		return gatewayv1.GatewayReasonInvalidParameters, "the label " + labelFor + ": workload is not supported: waypoints take what is sent to Services; use service or none"
+	default:
+		return gatewayv1.GatewayReasonInvalidParameters, fmt.Sprintf("the label %s has the value %q; use service or none", labelFor, f)
+	}
+	if len(g.Spec.Listeners) != 1 || g.Spec.Listeners[0].Protocol != hboneProtocol || g.Spec.Listeners[0].Port != mesh.HBONEPort {
+		return gatewayv1.GatewayReasonListenersNotValid, fmt.Sprintf("a waypoint has one listener, with protocol HBONE and port %d", mesh.HBONEPort)
+	}
+	if i := g.Spec.Infrastructure; i != nil && i.ParametersRef != nil {
+		return gatewayv1.GatewayReasonInvalidParameters, "infrastructure.parametersRef is not supported"
+	}
+	return gatewayv1.GatewayReasonAccepted, "the waypoint is made as the Deployment " + g.Name
+}

@@ -1,0 +1,194 @@
+package index
+
+import (
+	"slices"
+	"strings"
+
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/warrenmesh/warren/controlplane/routing"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+const (
+	labelWaypointFor = "istio.io/waypoint-for"
+	labelManaged     = "gateway.istio.io/managed"
+)
+
+// gatewayFact is what the mesh needs of a Gateway of the class for waypoints.
+type gatewayFact struct {
+	key
+	services bool // it takes what is sent to services
+}
+
+// gatewayFactOf returns nil for a Gateway of another class.
+func gatewayFactOf(g *gatewayv1.Gateway) *gatewayFact {
+	if g.Spec.GatewayClassName != waypointClass {
+		return nil
+	}
+	takes := g.Labels[labelWaypointFor]
+	return &gatewayFact{key: keyOf(g), services: takes == "" || takes == "service" || takes == "all"}
+}
+
+func (x *Index) setGateway(k key, f *gatewayFact) {
+	old := put(x.gateways, k, f)
+	if old == nil && f == nil || old != nil && f != nil && *old == *f {
+		return
+	}
+	for name, claims := range x.candidates {
+		for _, s := range claims {
+			if x.waypointAsked(s) == k {
+				x.dirtyHosts[name] = struct{}{}
+			}
+		}
+	}
+}
+
+// waypointAsked is the waypoint that a service or its namespace asks for.
+func (x *Index) waypointAsked(f *serviceFact) key {
+	if f.waypointSaid {
+		return f.waypoint
+	}
+	if ns := x.namespaces[f.owner.Namespace]; ns != nil {
+		k, _ := waypointOf(ns.labels, f.owner.Namespace)
+		return k
+	}
+	return key{}
+}
+
+// waypointFor is the waypoint that a service is bound to. One that is not there binds too: its clients are refused,
+// rather than let around what was asked for. A Gateway that says it is not for services does not.
+func (x *Index) waypointFor(f *serviceFact) *mesh.Gateway {
+	k := x.waypointAsked(f)
+	if k == (key{}) || f.managed || (f.owner == owner{key: k}) {
+		return nil
+	}
+	if g := x.gateways[k.Namespace][k.Name]; g != nil && !g.services {
+		return nil
+	}
+	return &mesh.Gateway{Service: x.c.serviceName(k), HBONEPort: mesh.HBONEPort}
+}
+
+// routeFact is what a VirtualService or a DestinationRule says about hosts.
+type routeFact struct {
+	key
+	uid      string
+	created  metav1.Time
+	hosts    []mesh.ServiceName
+	rules    []mesh.HTTPRule
+	subsets  []mesh.Subset
+	problems []string
+}
+
+func (f *routeFact) older(o *routeFact) bool {
+	if o == nil {
+		return true
+	}
+	if !f.created.Equal(&o.created) {
+		return f.created.Before(&o.created)
+	}
+	return compareKeys(f.key, o.key) < 0
+}
+
+func (c *compiled) resolveHost(namespace, host string) mesh.ServiceName {
+	if !strings.Contains(host, ".") {
+		return c.serviceName(key{namespace, host})
+	}
+	host = strings.TrimSuffix(host, ".")
+	if rest, ok := strings.CutSuffix(host, ".svc."+c.ClusterDomain); ok {
+		if name, ns, ok := strings.Cut(rest, "."); ok && !strings.Contains(ns, ".") {
+			return c.serviceName(key{ns, name})
+		}
+	}
+	return mesh.ServiceName{Namespace: namespace, Hostname: host} // of a ServiceEntry
+}
+
+func (c *compiled) virtualServiceFactOf(v *networkingv1.VirtualService) *routeFact {
+	f := &routeFact{key: keyOf(v), uid: string(v.UID), created: v.CreationTimestamp}
+	if !routing.ForMesh(&v.Spec) {
+		return f
+	}
+	for _, h := range v.Spec.Hosts {
+		f.hosts = append(f.hosts, c.resolveHost(v.Namespace, h))
+	}
+	f.rules, f.problems = routing.VirtualService(v.Namespace, v.Name, &v.Spec, c.resolveHost)
+	return f
+}
+
+func (c *compiled) destinationRuleFactOf(d *networkingv1.DestinationRule) *routeFact {
+	f := &routeFact{key: keyOf(d), uid: string(d.UID), created: d.CreationTimestamp, hosts: []mesh.ServiceName{c.resolveHost(d.Namespace, d.Spec.Host)}}
+	f.subsets, f.problems = routing.Subsets(&d.Spec)
+	return f
+}
+
+func (x *Index) setRoutes(kind Kind, all map[string]map[string]*routeFact, k key, f *routeFact) {
+	old := put(all, k, f)
+	for _, r := range []*routeFact{old, f} {
+		if r == nil {
+			continue
+		}
+		x.dirtyRoutes[ref{kind, k}] = struct{}{}
+		for _, h := range r.hosts {
+			x.dirtyHosts[h] = struct{}{}
+			for _, other := range all[k.Namespace] { // which of several holds may have changed
+				if slices.Contains(other.hosts, h) {
+					x.dirtyRoutes[ref{kind, other.key}] = struct{}{}
+				}
+			}
+		}
+	}
+}
+
+// oldest is the object of the service's namespace that speaks for it. Those of other namespaces are for their own
+// clients, whom a waypoint cannot tell from others.
+func oldest(all map[string]map[string]*routeFact, name mesh.ServiceName) *routeFact {
+	var best *routeFact
+	for _, f := range all[name.Namespace] {
+		if slices.Contains(f.hosts, name) && f.older(best) {
+			best = f
+		}
+	}
+	return best
+}
+
+// route adds to a service what is written about its requests.
+func (x *Index) route(s *mesh.Service) {
+	if v := oldest(x.virtuals, s.Name); v != nil {
+		s.HTTP = v.rules
+	}
+	if d := oldest(x.destinations, s.Name); d != nil {
+		s.Subsets = d.subsets
+	}
+}
+
+// commitRoutes tells authors what of their objects does not hold.
+func (x *Index) commitRoutes(u *Update) {
+	for r := range x.dirtyRoutes {
+		all := x.virtuals
+		if r.kind == DestinationRule {
+			all = x.destinations
+		}
+		nk := NoticeKey{Kind: r.kind, Namespace: r.Namespace, Name: r.Name}
+		f := all[r.Namespace][r.Name]
+		if f == nil {
+			x.notice(u, nk, "", "", "")
+			continue
+		}
+		problems := slices.Clone(f.problems)
+		for _, h := range f.hosts {
+			if h.Namespace != f.Namespace {
+				problems = append(problems, h.Hostname+" is of another namespace, where this holds for nobody; write it in the namespace "+h.Namespace)
+			} else if first := oldest(all, h); first != f {
+				problems = append(problems, "for "+h.Hostname+" "+first.Name+" holds, which is older")
+			}
+		}
+		if len(problems) == 0 {
+			x.notice(u, nk, "", "", "")
+			continue
+		}
+		x.notice(u, nk, f.uid, "PartlyIgnored", strings.Join(problems, "; "))
+	}
+	x.dirtyRoutes = emptied(x.dirtyRoutes)
+}
