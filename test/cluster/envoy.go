@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -48,24 +49,59 @@ var libraryPath = regexp.MustCompile(`(?m)(/\S+) \(0x`)
 
 // EnvoyArchive writes an image of Envoy with the libraries of this machine that it is linked with.
 func EnvoyArchive(ctx context.Context, file string) error {
-	bin, err := EnvoyBinary(ctx)
+	v, err := envoyFiles(ctx)
 	if err != nil {
-		return fmt.Errorf("get Envoy: %w", err)
-	}
-	out, err := exec.CommandContext(ctx, "ldd", bin).CombinedOutput()
-	if err != nil {
-		return fmt.Errorf("ldd %s: %w: %s", bin, err, bytes.TrimSpace(out))
-	}
-	v := image.Variant{Platform: image.Platform{Arch: runtime.GOARCH}, Files: map[string]string{"envoy": bin}}
-	for _, m := range libraryPath.FindAllSubmatch(out, -1) {
-		// Where the program looks, whatever links the path goes through here.
-		from, err := filepath.EvalSymlinks(string(m[1]))
-		if err != nil {
-			return err
-		}
-		v.Files[string(m[1][1:])] = from
+		return err
 	}
 	im := image.Image{Name: EnvoyImage, Config: image.Config{Entrypoint: []string{"/envoy"}, User: "65532:65532"}, Variants: []image.Variant{v}}
 	_, err = im.WriteFile(file)
 	return err
+}
+
+// WaypointArchive writes the image of a waypoint with that Envoy in it.
+func WaypointArchive(ctx context.Context, file, tag string) error {
+	v, err := envoyFiles(ctx)
+	if err != nil {
+		return err
+	}
+	src, err := source()
+	if err != nil {
+		return err
+	}
+	out, err := os.MkdirTemp("", "warren-waypoint-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(out)
+	p := product{name: "waypoint", programs: []program{{"cmd/waypoint", "waypoint"}}}
+	built, err := p.build(ctx, filepath.Dir(filepath.Dir(src)), out, v.Platform, func(string) {}, "GOFIPS140=off")
+	if err != nil {
+		return err
+	}
+	maps.Copy(v.Files, built.Files)
+	im := image.Image{Name: imagePrefix + p.name + ":" + tag, Config: image.Config{Entrypoint: []string{"/waypoint"}, User: "65532:65532"}, Variants: []image.Variant{v}}
+	_, err = im.WriteFile(file)
+	return err
+}
+
+func envoyFiles(ctx context.Context) (image.Variant, error) {
+	v := image.Variant{Platform: image.Platform{Arch: runtime.GOARCH}}
+	bin, err := EnvoyBinary(ctx)
+	if err != nil {
+		return v, fmt.Errorf("get Envoy: %w", err)
+	}
+	out, err := exec.CommandContext(ctx, "ldd", bin).CombinedOutput()
+	if err != nil {
+		return v, fmt.Errorf("ldd %s: %w: %s", bin, err, bytes.TrimSpace(out))
+	}
+	v.Files = map[string]string{"envoy": bin}
+	for _, m := range libraryPath.FindAllSubmatch(out, -1) {
+		// Where the program looks, whatever links the path goes through here.
+		from, err := filepath.EvalSymlinks(string(m[1]))
+		if err != nil {
+			return v, err
+		}
+		v.Files[string(m[1][1:])] = from
+	}
+	return v, nil
 }

@@ -30,6 +30,20 @@ func (l *Lab) Bench(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	return cmd, nil
 }
 
+// LoadWaypoint loads the image of waypoints into our own cluster.
+func (l *Lab) LoadWaypoint(ctx context.Context) error {
+	dir, err := os.MkdirTemp("", "warren-waypoint-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	archive := filepath.Join(dir, "waypoint.tar")
+	if err := cluster.WaypointArchive(ctx, archive, "dev"); err != nil {
+		return err
+	}
+	return l.Cluster.LoadImages(ctx, archive)
+}
+
 // LoadEnvoy loads an image of Envoy into our own cluster and returns its name.
 func (l *Lab) LoadEnvoy(ctx context.Context) (string, error) {
 	dir, err := os.MkdirTemp("", "warren-envoy-")

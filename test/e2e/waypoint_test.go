@@ -1,0 +1,140 @@
+package e2e
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// A waypoint is made where a Gateway asks for one; what is sent to services that ask for it goes through it, is routed
+// there as a VirtualService says, and is refused while it is not there.
+func TestWaypoint(t *testing.T) {
+	ownCluster(t)
+	ctx := t.Context()
+	must(t, mesh.LoadWaypoint(ctx))
+	ns := namespace(t, "e2e-waypoint", ambient)
+	must(t, mesh.Run(ctx,
+		lab.PodSpec{Namespace: ns, Name: "client", Account: "client", Node: nodes[0], Args: []string{"sleep"}},
+		lab.PodSpec{Namespace: ns, Name: "inventory-1", Account: "inventory", Node: nodes[1], Args: []string{"inventory"}, Labels: map[string]string{"app": "inventory", "version": "v1"}},
+		lab.PodSpec{Namespace: ns, Name: "inventory-2", Account: "inventory", Node: nodes[0], Args: []string{"inventory"}, Labels: map[string]string{"app": "inventory", "version": "v2"}},
+	))
+	apply := func(manifest string) {
+		t.Helper()
+		must(t, mesh.Apply(ctx, strings.ReplaceAll(manifest, "NS", ns)))
+	}
+	apply(`
+apiVersion: v1
+kind: Service
+metadata: {name: inventory, namespace: NS, labels: {istio.io/use-waypoint: way}}
+spec: {selector: {app: inventory}, ports: [{name: http, port: 80, targetPort: 8080}]}
+`)
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	inMesh(t, ns)
+	call := func(n int) error {
+		out, err := mesh.Exec(ctx, ns, "client", "/demo", "load", "-n", strconv.Itoa(n), "-every", "5ms", "-url", "http://inventory/stock")
+		if err != nil {
+			return fmt.Errorf("%w: %s", err, out)
+		}
+		return nil
+	}
+	becomes := func(what string, ok func(error) bool) {
+		t.Helper()
+		must(t, lab.Eventually(ctx, 2*time.Minute, func() error {
+			if err := call(5); !ok(err) {
+				return fmt.Errorf("%s: %w", what, err)
+			}
+			return nil
+		}))
+	}
+	answered := func(err error) bool { return err == nil }
+	// Refused from the first moment, and not for a time only.
+	becomes("a waypoint that is not there is not bypassed", func(err error) bool { return err != nil })
+	if call(3) == nil {
+		t.Error("calls pass by the waypoint that is not there")
+	}
+
+	gateway := `
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+`
+	apply(gateway)
+	for _, wait := range [][]string{{"--for=condition=Accepted", "gateway/way"}, {"--for=condition=Programmed", "gateway/way"}, {"--for=condition=istio.io/WaypointBound", "service/inventory"}} {
+		if out, err := mesh.Kubectl(ctx, append([]string{"-n", ns, "wait", "--timeout=180s"}, wait...)...); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	becomes("calls go through the waypoint", answered)
+
+	// Plaintext is refused now, so that what comes through comes by the waypoint's tunnel.
+	strict(t, ns)
+	becomes("calls go through the waypoint under STRICT", answered)
+
+	split := func(v1 int) string {
+		return fmt.Sprintf(`
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: inventory, namespace: NS}
+spec: {host: inventory, subsets: [{name: v1, labels: {version: v1}}, {name: v2, labels: {version: v2}}]}
+---
+apiVersion: networking.istio.io/v1alpha3
+kind: VirtualService
+metadata: {name: inventory, namespace: NS}
+spec:
+  hosts: [inventory]
+  http:
+  - route:
+    - {destination: {host: inventory, subset: v1}, weight: %d}
+    - {destination: {host: inventory, subset: v2}, weight: %d}
+`, v1, 100-v1)
+	}
+	requests := func(pod string) int {
+		out, err := mesh.Kubectl(ctx, "-n", ns, "logs", pod)
+		must(t, err)
+		return strings.Count(out, `"msg":"request"`)
+	}
+	for _, v1 := range []int{100, 80} {
+		apply(split(v1))
+		const n = 500
+		must(t, lab.Eventually(ctx, 2*time.Minute, func() error {
+			before1, before2 := requests("inventory-1"), requests("inventory-2")
+			if err := call(n); err != nil {
+				return err
+			}
+			got1, got2 := requests("inventory-1")-before1, requests("inventory-2")-before2
+			if want := n * v1 / 100; got1+got2 != n || got1 < want-n/12 || got1 > want+n/12 {
+				return fmt.Errorf("of %d requests v1 got %d and v2 %d, with weights %d and %d", n, got1, got2, v1, 100-v1)
+			}
+			t.Logf("weights %d and %d: %d and %d of %d requests", v1, 100-v1, got1, got2, n)
+			return nil
+		}))
+	}
+	apply(`
+apiVersion: networking.istio.io/v1beta1
+kind: VirtualService
+metadata: {name: inventory, namespace: NS}
+spec:
+  hosts: [inventory]
+  http:
+  - match: [{uri: {prefix: /stock}}]
+    fault: {abort: {httpStatus: 418, percentage: {value: 100}}}
+    route: [{destination: {host: inventory}}]
+`)
+	becomes("the fault of the VirtualService", func(err error) bool { return err != nil && strings.Contains(err.Error(), "418") })
+	apply(split(80))
+	becomes("calls are answered again", answered)
+
+	if _, err := mesh.Kubectl(ctx, "-n", ns, "delete", "gateway", "way"); err != nil {
+		t.Fatal(err)
+	}
+	becomes("a waypoint that is gone is not bypassed", func(err error) bool { return err != nil })
+	_, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=istio.io/WaypointBound=false", "service/inventory", "--timeout=120s")
+	must(t, err)
+}
