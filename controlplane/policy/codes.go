@@ -117,4 +117,4 @@ var Explanations = []Explanation{
 }
 
 // Waypoints says what there is to be had of them.
-const Waypoints = "A waypoint is an HTTP proxy, asked for with a Gateway of class istio-waypoint; this version of Warren does not run them yet"
+const Waypoints = "A waypoint is an HTTP proxy, asked for with a Gateway of class istio-waypoint; those of this version do not decide on policies"

@@ -58,30 +58,29 @@ func EnvoyArchive(ctx context.Context, file string) error {
 	return err
 }
 
-// WaypointArchive writes the image of a waypoint with that Envoy in it.
-func WaypointArchive(ctx context.Context, file, tag string) error {
+// WaypointArchive writes the image of a waypoint with that Envoy in it, for this machine's platform, and returns its digest.
+func WaypointArchive(ctx context.Context, file, tag string) (digest string, err error) {
 	v, err := envoyFiles(ctx)
 	if err != nil {
-		return err
+		return "", err
 	}
 	src, err := source()
 	if err != nil {
-		return err
+		return "", err
 	}
 	out, err := os.MkdirTemp("", "warren-waypoint-")
 	if err != nil {
-		return err
+		return "", err
 	}
 	defer os.RemoveAll(out)
 	p := product{name: "waypoint", programs: []program{{"cmd/waypoint", "waypoint"}}}
 	built, err := p.build(ctx, filepath.Dir(filepath.Dir(src)), out, v.Platform, func(string) {}, "GOFIPS140=off")
 	if err != nil {
-		return err
+		return "", err
 	}
 	maps.Copy(v.Files, built.Files)
 	im := image.Image{Name: imagePrefix + p.name + ":" + tag, Config: image.Config{Entrypoint: []string{"/waypoint"}, User: "65532:65532"}, Variants: []image.Variant{v}}
-	_, err = im.WriteFile(file)
-	return err
+	return im.WriteFile(file)
 }
 
 func envoyFiles(ctx context.Context) (image.Variant, error) {

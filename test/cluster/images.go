@@ -55,6 +55,7 @@ type ImageOptions struct {
 	Platforms string // "linux/amd64,linux/arm64"; empty is this machine's
 	Tag       string
 	FIPS      bool // with the certified cryptographic module of the Go toolchain, in its FIPS 140-3 mode; tag TAG-fips
+	Waypoint  bool // that image too, for which Envoy is fetched
 	Log       func(string)
 }
 
@@ -120,6 +121,26 @@ func BuildImages(ctx context.Context, o ImageOptions) error {
 			return err
 		}
 		o.Log(fmt.Sprintf("%s  %s  %s", im.Name, digest, file))
+	}
+	if !o.Waypoint {
+		return nil
+	}
+	name := imagePrefix + "waypoint:" + o.Tag
+	if o.FIPS {
+		o.Log("skipped " + name + ": the cryptography of its Envoy has no certificate")
+		return nil
+	}
+	for _, pf := range platforms {
+		if pf.Arch != runtime.GOARCH {
+			o.Log("left out " + name + " for " + pf.Arch + ": the libraries of its Envoy are those of this machine")
+			continue
+		}
+		file := filepath.Join(out, "waypoint.tar")
+		digest, err := WaypointArchive(ctx, file, o.Tag)
+		if err != nil {
+			return err
+		}
+		o.Log(fmt.Sprintf("%s  %s  %s", name, digest, file))
 	}
 	return nil
 }

@@ -156,6 +156,24 @@ func TestWaypointServes(t *testing.T) {
 		t.Errorf("an address that is not bound is answered: %d %s", code, body)
 	}
 
+	// The application's end comes as an end, with everything before it.
+	for i := range 50 {
+		b, err := func() ([]byte, error) {
+			st, _, err := tunnels.Open(ctx, hbone.Key{Src: me.ID, Want: hbone.WantKey([]string{want}), Addr: netip.MustParseAddrPort("127.0.0.1:15008")}, hbone.Request{Authority: "10.96.0.9:80"})
+			if err != nil {
+				return nil, err
+			}
+			defer st.Close()
+			if _, err := io.WriteString(st, "GET / HTTP/1.1\r\nhost: inventory\r\nconnection: close\r\n\r\n"); err != nil {
+				return nil, err
+			}
+			return io.ReadAll(st)
+		}()
+		if err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 200") || !strings.Contains(string(b), "version v") {
+			t.Fatalf("request %d with Connection: close: %v after %q", i, err, b)
+		}
+	}
+
 	// A change reaches the next request.
 	apply := func(spec string) {
 		t.Helper()

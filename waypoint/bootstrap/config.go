@@ -86,6 +86,11 @@ func (c Config) envoy() ([]byte, error) {
 				object{"endpoint": object{"address": object{"pipe": object{"path": c.socket()}}}},
 			}}}},
 		}}},
+		// Where a connection within Envoy is closed its other end would see a reset, and drop what it has not passed on yet:
+		// the answer to a request with "Connection: close".
+		"layered_runtime": object{"layers": []any{object{"name": "static", "static_layer": object{
+			"envoy.reloadable_features.enable_send_rst_on_user_space_socket": false,
+		}}}},
 		"bootstrap_extensions": []any{object{"name": "envoy.bootstrap.internal_listener", "typed_config": object{
 			"@type": "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener",
 		}}},

@@ -38,7 +38,7 @@ func (l *Lab) LoadWaypoint(ctx context.Context) error {
 	}
 	defer os.RemoveAll(dir)
 	archive := filepath.Join(dir, "waypoint.tar")
-	if err := cluster.WaypointArchive(ctx, archive, "dev"); err != nil {
+	if _, err := cluster.WaypointArchive(ctx, archive, "dev"); err != nil {
 		return err
 	}
 	return l.Cluster.LoadImages(ctx, archive)

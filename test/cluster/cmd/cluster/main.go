@@ -210,7 +210,7 @@ func images(ctx context.Context, args []string) error {
 	fips := f.Bool("fips", false, "with the certified FIPS 140-3 module; -fips is added to the tag")
 	_ = f.Parse(args)
 	return cluster.BuildImages(ctx, cluster.ImageOptions{
-		Out: *out, Platforms: *platforms, Tag: *tag, FIPS: *fips,
+		Out: *out, Platforms: *platforms, Tag: *tag, FIPS: *fips, Waypoint: true,
 		Log: func(s string) { fmt.Println(s) },
 	})
 }
