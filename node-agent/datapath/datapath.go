@@ -37,6 +37,9 @@ const (
 	PortHBONE    = 15008 // the tunnel
 )
 
+// Captured reports whether a socket's fwmark says that its packets stay in the pod.
+func Captured(mark uint32) bool { return mark&markMask == Mark }
+
 // Config says where the kernel's file systems are.
 type Config struct {
 	// Dir is a directory on a bpffs, which is made if need be. Default /sys/fs/bpf/warren.

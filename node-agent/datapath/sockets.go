@@ -114,7 +114,7 @@ func (d *Datapath) Drawn(c *net.TCPConn) int {
 	if err != nil {
 		return 0
 	}
-	if err := raw.Control(func(fd uintptr) { mark, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK) }); err != nil || mark&markMask != Mark {
+	if err := raw.Control(func(fd uintptr) { mark, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK) }); err != nil || !Captured(uint32(mark)) {
 		return 0
 	}
 	return int(uint32(mark) >> drawShift)

@@ -25,7 +25,7 @@ func uncaptured(d *netns.Diag, capture func(netip.Addr) bool) ([]netns.TCPSocket
 	for i := range open {
 		s := &open[i]
 		switch {
-		case s.Mark == datapath.Mark, agentPort(s.Local.Port()), s.Remote.Port() == datapath.PortHBONE:
+		case datapath.Captured(s.Mark), agentPort(s.Local.Port()), s.Remote.Port() == datapath.PortHBONE:
 		case s.Remote.Addr().IsLoopback(), s.Remote.Addr() == s.Local.Addr(): // within the pod
 		case ports[s.Local.Port()], capture != nil && capture(s.Remote.Addr()):
 			out = append(out, *s)

@@ -1,12 +1,19 @@
 package enroll
 
 import (
+	"errors"
 	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
 	"sync/atomic"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/internal/netns"
+	"github.com/warrenmesh/warren/node-agent/datapath"
 )
 
 // A connection from before enrolment is subject to policy as any other, also when the agent that saw it is gone.
@@ -82,6 +89,50 @@ func TestPoliciesHoldForConnectionsFromBeforeEnrolmentAlsoAfterARestart(t *testi
 	check()
 	denied.Store(0)
 	check()
+}
+
+// A captured connection is told by its mark, also where the mark says which endpoint of a Service was drawn.
+func TestCapturedConnectionsAreNotFromBefore(t *testing.T) {
+	l := newLab(t)
+	_, h, path := l.pod(1)
+	name := path[len("/run/netns/"):]
+	run(t, "ip", "-n", name, "link", "set", "lo", "up")
+	run(t, "ip", "-n", name, "addr", "add", "10.78.1.1/32", "dev", "lo")
+	run(t, "ip", "-n", name, "addr", "add", "10.78.1.2/32", "dev", "lo")
+	ln := listen(t, h, netip.MustParseAddrPort("10.78.1.2:8080"))
+	marks := []int{0, datapath.Mark, datapath.Mark | 7<<12}
+	for _, mark := range marks {
+		err := h.Do(func() error {
+			d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.IPv4(10, 78, 1, 1)}, Control: func(_, _ string, c syscall.RawConn) (err error) {
+				cerr := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK, mark) })
+				return errors.Join(cerr, err)
+			}}
+			c, err := d.Dial("tcp", ln.Addr().String())
+			if err == nil {
+				t.Cleanup(func() { c.Close() })
+			}
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		served, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { served.Close() })
+	}
+	ln.Close() // what listens would make the servers' ends count
+	dg, err := netns.OpenDiag(h)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dg.Close()
+	server := netip.MustParseAddr("10.78.1.2")
+	open, err := uncaptured(dg, func(a netip.Addr) bool { return a == server })
+	if err != nil || len(open) != 1 || open[0].Mark != 0 {
+		t.Fatalf("%v, %v: want the one without a mark of capture", open, err)
+	}
 }
 
 func TestCookiesAreKeptWhole(t *testing.T) {
