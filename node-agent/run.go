@@ -5,11 +5,13 @@ import (
 	"crypto/fips140"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/netip"
 	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -36,6 +38,7 @@ type agent struct {
 	store     *mesh.Store
 	keeper    *holder.Keeper
 	datapath  *datapath.Datapath
+	ca        *identity.CA
 	manager   *identity.Manager
 	proxy     *proxy.Proxy
 	registry  *enroll.Registry
@@ -44,6 +47,7 @@ type agent struct {
 	metrics   *prometheus.Registry
 
 	rotated chan struct{} // certificates have changed: what the holder has is old
+	vacant  chan struct{} // the agent that had taken over is gone
 	trust   atomic.Pointer[identity.Trust]
 
 	mu      sync.Mutex
@@ -52,27 +56,50 @@ type agent struct {
 
 // Run runs the agent until ctx ends, then lets open connections go on for the grace time and returns.
 // Pods stay captured, and their listeners stay with the holder: a successor takes over at any time, also while
-// this agent still runs.
+// this agent still runs. If the successor ends and this agent has not been told to stop, it takes the node back, as a
+// successor of itself: what it carries goes on meanwhile.
 func Run(ctx context.Context, cfg Config) error {
 	if err := cfg.Validate(); err != nil {
 		return fmt.Errorf("configuration: %w", err)
 	}
+	var draining sync.WaitGroup
+	defer draining.Wait()
+	for {
+		drain, err := run(ctx, cfg)
+		if drain == nil {
+			return err
+		}
+		draining.Go(func() {
+			if err := drain(); err != nil {
+				cfg.Log.Warn("ending what was carried before the node was taken back", "error", err)
+			}
+		})
+	}
+}
+
+// run is one agent, from its start to its end. Where it ends only because it has to take the node back, it returns the
+// rest of its end, which waits for open connections.
+func run(ctx context.Context, cfg Config) (drain func() error, err error) {
 	log := cfg.Log
 	log.Info("starting", "version", cfg.Version, "node", cfg.Node, "xds", cfg.XDSAddress, "fips140", fips140.Enabled())
 	a := &agent{cfg: cfg, store: &mesh.Store{}, metrics: prometheus.NewRegistry(),
-		rotated: make(chan struct{}, 1),
+		rotated: make(chan struct{}, 1), vacant: make(chan struct{}, 1),
 		missing: map[string]string{"datapath": "is not open", "state": "is not there"}}
 
 	// The background outlives ctx: while connections drain, policies and certificates still have to be current.
 	background, stop := context.WithCancel(context.WithoutCancel(ctx))
 	var running sync.WaitGroup
-	defer running.Wait()
-	defer stop()
+	end := func() { stop(); running.Wait() }
+	defer func() {
+		if drain == nil {
+			end()
+		}
+	}()
 
 	if err := a.build(ctx); err != nil {
-		return err
+		return nil, err
 	}
-	failed := make(chan error, 8)
+	failed := make(chan error, 16) // more than there are parts
 	start := func(name string, f func(context.Context) error) {
 		running.Go(func() {
 			if err := f(background); err != nil && background.Err() == nil {
@@ -83,9 +110,11 @@ func Run(ctx context.Context, cfg Config) error {
 	server, err := a.serveAdmin(ctx)
 	if err != nil {
 		a.datapath.Close()
-		return err
+		return nil, err
 	}
-	start("admin", server.Serve)
+	answering, stopAnswering := context.WithCancel(background)
+	defer stopAnswering()
+	start("admin", func(context.Context) error { return server.Serve(answering) })
 	start("certificates", a.manager.Run)
 	start("holder", func(ctx context.Context) error { a.keeper.Run(ctx); return nil })
 	start("enforcement", a.enforce)
@@ -107,21 +136,36 @@ func Run(ctx context.Context, cfg Config) error {
 	})
 	running.Go(func() { a.install(enrolling) })
 
+	again := false
 	select {
 	case <-ctx.Done():
 		log.Info("stopping: pods stay captured", "grace", cfg.Grace)
 	case err = <-failed:
 		log.Error("stopping", "error", err)
+	case <-a.vacant:
+		log.Warn("the agent that had taken over is gone: taking the node back")
+		again = true
+		stopAnswering() // the ports are the next one's
 	}
 	stopEnrolling()
 	<-enrolled
-	grace, cancel := context.WithTimeout(background, cfg.Grace)
-	defer cancel()
+	a.yield()
 	// From here on a successor may write; what is open still needs sockets of its own.
-	if e := a.datapath.Yield(); e != nil {
-		log.Warn("giving up the datapath", "error", e)
+	a.keeper.Leave()
+	rest := func() error {
+		grace, cancel := context.WithTimeout(background, cfg.Grace)
+		defer cancel()
+		return errors.Join(a.proxy.Close(grace), a.datapath.Close())
 	}
-	return errors.Join(err, a.proxy.Close(grace), a.datapath.Close())
+	if !again {
+		return nil, errors.Join(err, rest())
+	}
+	return func() error {
+		defer end()
+		defer a.ca.Close()
+		defer a.registry.Close()
+		return rest()
+	}, nil
 }
 
 // build puts the parts together, from what does not need the others to what does.
@@ -136,8 +180,7 @@ func (a *agent) build(ctx context.Context) error {
 		}
 	}
 
-	a.keeper = holder.NewKeeper(holder.KeeperConfig{Path: cfg.Holder, Log: log, OnSuperseded: a.superseded})
-	held, err := a.keeper.Restore(ctx)
+	held, err := a.takeOver(ctx)
 	if err != nil {
 		log.Warn("no holder: listeners do not outlive this process until there is one", "error", err)
 	}
@@ -147,12 +190,12 @@ func (a *agent) build(ctx context.Context) error {
 	}
 	a.found("datapath")
 
-	ca, err := identity.NewCA(identity.CAConfig{Address: cfg.CAAddress, ServerName: cfg.CAServerName, Roots: a.caRoots(),
+	a.ca, err = identity.NewCA(identity.CAConfig{Address: cfg.CAAddress, ServerName: cfg.CAServerName, Roots: a.caRoots(),
 		TokenFile: cfg.Token, Cluster: cfg.Cluster})
 	if err != nil {
 		return err
 	}
-	a.manager = identity.NewManager(identity.Config{Signer: ca, RootFile: a.meshRoots(), TTL: cfg.SecretTTL, Log: log,
+	a.manager = identity.NewManager(identity.Config{Signer: a.ca, RootFile: a.meshRoots(), TTL: cfg.SecretTTL, Log: log,
 		OnRotate: a.rotate, OnTrust: a.distrust})
 	a.adoptCertificates()
 
@@ -193,13 +236,32 @@ func (a *agent) build(ctx context.Context) error {
 	return nil
 }
 
+// takeOver becomes the agent that writes, and returns what the one before it left with the holder.
+func (a *agent) takeOver(ctx context.Context) (held []holder.Item, err error) {
+	for range 3 {
+		a.keeper = holder.NewKeeper(holder.KeeperConfig{Path: a.cfg.Holder, Log: a.cfg.Log,
+			OnSuperseded: a.superseded, OnVacant: func() { notify(a.vacant) }})
+		held, err = a.keeper.Restore(ctx)
+		// With a holder that is only slow it is worth another try: without what it has, pods are refused their
+		// connections until they are captured anew. Superseded is one that a younger agent has overtaken on its way here.
+		if err == nil || errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ECONNREFUSED) || ctx.Err() != nil {
+			break
+		}
+	}
+	return held, err
+}
+
 // superseded is called when another agent has taken over: this one changes nothing on the node any more, and
 // its connections go on until it is stopped.
 func (a *agent) superseded() {
 	a.cfg.Log.Info("another agent has taken over this node")
-	if a.registry != nil {
-		a.registry.Yield()
-	}
+	a.yield()
+}
+
+// yield leaves the node, its state on disk and what the control plane is told of it to another agent.
+func (a *agent) yield() {
+	a.registry.Yield()
+	a.xds.Yield()
 	if err := a.datapath.Yield(); err != nil {
 		a.cfg.Log.Warn("giving up the datapath", "error", err)
 	}

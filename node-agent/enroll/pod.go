@@ -16,6 +16,7 @@ import (
 
 	"github.com/warrenmesh/warren/internal/netns"
 	"github.com/warrenmesh/warren/node-agent/datapath"
+	"github.com/warrenmesh/warren/node-agent/holder"
 )
 
 // pod is one pod of this node that is, was or should be captured.
@@ -96,6 +97,9 @@ func (r *Registry) enrol(ctx context.Context, d LocalPod, sb sandbox) error {
 	}
 	defer r.unclaim(p)
 	err := r.capture(ctx, p, d, sb)
+	if errors.Is(err, holder.ErrSuperseded) || errors.Is(err, datapath.ErrYielded) {
+		return err // says nothing about the pod
+	}
 
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -214,7 +218,10 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 		}
 		p.accepting = a
 	}
-	if err := r.hold(ctx, p, d); err != nil {
+	switch err := r.hold(ctx, p, d); {
+	case errors.Is(err, holder.ErrSuperseded):
+		return err // the listeners would end with this process
+	case err != nil:
 		r.log.Debug("not held", "uid", d.UID, "err", err)
 	}
 	if err := r.cfg.Plumber.Enroll(datapath.Pod{UID: p.uid, Workload: d.WorkloadUID, Identity: d.Identity, NetNS: p.ns,

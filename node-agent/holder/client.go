@@ -94,6 +94,16 @@ func (c *Client) Ping(ctx context.Context) error {
 	return err
 }
 
+// Vacant asks whether the last writer of all has closed its connection, and which generation it was. A holder that
+// no writer has come to yet is not vacant: one that was there before may be on its way back.
+func (c *Client) Vacant(ctx context.Context) (vacant bool, generation uint64, err error) {
+	resp, _, err := c.do(ctx, request{Op: opWriter}, nil)
+	if err != nil {
+		return false, 0, err
+	}
+	return resp.Vacant, resp.Generation, nil
+}
+
 // Put holds an item, in place of the one that had its key. The files stay the caller's.
 func (c *Client) Put(ctx context.Context, it Item) error {
 	fds, err := dupFiles(it.Files)

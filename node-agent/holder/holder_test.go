@@ -419,3 +419,66 @@ func TestTheNextAgentRestoresAndTheFirstYields(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// run runs a keeper until the test or stop ends it.
+func run(t *testing.T, k *Keeper) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); k.Run(ctx) }()
+	stop = func() { cancel(); <-done }
+	t.Cleanup(stop)
+	return stop
+}
+
+// TestASupersededAgentHearsThatItsSuccessorIsGone: be it killed or told to stop; but not while it only reconnects, nor
+// when it was told to stop itself.
+func TestASupersededAgentHearsThatItsSuccessorIsGone(t *testing.T) {
+	s, _ := start(t, ServerConfig{})
+	var vacant, told atomic.Bool
+	quick := KeeperConfig{Path: s.cfg.Path, Interval: 10 * time.Millisecond, Patience: 200 * time.Millisecond}
+	cfg := quick
+	cfg.OnVacant = func() { vacant.Store(true) }
+	first := NewKeeper(cfg)
+	run(t, first)
+	waitFor(t, "the first writes", func() bool { return first.State().Connected })
+	cfg.OnVacant = func() { told.Store(true) }
+	stopped := NewKeeper(cfg)
+	run(t, stopped)
+	waitFor(t, "the second writes", func() bool { return stopped.State().Connected && first.State().Superseded })
+	stopped.Leave()
+	third := NewKeeper(quick)
+	stopThird := run(t, third)
+	waitFor(t, "the third writes", func() bool { return third.State().Connected })
+
+	third.mu.Lock()
+	third.client.conn.Close() // it comes back
+	third.mu.Unlock()
+	time.Sleep(2 * quick.Patience)
+	if vacant.Load() || !third.State().Connected {
+		t.Fatalf("a writer that reconnects is taken for gone: %+v", third.State())
+	}
+	stopThird()
+	waitFor(t, "the first hears that nobody writes", vacant.Load)
+	if told.Load() {
+		t.Error("an agent that left was asked back")
+	}
+}
+
+// TestWhatARestoreMissedStaysHeld: pods are served on it.
+func TestWhatARestoreMissedStaysHeld(t *testing.T) {
+	s, _ := start(t, ServerConfig{})
+	r, _ := pipe(t)
+	if err := connect(t, s, true).Put(ctx, Item{Key: Key{"pod", "a"}, Names: []string{"r"}, Files: []*os.File{r}}); err != nil {
+		t.Fatal(err)
+	}
+	k := NewKeeper(KeeperConfig{Path: s.cfg.Path, Interval: 10 * time.Millisecond})
+	if err := k.PutBlob(ctx, "cert/x", []byte("c")); !errors.Is(err, ErrAbsent) {
+		t.Fatal(err)
+	}
+	run(t, k)
+	waitFor(t, "both are held", func() bool { return k.State().Connected && s.Usage().Items == 2 })
+	if err := k.Delete(ctx, Key{"pod", "a"}); err != nil || s.Usage().Items != 1 {
+		t.Fatalf("%v, %+v", err, s.Usage())
+	}
+}

@@ -21,6 +21,11 @@ type KeeperConfig struct {
 	Log  *slog.Logger
 	// OnSuperseded is called once when another agent has taken over: this one stops changing the node.
 	OnSuperseded func()
+	// OnVacant is called once when this one was superseded and the agent after it, or the last of those after it, has
+	// been gone for Patience: nobody looks after the node.
+	OnVacant func()
+	// Patience is longer than a writer needs to come back after its connection broke: 5 s.
+	Patience time.Duration
 	// Interval between two looks at the holder: 1 s.
 	Interval time.Duration
 }
@@ -31,12 +36,23 @@ type Keeper struct {
 	cfg  KeeperConfig
 	born int64 // when this agent started, ns since boot: of two agents the younger one writes
 
-	mu     sync.Mutex // guards what follows and orders writes to the holder
-	want   map[Key]*wanted
-	client *Client
-	over   bool // superseded
-	last   error
-	since  time.Time
+	kick chan struct{} // one token: Run has something to tell
+
+	mu       sync.Mutex // guards what follows and orders writes to the holder
+	want     map[Key]*wanted
+	client   *Client // of a superseded one: a reader
+	over     bool    // superseded, or left
+	left     bool
+	restored bool // what is held and not wanted is nobody's
+	vacant   vacancy
+	last     error
+	since    time.Time
+}
+
+// vacancy is a time without a writer, as a superseded agent sees it.
+type vacancy struct {
+	generation uint64 // that went
+	since      time.Time
 }
 
 type wanted struct {
@@ -58,12 +74,13 @@ type State struct {
 func NewKeeper(cfg KeeperConfig) *Keeper {
 	cfg.Path = cmp.Or(cfg.Path, DefaultPath)
 	cfg.Interval = cmp.Or(cfg.Interval, time.Second)
+	cfg.Patience = cmp.Or(cfg.Patience, 5*time.Second)
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	var now unix.Timespec
 	unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) // fails on a bad pointer only
-	return &Keeper{cfg: cfg, born: now.Nano(), want: map[Key]*wanted{}, since: time.Now(), last: ErrAbsent}
+	return &Keeper{cfg: cfg, born: now.Nano(), kick: make(chan struct{}, 1), want: map[Key]*wanted{}, since: time.Now(), last: ErrAbsent}
 }
 
 // Restore takes over from the agent before this one and returns what the holder has, with files that are the
@@ -113,8 +130,8 @@ func (k *Keeper) Restore(ctx context.Context) ([]Item, error) {
 	return items, nil
 }
 
-// Run keeps the connection and puts everything again after each loss, until ctx ends or another agent has taken
-// over. The items stay with the holder.
+// Run keeps the connection and puts everything again after each loss, until ctx ends. Once another agent has taken over
+// it only watches that there is one. The items stay with the holder.
 func (k *Keeper) Run(ctx context.Context) {
 	defer func() {
 		k.mu.Lock()
@@ -128,33 +145,79 @@ func (k *Keeper) Run(ctx context.Context) {
 	tick := time.NewTicker(k.cfg.Interval)
 	defer tick.Stop()
 	for {
-		if over := k.look(ctx); over && k.cfg.OnSuperseded != nil {
+		over, vacant := k.look(ctx)
+		if over && k.cfg.OnSuperseded != nil {
 			k.cfg.OnSuperseded()
 			k.cfg.OnSuperseded = nil
 		}
+		if vacant && k.cfg.OnVacant != nil {
+			k.cfg.OnVacant()
+			k.cfg.OnVacant = nil
+		}
 		select {
 		case <-tick.C:
+		case <-k.kick:
 		case <-ctx.Done():
 			return
 		}
 	}
 }
 
-// look pings or reconnects, once. It reports whether another agent has taken over.
-func (k *Keeper) look(ctx context.Context) bool {
+// Leave gives up writing for good: an agent that is to end leaves the node to whoever is there or comes.
+func (k *Keeper) Leave() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.over, k.left = true, true
+	if k.client != nil {
+		k.client.Close()
+		k.client = nil
+	}
+}
+
+// look pings or reconnects, once. It reports whether another agent has taken over, and whether that one is gone.
+func (k *Keeper) look(ctx context.Context) (over, vacant bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
-	if k.over {
-		return true
+	switch {
+	case k.left:
+		return false, false
+	case k.over:
+		return true, k.watch(ctx)
+	case k.client == nil || k.note(k.client.Ping(ctx)) != nil && !k.over:
+		k.reconnect(ctx)
 	}
-	if k.client != nil {
-		k.note(k.client.Ping(ctx))
+	return k.over, false
+}
+
+// watch asks, after another agent has taken over, whether there is still one. The caller holds mu.
+func (k *Keeper) watch(ctx context.Context) bool {
+	if k.client == nil {
+		c, err := dial(ctx, k.cfg.Path, false, k.born)
+		if err != nil {
+			k.vacant = vacancy{} // who writes is not known without a holder
+			return false
+		}
+		k.client = c
 	}
-	if k.client != nil || k.over {
-		return k.over
+	vacant, generation, err := k.client.Vacant(ctx)
+	switch {
+	case err != nil: // an older holder does not know
+		k.client.Close()
+		k.client, k.vacant = nil, vacancy{}
+		return false
+	case !vacant:
+		k.vacant = vacancy{}
+		return false
+	case k.vacant.since.IsZero() || k.vacant.generation != generation:
+		k.vacant = vacancy{generation, time.Now()}
 	}
+	return time.Since(k.vacant.since) >= k.cfg.Patience
+}
+
+// reconnect becomes the writer again. The caller holds mu.
+func (k *Keeper) reconnect(ctx context.Context) {
 	c, err := dial(ctx, k.cfg.Path, true, k.born)
 	if err == nil {
 		err = k.refill(ctx, c)
@@ -167,13 +230,13 @@ func (k *Keeper) look(ctx context.Context) bool {
 			c.Close()
 		}
 		k.disconnected(err)
-		return k.over
+		return
 	}
 	k.connected(c)
-	return false
 }
 
-// refill makes the holder have exactly what is wanted. What is already there by its stamp is left alone.
+// refill makes the holder have exactly what is wanted. What is already there by its stamp is left alone. What an agent
+// before this one left, and Restore did not get, goes on being held: pods are served on it.
 func (k *Keeper) refill(ctx context.Context, c *Client) error {
 	there, err := c.list(ctx)
 	if err != nil {
@@ -182,6 +245,15 @@ func (k *Keeper) refill(ctx context.Context, c *Client) error {
 	same := map[Key]bool{}
 	for _, h := range there {
 		w, ok := k.want[h.Key]
+		if !ok && !k.restored {
+			h, fds, err := c.get(ctx, h.Key)
+			if err != nil {
+				return err
+			}
+			k.want[h.Key] = &wanted{held: h, fds: fds}
+			same[h.Key] = true
+			continue
+		}
 		if !ok {
 			if err := c.Delete(ctx, h.Key); err != nil {
 				return err
@@ -304,8 +376,8 @@ func (k *Keeper) Blobs(prefix string) []string {
 func (k *Keeper) State() State {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	s := State{Connected: k.client != nil, Superseded: k.over, Items: len(k.want), Since: k.since, Err: k.last}
-	if k.client != nil {
+	s := State{Connected: k.client != nil && !k.over, Superseded: k.over, Items: len(k.want), Since: k.since, Err: k.last}
+	if s.Connected {
 		s.Generation = k.client.Generation()
 	}
 	return s
@@ -319,6 +391,10 @@ func (k *Keeper) note(err error) error {
 	case errors.Is(err, ErrSuperseded):
 		k.over = true
 		k.cfg.Log.Info("another agent has taken over; this one only drains")
+		select {
+		case k.kick <- struct{}{}:
+		default:
+		}
 	}
 	k.client.Close()
 	k.client = nil
@@ -327,7 +403,7 @@ func (k *Keeper) note(err error) error {
 }
 
 func (k *Keeper) connected(c *Client) {
-	k.client, k.last, k.since = c, nil, time.Now()
+	k.client, k.restored, k.last, k.since = c, true, nil, time.Now()
 	k.cfg.Log.Info("the holder has the listeners", "generation", c.Generation(), "items", len(k.want))
 }
 

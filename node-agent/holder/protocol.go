@@ -117,6 +117,7 @@ const (
 	opGet    = "get"
 	opList   = "list"
 	opDelete = "delete"
+	opWriter = "writer" // is there one?
 )
 
 // request is one record from the agent. The descriptors of a put travel with it.
@@ -137,6 +138,7 @@ type response struct {
 	Code       string `json:"code,omitempty"`
 	Error      string `json:"error,omitempty"`
 	Generation uint64 `json:"generation,omitempty"`
+	Vacant     bool   `json:"vacant,omitempty"` // writer: the one of that generation has closed its connection
 	Items      []held `json:"items,omitempty"`
 	More       bool   `json:"more,omitempty"`
 	Usage      Usage  `json:"usage,omitzero"`

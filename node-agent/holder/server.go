@@ -48,6 +48,7 @@ type Server struct {
 	usage      Usage
 	generation uint64 // of the client that may write
 	born       int64  // when that client's agent started
+	vacant     bool   // its connection is closed
 
 	clients sync.WaitGroup
 }
@@ -151,6 +152,7 @@ func (s *Server) serve(ctx context.Context, c *net.UnixConn) {
 	}
 
 	var generation uint64 // of this client; 0 until its Hello, and for readers
+	defer func() { s.leave(generation) }()
 	greeted := false
 	buf := make([]byte, maxRecord)
 	for {
@@ -206,10 +208,19 @@ func (s *Server) hello(req request) (uint64, error) {
 	if req.Born < s.born { // an old agent that reconnects while it drains must not take the node back
 		return 0, fmt.Errorf("%w: it started %v later", ErrSuperseded, time.Duration(s.born-req.Born))
 	}
-	s.born = req.Born
+	s.born, s.vacant = req.Born, false
 	s.generation++
 	s.cfg.Log.Info("agent takes over", "generation", s.generation, "items", s.usage.Items, "files", s.usage.Files)
 	return s.generation, nil
+}
+
+// leave notes that a client's connection is closed.
+func (s *Server) leave(generation uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if generation == s.generation && generation != 0 {
+		s.vacant = true
+	}
 }
 
 // handle executes one request. It takes descriptors from *in by emptying it; the caller closes those returned.
@@ -225,6 +236,8 @@ func (s *Server) handle(req request, generation uint64, in *fdset) (response, fd
 	switch req.Op {
 	case opPing:
 		return response{Generation: s.generation}, nil, nil
+	case opWriter:
+		return response{Generation: s.generation, Vacant: s.vacant}, nil, nil
 	case opPut:
 		err := s.put(req, *in)
 		if err == nil {

@@ -95,6 +95,7 @@ type Client struct {
 	journal    *journal
 
 	enforced chan struct{} // one token: Enforced was called
+	yielded  chan struct{} // closed by Yield
 
 	mu     sync.Mutex
 	status Status
@@ -137,12 +138,13 @@ func New(cfg Config) (*Client, error) {
 		synced:     make(chan struct{}),
 		live:       make(chan struct{}),
 		enforced:   make(chan struct{}, 1),
-		journal:    newJournal(cfg.StateFile, cfg.Node.Name, cfg.Log),
+		yielded:    make(chan struct{}),
 		builder:    mesh.NewBuilder(nil),
 		types:      make(map[string]*typeState),
 		pods:       make(map[string]wds.LocalPod),
 		namespaces: make(map[string]bool),
 	}
+	c.journal = newJournal(cfg.StateFile, cfg.Node.Name, c.hasYielded, cfg.Log)
 	c.builder.SetConfig(cfg.Base)
 	c.status.Types = make(map[string]TypeStatus)
 	c.report.init()
@@ -157,6 +159,23 @@ func (c *Client) Synced() <-chan struct{} { return c.synced }
 
 // Live is closed once the Store has a Snapshot that the control plane sent to this process.
 func (c *Client) Live() <-chan struct{} { return c.live }
+
+// Yield leaves the state on disk, and what the control plane is told of this node, to another agent. It goes on to
+// follow the control plane. What this agent knows may be older than what the other one has written.
+func (c *Client) Yield() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	closeOnce(c.yielded)
+}
+
+func (c *Client) hasYielded() bool {
+	select {
+	case <-c.yielded:
+		return true
+	default:
+		return false
+	}
+}
 
 // Run announces the last good state, then stays connected until ctx is done. Call it once.
 func (c *Client) Run(ctx context.Context) error {

@@ -387,6 +387,32 @@ func TestReport(t *testing.T) {
 	}
 }
 
+// TestAfterYieldNothingIsWritten: an older state must not be found where the successor's is, and the node has one voice.
+func TestAfterYieldNothingIsWritten(t *testing.T) {
+	c := newControl(t)
+	dir := filepath.Join(c.dir, "state")
+	cl, stop := c.start(func(cfg *Config) { cfg.StateFile = filepath.Join(dir, "mesh") })
+	st, _ := c.subscribed()
+	cl.Yield()
+	st.put(wds.AuthorizationType, "1", nil)
+	st.answer(wds.AddressType, "1", nil, captured("a", "10.0.0.1"))
+	if n := cl.Status().Workloads; n != 1 {
+		t.Errorf("it follows the control plane no more: %d workloads", n)
+	}
+	for len(c.reports) > 0 { // from before
+		<-c.reports
+	}
+	cl.ReportPods([]PodStatus{{UID: "u", Namespace: "shop", Name: "a", Redirection: RedirectionPending}})
+	time.Sleep(4 * coalesce)
+	if len(c.reports) > 0 {
+		t.Errorf("it reports: %v", <-c.reports)
+	}
+	stop()
+	if files, err := os.ReadDir(dir); err == nil && len(files) > 0 {
+		t.Errorf("it has written %v", files)
+	}
+}
+
 func TestForeignControlPlane(t *testing.T) {
 	c, other := newControl(t), newControl(t)
 	root, err := os.ReadFile(filepath.Join(other.dir, "root"))

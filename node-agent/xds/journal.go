@@ -30,7 +30,8 @@ import (
 //
 //	record: SHA-256 of the rest, one delimited DeltaDiscoveryResponse
 type journal struct {
-	file  string // "" where nothing is kept
+	file  string      // "" where nothing is kept
+	over  func() bool // another process writes now
 	start int64
 	n     int
 	f     *os.File
@@ -38,15 +39,15 @@ type journal struct {
 	node  string
 }
 
-func newJournal(file, node string, log *slog.Logger) *journal {
-	return &journal{file: file, node: node, start: time.Now().UnixNano(), log: log}
+func newJournal(file, node string, over func() bool, log *slog.Logger) *journal {
+	return &journal{file: file, node: node, over: over, start: time.Now().UnixNano(), log: log}
 }
 
 func (j *journal) name(n int) string { return fmt.Sprintf("%s.journal.%020d.%06d", j.file, j.start, n) }
 
 // append writes a response down.
 func (j *journal) append(resp *discovery.DeltaDiscoveryResponse) {
-	if j.file == "" || resp.TypeUrl == wds.LocalPodType && len(resp.Resources)+len(resp.RemovedResources) == 0 {
+	if j.file == "" || j.over() || resp.TypeUrl == wds.LocalPodType && len(resp.Resources)+len(resp.RemovedResources) == 0 {
 		return // see apply on what nothing means there
 	}
 	if err := j.write(resp); err != nil {

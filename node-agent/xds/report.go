@@ -105,6 +105,15 @@ const coalesce = 50 * time.Millisecond
 // sendReports reports until ctx is done, or gives up where the control plane has no such service. The stream
 // ends with the session.
 func (c *Client) sendReports(ctx context.Context, conn *grpc.ClientConn) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go func() {
+		select {
+		case <-c.yielded:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
 	wait := backoffMin
 	for {
 		err := c.reportOn(ctx, conn)

@@ -220,7 +220,7 @@ func startSaver(file string, interval time.Duration, journal *journal, log *slog
 	go func() {
 		defer close(s.done)
 		for st := range s.in {
-			if file == "" {
+			if file == "" || journal.over() {
 				continue
 			}
 			err := writeState(file, st)

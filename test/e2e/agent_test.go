@@ -3,9 +3,11 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -134,6 +136,62 @@ func TestAgentsEndIsNotSeenByNewConnections(t *testing.T) {
 				must(t, agentReady(t.Context(), node))
 			}
 		})
+	}
+}
+
+// A second agent of a node takes over from the first, as in an upgrade. If it ends and the first was not told to, the
+// first takes the node back: pods go on to start, and nothing is said in clear meanwhile.
+func TestASecondAgentEnds(t *testing.T) {
+	ownCluster(t)
+	ns := pair(t, "e2e-second")
+	strict(t, ns)
+	stop, err := mesh.Watch(t.Context())
+	must(t, err)
+	node, err := mesh.Cluster.Node(nodes[0])
+	must(t, err)
+	starts := func(name string) {
+		t.Helper()
+		must(t, mesh.Run(t.Context(), lab.PodSpec{Namespace: ns, Name: name, Node: nodes[0], Once: true, Program: tcpcheck, Args: []string{"first", "far:9000"}}))
+		must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+			phase, err := mesh.Kubectl(t.Context(), "-n", ns, "get", "pod", name, "-o", "jsonpath={.status.phase}")
+			if err == nil && phase != "Succeeded" {
+				err = fmt.Errorf("pod %s is %s", name, phase)
+			}
+			return err
+		}))
+	}
+	for _, signal := range []string{"KILL", "TERM"} {
+		must(t, soleAgent(t.Context(), nodes[0]))
+		first, err := agentProcesses(t.Context(), nodes[0])
+		must(t, err)
+		// In the first one's container, with its environment.
+		_, err = node.Exec(t.Context(), "sh", "-c", `n=$(command -v nsenter); p=`+first[0]+`
+			xargs -0 -a /proc/$p/environ sh -c 'setsid env -i "$@" '"$n -m -t $p $(readlink /proc/$p/exe)"' >/dev/null 2>&1 </dev/null &' sh`)
+		must(t, err)
+		var second string
+		must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+			pids, err := agentProcesses(t.Context(), nodes[0])
+			if i := slices.IndexFunc(pids, func(p string) bool { return p != first[0] }); err == nil && i >= 0 {
+				second = pids[i]
+				_, err = node.Exec(t.Context(), "sh", "-c", "ls -l /proc/"+second+"/fd | grep -q bpf-map") // it has the data path
+			} else if err == nil {
+				err = errors.New("there is no second agent")
+			}
+			return err
+		}))
+		starts("beside-" + strings.ToLower(signal))
+		_, err = node.Exec(t.Context(), "sh", "-c", "kill -"+signal+" "+second)
+		must(t, err)
+		starts("after-" + strings.ToLower(signal))
+		must(t, agentReady(t.Context(), nodes[0]))
+		if now, err := agentProcesses(t.Context(), nodes[0]); err != nil || !slices.Equal(now, first) {
+			t.Errorf("after SIG%s of the second agent %v run, and not the first one, %v: %v", signal, now, first, err)
+		}
+	}
+	w, err := stop()
+	must(t, err)
+	if w.Clear > 0 || w.Dropped > 0 || w.Tunnel == 0 {
+		t.Errorf("%+v", w)
 	}
 }
 
