@@ -56,8 +56,9 @@ type Nodes struct {
 
 	patches *prometheus.CounterVec
 
-	mu    sync.Mutex
-	nodes map[string]NodeState
+	mu      sync.Mutex
+	nodes   map[string]NodeState
+	writers map[string]*writer // of the stream that a node opened last: an agent's successor may be beside it
 }
 
 // NodeState is the last report of a node.
@@ -71,7 +72,7 @@ type NodeState struct {
 
 // NewNodes returns the service.
 func NewNodes(cfg Config) *Nodes {
-	n := &Nodes{cfg: cfg, nodes: map[string]NodeState{}, patches: prometheus.NewCounterVec(prometheus.CounterOpts{
+	n := &Nodes{cfg: cfg, nodes: map[string]NodeState{}, writers: map[string]*writer{}, patches: prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "warren_redirection_patches_total", Help: "Writes of the annotation ambient.istio.io/redirection, by result.",
 	}, []string{"result"})}
 	if cfg.Metrics != nil {
@@ -97,6 +98,9 @@ const (
 	// absence is how long a pod may miss in a node's reports before its annotation is taken away: an agent that
 	// has just started reports before it has looked at every pod.
 	absence = time.Minute
+	// doubt is how long a pod that was captured may be reported as pending before its annotation says so. From then on
+	// other nodes send to it in clear; an agent that restarts, or repairs its capture, takes a moment.
+	doubt = 5 * time.Second
 )
 
 // Report takes the reports of one node until it leaves.
@@ -126,13 +130,9 @@ func (n *Nodes) Report(stream grpc.ClientStreamingServer[node.StatusReport, node
 			}
 		}
 	}()
-	w := &writer{n: n, node: name, written: map[string]string{}, told: map[string]string{}, missing: map[string]time.Time{}}
+	w := n.begin(name)
 	trusts := ""
-	defer func() {
-		n.mu.Lock()
-		delete(n.nodes, name)
-		n.mu.Unlock()
-	}()
+	defer n.end(w)
 	tick := time.NewTicker(recheck)
 	defer tick.Stop()
 	for {
@@ -153,14 +153,41 @@ func (n *Nodes) Report(stream grpc.ClientStreamingServer[node.StatusReport, node
 				trusts = r.RootsDigest
 				n.noteTrust(ctx, caller, trusts)
 			}
-			n.mu.Lock()
-			n.nodes[name] = NodeState{Node: name, Version: r.Version, At: time.Now(), Types: r.Types, Pods: r.Pods}
-			n.mu.Unlock()
 		case <-tick.C:
 		}
-		if w.last != nil {
+		if w.last != nil && n.heed(w) {
 			w.reconcile(ctx, time.Now())
 		}
+	}
+}
+
+// begin makes a writer that is heeded from now on.
+func (n *Nodes) begin(node string) *writer {
+	w := &writer{n: n, node: node, written: map[string]string{}, told: map[string]string{}, missing: map[string]time.Time{}, doubted: map[string]time.Time{}}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.writers[node] = w
+	return w
+}
+
+// heed takes note of a writer's last report, unless another agent of the node came after it.
+func (n *Nodes) heed(w *writer) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.writers[w.node] != w {
+		return false
+	}
+	r := w.last
+	n.nodes[w.node] = NodeState{Node: w.node, Version: r.Version, At: time.Now(), Types: r.Types, Pods: r.Pods}
+	return true
+}
+
+func (n *Nodes) end(w *writer) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.writers[w.node] == w {
+		delete(n.writers, w.node)
+		delete(n.nodes, w.node)
 	}
 }
 
@@ -172,6 +199,7 @@ type writer struct {
 	written map[string]string    // pod UID → annotation as last written, for as long as the watch may lag behind
 	told    map[string]string    // pod UID → last event, so that one is not repeated
 	missing map[string]time.Time // pod UID → since when it is annotated but not reported
+	doubted map[string]time.Time // pod UID → since when it is annotated as captured and reported as pending
 }
 
 // annotation is what a report says about a pod in the words of the annotation; "" for none.
@@ -198,7 +226,7 @@ func (w *writer) reconcile(ctx context.Context, now time.Time) {
 		if !ok || have.UID != p.Uid || have.Node != w.node {
 			continue // gone, or not this node's to speak of
 		}
-		if have.Redirection != "" || !untried(p) { // a moment later there is something to say
+		if w.believes(have, p, now) {
 			w.write(ctx, have, annotation(p))
 		}
 		w.tell(have, p)
@@ -224,11 +252,30 @@ func (w *writer) reconcile(ctx context.Context, now time.Time) {
 			}
 		}
 	}
-	for uid := range w.missing {
-		if !seen[uid] {
-			delete(w.missing, uid)
+	for _, m := range []map[string]time.Time{w.missing, w.doubted} {
+		for uid := range m {
+			if !seen[uid] {
+				delete(m, uid)
+			}
 		}
 	}
+}
+
+// believes reports whether what is reported about a pod is to be written.
+func (w *writer) believes(have index.Placed, p *node.PodStatus, now time.Time) bool {
+	if have.Redirection == "" && untried(p) {
+		return false // a moment later there is something to say
+	}
+	captured := have.Redirection == index.RedirectionEnabled || w.written[have.UID] == index.RedirectionEnabled
+	if !captured || p.Redirection != node.PodStatus_REDIRECTION_PENDING {
+		delete(w.doubted, have.UID)
+		return true
+	}
+	since, ok := w.doubted[have.UID]
+	if !ok {
+		w.doubted[have.UID] = now
+	}
+	return ok && now.Sub(since) >= doubt
 }
 
 func (w *writer) write(ctx context.Context, have index.Placed, want string) {

@@ -58,7 +58,7 @@ func newBench(t *testing.T, names ...string) *bench {
 		}
 	}
 	n := NewNodes(Config{Kube: b.kube, Pods: b.pods, Events: &b.said, Log: slog.New(slog.DiscardHandler)})
-	b.w = &writer{n: n, node: "n1", written: map[string]string{}, told: map[string]string{}, missing: map[string]time.Time{}}
+	b.w = n.begin("n1")
 	return b
 }
 
@@ -116,7 +116,10 @@ func TestAnnotationFollowsTheReport(t *testing.T) {
 		t.Errorf("%d writes to repair it", n)
 	}
 	b.report(&node.PodStatus{Uid: "uid-ui", Namespace: "shop", Name: "ui", Redirection: node.PodStatus_REDIRECTION_PENDING, Reason: "Kata"})
-	b.patches(now)
+	if n := b.patches(now); n != 0 {
+		t.Errorf("%d writes of what may be over in a moment: other nodes would send in clear", n)
+	}
+	b.patches(now.Add(doubt))
 	b.show("ui")
 	if b.annotation("ui") != "pending" || len(b.said) != 1 || b.said[0] != "shop/ui RedirectionPending" {
 		t.Errorf("%q, events %q", b.annotation("ui"), b.said)
@@ -144,8 +147,49 @@ func TestUntriedPods(t *testing.T) {
 	b.patches(now)
 	b.show("ui")
 	b.report(untried) // the node was booted
-	if n := b.patches(now); n != 1 || b.annotation("ui") != "pending" || len(b.said) != 0 {
+	b.patches(now)
+	if n := b.patches(now.Add(doubt)); n != 1 || b.annotation("ui") != "pending" || len(b.said) != 0 {
 		t.Errorf("%d writes, %q, events %q", n, b.annotation("ui"), b.said)
+	}
+}
+
+// TestDoubtEnds: a pod that is captured again in a moment was never said to be anything else, and the next doubt takes
+// its own time.
+func TestDoubtEnds(t *testing.T) {
+	b, now := newBench(t, "ui"), time.Now()
+	lost := &node.PodStatus{Uid: "uid-ui", Namespace: "shop", Name: "ui", Redirection: node.PodStatus_REDIRECTION_PENDING, Reason: "lost"}
+	b.report(captured("ui"))
+	b.patches(now)
+	b.report(lost) // before the watch shows the first write
+	if n := b.patches(now); n != 0 {
+		t.Errorf("%d writes", n)
+	}
+	b.show("ui")
+	b.report(captured("ui"))
+	b.patches(now.Add(doubt))
+	b.report(lost)
+	if n := b.patches(now.Add(doubt + time.Second)); n != 0 || b.annotation("ui") != "enabled" {
+		t.Errorf("%d writes, %q", n, b.annotation("ui"))
+	}
+}
+
+// TestTheLastAgentOfANodeIsHeeded: one that was superseded and still reports is not, until the other is gone.
+func TestTheLastAgentOfANodeIsHeeded(t *testing.T) {
+	b := newBench(t, "ui")
+	n := b.w.n
+	b.report(captured("ui"))
+	second := n.begin("n1")
+	second.last = &node.StatusReport{Version: "2"}
+	if n.heed(b.w) || !n.heed(second) || n.States()[0].Version != "2" {
+		t.Errorf("states %+v", n.States())
+	}
+	n.end(b.w)
+	if !n.heed(second) || len(n.States()) != 1 {
+		t.Error("the end of the first is taken for that of the second")
+	}
+	n.end(second)
+	if len(n.States()) != 0 {
+		t.Errorf("states %+v", n.States())
 	}
 }
 
