@@ -2,7 +2,10 @@ module github.com/warrenmesh/warren/test/e2e
 
 go 1.26.0
 
-require github.com/warrenmesh/warren/test/cluster v0.0.0
+require (
+	github.com/warrenmesh/warren v0.0.0
+	github.com/warrenmesh/warren/test/cluster v0.0.0
+)
 
 require (
 	github.com/vishvananda/netlink v1.3.1 // indirect
@@ -10,4 +13,7 @@ require (
 	golang.org/x/sys v0.49.0 // indirect
 )
 
-replace github.com/warrenmesh/warren/test/cluster => ../cluster
+replace (
+	github.com/warrenmesh/warren => ../..
+	github.com/warrenmesh/warren/test/cluster => ../cluster
+)

@@ -5,19 +5,17 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/warrenmesh/warren/results"
 	"github.com/warrenmesh/warren/test/cluster"
 	"github.com/warrenmesh/warren/test/e2e/lab"
 )
@@ -84,70 +82,27 @@ func run(m *testing.M) int {
 	return code
 }
 
-// row is one line of results/<suite>.json.
-type row struct {
-	Name     string  `json:"name"`
-	Inputs   int     `json:"inputs"`
-	Failures int     `json:"failures"`
-	Figure   float64 `json:"figure"`
-	Unit     string  `json:"unit"`
-	Commit   string  `json:"commit"`
+// measured is what this run records, by suite, once it has ended.
+var measured struct {
+	sync.Mutex
+	rows map[string][]results.Row
 }
-
-var (
-	resultsMu sync.Mutex
-	results   = map[string][]row{}
-)
 
 // record keeps a figure for results/<suite>.json.
 func record(suite, name string, inputs, failures int, figure float64, unit string) {
-	resultsMu.Lock()
-	defer resultsMu.Unlock()
-	results[suite] = append(results[suite], row{Name: name, Inputs: inputs, Failures: failures, Figure: figure, Unit: unit})
+	measured.Lock()
+	defer measured.Unlock()
+	if measured.rows == nil {
+		measured.rows = map[string][]results.Row{}
+	}
+	measured.rows[suite] = append(measured.rows[suite], results.Row{Name: name, Inputs: inputs, Failures: failures, Figure: figure, Unit: unit})
 }
 
-// writeResults replaces, in each suite's file, the rows that this run has measured. Without WARREN_RECORD it writes
-// nothing: a check at a small size must not replace what a long run has measured.
-func writeResults() error {
-	if os.Getenv("WARREN_RECORD") == "" {
-		return nil
+func writeResults() (err error) {
+	for suite, rows := range measured.rows {
+		err = errors.Join(err, results.Record(suite, rows...))
 	}
-	commit := "unknown"
-	if out, err := exec.Command("git", "-C", mesh.Root(), "rev-parse", "--short", "HEAD").Output(); err == nil {
-		commit = strings.TrimSpace(string(out))
-	}
-	dir := filepath.Join(mesh.Root(), "results")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	for suite, rows := range results {
-		file := filepath.Join(dir, suite+".json")
-		var all []row
-		if b, err := os.ReadFile(file); err == nil {
-			if err := json.Unmarshal(b, &all); err != nil {
-				return fmt.Errorf("%s: %w", file, err)
-			}
-		}
-	next:
-		for _, r := range rows {
-			r.Commit = commit
-			for i := range all {
-				if all[i].Name == r.Name {
-					all[i] = r
-					continue next
-				}
-			}
-			all = append(all, r)
-		}
-		b, err := json.MarshalIndent(all, "", "  ")
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(file, append(b, '\n'), 0o644); err != nil {
-			return err
-		}
-	}
-	return nil
+	return err
 }
 
 // namespace makes a namespace for one test, in the mesh or not, and removes it in the end.
