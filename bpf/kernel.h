@@ -58,6 +58,8 @@ enum bpf_map_type {
 #define IPPROTO_MPTCP 262
 #define SOL_SOCKET 1
 #define SO_MARK 36
+#define TCP_CONGESTION 13
+#define TCP_NOTSENT_LOWAT 25
 #define EEXIST 17
 #define ECONNREFUSED 111
 
@@ -248,6 +250,7 @@ static __u32 (*bpf_get_prandom_u32)(void) = (void *)7;
 static long (*bpf_skb_load_bytes)(const void *skb, __u32 offset, void *to, __u32 len) = (void *)26;
 static long (*bpf_skb_change_type)(struct __sk_buff *skb, __u32 type) = (void *)32;
 static long (*bpf_setsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)49;
+static long (*bpf_getsockopt)(void *ctx, int level, int name, void *value, int len) = (void *)57;
 static long (*bpf_sock_ops_cb_flags_set)(struct bpf_sock_ops *ctx, int flags) = (void *)59;
 static long (*bpf_fib_lookup)(void *ctx, struct bpf_fib_lookup *params, int len, __u32 flags) = (void *)69;
 static long (*bpf_sk_release)(void *sk) = (void *)86;

@@ -21,6 +21,9 @@
 
 #include "near.h"
 #include "decide.h"
+#include "service.h"
+
+#define MAX_UNSENT (128 << 10) /* half of it has to be sent before poll says that there is room again */
 
 /* The connection as seen from the connecting socket. For IPv4 the kernel keeps the mapped form in the IPv6
  * fields only of some sockets, so those are not relied on. */
@@ -50,19 +53,25 @@ static __always_inline void handshake_ended(__u32 account)
 		__sync_fetch_and_sub(out, 1);
 }
 
-/* Only one of two racing deletions succeeds, so each ticket is taken off its pod's account once. */
-static __always_inline bool drop_ticket(struct flow *f, enum outcome o)
+enum whose {
+	NOBODYS,
+	AGENTS_OR_NODES,
+	CLIENTS, /* of a direct connection */
+};
+
+/* Returns whose ticket it was. Only one of two racing deletions succeeds, so each is taken off its pod's account once. */
+static __always_inline enum whose drop_ticket(struct flow *f, enum outcome o)
 {
 	struct ticket *t = bpf_map_lookup_elem(&tickets, f);
 	if (!t)
-		return false;
+		return NOBODYS;
 	__u32 account = t->account;
-	bool direct = t->identity;
+	enum whose w = t->identity ? CLIENTS : AGENTS_OR_NODES;
 	if (bpf_map_delete_elem(&tickets, f) != 0)
-		return false;
+		return NOBODYS;
 	handshake_ended(account);
 	count(o);
-	return direct;
+	return w;
 }
 
 static __always_inline bool write_ticket(struct bpf_sock_ops *ctx, struct flow *f, struct ticket *t, enum outcome o)
@@ -208,6 +217,33 @@ static __always_inline void closed(struct bpf_sock_ops *ctx, __u64 cookie)
 		forget_direct(&f, cookie);
 }
 
+/*
+ * An application's socket, whose peer is the agent in the same namespace.
+ *
+ * What the application has written and a stalled peer does not take is the node's memory. Over loopback, with an MSS of
+ * 64 KiB, the kernel would have each such socket hold 2.5 MB of it from the start: 20 times what the same socket
+ * holds towards a network. A lower bound that the application has set stays.
+ *
+ * Nor is there a network that congestion control could spare: see datapath.unpaced.
+ */
+static __always_inline void towards_agent(struct bpf_sock_ops *ctx)
+{
+	char reno[] = "reno";
+	bpf_setsockopt(ctx, IPPROTO_TCP, TCP_CONGESTION, reno, sizeof(reno));
+	__u32 unsent = 0; /* 0 and, of a listener that also takes MPTCP, the largest number: unbounded */
+	bpf_getsockopt(ctx, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof(unsent));
+	if (unsent && unsent < MAX_UNSENT)
+		return;
+	unsent = MAX_UNSENT;
+	bpf_setsockopt(ctx, IPPROTO_TCP, TCP_NOTSENT_LOWAT, &unsent, sizeof(unsent));
+}
+
+static __always_inline bool is_captured(struct bpf_sock_ops *ctx)
+{
+	struct bpf_sock *sk = ((volatile struct bpf_sock_ops *)ctx)->sk;
+	return sk && (sk->mark & ((1U << DRAW_SHIFT) - 1)) == capture_mark;
+}
+
 SEC("sockops")
 int mesh_sockops(struct bpf_sock_ops *ctx)
 {
@@ -216,6 +252,8 @@ int mesh_sockops(struct bpf_sock_ops *ctx)
 
 	switch (ctx->op) {
 	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		if (is_captured(ctx))
+			towards_agent(ctx);
 		connecting(ctx, bpf_get_netns_cookie(ctx));
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
@@ -227,8 +265,16 @@ int mesh_sockops(struct bpf_sock_ops *ctx)
 		struct direct *d = bpf_map_lookup_elem(&directs, &f);
 		if (d && d->server != cookie)
 			break;
-		if (drop_ticket(&f, TICKET_USED) && d)
-			established_direct(ctx, &f, d);
+		switch (drop_ticket(&f, TICKET_USED)) {
+		case NOBODYS:
+			break;
+		case AGENTS_OR_NODES: /* none of a node's processes is behind a network either */
+			towards_agent(ctx);
+			break;
+		case CLIENTS:
+			if (d)
+				established_direct(ctx, &f, d);
+		}
 		break;
 	case BPF_SOCK_OPS_STATE_CB: /* requested for who has a ticket, and for who is served directly */
 		if (ctx->args[1] != BPF_TCP_CLOSE)

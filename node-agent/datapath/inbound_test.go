@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"testing"
 	"time"
 
@@ -332,3 +333,71 @@ func TestSocketsOfApplicationsAreNotPaced(t *testing.T) {
 		}
 	}
 }
+
+// What an application has written to a peer that does not read is the node's memory: no more of it than towards a
+// network, although an MSS of the loopback makes the kernel's buffer large. A lower bound of the application's stays.
+func TestUnsentBytesAreBounded(t *testing.T) {
+	l := enrolled(t)
+	const own, most = 32 << 10, 512 << 10 // with what the peer's buffer takes
+	stalls := func(what string, c *net.TCPConn) {
+		t.Helper()
+		check(t, c.SetWriteDeadline(time.Now().Add(time.Second)))
+		if n, err := io.Copy(c, zeros{}); n == 0 || n > most || !timedOut(err) {
+			t.Errorf("%s: %d bytes were taken: %v", what, n, err)
+		}
+	}
+	for i, bound := range []int{0, own} {
+		set := func(_, _ string, c syscall.RawConn) (err error) {
+			if bound > 0 {
+				err = c.Control(func(fd uintptr) {
+					check(t, unix.SetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT, bound))
+				})
+			}
+			return err
+		}
+		lowat := func(what string, c *net.TCPConn) {
+			t.Helper()
+			rc, err := c.SyscallConn()
+			check(t, err)
+			var n int
+			check(t, rc.Control(func(fd uintptr) {
+				n, err = unix.GetsockoptInt(int(fd), unix.IPPROTO_TCP, unix.TCP_NOTSENT_LOWAT)
+				if cc, err := unix.GetsockoptString(int(fd), unix.IPPROTO_TCP, unix.TCP_CONGESTION); cc != "reno" {
+					t.Errorf("%s: congestion control is %s: %v", what, cc, err)
+				}
+			}))
+			if err != nil || bound > 0 && n != bound || bound == 0 && (n <= own || n > most) {
+				t.Errorf("%s: %d bytes may be unsent, where the application has said %d: %v", what, n, bound, err)
+			}
+		}
+		for _, addr := range l.cat.addrs(appPort + 1 + uint16(i)) { // of one family with the client, and not
+			var ln net.Listener
+			check(t, l.cat.ns.Do(func() (err error) {
+				lc := net.ListenConfig{Control: set}
+				lc.SetMultipathTCP(bound == 0) // whose option MPTCP does not pass on
+				ln, err = lc.Listen(t.Context(), "tcp", addr.String())
+				return err
+			}))
+			defer ln.Close()
+			agents, err := l.dp.DialInbound(t.Context(), l.cat.ns, netip.AddrPortFrom(l.outside.v4, 0), addr)
+			check(t, err)
+			defer agents.Close()
+			c, err := ln.Accept()
+			check(t, err)
+			defer c.Close()
+			lowat("accepted", c.(*net.TCPConn))
+			stalls("accepted", c.(*net.TCPConn))
+		}
+		var c net.Conn
+		check(t, l.ui.as(func() (err error) {
+			c, err = (&net.Dialer{Timeout: plenty, Control: set}).Dial("tcp", netip.AddrPortFrom(vip4, servicePort).String())
+			return err
+		}))
+		defer c.Close()
+		lowat("connected", c.(*net.TCPConn))
+	}
+}
+
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) { clear(p); return len(p), nil }

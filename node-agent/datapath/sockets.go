@@ -91,7 +91,7 @@ type sockopt struct{ level, name, value int }
 
 // unpaced is for a socket whose peer is an application in the same namespace, and for a listener of such. There is no
 // network in between that a congestion control could spare, and one that paces, as BBR does, programs a timer for
-// every 64 KiB. What the application sends is under the node's.
+// every 64 KiB. What the application sends does not pace either: see towards_agent in bpf/sockops.h.
 func unpaced(fd int) {
 	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "reno") // without it all works as well
 }
