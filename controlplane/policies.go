@@ -6,7 +6,7 @@ import "github.com/warrenmesh/warren/controlplane/status"
 func (cp *controlPlane) newPolicies() *status.Policies {
 	return status.NewPolicies(status.PoliciesConfig{
 		Object: status.Objects(cp.source), Write: status.WriteStatus(cp.clients.Istio),
-		Nodes: cp.xds.Nodes, Forget: cp.xds.Forget,
+		Nodes: cp.xds.Nodes, Forget: cp.xds.Forget, Waypoint: cp.envoys.Pods,
 		RootNamespace: cp.cfg.Mesh.RootNamespace, Log: cp.cfg.Log.With("scope", "status"), Metrics: cp.metrics,
 	})
 }

@@ -115,6 +115,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		OnProgress: func() { cp.policies.Progress() },
 	}, cp.cache)
 	cp.policies = cp.newPolicies()
+	cp.envoys.OnProgress = cp.policies.Progress
 	cp.ca = ca.NewServer(ca.Config{
 		Callers: callers, Authorizer: authorizer, DefaultTTL: cfg.DefaultCertTTL, MaxTTL: cfg.MaxCertTTL, External: cfg.ExternalCA,
 		Log: log.With("scope", "ca"), Metrics: cp.metrics,
@@ -250,7 +251,7 @@ func (cp *controlPlane) publish(u *index.Update) {
 	}
 	cp.policies.Take(u, cp.cache.Revision())
 	cp.store.Swap(u.Snapshot)
-	cp.envoys.Update(u.Snapshot)
+	cp.envoys.Update(u.Snapshot, cp.cache.Revision())
 	_, services, _ := u.Snapshot.Len()
 	cp.services.Set(float64(services))
 	cp.apiServer.Store(&u.APIServer)

@@ -111,8 +111,26 @@ var cases = map[string]func(*mesh.Service){
 		Request:  mesh.HTTPHeaders{Set: []mesh.HTTPHeader{{Name: "x-set", Value: "100%"}}, Add: []mesh.HTTPHeader{{Name: "x-add", Value: "1"}}, Remove: []string{"x-gone"}},
 		Response: mesh.HTTPHeaders{Set: []mesh.HTTPHeader{{Name: "x-answer", Value: "yes"}}},
 	}),
-	"mirror":  one(mesh.HTTPRule{Mirrors: []mesh.HTTPMirror{{Backend: to("v2", 1), Millionths: 500_000}}}),
-	"cors":    one(mesh.HTTPRule{CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextExact, "https://a.example")}, Methods: []string{"GET", "PUT"}, AllowHeaders: []string{"x-a"}, MaxAge: time.Hour, Credentials: true}}),
+	"mirror": one(mesh.HTTPRule{Mirrors: []mesh.HTTPMirror{{Backend: to("v2", 1), Millionths: 500_000}}}),
+	"cors":   one(mesh.HTTPRule{CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextExact, "https://a.example")}, Methods: []string{"GET", "PUT"}, AllowHeaders: []string{"x-a"}, MaxAge: time.Hour, Credentials: true}}),
+	"access": func(s *mesh.Service) {
+		s.Access = []mesh.AccessPolicy{
+			{Name: mesh.PolicyName{Namespace: "shop", Name: "admin"}, Action: mesh.Deny, Rules: []mesh.AccessRule{{Clauses: []mesh.AccessClause{
+				{Any: [][]mesh.AccessTest{
+					{{On: mesh.AccessPath, Text: []mesh.TextMatch{text(mesh.TextPrefix, "/admin/")}}, {On: mesh.AccessHost, Text: []mesh.TextMatch{text(mesh.TextExact, "catalog"), text(mesh.TextSuffix, ".shop")}}},
+					{{On: mesh.AccessHeader, Header: "x-debug", Text: []mesh.TextMatch{text(mesh.TextAny, "")}}},
+				}},
+				{Who: true, Any: [][]mesh.AccessTest{{{On: mesh.AccessNamespace, Not: true, Text: []mesh.TextMatch{text(mesh.TextExact, "ops")}}}}},
+			}}}},
+			{Name: mesh.PolicyName{Namespace: "shop", Name: "readers"}, Rules: []mesh.AccessRule{{Clauses: []mesh.AccessClause{
+				{Who: true, Any: [][]mesh.AccessTest{
+					{{On: mesh.AccessPrincipal, Text: []mesh.TextMatch{text(mesh.TextExact, "cluster.local/ns/shop/sa/ui")}}, {On: mesh.AccessSourceIP, Nets: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}}},
+					{{On: mesh.AccessServiceAccount, Text: []mesh.TextMatch{text(mesh.TextExact, "shop/bot")}}},
+				}},
+				{Any: [][]mesh.AccessTest{{{On: mesh.AccessMethod, Text: []mesh.TextMatch{text(mesh.TextExact, "GET")}}, {On: mesh.AccessPort, Ports: []uint16{80}}}}},
+			}}}},
+		}
+	},
 	"invalid": rules(mesh.HTTPRule{Name: "bad", Invalid: "there is nothing to do"}, mesh.HTTPRule{Name: "nowhere", Backends: []mesh.HTTPBackend{{Service: mesh.ServiceName{Namespace: "shop", Hostname: "absent"}, Weight: 1}}}),
 }
 

@@ -179,7 +179,7 @@ func (b *builder) main() *listenerv3.Listener {
 			l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{Name: c.name("http"), Filters: []*listenerv3.Filter{b.serveHTTP(c)}})
 		}
 		if c.tcp() {
-			l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{Name: c.name("tcp"), Filters: []*listenerv3.Filter{b.serveTCP(c)}})
+			l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{Name: c.name("tcp"), Filters: append(b.connectionAccess(c), b.serveTCP(c))})
 		}
 	}
 	if len(l.FilterChains) == 0 { // Envoy wants one; no matcher leads to it
@@ -271,11 +271,11 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			ConfigSource: adsSource(), RouteConfigName: c.name("http"),
 		}},
-		HttpFilters: []*hcmv3.HttpFilter{
+		HttpFilters: append(b.accessFilters(),
 			b.httpFilter(corsFilter, &corsv3.Cors{}),
 			b.httpFilter(faultFilter, &faultv3.HTTPFault{}),
 			b.router(),
-		},
+		),
 		UseRemoteAddress:              wrapperspb.Bool(true),
 		InternalAddressConfig:         nobodyInternal(),
 		EarlyHeaderMutationExtensions: []*corev3.TypedExtensionConfig{b.noEnvoyHeaders()},
@@ -283,7 +283,6 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 		ForwardClientCertDetails:      hcmv3.HttpConnectionManager_SANITIZE,
 		ServerHeaderTransformation:    hcmv3.HttpConnectionManager_PASS_THROUGH,
 		NormalizePath:                 wrapperspb.Bool(true),
-		StripPortMode:                 &hcmv3.HttpConnectionManager_StripAnyHostPort{StripAnyHostPort: true},
 		StripTrailingHostDot:          true,
 		StreamIdleTimeout:             durationpb.New(0),
 		HttpProtocolOptions:           &corev3.Http1ProtocolOptions{AcceptHttp_10: true},

@@ -36,6 +36,8 @@ func (b *builder) routes(c chain) *routev3.RouteConfiguration {
 	for i := range c.svc.HTTP {
 		vh.Routes = append(vh.Routes, b.rule(c, &c.svc.HTTP[i])...)
 	}
+	vh.Routes = append(vh.Routes, catchAll())
+	vh.TypedPerFilterConfig = b.accessOf(c)
 	return &routev3.RouteConfiguration{
 		Name: c.name("http"), VirtualHosts: []*routev3.VirtualHost{vh},
 		ValidateClusters: wrapperspb.Bool(false),
@@ -151,8 +153,10 @@ func stringMatcher(s mesh.TextMatch) *matcherv3.StringMatcher {
 		return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Exact{Exact: s.Value}}
 	case mesh.TextPrefix, mesh.TextPath:
 		return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Prefix{Prefix: s.Value}}
+	case mesh.TextSuffix:
+		return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Suffix{Suffix: s.Value}}
 	case mesh.TextRegex:
-		return &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_SafeRegex{SafeRegex: &matcherv3.RegexMatcher{Regex: s.Value}}}
+		return regexMatcher(s.Value)
 	}
 	return nil
 }

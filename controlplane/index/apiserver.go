@@ -337,6 +337,7 @@ func (x *Index) exempt(b *bindings, s subject, workload *peerAuthFact, strict bo
 
 // use records which exemption an object's workloads need.
 func (x *Index) use(src source, b bindings) {
+	x.useGuards(src, b.guards)
 	old, had := x.exemptOf[src]
 	if had && (b.exempt == nil || old != b.exemptName) {
 		delete(x.exemptions[old].users, src)

@@ -156,6 +156,8 @@ type Index struct {
 	notices     map[NoticeKey]*Notice
 	exemptions  map[mesh.PolicyName]*exemption
 	exemptOf    map[source]mesh.PolicyName
+	guards      map[guard]map[source]struct{} // who is behind it
+	guardsOf    map[source][]guard
 	apiServer   []netip.Prefix // from where it calls
 
 	// What has to be derived anew.
@@ -164,6 +166,7 @@ type Index struct {
 	dirtyPolicies   map[mesh.PolicyName]struct{}
 	dirtyStates     map[PolicyKey]struct{}
 	dirtyExemptions map[mesh.PolicyName]struct{}
+	dirtyGuards     map[guard]struct{}
 	dirtyRoutes     map[ref]struct{}
 	dirtyAPIServer  bool // its addresses
 	dirtyNamespaces map[string]struct{}
@@ -203,6 +206,9 @@ func New(cfg Config) (*Index, error) {
 		callers:         map[key]map[uint16]map[ref]struct{}{},
 		exemptions:      map[mesh.PolicyName]*exemption{},
 		exemptOf:        map[source]mesh.PolicyName{},
+		guards:          map[guard]map[source]struct{}{},
+		guardsOf:        map[source][]guard{},
+		dirtyGuards:     map[guard]struct{}{},
 		dirtyExemptions: map[mesh.PolicyName]struct{}{},
 		candidates:      map[mesh.ServiceName]map[owner]*serviceFact{},
 		winners:         map[mesh.ServiceName]*serviceFact{},
@@ -323,6 +329,7 @@ func (x *Index) Commit() *Update {
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
 	x.commitExemptions(b) // after the workloads, which need them or no more
+	x.commitGuards(b)
 	x.commitNamespaces(u)
 	x.commitStates(u)
 	x.commitRoutes(u)
@@ -364,6 +371,7 @@ func (x *Index) commitPolicies(b *mesh.Builder) {
 func (x *Index) commitServices(b *mesh.Builder) {
 	for name := range x.dirtyHosts {
 		was, is := x.winners[name], winner(x.candidates[name])
+		x.touchDeciders(name, is)
 		if was != is {
 			for _, f := range x.candidates[name] {
 				x.touchBackends(f)
@@ -381,6 +389,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		s := is.finish(x.namespaces[name.Namespace])
 		s.Waypoint = x.waypointFor(is)
 		x.route(s)
+		s.Access = x.accessOf(is)
 		b.PutService(s)
 	}
 }

@@ -67,6 +67,9 @@ func dump(x *Index) string {
 		for _, r := range v.HTTP {
 			line("  http %s matches %+v backends %+v invalid %q", r.Name, r.Matches, r.Backends, r.Invalid)
 		}
+		for _, a := range v.Access {
+			line("  access %s action %d rules %+v", a.Name, a.Action, a.Rules)
+		}
 		for _, s := range v.Subsets {
 			line("  subset %s %v", s.Name, s.Labels)
 		}
@@ -96,7 +99,11 @@ func dump(x *Index) string {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
 	}) {
 		s := x.states[k]
-		line("state %s %s/%s: compiled %v exact %t %s: %s", k.Kind, k.Namespace, k.Name, s.Compiled, s.Exact, s.Reason, s.Message)
+		at := ""
+		if len(s.Waypoints) > 0 {
+			at = fmt.Sprintf(" at %v", s.Waypoints)
+		}
+		line("state %s %s/%s: compiled %v%s exact %t %s: %s", k.Kind, k.Namespace, k.Name, s.Compiled, at, s.Exact, s.Reason, s.Message)
 	}
 	for _, k := range slices.SortedFunc(maps.Keys(x.notices), func(a, b NoticeKey) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
@@ -369,7 +376,7 @@ func drawObject(t *rapid.T) (ref, any) {
 		return ref{kind, keyOf(d)}, d
 	case Gateway:
 		g := &gatewayv1.Gateway{ObjectMeta: drawMeta(t, "name", "w", "w1")}
-		g.Labels = pick(t, "labels", nil, map[string]string{labelWaypointFor: "none"})
+		g.Labels = pick(t, "labels", nil, map[string]string{labelWaypointFor: "none"}, map[string]string{labelWaypointFor: "all"})
 		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(waypointClass), "istio")
 		return ref{kind, keyOf(g)}, g
 	case RequestAuthentication:

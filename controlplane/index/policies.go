@@ -99,13 +99,14 @@ func (x *Index) attachedTo(f *authorizationFact, s subject, waypoints []key) boo
 	})
 }
 
-// boundTo reports whether a policy that binds by selector or targets binds to the subject.
-func (x *Index) boundTo(f *authorizationFact, s subject, waypoints []key) bool {
+// boundTo reports whether a policy that binds by selector or targets binds to the subject. One that a waypoint decides on
+// does not, but for the guards.
+func (x *Index) boundTo(f *authorizationFact, s subject, waypoints []key, guards *[]guard) bool {
 	if f.Policy.Scope != mesh.ScopeWorkload || f.Inert {
 		return false
 	}
 	if len(f.Targets) > 0 {
-		return x.attachedTo(f, s, waypoints)
+		return x.attachedTo(f, s, waypoints) && !x.guarded(f, s, waypoints, guards)
 	}
 	return (f.Namespace == s.namespace || f.Namespace == x.c.RootNamespace) && selects(f.Selector, s.labels)
 }
@@ -114,6 +115,8 @@ func (x *Index) boundTo(f *authorizationFact, s subject, waypoints []key) bool {
 type bindings struct {
 	policies, audits []mesh.PolicyName
 	strict           bool // on every port
+
+	guards []guard // of the waypoints that decide for it
 
 	exempt     *exemption // nil where the API server calls nothing
 	exemptName mesh.PolicyName
@@ -132,13 +135,16 @@ func (x *Index) policiesFor(s subject) bindings {
 	for _, from := range namespaces {
 		for _, f := range x.authz[from] {
 			switch {
-			case !x.boundTo(f, s, waypoints):
+			case !x.boundTo(f, s, waypoints, &b.guards):
 			case f.Policy.Action == mesh.Audit:
 				b.audits = append(b.audits, f.Policy.Name)
 			default:
 				b.policies = append(b.policies, f.Policy.Name)
 			}
 		}
+	}
+	for _, g := range b.guards {
+		b.policies = append(b.policies, g.name())
 	}
 	slices.SortFunc(b.policies, mesh.PolicyName.Compare)
 	slices.SortFunc(b.audits, mesh.PolicyName.Compare)
@@ -208,11 +214,13 @@ func (x *Index) touchTarget(ns string, t policy.Target) {
 	case policy.TargetService:
 		if s := x.services[ns][t.Name]; s != nil {
 			x.touchBackends(s)
+			x.dirtyHosts[s.service.Name] = struct{}{}
 		}
 	case policy.TargetServiceEntry:
 		if e := x.entries[ns][t.Name]; e != nil {
 			for _, h := range e.hosts {
 				x.touchBackends(h)
+				x.dirtyHosts[h.service.Name] = struct{}{}
 			}
 		}
 	case policy.TargetGateway, policy.TargetGatewayClass:
@@ -249,10 +257,11 @@ func (x *Index) touchWaypoint(is func(key) bool) {
 			}
 		}
 	}
-	for _, claims := range x.candidates {
+	for name, claims := range x.candidates {
 		for _, f := range claims {
-			if asks(f.waypoint, f.waypointSaid) {
+			if is(x.waypointAsked(f)) {
 				x.touchBackends(f)
+				x.dirtyHosts[name] = struct{}{}
 			}
 		}
 	}

@@ -20,7 +20,8 @@ const (
 // gatewayFact is what the mesh needs of a Gateway of the class for waypoints.
 type gatewayFact struct {
 	key
-	services bool // it takes what is sent to services
+	services  bool // it takes what is sent to services
+	workloads bool // it would take what is sent to workloads
 }
 
 // gatewayFactOf returns nil for a Gateway of another class.
@@ -29,7 +30,7 @@ func gatewayFactOf(g *gatewayv1.Gateway) *gatewayFact {
 		return nil
 	}
 	takes := g.Labels[labelWaypointFor]
-	return &gatewayFact{key: keyOf(g), services: takes == "" || takes == "service" || takes == "all"}
+	return &gatewayFact{key: keyOf(g), services: takes == "" || takes == "service" || takes == "all", workloads: takes == "workload" || takes == "all"}
 }
 
 func (x *Index) setGateway(k key, f *gatewayFact) {
@@ -37,13 +38,10 @@ func (x *Index) setGateway(k key, f *gatewayFact) {
 	if old == nil && f == nil || old != nil && f != nil && *old == *f {
 		return
 	}
-	for name, claims := range x.candidates {
-		for _, s := range claims {
-			if x.waypointAsked(s) == k {
-				x.dirtyHosts[name] = struct{}{}
-			}
-		}
+	for _, namespace := range []string{k.Namespace, x.c.RootNamespace} {
+		x.touchTargeting(namespace)
 	}
+	x.touchWaypoint(func(asked key) bool { return asked == k })
 }
 
 // waypointAsked is the waypoint that a service or its namespace asks for.

@@ -23,6 +23,8 @@ type PolicyState struct {
 	Generation int64
 	// Compiled are the policies that nodes hold for the object. Empty: there is nothing for a node to hold.
 	Compiled []mesh.PolicyName
+	// Waypoints have to enforce it too, sorted.
+	Waypoints []mesh.ServiceName
 	// Exact says that nodes which hold Compiled do all that the object asks for. If not, Reason (one of package
 	// policy, or TargetNotFound) and Message say what they do instead; that is never weaker than asked for, but for
 	// an object that applies to nothing (Ignored, Conflicted).
@@ -85,6 +87,7 @@ func (x *Index) commitStates(u *Update) {
 
 func (s *PolicyState) equal(o *PolicyState) bool {
 	return s.UID == o.UID && s.Generation == o.Generation && slices.Equal(s.Compiled, o.Compiled) &&
+		slices.Equal(s.Waypoints, o.Waypoints) &&
 		s.Exact == o.Exact && s.Reason == o.Reason && s.Message == o.Message
 }
 
@@ -118,6 +121,9 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 	} else if f.Exact && f.Policy.Action == mesh.Audit {
 		s.Message = "AUDIT: what it matches is reported, and nothing decided"
 	}
+	if len(f.Targets) > 0 && x.decided(f, s) {
+		return s
+	}
 	var missing, useless []string
 	for _, t := range f.Targets {
 		switch t.Kind {
@@ -148,6 +154,32 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 		s.Message = fmt.Sprintf("there is no %s in namespace %s, so that the policy applies to nothing", strings.Join(missing, ", no "), f.Namespace)
 	}
 	return s
+}
+
+// decided tells of a policy that waypoints decide on; false where there is none of them.
+func (x *Index) decided(f *authorizationFact, s *PolicyState) bool {
+	waypoints, guards, without := x.decidedAt(f)
+	if len(waypoints) == 0 {
+		if len(without) == 0 && !slices.ContainsFunc(f.Targets, func(t policy.Target) bool {
+			return t.Kind != policy.TargetGateway || x.gateways[f.Namespace][t.Name] == nil
+		}) {
+			s.Exact, s.Reason, s.Message = true, "", "no Service asks for this waypoint"
+			return true
+		}
+		return false
+	}
+	if f.Attached == nil {
+		s.Exact, s.Reason, s.Message = false, policy.ReasonUnsupported, "waypoints neither evaluate nor report AUDIT policies and dry runs"
+		return true
+	}
+	s.Waypoints, s.Compiled = waypoints, guards
+	s.Exact, s.Reason, s.Message = f.Attached.Message == "", f.Attached.Reason, f.Attached.Message
+	if len(without) > 0 {
+		s.Compiled = append(s.Compiled, f.Policy.Name)
+		s.Exact, s.Reason = false, policy.ReasonNoWaypoint
+		s.Message = strings.TrimSuffix(fmt.Sprintf("no waypoint is in front of %s: connections to the workloads behind it are refused; %s", strings.Join(without, ", "), s.Message), "; ")
+	}
+	return true
 }
 
 func (x *Index) peerAuthState(f *peerAuthFact, pods []exempted) *PolicyState {

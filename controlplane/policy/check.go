@@ -128,7 +128,20 @@ func (c *checker) enforcement(p *securityv1.AuthorizationPolicy) {
 	compiled := c.mesh.Compile(p)
 	deny := compiled.Policy.Action == mesh.Deny
 	switch {
-	case len(compiled.Targets) > 0 || p.Spec.Action == securityv1beta1.AuthorizationPolicy_CUSTOM:
+	case len(compiled.Targets) > 0:
+		names := make([]string, 0, len(compiled.Targets))
+		for _, t := range compiled.Targets {
+			names = append(names, t.String())
+		}
+		switch a := compiled.Attached; {
+		case a == nil:
+			c.warn(NeedsWaypoint, "spec", "waypoints neither evaluate nor report AUDIT policies and dry runs")
+		case a.Message != "":
+			c.warn(NeedsWaypoint, "spec", "%s", a.Message)
+		default:
+			c.warn(NeedsWaypoint, "spec", "it is for the waypoint of %s; while there is none, connections to the workloads behind it are refused", some(names, 5))
+		}
+	case p.Spec.Action == securityv1beta1.AuthorizationPolicy_CUSTOM:
 		c.warn(NeedsWaypoint, "spec", "%s", compiled.Message)
 	case len(compiled.HTTP) > 0:
 		effect := "an ALLOW rule with them matches nothing, so that what it was to allow is denied"

@@ -96,7 +96,7 @@ var Explanations = []Explanation{
 	{TooLarge, Error, "Every node gets every policy. One policy may have 512 rules, 8192 values and 256 KiB of values; larger ones are refused, and where they were stored without this check they allow nothing or deny everything."},
 	{Unreadable, Error, "The object is not of the form that its kind has."},
 
-	{NeedsWaypoint, Warning, "Hosts, methods, paths, headers and tokens are HTTP, which the nodes do not read: they decide when a connection is opened. Until a waypoint decides, an ALLOW rule that needs HTTP matches nothing and a DENY rule matches without it. " + Waypoints},
+	{NeedsWaypoint, Warning, "Hosts, methods, paths, headers and tokens are HTTP, which the nodes do not read: they decide when a connection is opened. In a policy for workloads an ALLOW rule that needs HTTP matches nothing and a DENY rule matches without it. " + Waypoints},
 	{DeniedWithoutWaypoint, Warning, "How many captured workloads a rule on HTTP concerns that have no waypoint, by namespace."},
 	{NotCaptured, Warning, "The nodes enforce policies for the pods that they capture. Pods outside the mesh accept everything."},
 	{SelectsNothing, Warning, "No pod has the labels. Often a mistake of typing; the pods may also come later."},
@@ -117,4 +117,4 @@ var Explanations = []Explanation{
 }
 
 // Waypoints says what there is to be had of them.
-const Waypoints = "A waypoint is an HTTP proxy, asked for with a Gateway of class istio-waypoint; those of this version do not decide on policies"
+const Waypoints = "A waypoint is an HTTP proxy, asked for with a Gateway of class istio-waypoint; a policy for it has targetRefs and no selector"

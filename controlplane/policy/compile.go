@@ -39,6 +39,16 @@ type Compiled struct {
 	Reason, Message string
 	// HTTP are the attributes that nodes do not see, sorted.
 	HTTP []string
+
+	// Attached is what the waypoints of Targets do; nil for a policy that they neither evaluate nor report.
+	Attached *Attached
+}
+
+// Attached is a policy as waypoints decide it. What of it they cannot do Reason and Message say; it is never weaker for that.
+type Attached struct {
+	Action          mesh.Action
+	Rules           []mesh.AccessRule
+	Reason, Message string
 }
 
 // TargetKind is a kind that a targetRef may name.
@@ -91,10 +101,10 @@ func targetRefs(spec *securityv1beta1.AuthorizationPolicy) []*typev1beta1.Policy
 
 // Compile compiles a policy for nodes.
 //
-// A CUSTOM policy hands the decision to a service that only a waypoint can ask: until there is one, what it
-// matches is denied, before any ALLOW. A policy with targetRefs belongs to the waypoint of its targets: until
-// there is one, its targets' workloads accept nothing, whatever the policy's action and rules, because a rule that
-// is not evaluated may be the one that keeps somebody out.
+// A CUSTOM policy hands the decision to a service that nobody asks: what it matches is denied, before any ALLOW.
+// A policy with targetRefs belongs to the waypoint of its targets: until there is one, its targets' workloads accept
+// nothing, whatever the policy's action and rules, because a rule that is not evaluated may be the one that keeps
+// somebody out.
 func (m Mesh) Compile(p *securityv1.AuthorizationPolicy) Compiled {
 	spec := &p.Spec
 	c := Compiled{Exact: true}
@@ -124,6 +134,7 @@ func (m Mesh) Compile(p *securityv1.AuthorizationPolicy) Compiled {
 		out.DryRun, _ = strconv.ParseBool(v) // Check complains about other words; they do not take a policy out of force
 	}
 	if len(refs) > 0 {
+		c.Attached = m.attached(p, out)
 		c.attach(refs)
 		return c
 	}
@@ -161,6 +172,38 @@ func (c *Compiled) not(reason, message string) {
 		message += ". Also " + c.Message
 	}
 	c.Exact, c.Reason, c.Message = false, reason, message
+}
+
+// attached compiles a policy for waypoints; nil where they do nothing about it.
+func (m Mesh) attached(p *securityv1.AuthorizationPolicy, out *mesh.Policy) *Attached {
+	if out.Action == mesh.Audit || out.DryRun {
+		return nil
+	}
+	a := &Attached{Action: out.Action}
+	if problem := tooLarge(&p.Spec); problem != "" {
+		if a.Action == mesh.Deny {
+			a.Rules = []mesh.AccessRule{{}}
+		}
+		a.Reason, a.Message = ReasonTooLarge, problem+"; "+instead(out)
+		return a
+	}
+	rules, unseen, invalid := m.access(p.Namespace, &p.Spec, out.Action)
+	a.Rules = rules
+	effect := (&ruleCompiler{deny: a.Action == mesh.Deny}).effect()
+	var texts []string
+	if len(invalid) > 0 {
+		texts = append(texts, "not understood: "+some(invalid, 5)+"; "+effect)
+	}
+	if len(unseen) > 0 {
+		texts = append(texts, fmt.Sprintf("waypoints do not look at %s: %s", some(unseen, 8), effect))
+	}
+	if p.Spec.Action == securityv1beta1.AuthorizationPolicy_CUSTOM {
+		texts = append(texts, fmt.Sprintf("nobody asks the provider %q: what the rules match is denied", p.Spec.GetProvider().GetName()))
+	}
+	if len(texts) > 0 {
+		a.Reason, a.Message = ReasonUnsupported, strings.Join(texts, ". Also ")
+	}
+	return a
 }
 
 // attach makes of a policy with targetRefs what nodes do while its targets have no waypoint.

@@ -35,6 +35,13 @@ func accepted(k index.PolicyKey, s *index.PolicyState, o Object) []condition {
 
 func waypointAccepted(s *index.PolicyState, o Object) condition {
 	c := condition{Type: ConditionWaypointAccepted, Status: string(metav1.ConditionFalse)}
+	if len(s.Waypoints) > 0 || s.Exact {
+		c.Status, c.Reason, c.Message = string(metav1.ConditionTrue), "Accepted", "bound to "+few(names(s.Waypoints))
+		if len(s.Waypoints) == 0 {
+			c.Message = s.Message
+		}
+		return c
+	}
 	if len(o.Targets) > 1 {
 		c.Reason, c.Message = "Invalid", "Invalid targetRefs: "+few(o.Targets)
 		return c
@@ -49,6 +56,15 @@ func waypointAccepted(s *index.PolicyState, o Object) condition {
 		c.Reason, c.Message = "AncestorNotBound", kind+" "+name+" is not bound to a waypoint"
 	}
 	return c
+}
+
+func names(waypoints []mesh.ServiceName) []string {
+	out := make([]string, 0, len(waypoints))
+	for _, w := range waypoints {
+		host, _, _ := strings.Cut(w.Hostname, ".")
+		out = append(out, w.Namespace+"/"+host)
+	}
+	return out
 }
 
 // policyName reads the name of a resource that a node refuses; the zero name fits no policy.

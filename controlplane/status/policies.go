@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -40,6 +42,8 @@ type PoliciesConfig struct {
 	// Nodes tells how far the nodes are; Forget is called about one that is gone.
 	Nodes  func() map[string]xds.Progress
 	Forget func(node string)
+	// Waypoint tells how far the pods of a waypoint are; nil: none is known.
+	Waypoint func(mesh.ServiceName) map[string]xds.Progress
 
 	RootNamespace string
 	Log           *slog.Logger
@@ -421,9 +425,10 @@ func (p *Policies) enforced(k index.PolicyKey, e *entry, nodes map[string]xds.Pr
 			pending = append(pending, node)
 		}
 	}
+	ways := p.waypoints(e, &pending, &refusing, &why)
 	total := len(concerned)
 	c := condition{Type: ConditionEnforced, Status: string(metav1.ConditionTrue), Reason: reasonEnforced,
-		Message: fmt.Sprintf("%d/%d nodes at revision %d", n, total, revision)}
+		Message: fmt.Sprintf("%d/%d nodes at revision %d", n, total, revision) + ways.text}
 	for _, part := range []struct {
 		reason, word string
 		nodes        []string
@@ -444,24 +449,61 @@ func (p *Policies) enforced(k index.PolicyKey, e *entry, nodes map[string]xds.Pr
 	if c.Reason == reasonDisconnected {
 		c.Status = string(metav1.ConditionUnknown)
 	}
-	done = n == total
+	done = n == total && ways.done
 	switch {
 	case !e.state.Exact:
 		if done || c.Reason == reasonPending {
 			c.Reason = e.state.Reason
 		}
 		c.Status = string(metav1.ConditionFalse)
-		if total == 0 {
+		if total == 0 && len(e.state.Waypoints) == 0 {
 			c.Message, done = e.state.Message, true
 		} else {
 			c.Message = e.state.Message + " (so on " + c.Message + ")"
 		}
-	case total == 0:
+	case total == 0 && len(e.state.Waypoints) == 0:
 		c.Reason, c.Message = reasonNoWorkloads, "no captured workload is selected, so there is nothing to enforce yet"
 	case e.state.Message != "":
 		c.Message += "; " + e.state.Message
 	}
 	return c, done
+}
+
+// atWaypoints is what the waypoints of a policy do about it.
+type atWaypoints struct {
+	text string
+	done bool
+}
+
+// waypoints counts their pods. One that is not connected lets nobody through, and is waited for nevertheless.
+func (p *Policies) waypoints(e *entry, pending, refusing *[]string, why *string) atWaypoints {
+	out := atWaypoints{done: true}
+	for _, name := range e.state.Waypoints {
+		host, _, _ := strings.Cut(name.Hostname, ".")
+		way := "waypoint " + name.Namespace + "/" + host
+		var pods map[string]xds.Progress
+		if p.cfg.Waypoint != nil {
+			pods = p.cfg.Waypoint(name)
+		}
+		n := 0
+		for _, pod := range slices.Sorted(maps.Keys(pods)) {
+			switch at := pods[pod]; {
+			case at.Revision >= e.revision:
+				n++
+			case at.Trouble != "":
+				*refusing = append(*refusing, pod)
+				*why = first(*why, pod+" says: "+short(at.Trouble))
+			default:
+				*pending = append(*pending, pod)
+			}
+		}
+		if len(pods) == 0 {
+			*pending = append(*pending, way)
+		}
+		out.done = out.done && n > 0 && n == len(pods)
+		out.text += fmt.Sprintf(", %d/%d pods of %s", n, len(pods), way)
+	}
+	return out
 }
 
 // concerned are the nodes with workloads that the object selects. A PeerAuthentication with a selector is counted

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"strconv"
+	"strings"
 	"sync"
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -27,16 +28,35 @@ type Waypoints struct {
 	log    *slog.Logger
 	failed *prometheus.CounterVec
 
+	// OnProgress is called where a waypoint has come further.
+	OnProgress func()
+
 	mu       sync.Mutex
 	snapshot *mesh.Snapshot
+	revision uint64 // of [Cache.Revision] that goes with snapshot
 	serial   uint64
-	open     map[mesh.ServiceName]int // streams
+	open     map[mesh.ServiceName]*told
+}
+
+// told is what the pods of one waypoint are told.
+type told struct {
+	versions map[string]string // by waypoint.ActiveKey
+	failed   string            // why they are not told what holds now
+	pods     map[*envoyPod]struct{}
+}
+
+// envoyPod is one stream.
+type envoyPod struct {
+	name   string
+	active map[string]string // as its Envoy was read
+	nack   map[string]string // by type
+	at     uint64            // revision as of which its Envoy did all that it was told
 }
 
 // NewWaypoints knows no waypoint.
 func NewWaypoints(log *slog.Logger, metrics prometheus.Registerer) *Waypoints {
 	w := &Waypoints{
-		cache: envoycache.NewSnapshotCache(true, envoycache.IDHash{}, nil), log: log, open: map[mesh.ServiceName]int{},
+		cache: envoycache.NewSnapshotCache(true, envoycache.IDHash{}, nil), log: log, open: map[mesh.ServiceName]*told{},
 		snapshot: &mesh.Snapshot{},
 		failed: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "warren_waypoint_rejects_total", Help: "Responses that a waypoint's Envoy rejected, by type.",
@@ -48,23 +68,66 @@ func NewWaypoints(log *slog.Logger, metrics prometheus.Registerer) *Waypoints {
 	return w
 }
 
-// Update gives connected waypoints what s changes for them.
-func (w *Waypoints) Update(s *mesh.Snapshot) {
+// Update gives connected waypoints what s changes for them, which is what [Cache.Revision] calls revision.
+func (w *Waypoints) Update(s *mesh.Snapshot, revision uint64) {
+	w.mu.Lock()
+	changed := s != w.snapshot
+	w.snapshot, w.revision = s, revision
+	for name, t := range w.open {
+		if changed {
+			w.build(name)
+		}
+		t.look(revision)
+	}
+	w.mu.Unlock()
+	w.progress()
+}
+
+func (w *Waypoints) progress() {
+	if w.OnProgress != nil {
+		w.OnProgress()
+	}
+}
+
+// look finds which pods do all that they are told.
+func (t *told) look(revision uint64) {
+	for p := range t.pods {
+		done := t.failed == "" && t.versions != nil
+		for k, v := range t.versions {
+			done = done && p.active[k] == v
+		}
+		if done {
+			p.at = revision
+		}
+	}
+}
+
+// Pods tells how far the pods of a waypoint are that are connected to this replica.
+func (w *Waypoints) Pods(name mesh.ServiceName) map[string]Progress {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if s == w.snapshot {
-		return
+	t := w.open[name]
+	if t == nil {
+		return nil
 	}
-	w.snapshot = s
-	for name := range w.open {
-		w.build(name)
+	out := map[string]Progress{}
+	for p := range t.pods {
+		at := Progress{Revision: p.at, Trouble: t.failed}
+		for _, text := range p.nack {
+			at.Trouble = text
+		}
+		out[p.name] = at
 	}
+	return out
 }
 
 // build writes one waypoint's resources. What cannot be written leaves the last good ones.
 func (w *Waypoints) build(name mesh.ServiceName) {
+	t := w.open[name]
 	r, err := waypoint.Build(w.snapshot, name)
+	t.failed = ""
 	if err != nil {
+		t.failed = clip(err.Error())
 		w.log.Error("configuration of a waypoint not written; it keeps what it has", "waypoint", name.String(), "error", err)
 		return
 	}
@@ -76,8 +139,19 @@ func (w *Waypoints) build(name mesh.ServiceName) {
 	if err == nil {
 		err = w.cache.SetSnapshot(context.Background(), name.String(), s)
 	}
+	if err == nil {
+		err = s.ConstructVersionMap()
+	}
 	if err != nil {
+		t.failed = clip(err.Error())
 		w.log.Error("configuration of a waypoint not sent", "waypoint", name.String(), "error", err)
+		return
+	}
+	t.versions = map[string]string{}
+	for _, kind := range waypoint.ActiveTypes {
+		for k, v := range s.GetVersionMap(kind) {
+			t.versions[waypoint.ActiveKey(kind, k)] = v
+		}
 	}
 }
 
@@ -91,23 +165,29 @@ func asResources[M proto.Message](list []M) []envoytypes.Resource {
 
 // serve answers the Envoy of a waypoint until its stream ends.
 func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscoveryRequest, discovery.DeltaDiscoveryResponse], name mesh.ServiceName, peer string) error {
+	me := &envoyPod{name: peer, nack: map[string]string{}}
 	w.mu.Lock()
-	w.open[name]++
-	if w.open[name] == 1 {
+	t := w.open[name]
+	if t == nil {
+		t = &told{pods: map[*envoyPod]struct{}{}}
+		w.open[name] = t
 		w.build(name)
 	}
+	t.pods[me] = struct{}{}
 	w.mu.Unlock()
 	defer func() {
 		w.mu.Lock()
-		defer w.mu.Unlock()
-		if w.open[name]--; w.open[name] == 0 {
+		if delete(t.pods, me); len(t.pods) == 0 {
 			delete(w.open, name)
 			w.cache.ClearSnapshot(name.String())
 		}
+		w.mu.Unlock()
+		w.progress()
 	}()
 	log := w.log.With("waypoint", name.String(), "peer", peer)
 	log.Info("waypoint connected")
-	err := delta.NewServer(stream.Context(), w.cache, heard{w, log}).DeltaStreamHandler(owned{stream, name.String()}, envoyresource.AnyType)
+	h := heard{w, t, me, log}
+	err := delta.NewServer(stream.Context(), w.cache, h).DeltaStreamHandler(owned{stream, name.String(), h}, envoyresource.AnyType)
 	log.Info("waypoint disconnected", "error", err)
 	return err
 }
@@ -115,21 +195,50 @@ func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscove
 // owned is a stream of a caller who is known: it gets its own waypoint's resources, whoever it says that it is.
 type owned struct {
 	grpc.BidiStreamingServer[discovery.DeltaDiscoveryRequest, discovery.DeltaDiscoveryResponse]
-	name string
+	name  string
+	heard heard
 }
 
 func (s owned) Recv() (*discovery.DeltaDiscoveryRequest, error) {
-	req, err := s.BidiStreamingServer.Recv()
-	if err == nil {
+	for {
+		req, err := s.BidiStreamingServer.Recv()
+		if err != nil {
+			return req, err
+		}
+		if req.TypeUrl == waypoint.TypeActive { // from the process beside Envoy, which reads it
+			s.heard.active(req.InitialResourceVersions)
+			continue
+		}
+		s.heard.named(req.GetNode().GetId())
 		req.Node = &core.Node{Id: s.name}
+		return req, nil
 	}
-	return req, err
 }
 
 // heard listens to what an Envoy says of what it got.
 type heard struct {
-	w   *Waypoints
-	log *slog.Logger
+	w    *Waypoints
+	told *told
+	pod  *envoyPod
+	log  *slog.Logger
+}
+
+// active notes what an Envoy does.
+func (h heard) active(versions map[string]string) {
+	h.w.mu.Lock()
+	h.pod.active = versions
+	h.told.look(h.w.revision)
+	h.w.mu.Unlock()
+	h.w.progress()
+}
+
+// named notes what the pod calls itself, for who reads conditions.
+func (h heard) named(id string) {
+	if parts := strings.Split(id, "~"); len(parts) == 3 && len(id) < 512 {
+		h.w.mu.Lock()
+		h.pod.name = strings.SplitN(parts[2], ".", 2)[0]
+		h.w.mu.Unlock()
+	}
 }
 
 func (heard) OnDeltaStreamOpen(context.Context, int64, string) error { return nil }
@@ -138,6 +247,15 @@ func (heard) OnStreamDeltaResponse(int64, *discovery.DeltaDiscoveryRequest, *dis
 }
 
 func (h heard) OnStreamDeltaRequest(_ int64, req *discovery.DeltaDiscoveryRequest) error {
+	if req.ResponseNonce != "" {
+		h.w.mu.Lock()
+		if req.ErrorDetail != nil {
+			h.pod.nack[req.TypeUrl] = clip(req.ErrorDetail.Message)
+		} else {
+			delete(h.pod.nack, req.TypeUrl)
+		}
+		h.w.mu.Unlock()
+	}
 	if req.ErrorDetail != nil {
 		h.w.failed.WithLabelValues(req.TypeUrl).Inc()
 		h.log.Error("the waypoint's Envoy rejected its configuration and keeps what it has", "type", req.TypeUrl, "error", clip(req.ErrorDetail.Message))

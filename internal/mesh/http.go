@@ -38,6 +38,7 @@ const (
 	TextPath                   // its beginning, up to a slash or the end
 	TextRegex                  // the whole value, RE2
 	TextAbsent                 // there is no value
+	TextSuffix                 // its end
 )
 
 // TextMatch is a condition on one value.
@@ -153,5 +154,5 @@ type Subset struct {
 }
 
 func equalHTTP(a, b *Service) bool {
-	return reflect.DeepEqual(a.HTTP, b.HTTP) && reflect.DeepEqual(a.Subsets, b.Subsets)
+	return reflect.DeepEqual(a.HTTP, b.HTTP) && reflect.DeepEqual(a.Subsets, b.Subsets) && reflect.DeepEqual(a.Access, b.Access)
 }

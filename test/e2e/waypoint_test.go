@@ -131,10 +131,49 @@ spec:
 	apply(split(80))
 	becomes("calls are answered again", answered)
 
+	// Who may ask for what: the waypoint decides, and the pods admit nobody past it.
+	apply(`
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: stock, namespace: NS}
+spec:
+  targetRefs: [{kind: Service, name: inventory}]
+  action: ALLOW
+  rules:
+  - from: [{source: {principals: [cluster.local/ns/NS/sa/client]}}]
+    to: [{operation: {methods: [GET], paths: [/stock]}}]
+`)
+	for _, condition := range []string{"WaypointAccepted", "Enforced"} {
+		out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition="+condition, "authorizationpolicy/stock", "--timeout=120s")
+		if err != nil {
+			said, _ := mesh.Kubectl(ctx, "-n", ns, "get", "authorizationpolicy", "stock", "-o", "jsonpath={.status}")
+			t.Fatal(err, out, said)
+		}
+	}
+	must(t, call(20))
+	get := func(url string) (string, error) {
+		return mesh.Exec(ctx, ns, "client", "/demo", "load", "-n", "3", "-every", "5ms", "-url", url)
+	}
+	if out, err := get("http://inventory/other"); err == nil || !strings.Contains(err.Error()+out, "403") {
+		t.Errorf("a path that is not allowed: %v %s, want 403", err, out)
+	}
+	ip, err := mesh.Kubectl(ctx, "-n", ns, "get", "pod", "inventory-1", "-o", "jsonpath={.status.podIP}")
+	must(t, err)
+	if out, err := get("http://" + strings.TrimSpace(ip) + ":8080/stock"); err == nil {
+		t.Errorf("a pod is reached past its waypoint: %s", out)
+	}
+	if _, err := mesh.Kubectl(ctx, "-n", ns, "delete", "authorizationpolicy", "stock"); err != nil {
+		t.Fatal(err)
+	}
+	must(t, lab.Eventually(ctx, time.Minute, func() error {
+		_, err := get("http://" + strings.TrimSpace(ip) + ":8080/stock")
+		return err
+	}))
+
 	if _, err := mesh.Kubectl(ctx, "-n", ns, "delete", "gateway", "way"); err != nil {
 		t.Fatal(err)
 	}
 	becomes("a waypoint that is gone is not bypassed", func(err error) bool { return err != nil })
-	_, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=istio.io/WaypointBound=false", "service/inventory", "--timeout=120s")
+	_, err = mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=istio.io/WaypointBound=false", "service/inventory", "--timeout=120s")
 	must(t, err)
 }

@@ -19,6 +19,7 @@ import (
 
 	istioapi "istio.io/api/networking/v1alpha3"
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	istiofake "istio.io/client-go/pkg/clientset/versioned/fake"
 	authenticationv1 "k8s.io/api/authentication/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -174,6 +175,55 @@ func TestWaypointServes(t *testing.T) {
 		}
 	}
 
+	// Who may ask for what is decided by the next request too, and said when Envoy does it.
+	guarded := func(name, spec string) {
+		t.Helper()
+		a := &securityv1.AuthorizationPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name, UID: types.UID("uid-" + name), Generation: 1}}
+		if err := yaml.Unmarshal([]byte("targetRefs: [{kind: Service, name: inventory}]\n"+spec), &a.Spec); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := istio.SecurityV1().AuthorizationPolicies("shop").Create(ctx, a, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		await(t, name+" to be enforced", func() error {
+			a, err := istio.SecurityV1().AuthorizationPolicies("shop").Get(ctx, name, metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			for _, c := range a.Status.Conditions {
+				if c.Type == "Enforced" && c.Status == "True" && strings.Contains(c.Message, "1/1 pods of waypoint shop/way") {
+					return nil
+				}
+			}
+			return fmt.Errorf("%v", a.Status.Conditions)
+		})
+	}
+	guarded("readers", `rules: [{from: [{source: {principals: ["cluster.local/ns/shop/sa/client"]}}], to: [{operation: {methods: [GET], paths: ["/items*", "/adm*", /], hosts: [inventory]}}]}, {from: [{source: {namespaces: [nobody]}}]}]`)
+	guarded("no-admin", "action: DENY\n"+`rules: [{from: [{source: {namespaces: [shop]}}], to: [{operation: {paths: ["/admin/x"]}}]}, {when: [{key: "request.headers[x-no]", values: ["1*"]}]}]`)
+	for _, c := range []struct {
+		path, header string
+		want         int
+	}{
+		{"/items/1?a=/x", "", 200}, {"/", "", 200}, {"/other", "", 403}, {"/items", "x-no: 12\r\n", 403}, {"/items", "x-no: 21\r\n", 200},
+		{"/admin/x", "", 403}, {"/admin//x", "", 403}, {"/admin%2Fx", "", 403}, {"/admin/./x", "", 403}, {"/adm", "", 200},
+	} {
+		if code, body, err := get("10.96.0.9:80", c.path, c.header); err != nil || code != c.want {
+			t.Errorf("%s %q: %d %v, want %d\n%s", c.path, c.header, code, err, c.want, body)
+		}
+	}
+	for _, name := range []string{"readers", "no-admin"} {
+		if err := istio.SecurityV1().AuthorizationPolicies("shop").Delete(ctx, name, metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	await(t, "no policy", func() error {
+		code, _, err := get("10.96.0.9:80", "/other")
+		if err == nil && code != 200 {
+			err = fmt.Errorf("%d", code)
+		}
+		return err
+	})
+
 	// A change reaches the next request.
 	apply := func(spec string) {
 		t.Helper()
@@ -301,6 +351,7 @@ func waypointCluster(t *testing.T) (*fake.Clientset, *istiofake.Clientset, *gate
 	})
 	kube.Resources = []*metav1.APIResourceList{
 		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}}},
+		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}}},
 		{GroupVersion: "gateway.networking.k8s.io/v1", APIResources: []metav1.APIResource{{Name: "gateways"}}},
 	}
 	istio := istiofake.NewSimpleClientset(&networkingv1.DestinationRule{

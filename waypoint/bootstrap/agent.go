@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"strconv"
+	"sync"
 
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
@@ -65,6 +66,7 @@ func (s *secrets) set(b *identity.Bundle) error {
 type relay struct {
 	discovery.UnimplementedAggregatedDiscoveryServiceServer
 	control discovery.AggregatedDiscoveryServiceClient
+	read    *readBack
 }
 
 func (r *relay) DeltaAggregatedResources(down grpc.BidiStreamingServer[discovery.DeltaDiscoveryRequest, discovery.DeltaDiscoveryResponse]) error {
@@ -75,11 +77,30 @@ func (r *relay) DeltaAggregatedResources(down grpc.BidiStreamingServer[discovery
 		return fmt.Errorf("open a stream to the control plane: %w", err)
 	}
 	ended := make(chan error, 1)
+	var sending sync.Mutex // a stream has one sender at a time
+	send := func(req *discovery.DeltaDiscoveryRequest) error {
+		sending.Lock()
+		defer sending.Unlock()
+		return up.Send(req)
+	}
+	go func() { // ends with ctx
+		token(r.read.changed) // whoever answers now may not have heard
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-r.read.changed:
+				if send(r.read.report()) != nil {
+					return // the stream is over
+				}
+			}
+		}
+	}()
 	go func() { // ends with ctx at the latest
 		for {
 			req, err := down.Recv()
 			if err == nil {
-				err = up.Send(req)
+				err = send(req)
 			}
 			if err != nil {
 				cancel()
@@ -91,6 +112,7 @@ func (r *relay) DeltaAggregatedResources(down grpc.BidiStreamingServer[discovery
 	for {
 		res, err := up.Recv()
 		if err == nil {
+			r.read.note(res)
 			err = down.Send(res)
 		}
 		if err != nil {

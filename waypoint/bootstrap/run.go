@@ -59,9 +59,11 @@ func Run(stop context.Context, cfg Config) error {
 		rotated <- b
 	}})
 	secrets := newSecrets()
+	read := newReadBack(p.get, cfg.Log)
+	g.Go(func() error { read.run(ctx); return nil })
 	srv := grpc.NewServer()
 	secrets.register(ctx, srv)
-	discovery.RegisterAggregatedDiscoveryServiceServer(srv, &relay{control: discovery.NewAggregatedDiscoveryServiceClient(control)})
+	discovery.RegisterAggregatedDiscoveryServiceServer(srv, &relay{control: discovery.NewAggregatedDiscoveryServiceClient(control), read: read})
 	if err := os.Remove(cfg.socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -210,13 +212,17 @@ func (p *waypointProcess) post(ctx context.Context, path string) error {
 	return nil
 }
 
+func (p *waypointProcess) get(ctx context.Context, path string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.admin(path), nil)
+	if err != nil {
+		return nil, err
+	}
+	return p.client.Do(req)
+}
+
 // active is how many requests of clients' tunnels are open.
 func (p *waypointProcess) active(ctx context.Context) (int, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.admin("/stats?filter=^http.connect_terminate.downstream_rq_active$"), nil)
-	if err != nil {
-		return 0, err
-	}
-	res, err := p.client.Do(req)
+	res, err := p.get(ctx, "/stats?filter=^http.connect_terminate.downstream_rq_active$")
 	if err != nil {
 		return 0, err
 	}
@@ -253,12 +259,7 @@ func (p *waypointProcess) telemetry() http.Handler {
 
 // pass answers with what Envoy's admin endpoint says.
 func (p *waypointProcess) pass(w http.ResponseWriter, r *http.Request, path string) {
-	req, err := http.NewRequestWithContext(r.Context(), http.MethodGet, p.admin(path), nil)
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusInternalServerError)
-		return
-	}
-	res, err := p.client.Do(req)
+	res, err := p.get(r.Context(), path)
 	if err != nil {
 		http.Error(w, "Envoy does not answer: "+err.Error(), http.StatusServiceUnavailable)
 		return

@@ -1,0 +1,165 @@
+package bootstrap
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/http"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
+
+	"github.com/warrenmesh/warren/waypoint"
+)
+
+// How often Envoy is read while it does not do yet what it was told.
+const (
+	readFirst = 50 * time.Millisecond
+	readLater = 2 * time.Second
+)
+
+// readBack finds out which of the resources that were passed on to Envoy it uses.
+type readBack struct {
+	get func(ctx context.Context, path string) (*http.Response, error) // of Envoy's admin endpoint
+	log *slog.Logger
+
+	mu      sync.Mutex
+	waiting map[string]passed // by key
+	active  map[string]string // version by key
+	news    chan struct{}     // one token: something was passed on
+	changed chan struct{}     // one token: something is active
+}
+
+// passed is a resource that Envoy was given.
+type passed struct{ kind, name, version string }
+
+func newReadBack(get func(context.Context, string) (*http.Response, error), log *slog.Logger) *readBack {
+	return &readBack{get: get, log: log, waiting: map[string]passed{}, active: map[string]string{}, news: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+}
+
+// note remembers what a response gives and takes.
+func (r *readBack) note(res *discovery.DeltaDiscoveryResponse) {
+	if !slices.Contains(waypoint.ActiveTypes, res.TypeUrl) {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, x := range res.Resources {
+		r.waiting[waypoint.ActiveKey(res.TypeUrl, x.Name)] = passed{res.TypeUrl, x.Name, x.Version}
+	}
+	for _, name := range res.RemovedResources {
+		k := waypoint.ActiveKey(res.TypeUrl, name)
+		delete(r.waiting, k)
+		delete(r.active, k)
+	}
+	token(r.news)
+}
+
+func token(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// report is what to tell the control plane.
+func (r *readBack) report() *discovery.DeltaDiscoveryRequest {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return &discovery.DeltaDiscoveryRequest{TypeUrl: waypoint.TypeActive, InitialResourceVersions: maps.Clone(r.active)}
+}
+
+// run reads until ctx ends.
+func (r *readBack) run(ctx context.Context) {
+	for ctx.Err() == nil {
+		select {
+		case <-ctx.Done():
+			return
+		case <-r.news:
+		}
+		for wait := readFirst; r.read(ctx); wait = min(2*wait, readLater) {
+			select {
+			case <-ctx.Done():
+				return
+			case <-r.news:
+				wait = readFirst
+			case <-time.After(wait):
+			}
+		}
+	}
+}
+
+// read asks Envoy for what is waited for; more says that not all of it is active.
+func (r *readBack) read(ctx context.Context) (more bool) {
+	r.mu.Lock()
+	want := maps.Clone(r.waiting)
+	r.mu.Unlock()
+	byKind := map[string][]string{}
+	for _, p := range want {
+		byKind[p.kind] = append(byKind[p.kind], regexp.QuoteMeta(p.name))
+	}
+	have := map[string]string{}
+	for kind, names := range byKind {
+		if err := r.dump(ctx, kind, names, have); err != nil {
+			r.log.Debug("Envoy not read", "error", err)
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for k, p := range want {
+		if have[k] == p.version && r.waiting[k] == p {
+			delete(r.waiting, k)
+			r.active[k] = p.version
+			token(r.changed)
+		}
+	}
+	return len(r.waiting) > 0
+}
+
+// dump reads the versions of a type's resources into have.
+func (r *readBack) dump(ctx context.Context, kind string, names []string, have map[string]string) error {
+	what := map[string]string{resource.ListenerType: "dynamic_listeners", resource.RouteType: "dynamic_route_configs"}[kind]
+	q := url.Values{"resource": {what}}
+	if len(names) <= 20 { // a request has to fit into Envoy's limit of headers
+		q.Set("name_regex", "^("+strings.Join(names, "|")+")$")
+	}
+	res, err := r.get(ctx, "/config_dump?"+q.Encode())
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusOK {
+		return fmt.Errorf("config_dump: %s", res.Status)
+	}
+	var dump struct {
+		Configs []struct {
+			Name        string `json:"name"`
+			ActiveState struct {
+				Version string `json:"version_info"`
+			} `json:"active_state"`
+			Version     string `json:"version_info"`
+			RouteConfig struct {
+				Name string `json:"name"`
+			} `json:"route_config"`
+		} `json:"configs"`
+	}
+	if err := json.NewDecoder(res.Body).Decode(&dump); err != nil {
+		return fmt.Errorf("config_dump: %w", err)
+	}
+	for _, c := range dump.Configs {
+		if kind == resource.ListenerType {
+			have[waypoint.ActiveKey(kind, c.Name)] = c.ActiveState.Version
+		} else {
+			have[waypoint.ActiveKey(kind, c.RouteConfig.Name)] = c.Version
+		}
+	}
+	return nil
+}
