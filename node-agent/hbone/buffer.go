@@ -17,6 +17,9 @@ const (
 	// is read, and a record.
 	readBuffer = 128 << 10
 
+	// muchData is what is sent at once, without a copy, instead of together with what else a loop finds.
+	muchData = 8 << 10
+
 	// sealBatch is how much is encrypted before it is sent.
 	sealBatch = 128 << 10
 )
@@ -169,6 +172,15 @@ func (q *queue) pop() *chunk {
 	c.next = nil
 	q.n -= c.w - c.r
 	return c
+}
+
+// unpop puts a chunk back.
+func (q *queue) unpop(c *chunk) {
+	c.next = q.head
+	if q.head = c; q.tail == nil {
+		q.tail = c
+	}
+	q.n += c.w - c.r
 }
 
 func (q *queue) clear() int {

@@ -15,6 +15,7 @@ type ClientConfig struct {
 	Idle                time.Duration // without streams the connection closes after it: 5 min
 	PingEvery, PingWait time.Duration // as in ServerConfig
 	Memory              *Memory       // as in ServerConfig
+	Loops               *Loops        // as in ServerConfig
 	// Probe is how long Open on a connection that has been silent for as long waits for a sign of life before
 	// it gives up: 1 s. The peer's answer to the CONNECT itself may take any time.
 	Probe time.Duration
@@ -46,9 +47,13 @@ func NewClient(nc net.Conn, cfg ClientConfig) *Client {
 	if cfg.Probe == 0 {
 		cfg.Probe = defaultProbe
 	}
-	c := &Client{conn: newConn(nc, newSession(true, cfg.MaxFrame, cfg.Memory), cfg.PingEvery, cfg.PingWait, cfg.Idle), cfg: cfg}
+	c := &Client{conn: newConn(nc, newSession(true, cfg.MaxFrame, cfg.Memory), cfg.Loops, cfg.PingEvery, cfg.PingWait, cfg.Idle), cfg: cfg}
 	c.onStop = cfg.onStop
-	go func() { _ = c.readLoop() }() // ends with the connection; Done and Err tell
+	if c.tls == nil {
+		go func() { _ = c.readLoop() }() // ends with the connection; Done and Err tell
+	} else {
+		c.startLoop()
+	}
 	return c
 }
 

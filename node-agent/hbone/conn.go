@@ -5,9 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
-	"os"
 	"sync"
-	"syscall"
 	"time"
 )
 
@@ -19,6 +17,7 @@ const (
 	quietReads        = 32 // small reads after which the large read buffer is given back
 	soonAfter         = time.Millisecond
 	closeGrace        = 250 * time.Millisecond
+	lingerWait        = 3 * time.Second
 	discardMax        = 2 << 20 // read after a fatal error
 	handshakeWait     = 10 * time.Second
 	defaultPingEvery  = 2500 * time.Millisecond
@@ -28,15 +27,26 @@ const (
 	tcpUserTimeout    = 10 * time.Second
 )
 
-// conn drives a session over a net.Conn: one goroutine reads, whoever has something to send writes.
+// conn drives a session over a net.Conn: a loop reads it if it is a socket, a goroutine if not; whoever has something to
+// send writes, but only at the end of a loop's batch if there is one.
 //
 // Lock order: Stream.wmu or Stream.rmu, then conn.mu. Nothing is read, written or called back under mu.
 type conn struct {
 	mu sync.Mutex
 	*session
 	nc   net.Conn
-	link link // what carries the bytes of nc
+	link link     // what carries the bytes of nc
+	tls  *records // link, if the loop reads it
+	loop *loop    // waits for the sockets of streams; nil if nc is no socket
 
+	// The loop's.
+	used    int // of what was read last
+	discard int // how much more is read after a fatal error, 0 before
+	readErr error
+	ended   chan struct{} // the loop has read all, and why is in readErr
+
+	batching  bool       // the loop writes what is queued when it is through with what it has read
+	flusher   func()     // c.flushLoop
 	holder    *outBuffer // what out was borrowed with, nil if it was not
 	writing   bool       // somebody writes out, or a goroutine is about to
 	stopped   error      // no more reading or writing; every stream has failed
@@ -66,9 +76,10 @@ type conn struct {
 }
 
 // newConn starts the timers of a connection; reading is up to the caller.
-func newConn(nc net.Conn, s *session, ping, wait, idle time.Duration) *conn {
-	c := &conn{session: s, nc: nc, link: newLink(nc, s.client), done: make(chan struct{}),
+func newConn(nc net.Conn, s *session, loops *Loops, ping, wait, idle time.Duration) *conn {
+	c := &conn{session: s, nc: nc, done: make(chan struct{}), ended: make(chan struct{}),
 		pingEvery: ping, pingWait: wait, idleAfter: idle}
+	c.flusher = c.flushLoop
 	c.session.flood.init()
 	if c.pingEvery == 0 {
 		c.pingEvery = defaultPingEvery
@@ -85,6 +96,11 @@ func newConn(nc net.Conn, s *session, ping, wait, idle time.Duration) *conn {
 	}
 	if t, ok := inner.(*net.TCPConn); ok {
 		setUserTimeout(t, tcpUserTimeout)
+		c.loop = loops.take()
+	}
+	c.link = newLink(nc, s.client, c.loop, c)
+	if r, ok := c.link.(*records); ok && r.sock != nil {
+		c.tls = r
 	}
 	c.memory.join(c)
 	c.idleSince = time.Now()
@@ -115,6 +131,9 @@ func (c *conn) failLocked(err error) {
 		st.failLocked(err, false)
 	}
 	close(c.done)
+	if c.loop != nil {
+		c.loop.release()
+	}
 	if c.onStop != nil {
 		go c.onStop()
 	}
@@ -123,9 +142,13 @@ func (c *conn) failLocked(err error) {
 		return
 	}
 	// What is queued, the GOAWAY last, goes out; then the peer gets a moment to read it.
-	_ = c.nc.SetWriteDeadline(time.Now().Add(closeGrace))
-	if c.closeSent = ce.Code == CodeNo; !c.closeSent || c.writing {
-		time.AfterFunc(2*closeGrace, func() { _ = c.link.close() })
+	grace := closeGrace
+	if c.closeSent = ce.Code == CodeNo; c.closeSent {
+		grace = lingerWait
+	}
+	_ = c.nc.SetWriteDeadline(time.Now().Add(grace))
+	if !c.closeSent || c.writing {
+		time.AfterFunc(2*grace, func() { _ = c.link.close() })
 	}
 	c.flush(false)
 }
@@ -133,12 +156,12 @@ func (c *conn) failLocked(err error) {
 // flush sees to it that what is queued gets written: by this goroutine if inline (then mu is released
 // meanwhile), else by another. The read loop and timers never write themselves, since a write may block.
 func (c *conn) flush(inline bool) {
-	if c.writing || len(c.out) == 0 {
+	if c.batching || c.writing || len(c.out) == 0 {
 		return
 	}
 	c.writing = true
 	if !inline {
-		go c.flushLoop()
+		go c.flusher()
 		return
 	}
 	c.writeQueued(inlineRounds)
@@ -172,30 +195,55 @@ func (c *conn) flushLoop() {
 // writeQueued writes until nothing is queued, or for as many rounds, after which another goroutine goes on.
 // It is called with mu held and writing set; mu is released while it writes.
 func (c *conn) writeQueued(rounds int) {
-	for len(c.out) > 0 && (c.stopped == nil || c.closing) {
+	for c.queued() {
 		if rounds == 0 {
-			go c.flushLoop()
+			go c.flusher()
 			return
 		}
 		rounds--
-		batch, h := c.out, c.holder
-		c.out, c.holder = nil, nil
+		batch, h := c.takeOut()
 		c.mu.Unlock()
 		err := c.link.send(batch)
-		if h != nil {
-			if cap(batch) <= outCeiling {
-				h.b = batch[:0]
-			}
-			h.free()
-		}
+		h.giveBack(batch)
 		c.mu.Lock()
 		if !c.wrote(err) {
 			return
 		}
 	}
+	c.writtenOut()
+}
+
+// queued reports whether there is something to write.
+func (c *conn) queued() bool { return len(c.out) > 0 && (c.stopped == nil || c.closing) }
+
+// takeOut returns what is queued and what it was borrowed with.
+func (c *conn) takeOut() ([]byte, *outBuffer) {
+	batch, h := c.out, c.holder
+	c.out, c.holder = nil, nil
+	return batch, h
+}
+
+// giveBack returns what was borrowed for a batch that has been written; o may be nil.
+func (o *outBuffer) giveBack(batch []byte) {
+	if o == nil {
+		return
+	}
+	if cap(batch) <= outCeiling {
+		o.b = batch[:0]
+	}
+	o.free()
+}
+
+// writtenOut follows when nothing is queued any more.
+func (c *conn) writtenOut() {
 	c.writing = false
-	if c.closeSent {
+	switch {
+	case !c.closeSent:
+	case c.tls == nil:
 		go c.link.close()
+	default:
+		c.closeSent = false
+		go c.leave()
 	}
 }
 
@@ -223,9 +271,7 @@ func (c *conn) wakeWriters() {
 		return
 	}
 	for _, st := range c.streams {
-		if st.waiting {
-			st.wcond.Broadcast()
-		}
+		st.wakeWriter()
 	}
 }
 
@@ -240,7 +286,7 @@ func (c *conn) readLoop() error {
 		var e *ConnError
 		if used, need, e = c.process(p); e != nil {
 			c.fail(e)
-			c.discard(len(p))
+			c.discardRest(len(p))
 			return e
 		}
 	}
@@ -263,10 +309,10 @@ func (c *conn) readEnded(err error) error {
 	return err
 }
 
-// discard reads on after a fatal error, so that the kernel does not answer what is unread with a RST that
+// discardRest reads on after a fatal error, so that the kernel does not answer what is unread with a RST that
 // would overtake our GOAWAY. The timer in failLocked closes the connection; a peer that floods on is not worth
 // waiting for.
-func (c *conn) discard(n int) {
+func (c *conn) discardRest(n int) {
 	for left := discardMax; left > 0; {
 		p, err := c.link.receive(n, 1)
 		if err != nil {
@@ -328,8 +374,8 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 		case evWritable:
 			if ev.st == nil {
 				c.wakeWriters()
-			} else if ev.st.waiting {
-				ev.st.wcond.Broadcast()
+			} else {
+				ev.st.wakeWriter()
 			}
 		case evPong:
 			c.pingOut = false
@@ -353,7 +399,8 @@ func (c *conn) orphaned(st *Stream) {
 func (c *conn) deliver(st *Stream, p []byte, end bool) {
 	if k := st.sink; k != nil && st.q.head == nil && !st.draining && len(p) > 0 {
 		c.mu.Unlock()
-		n, err := k.tryWrite(p)
+		n, err := k.sock.send(p)
+		k.down.Add(int64(n))
 		c.mu.Lock()
 		if st.gone && st.err != nil {
 			return
@@ -377,8 +424,7 @@ func (c *conn) deliver(st *Stream, p []byte, end bool) {
 	} else if !st.draining {
 		switch {
 		case st.q.head != nil:
-			st.draining = true
-			go st.drainQueue()
+			st.drainLater(true)
 		case end:
 			st.sinkEnd()
 		}
@@ -434,7 +480,6 @@ func (c *conn) tick() {
 	if c.stopped != nil {
 		return
 	}
-	c.resetBroken()
 	next := c.pingEvery
 	alive := c.reads != c.seenReads
 	c.seenReads = c.reads
@@ -465,16 +510,6 @@ func (c *conn) tick() {
 		return
 	}
 	c.timer.Reset(next)
-}
-
-// resetBroken resets the streams whose applications have reset their connections meanwhile: nobody reads a socket
-// while the stream takes nothing from it.
-func (c *conn) resetBroken() {
-	for _, st := range c.streams {
-		if st.waiting && st.sink != nil && st.sink.broken() {
-			st.sinkFailed(os.NewSyscallError("read", syscall.ECONNRESET))
-		}
-	}
 }
 
 // ping asks the peer for a sign of life.

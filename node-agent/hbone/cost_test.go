@@ -67,8 +67,9 @@ func TestWhatPassesATunnelCostsFewSystemCallsAndNoAllocations(t *testing.T) {
 	}
 	without, _ := request(direct)
 	with, allocs := request(tunnelled)
-	// A request and its answer pass four sockets each way: a write, a read, and a read that finds nothing more.
-	if d := with - without; d > 16 {
+	// A request and its answer pass two agents: a read and a write each, and nothing that finds nothing. The
+	// applications themselves read in vain once each, because an answer takes longer.
+	if d := with - without; d > 10.5 {
 		t.Errorf("a request takes %.1f system calls in the agents", d)
 	} else {
 		t.Logf("a request takes %.1f system calls in the agents and %.2f allocations", d, allocs)

@@ -6,18 +6,21 @@
 // ([Baggage], [Forwarded]). It works on connections whose TLS handshake the caller has done; it must not
 // know certificates, policies, workloads or where a connection ought to go.
 //
-// One tunnel connection is read by one goroutine and written by whichever goroutine has something to send:
+// A few threads ([Loops]) wait for the sockets, a tunnel's and those of the applications behind it on the same one:
 //
-//	app socket ──read──▶ Relay ──Stream.Write──▶ out buffer ──▶ TLS ──▶ peer   (the writer that finds the
-//	                                                                            connection idle sends inline)
-//	peer ──▶ TLS ──▶ read loop ──▶ frames ──▶ non-blocking write ──▶ app socket (only what the app does not
+//	app sockets ──read──▶ frames ──▶ out buffer ──▶ TLS ──▶ peer              (one write for all that was ready)
+//	peer ──▶ TLS ──▶ frames ──▶ non-blocking write ──▶ app sockets             (only what an app does not
 //	                                                                            take at once is buffered)
+//
+// Go's own poller would wake up for each socket a goroutine, and often a thread to look for more work. A connection
+// that is no socket is read by a goroutine; who writes to a stream otherwise than through Relay sends in his own.
 //
 // After the handshake, which stays crypto/tls's, the codec protects records itself ([TLSClient], [TLSServer]): payload
 // is encrypted out of the buffer that it was read into and decrypted into the one that it is written from, many records
 // to a system call. Where that cannot be (FIPS 140, ChaCha20) crypto/tls goes on.
 //
-// A stream costs one goroutine, the caller's, and no buffer while nothing is in flight. The read loop never
-// blocks: what a slow application leaves behind is bounded by its stream's window, and the connection's
-// window is returned on receipt, so that one stalled stream does not stall its neighbours.
+// A stream costs one goroutine, the caller's, and no buffer while nothing is in flight. A loop never waits for anything
+// but sockets, and no socket keeps it for more than a buffer's worth: what a slow application leaves behind is bounded by
+// its stream's window, and the connection's window is returned on receipt, so that one stalled stream does not stall its
+// neighbours.
 package hbone

@@ -253,6 +253,7 @@ func TestManyShortStreams(t *testing.T) {
 		io.Copy(io.Discard, struct{ io.Reader }{st})
 		st.Close()
 	})
+	mustOpen(t, c).Reset() // both ends have all their goroutines
 	before := runtime.NumGoroutine()
 	for i := range n {
 		st := mustOpen(t, c)

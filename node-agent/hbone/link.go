@@ -3,11 +3,10 @@ package hbone
 import (
 	"crypto/tls"
 	"io"
+	"math"
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 )
 
@@ -22,10 +21,11 @@ type link interface {
 }
 
 // newLink takes over the record layer of a connection that TLSClient or TLSServer made. Any other is used as it is.
-func newLink(nc net.Conn, client bool) link {
+// Where l is not nil, it waits for the connection if that is a socket, on behalf of o; then receive does not wait.
+func newLink(nc net.Conn, client bool, l *loop, o owner) link {
 	if t, ok := nc.(*tls.Conn); ok {
 		if w, ok := t.NetConn().(*wire); ok {
-			if r := takeOver(t, w, client); r != nil {
+			if r := takeOver(t, w, client, l, o); r != nil {
 				return r
 			}
 		}
@@ -34,7 +34,7 @@ func newLink(nc net.Conn, client bool) link {
 }
 
 // takeOver returns nil where crypto/tls has to go on: another version or cipher, or FIPS 140.
-func takeOver(t *tls.Conn, w *wire, client bool) *records {
+func takeOver(t *tls.Conn, w *wire, client bool, l *loop, o owner) *records {
 	cs := t.ConnectionState()
 	if !cs.HandshakeComplete || cs.Version != tls.VersionTLS13 || w.left != 0 {
 		return nil
@@ -52,14 +52,15 @@ func takeOver(t *tls.Conn, w *wire, client bool) *records {
 		return nil
 	}
 	r := &records{nc: w.Conn, in: opener{half: in, client: client}, out: out, limit: keyLimit}
-	if tcp, ok := w.Conn.(*net.TCPConn); ok {
-		if r.rc, err = tcp.SyscallConn(); err != nil {
+	if tcp, ok := w.Conn.(*net.TCPConn); ok && l != nil {
+		if r.sock, err = newSock(l, tcp, o); err != nil {
 			return nil
 		}
-		r.try = r.tryOnce
+		r.sock.tell = true
+		r.nc = r.sock
 	}
 	w.mu.Lock()
-	w.taken = true
+	w.taken, w.Conn = true, r.nc
 	w.mu.Unlock()
 	w.client, w.server = nil, nil
 	if b := w.buf; b != nil {
@@ -72,16 +73,13 @@ func takeOver(t *tls.Conn, w *wire, client bool) *records {
 
 // records is a link under TLS 1.3. It holds buffers only while something is in flight.
 type records struct {
-	nc net.Conn        // below TLS
-	rc syscall.RawConn // nil where nc is no socket
+	nc   net.Conn // below TLS
+	sock *sock    // nc, where a loop waits for it
 
 	// The receiver's.
 	in     opener
-	cipher span // received, not decrypted
-	plain  span // decrypted, not used
-	try    func(fd uintptr) bool
-	n      int   // of tryOnce
-	nerr   error // of tryOnce
+	cipher span  // received, not decrypted
+	plain  span  // decrypted, not used
 	err    error // why nothing more comes
 
 	owed atomic.Bool // the peer wants new keys of us
@@ -89,6 +87,8 @@ type records struct {
 	mu    sync.Mutex // serializes senders; guards what follows
 	out   *half
 	limit uint64 // records under one key
+	rest  *outBuffer
+	sent  int // of rest
 }
 
 func (r *records) receive(used, _ int) ([]byte, error) {
@@ -104,6 +104,9 @@ func (r *records) receive(used, _ int) ([]byte, error) {
 		}
 		if n > 0 {
 			continue
+		}
+		if err == errAgain {
+			return nil, err
 		}
 		if err == nil || err == io.EOF { // without a close_notify, which crypto/tls lets pass between records
 			if err = io.EOF; !r.cipher.empty() {
@@ -155,6 +158,13 @@ func (r *records) refuse(err error) error {
 	if !ok {
 		return err
 	}
+	if r.sock != nil { // the loop waits for nobody
+		if r.mu.TryLock() {
+			_, _ = r.sock.send(r.out.appendAlert(nil, a))
+			r.mu.Unlock()
+		}
+		return &net.OpError{Op: "local error", Err: a}
+	}
 	_ = r.nc.SetWriteDeadline(time.Now().Add(closeGrace))
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -162,43 +172,30 @@ func (r *records) refuse(err error) error {
 	return &net.OpError{Op: "local error", Err: a}
 }
 
-// fill waits for something to decrypt.
+// fill waits for something to decrypt, or fails with errAgain where a loop waits.
 func (r *records) fill() (int, error) {
-	if r.rc == nil {
-		b := r.cipher.borrow()
-		r.cipher.compact()
-		n, err := r.nc.Read(b[r.cipher.w:])
-		r.cipher.w += n
-		return n, err
+	read := r.nc.Read
+	if r.sock != nil {
+		if !r.sock.more {
+			return 0, r.settle()
+		}
+		read = r.sock.receive
 	}
-	r.n, r.nerr = 0, nil
-	err := r.rc.Read(r.try)
-	if err == nil {
-		err = r.nerr
-	}
-	return r.n, err
-}
-
-func (r *records) tryOnce(fd uintptr) bool {
 	b := r.cipher.borrow()
 	r.cipher.compact()
-	for {
-		n, err := syscall.Read(int(fd), b[r.cipher.w:])
-		switch {
-		case err == syscall.EINTR:
-			continue
-		case err == syscall.EAGAIN:
-			r.cipher.settle()
-			r.plain.settle()
-			return false
-		case err != nil:
-			r.nerr = os.NewSyscallError("read", err)
-			return true
-		}
-		r.cipher.w += n
-		r.n = n
-		return true
+	n, err := read(b[r.cipher.w:])
+	if err == errAgain {
+		return 0, r.settle()
 	}
+	r.cipher.w += n
+	return n, err
+}
+
+// settle gives buffers back until there is more.
+func (r *records) settle() error {
+	r.cipher.settle()
+	r.plain.settle()
+	return errAgain
 }
 
 func (r *records) send(b []byte) error {
@@ -208,33 +205,86 @@ func (r *records) send(b []byte) error {
 	defer o.free()
 	for len(b) > 0 {
 		o.b = o.b[:0]
-		for len(b) > 0 && len(o.b) < sealBatch {
-			if r.out.seq >= r.limit || r.owed.Load() {
-				r.owed.Store(false)
-				var err error
-				if o.b, err = r.out.appendKeyUpdate(o.b); err != nil {
-					return err
-				}
-			}
-			n := min(len(b), maxPlaintext)
-			o.b = r.out.seal(o.b, b[:n], typeApplication)
-			b = b[n:]
+		var err error
+		if b, err = r.seal(o, b, sealBatch); err == nil {
+			_, err = r.nc.Write(o.b)
 		}
-		if _, err := r.nc.Write(o.b); err != nil {
+		if err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// trySend is send for those who do not wait, where a loop waits for the socket. If the socket takes less than all, the
+// rest is kept: sendRest is to be called before anything else is sent.
+func (r *records) trySend(b []byte) (all bool, err error) {
+	if !r.mu.TryLock() { // whoever says goodbye has the last word
+		return false, net.ErrClosed
+	}
+	defer r.mu.Unlock()
+	o := outPool.Get().(*outBuffer)
+	for len(b) > 0 {
+		o.b = o.b[:0]
+		if b, err = r.seal(o, b, sealBatch); err != nil {
+			break
+		}
+		var n int
+		if n, err = r.sock.send(o.b); err != nil {
+			break
+		}
+		if n < len(o.b) {
+			if _, err = r.seal(o, b, math.MaxInt); err != nil {
+				break
+			}
+			r.rest, r.sent = o, n
+			return false, nil
+		}
+	}
+	o.free()
+	return err == nil, err
+}
+
+// sendRest waits until what trySend has left is sent.
+func (r *records) sendRest() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	o := r.rest
+	defer o.free()
+	r.rest = nil
+	_, err := r.nc.Write(o.b[r.sent:])
+	return err
+}
+
+// seal adds records of what b begins with to o, until that holds enough, and returns the remainder.
+func (r *records) seal(o *outBuffer, b []byte, enough int) ([]byte, error) {
+	for len(b) > 0 && len(o.b) < enough {
+		if r.out.seq >= r.limit || r.owed.Load() {
+			r.owed.Store(false)
+			var err error
+			if o.b, err = r.out.appendKeyUpdate(o.b); err != nil {
+				return b, err
+			}
+		}
+		n := min(len(b), maxPlaintext)
+		o.b = r.out.seal(o.b, b[:n], typeApplication)
+		b = b[n:]
+	}
+	return b, nil
+}
+
 // close says goodbye if nobody is sending just now.
 func (r *records) close() error {
+	r.sayGoodbye()
+	return r.nc.Close()
+}
+
+func (r *records) sayGoodbye() {
 	if r.mu.TryLock() {
 		_ = r.nc.SetWriteDeadline(time.Now().Add(closeGrace))
 		_, _ = r.nc.Write(r.out.appendAlert(nil, alertCloseNotify))
 		r.mu.Unlock()
 	}
-	return r.nc.Close()
 }
 
 // stdLink is a link over a connection as it is.

@@ -37,7 +37,7 @@ func takenOver(t testing.TB, client bool) (*records, *tls.Conn) {
 
 func taken(t testing.TB, c *tls.Conn, client bool) *records {
 	t.Helper()
-	r, ok := newLink(c, client).(*records)
+	r, ok := newLink(c, client, nil, nil).(*records)
 	if !ok {
 		t.Fatal("the record layer was not taken over")
 	}
@@ -192,35 +192,38 @@ func (d *delayed) flush() error {
 }
 
 func TestAnIdleRecordLayerHoldsNoBuffer(t *testing.T) {
-	r, peer := takenOver(t, true)
+	mine, peer := tlsPair(t)
+	l, err := newLoop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := newLink(mine, true, l, nil).(*records)
+	t.Cleanup(func() { r.sock.Close(); l.release() })
 	idle := func(when string, few bool) {
 		t.Helper()
-		for again := true; again; {
-			_ = r.rc.Control(func(fd uintptr) { again = r.tryOnce(fd) })
-			if again {
-				if p, err := r.decrypt(); err != nil {
-					t.Fatal(err)
-				} else {
-					r.plain.r += len(p)
-				}
+		r.sock.more = true
+		for used := 0; ; {
+			p, err := r.receive(used, 1)
+			if err == errAgain {
+				break
 			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			used = len(p)
 		}
 		if r.cipher.buf != nil || r.plain.buf != nil || r.plain.few != nil || (r.cipher.few != nil) != few {
 			t.Errorf("%s: holds %v %v %v %v", when, r.cipher.buf != nil, r.cipher.few != nil, r.plain.buf != nil, r.plain.few != nil)
 		}
-	}
-	arrives := func(p []byte) {
-		if _, err := peer.NetConn().Write(p); err != nil {
-			t.Fatal(err)
-		}
-		_ = r.rc.Read(func(fd uintptr) bool { return r.tryOnce(fd) })
 	}
 	idle("from the beginning", false)
 	if _, err := peer.Write(noise(100000)); err != nil {
 		t.Fatal(err)
 	}
 	idle("after data", false)
-	arrives([]byte{typeApplication, 3, 3})
+	if _, err := peer.(*tls.Conn).NetConn().Write([]byte{typeApplication, 3, 3}); err != nil {
+		t.Fatal(err)
+	}
 	idle("with a part of a header", true)
 }
 

@@ -24,89 +24,50 @@ type RelayStats struct {
 // resets the other. It closes both. The error is the first that is not an orderly end; one that comes from a
 // reset is an ECONNRESET to errors.Is.
 //
-// To end a relay from outside, close or reset either side.
+// To end a relay from outside, close or reset the stream; without one, either side.
 func Relay(a, b net.Conn, stats *RelayStats) error {
 	if st, ok := a.(*Stream); ok {
-		if tcp, ok := b.(*net.TCPConn); ok {
+		if tcp, ok := b.(*net.TCPConn); ok && st.c.loop != nil {
 			return relaySocket(st, tcp, &stats.BtoA, &stats.AtoB)
 		}
 	}
 	if tcp, ok := a.(*net.TCPConn); ok {
-		if st, ok := b.(*Stream); ok {
+		if st, ok := b.(*Stream); ok && st.c.loop != nil {
 			return relaySocket(st, tcp, &stats.AtoB, &stats.BtoA)
 		}
 	}
 	return relayAny(a, b, stats)
 }
 
-// relaySocket copies between a stream and an application's socket: the caller's goroutine upwards into the
-// stream, the tunnel's read loop downwards.
+// relaySocket waits while a loop copies between a stream and an application's socket.
 func relaySocket(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
 	hardEnd(tcp)
-	k, err := newSink(st, tcp, down)
-	if err == nil {
-		err = st.attach(k)
-	}
+	k, err := newSink(st, tcp, up, down)
 	if err != nil {
 		resetConn(tcp)
 		st.ResetCode(CodeConnect)
 		return err
 	}
-	r := socketReader{rc: k.rc, st: st, shut: &k.shut}
-	r.try = r.tryOnce
-	for {
-		var buf *[relayBuffer]byte
-		var n int
-		if buf, n, err = r.read(); err != nil {
-			break
-		}
-		var wrote int
-		wrote, err = st.writeFramed(buf[:frameHeaderLen+n])
-		relayPool.Put(buf)
-		up.Add(int64(wrote))
-		if err != nil {
-			break
-		}
+	if err = st.attach(k); err == nil {
+		err = k.sock.start()
 	}
-	if err == io.EOF {
-		err = st.CloseWrite()
-		if ended := k.stopReading(); err == nil && !ended {
-			err = watchReset(k.rc)
-		}
+	if err == nil {
+		<-k.done
+		err = k.failure()
 	}
-	st.c.mu.Lock()
-	soft := st.soft
-	st.c.mu.Unlock()
-	if err != nil && !soft && !errors.Is(err, os.ErrDeadlineExceeded) {
-		k.finish(err)
-	}
-	<-k.done
-	if err := k.failure(); err != nil {
-		resetConn(tcp)
+	k.sock.end(err == nil)
+	if err != nil {
 		st.ResetCode(CodeConnect)
-		st.waitDrained()
 		return err
 	}
-	orderlyEnd(tcp)
 	_ = st.Close()
-	st.waitDrained()
 	return nil
 }
 
-// waitDrained returns once drainQueue has: its socket is closed.
-func (st *Stream) waitDrained() {
-	st.c.mu.Lock()
-	defer st.c.mu.Unlock()
-	for st.draining {
-		st.rcond.Wait()
-	}
-}
-
-// socketReader reads a socket with a buffer that is borrowed only once there is something to read, and room for it
-// in the stream that takes it: connections that stand still hold no buffers.
+// socketReader reads a socket with a buffer that is borrowed only once there is something to read: connections that
+// stand still hold no buffers.
 type socketReader struct {
 	rc syscall.RawConn
-	st *Stream // nil: there is always room
 	// shut says that FIN was sent, or is about to be. Until then a socket that is closed has been reset, also if it
 	// reads as at its end: a write may have got the error instead.
 	shut *atomic.Bool
@@ -116,18 +77,10 @@ type socketReader struct {
 	try  func(fd uintptr) bool
 }
 
-var errNoRoom = errors.New("the stream takes nothing now")
-
 // read returns a buffer from relayPool with n bytes after the room for a frame header.
 func (r *socketReader) read() (*[relayBuffer]byte, int, error) {
 	r.buf, r.n, r.err = nil, 0, nil
 	err := r.rc.Read(r.try)
-	for err == nil && r.err == errNoRoom {
-		r.err = nil
-		if err = r.st.awaitRoom(); err == nil {
-			err = r.rc.Read(r.try)
-		}
-	}
 	if err == nil {
 		err = r.err
 	}
@@ -144,16 +97,9 @@ func (r *socketReader) read() (*[relayBuffer]byte, int, error) {
 }
 
 func (r *socketReader) tryOnce(fd uintptr) bool {
-	room := largeChunk
-	if r.st != nil {
-		if room = r.st.roomNow(); room == 0 {
-			r.err = errNoRoom
-			return true
-		}
-	}
 	buf := relayPool.Get().(*[relayBuffer]byte)
 	for {
-		n, err := syscall.Read(int(fd), buf[frameHeaderLen:frameHeaderLen+room])
+		n, err := syscall.Read(int(fd), buf[frameHeaderLen:])
 		switch {
 		case err == syscall.EINTR:
 			continue

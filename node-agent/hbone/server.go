@@ -24,6 +24,8 @@ type ServerConfig struct {
 	// Memory bounds what this connection and those that share it hold for applications that do not read. Nil: 256
 	// MiB of its own.
 	Memory *Memory
+	// Loops wait for this connection's sockets and those of its streams. Nil: one of its own.
+	Loops *Loops
 }
 
 const defaultDrainTimeout = 5 * time.Second
@@ -101,7 +103,7 @@ func Serve(ctx context.Context, nc net.Conn, cfg ServerConfig) error {
 	}
 	streamCtx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
-	s := &server{conn: newConn(nc, newSession(false, cfg.MaxFrame, cfg.Memory), cfg.PingEvery, cfg.PingWait, 0), cfg: cfg, ctx: streamCtx}
+	s := &server{conn: newConn(nc, newSession(false, cfg.MaxFrame, cfg.Memory), cfg.Loops, cfg.PingEvery, cfg.PingWait, 0), cfg: cfg, ctx: streamCtx}
 	s.onReq = s.request
 	s.onBatch = s.begin
 	s.onTooLarge = s.tooLarge
@@ -121,7 +123,7 @@ func Serve(ctx context.Context, nc net.Conn, cfg ServerConfig) error {
 	stop := context.AfterFunc(ctx, func() { s.shutdown(cfg.DrainTimeout) })
 	defer stop()
 
-	err := s.readLoop()
+	err := s.read()
 	cancel()
 	return orderly(err)
 }

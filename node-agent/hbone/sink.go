@@ -1,73 +1,121 @@
 package hbone
 
 import (
+	"io"
 	"net"
 	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 )
 
-// sink is the application's socket at the end of a stream. The read loop writes into it without blocking; a
-// goroutine (Stream.drainQueue) exists only while the application takes less than arrives.
+// sink is the application's socket at the end of a stream. Whoever reads the tunnel writes into it without blocking;
+// the loop that waits for the socket moves what the application sends into the stream, and what it did not take at
+// once out of the stream's queue.
 type sink struct {
-	st  *Stream
-	tcp *net.TCPConn
-	rc  syscall.RawConn
-
-	// One writer at a time: the read loop, or drainQueue while Stream.draining.
-	p     []byte
-	n     int
-	werr  error
-	try   func(fd uintptr) bool // s.tryOnce, bound once
-	bytes *atomic.Int64         // delivered
-	shut  atomic.Bool           // FIN was sent, or is about to be
+	st       *Stream
+	sock     *sock
+	up, down *atomic.Int64 // bytes that have passed
+	shut     atomic.Bool   // FIN was sent, or is about to be
+	backlog  atomic.Bool   // is Stream.draining
 
 	mu      sync.Mutex
 	upEnded bool // nothing more is read from the socket
-	ended   bool
+	ended   bool // nothing more is written to it
+	over    bool // done is closed
 	err     error
-	done    chan struct{} // closed when nothing more is written to the socket
+	done    chan struct{} // closed when both directions have ended, or one has failed
 }
 
-func newSink(st *Stream, tcp *net.TCPConn, bytes *atomic.Int64) (*sink, error) {
-	rc, err := tcp.SyscallConn()
-	if err != nil {
-		return nil, err
+// newSink takes tcp over.
+func newSink(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) (*sink, error) {
+	k := &sink{st: st, up: up, down: down, done: make(chan struct{})}
+	var err error
+	k.sock, err = newSock(st.c.loop, tcp, k)
+	return k, err
+}
+
+// ready is called by the loop.
+func (k *sink) ready(l *loop, events uint32) (again bool) {
+	if k.backlog.Load() {
+		again = k.drain(l)
 	}
-	k := &sink{st: st, tcp: tcp, rc: rc, bytes: bytes, done: make(chan struct{})}
-	k.try = k.tryOnce
-	return k, nil
-}
-
-// tryWrite writes what the socket takes at once.
-func (k *sink) tryWrite(p []byte) (int, error) {
-	k.p, k.n, k.werr = p, 0, nil
-	err := k.rc.Write(k.try)
-	k.p = nil
-	k.bytes.Add(int64(k.n))
-	if err == nil {
-		err = k.werr
-	}
-	return k.n, err
-}
-
-func (k *sink) tryOnce(fd uintptr) bool {
-	for k.n < len(k.p) {
-		n, err := syscall.Write(int(fd), k.p[k.n:])
-		switch {
-		case err == syscall.EINTR:
-			continue
-		case err == syscall.EAGAIN:
-			return true
-		case err != nil:
-			k.werr = os.NewSyscallError("write", err)
-			return true
+	k.mu.Lock()
+	over, upEnded := k.over, k.upEnded
+	k.mu.Unlock()
+	switch {
+	case over:
+		return false
+	case !upEnded:
+		return k.pull(l, events) || again
+	case events&broken != 0: // since its FIN
+		if err := k.sock.failure(); err != nil {
+			k.finish(err)
 		}
-		k.n += n
 	}
-	return true
+	return again
+}
+
+// pull moves what one read finds into the stream, as much as there is room for.
+func (k *sink) pull(l *loop, events uint32) (again bool) {
+	st := k.st
+	c := st.c
+	c.beginBatch(l)
+	room := st.reserve()
+	if room == 0 {
+		if events&broken != 0 { // nobody reads the socket now to learn of a reset
+			err := k.sock.failure()
+			if err == nil {
+				err = k.lost()
+			}
+			if err != nil {
+				c.mu.Lock()
+				st.sinkFailed(err)
+				c.mu.Unlock()
+			}
+		}
+		return false
+	}
+	buf := l.buf[:frameHeaderLen+room]
+	n, err := k.sock.receive(buf[frameHeaderLen:])
+	if err == nil && n == 0 {
+		if err = k.lost(); err == nil {
+			err = io.EOF
+		}
+	}
+	werr := st.writeReserved(buf[:frameHeaderLen+n], room)
+	switch {
+	case err == errAgain:
+		return false
+	case err == nil && werr == nil:
+		k.up.Add(int64(n))
+		return k.sock.more
+	case err == nil:
+		err = werr
+	case err == io.EOF:
+		if err = st.CloseWrite(); err == nil {
+			k.stopReading()
+			return false
+		}
+	}
+	c.mu.Lock()
+	soft := st.soft
+	c.mu.Unlock()
+	if soft { // what was received is still delivered; what the application sends has nowhere to go
+		k.stopReading()
+	} else {
+		k.finish(err)
+	}
+	return false
+}
+
+// lost is the error of a socket that was reset, also if a write has got it and a read finds the end: until FIN was sent, a
+// socket that is closed has been reset.
+func (k *sink) lost() error {
+	if k.sock.over() && !k.shut.Load() { // in this order
+		return os.NewSyscallError("read", syscall.ECONNRESET)
+	}
+	return nil
 }
 
 // finish marks the direction towards the socket as ended. The first error counts, also one that comes after
@@ -75,15 +123,24 @@ func (k *sink) tryOnce(fd uintptr) bool {
 func (k *sink) finish(err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if err != nil && k.err == nil {
+	if k.err == nil && !k.over {
 		k.err = err
-		k.wake()
 	}
-	if !k.ended {
-		k.ended = true
-		if k.upEnded {
-			k.wake()
-		}
+	k.ended = true
+	k.settle()
+}
+
+// stopReading says that the socket is read no more, except for its errors.
+func (k *sink) stopReading() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.upEnded = true
+	k.settle()
+}
+
+func (k *sink) settle() {
+	if !k.over && k.ended && (k.upEnded || k.err != nil) {
+		k.over = true
 		close(k.done)
 	}
 }
@@ -94,26 +151,10 @@ func (k *sink) failure() error {
 	return k.err
 }
 
-// stopReading says that the socket is read no more, except for its errors.
-func (k *sink) stopReading() (ended bool) {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	k.upEnded = true
-	return k.ended
-}
-
-// broken reports whether nothing is left of the socket's connection.
-func (k *sink) broken() (is bool) {
-	_ = k.rc.Control(func(fd uintptr) { is = closed(int(fd)) })
-	return is
-}
-
-func (k *sink) wake() { _ = k.tcp.SetReadDeadline(time.Unix(1, 0)) }
-
 // streamFailed is called under the connection's lock.
 func (k *sink) streamFailed(err error) {
-	if k.st.soft { // what was received is still delivered; what the application sends has nowhere to go
-		k.wake()
+	if k.st.soft {
+		k.stopReading()
 		return
 	}
 	k.finish(err)
@@ -134,65 +175,78 @@ func (st *Stream) attach(k *sink) error {
 	if c := st.cur; c != nil { // partly read already
 		st.cur = nil
 		n := c.w - c.r
-		c.next = st.q.head
-		if st.q.head = c; st.q.tail == nil {
-			st.q.tail = c
-		}
-		st.q.n += n
+		st.q.unpop(c)
 		st.c.hold(n)
 		st.recvCredit -= n
 	}
 	st.sink = k
 	if st.soft {
-		k.wake()
+		k.stopReading()
 	}
 	switch {
 	case st.q.head != nil:
-		st.draining = true
-		go st.drainQueue()
+		st.drainLater(true)
 	case st.eof:
 		st.sinkEnd()
 	}
 	return nil
 }
 
-// drainQueue moves what the application did not take at once, then hands the stream back to the read loop.
-func (st *Stream) drainQueue() {
-	c, k := st.c, st.sink
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for {
-		b := st.q.pop()
-		if b == nil {
-			st.drained()
-			if st.eof && !st.closed {
-				st.sinkEnd()
-			}
-			return
-		}
-		c.mu.Unlock()
-		n, err := k.tcp.Write(b.buf[b.r:b.w])
-		k.bytes.Add(int64(n))
-		c.mu.Lock()
-		st.consumed(b.w - b.r)
-		b.free()
-		if err != nil {
-			st.drained()
-			st.sinkFailed(os.NewSyscallError("write", err))
-			return
-		}
+// drainLater says whether q is to be moved to the socket when that has room. Called under mu.
+func (st *Stream) drainLater(yes bool) {
+	st.draining = yes
+	st.sink.backlog.Store(yes)
+	if yes && st.c.tls == nil { // room may have come meanwhile, where it is not the loop that writes
+		st.c.loop.post(st.sink.sock)
 	}
 }
 
-func (st *Stream) drained() {
-	st.draining = false
-	st.rcond.Broadcast()
+// drain moves what the application did not take at once; afterwards the tunnel's reader writes to it again.
+func (k *sink) drain(l *loop) (again bool) {
+	st, c := k.st, k.st.c
+	c.beginBatch(l)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for moved := 0; moved < readBuffer; {
+		b := st.q.pop()
+		if b == nil {
+			st.drainLater(false)
+			if st.eof && !st.closed {
+				st.sinkEnd()
+			}
+			return false
+		}
+		c.mu.Unlock()
+		n, err := k.sock.send(b.buf[b.r:b.w])
+		k.down.Add(int64(n))
+		c.mu.Lock()
+		b.r += n
+		moved += n
+		left := b.w - b.r
+		st.consumed(n)
+		switch {
+		case left == 0:
+			b.free()
+		case err != nil || st.closed || st.err != nil && !st.eof: // then q has been dropped, or is
+			c.hold(-left)
+			b.free()
+		default:
+			st.q.unpop(b)
+			return false
+		}
+		if err != nil {
+			st.drainLater(false)
+			st.sinkFailed(err)
+			return false
+		}
+	}
+	return true
 }
 
 // sinkEnd passes END_STREAM on as FIN. Called under mu; shutdown(2) does not block.
 func (st *Stream) sinkEnd() {
 	st.sink.shut.Store(true)
-	_ = st.sink.tcp.CloseWrite() // fails only where the socket is broken, which its reader learns
+	st.sink.sock.shut()
 	st.sink.finish(nil)
 }
 

@@ -38,8 +38,9 @@ type Stream struct {
 	closed   bool  // Close or Reset was called
 	err      error // why the stream failed, nil while it has not
 	waiting  bool  // a Write waits for room
+	held     bool  // sink does, and is to be posted
 	sink     *sink // attached by Relay: takes what arrives
-	draining bool  // a goroutine moves q to sink
+	draining bool  // q goes to sink when that has room
 
 	rcond, wcond sync.Cond
 	rdead, wdead deadline
@@ -249,14 +250,61 @@ func (st *Stream) writeLocked(p []byte) (int, error) {
 	}
 }
 
-// roomNow is how much of a buffer could be written without waiting. A stream that has failed has room: writing says
-// why.
-func (st *Stream) roomNow() int {
-	st.c.mu.Lock()
-	defer st.c.mu.Unlock()
-	return st.roomLocked()
+// reserve takes room for what is to be read, and for writeReserved, out of the peer's windows; 0 means that the sink will
+// be posted when there is some. A stream that has failed has room: writing says why.
+func (st *Stream) reserve() int {
+	c := st.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	n := st.roomLocked()
+	if n == 0 {
+		if !st.held {
+			st.held = true
+			c.waiters++
+		}
+		return 0
+	}
+	st.sendWin -= int64(n)
+	c.sendWin -= int64(n)
+	return n
 }
 
+// writeReserved queues buf[frameHeaderLen:], or sends it at once if it is much: it needs no copy then. It gives back what
+// was reserved.
+func (st *Stream) writeReserved(buf []byte, reserved int) error {
+	c := st.c
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	starved := c.sendWin == 0
+	st.sendWin += int64(reserved)
+	c.sendWin += int64(reserved)
+	n := len(buf) - frameHeaderLen
+	if starved && n < reserved {
+		c.wakeWriters()
+	}
+	if n == 0 {
+		return nil
+	}
+	if err := st.writable(); err != nil {
+		return err
+	}
+	if n < muchData || n > c.peerMaxFrame || c.tls == nil || c.writing || len(c.out) > 0 {
+		c.borrowOut()
+		c.appendData(st, buf[frameHeaderLen:], false)
+		return nil
+	}
+	st.sendWin -= int64(n)
+	c.sendWin -= int64(n)
+	c.dataSent(n, min(st.sendWin, c.sendWin))
+	putFrameHeader(buf, n, frameData, 0, st.id)
+	c.writing = true
+	if c.try(buf) {
+		c.writing = false
+	}
+	return nil
+}
+
+// roomLocked is how much could be written now. A stream that has failed has room.
 func (st *Stream) roomLocked() int {
 	switch {
 	case st.writable() != nil:
@@ -267,14 +315,16 @@ func (st *Stream) roomLocked() int {
 	return st.c.room(st, largeChunk)
 }
 
-// awaitRoom waits until something could be written.
-func (st *Stream) awaitRoom() error {
-	st.c.mu.Lock()
-	defer st.c.mu.Unlock()
-	for st.roomLocked() == 0 {
-		st.await()
+// wakeWriter has whoever waits for room look again.
+func (st *Stream) wakeWriter() {
+	if st.waiting {
+		st.wcond.Broadcast()
 	}
-	return st.writable()
+	if st.held && st.roomLocked() > 0 {
+		st.held = false
+		st.c.waiters--
+		st.c.loop.post(st.sink.sock)
+	}
 }
 
 // await waits for one of the reasons why a Write could not go on to change.
@@ -401,7 +451,7 @@ func (st *Stream) closeLocked() {
 	st.wdead.stop()
 	st.dropQueue()
 	st.rcond.Broadcast()
-	st.wcond.Broadcast()
+	st.wakeWriter()
 	if st.sink != nil {
 		st.sink.finish(ErrClosed)
 	}
@@ -443,7 +493,7 @@ func (st *Stream) failLocked(err error, ours bool) {
 		st.dropQueue()
 	}
 	st.rcond.Broadcast()
-	st.wcond.Broadcast()
+	st.wakeWriter()
 	if st.sink != nil {
 		st.sink.streamFailed(err)
 	}

@@ -34,8 +34,8 @@ type wire struct {
 	client []byte // traffic secrets
 	server []byte
 
-	mu    sync.Mutex
-	taken bool // crypto/tls has no part in the connection any more
+	mu    sync.Mutex // guards Conn once the handshake is done
+	taken bool       // crypto/tls has no part in the connection any more
 }
 
 // config has the key log come here. A server's session ticket would be a record under the first application key,
@@ -113,8 +113,30 @@ func (w *wire) Write(p []byte) (int, error) {
 	return w.Conn.Write(p)
 }
 
+// Close closes the connection below, whose record layer may be about to change hands.
+func (w *wire) Close() error { return w.below().Close() }
+
+func (w *wire) below() net.Conn {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.Conn
+}
+
 // NetConn returns the connection below.
-func (w *wire) NetConn() net.Conn { return w.Conn }
+func (w *wire) NetConn() net.Conn { return w.below() }
+
+// ResetTLS ends a connection that TLSServer or TLSClient made, with all it carries, by a TCP reset.
+func ResetTLS(t *tls.Conn) {
+	c := t.NetConn()
+	if w, ok := c.(*wire); ok {
+		c = w.below()
+	}
+	if s, ok := c.(*sock); ok {
+		s.end(false)
+		return
+	}
+	resetConn(c)
+}
 
 // setUserTimeout makes the kernel give up on a peer that acknowledges nothing.
 func setUserTimeout(c *net.TCPConn, d time.Duration) {

@@ -75,7 +75,7 @@ func (p *Proxy) dialTunnel(ctx context.Context, k hbone.Key) (net.Conn, error) {
 		abort(c)
 		return nil, fail(TLSFailed, "identity of %s: %w", k.Addr, err)
 	}
-	tn := &tunnel{dir: Outbound, own: k.Src, party: party{peer, k.Addr.Addr()}, key: k, raw: c}
+	tn := &tunnel{dir: Outbound, own: k.Src, party: party{peer, k.Addr.Addr()}, key: k, tls: tc}
 	if err := p.enter(tn, tc, bundle); err != nil { // the pool tells of connections that it has had only
 		p.peers.remove(tn, tc)
 		abort(c)

@@ -61,7 +61,7 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 	}
 	accepting, retire := context.WithCancel(h.accepting)
 	defer retire()
-	tn := &tunnel{dir: Inbound, own: h.Pod().Identity, party: party{peer, remote.Addr()}, raw: raw, retire: retire}
+	tn := &tunnel{dir: Inbound, own: h.Pod().Identity, party: party{peer, remote.Addr()}, tls: tc, retire: retire}
 	defer p.peers.remove(tn, tc)
 	if err := p.enter(tn, tc, bundle); err != nil {
 		abort(raw)
@@ -73,6 +73,7 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		DrainTimeout: forever, // Proxy.Close and PodHandle.Close say when open streams end
 		MaxFrame:     p.cfg.MaxFrame,
 		Memory:       p.memory,
+		Loops:        p.loops,
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
 			deepen()
 			n := h.open.Add(1)

@@ -40,7 +40,7 @@ type tunnel struct {
 	own   mesh.Identity // whose roots the peer is checked against
 	party party
 	key   hbone.Key // outbound: under which the pool has it
-	raw   *net.TCPConn
+	tls   *tls.Conn
 	conns atomic.Int64 // outbound: connections on it
 
 	// Inbound, guarded by peerTable.mu: retire has the client bring new connections by another tunnel. It is nil once
@@ -458,7 +458,7 @@ func (p *Proxy) endTunnels(why map[*tunnel]error) {
 	}
 	endEach(all)
 	for tn, err := range why {
-		abort(tn.raw)
+		hbone.ResetTLS(tn.tls)
 		p.log.Info("a tunnel was ended", "direction", tn.dir.String(), "peer", tn.party.addr, "error", err)
 	}
 }

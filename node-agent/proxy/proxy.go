@@ -78,6 +78,7 @@ type Proxy struct {
 	peers    *peerTable
 	pool     *hbone.Pool
 	memory   *hbone.Memory
+	loops    *hbone.Loops
 	files    int // descriptors that connections may have
 	shaking  handshakes
 	penalty  penalties
@@ -143,6 +144,10 @@ func New(cfg Config) (*Proxy, error) {
 	}
 	p := &Proxy{cfg: cfg, store: cfg.Store, metrics: cfg.Metrics, log: cfg.Log, access: cfg.Access,
 		conns: newConnTable(), peers: newPeerTable(), memory: hbone.NewMemory(cfg.Memory), pods: map[string]*PodHandle{}, flows: map[flowKey]*flow{}, changed: make(chan struct{})}
+	var err error
+	if p.loops, err = hbone.NewLoops(); err != nil {
+		return nil, fmt.Errorf("proxy: wait for sockets: %w", err)
+	}
 	p.memory.Short = cfg.Ceiling.Short
 	p.files, _ = descriptors()
 	p.shaking.from = map[netip.Addr][]*net.TCPConn{}
@@ -151,7 +156,7 @@ func New(cfg Config) (*Proxy, error) {
 	p.pool = hbone.NewPool(hbone.PoolConfig{Dial: p.dialTunnel,
 		DialTimeout:  cfg.ConnectTimeout + cfg.HandshakeTimeout,
 		Ended:        p.peers.ended,
-		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, MaxFrame: cfg.MaxFrame, Memory: p.memory, Idle: cfg.PoolIdle}})
+		ClientConfig: hbone.ClientConfig{MaxStreams: cfg.MaxStreams, MaxFrame: cfg.MaxFrame, Memory: p.memory, Loops: p.loops, Idle: cfg.PoolIdle}})
 	// Before any connection: a state that comes between one's authorization and the watch would be missed.
 	changed, now := p.store.Watch(), p.store.Load()
 	p.checked.reach(now.Revision())
@@ -317,6 +322,7 @@ func (p *Proxy) Close(ctx context.Context) error {
 	p.cancel()
 	err := p.pool.Close()
 	p.wg.Wait()
+	p.loops.Close()
 	return err
 }
 

@@ -1,0 +1,269 @@
+package hbone
+
+import (
+	"encoding/binary"
+	"errors"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// Loops are the threads that wait for the sockets of tunnels and of the applications behind them. Each looks at all
+// that has become ready before it sends what comes of it: what many applications say at once leaves a tunnel's end
+// in one write.
+type Loops struct {
+	all  []*loop
+	next atomic.Uint32
+}
+
+// NewLoops starts one loop less than there are processors for Go, one at least: what they wait in is a system call, and
+// somebody has to be left for everything else. Close ends them.
+func NewLoops() (*Loops, error) {
+	ls := &Loops{}
+	for range max(1, runtime.GOMAXPROCS(0)-1) {
+		l, err := newLoop()
+		if err != nil {
+			ls.Close()
+			return nil, err
+		}
+		ls.all = append(ls.all, l)
+	}
+	return ls, nil
+}
+
+// Close ends each loop once its last socket has been closed, and waits for that.
+func (ls *Loops) Close() {
+	for _, l := range ls.all {
+		l.release()
+	}
+	for _, l := range ls.all {
+		<-l.done
+	}
+}
+
+// take returns a loop for a connection, nil if there can be none. It is to be released. Without Loops the connection has
+// one of its own.
+func (ls *Loops) take() *loop {
+	if ls == nil {
+		l, _ := newLoop()
+		return l
+	}
+	l := ls.all[int(ls.next.Add(1)-1)%len(ls.all)]
+	if !l.retain() {
+		return nil
+	}
+	return l
+}
+
+// loop waits for sockets with epoll, edge-triggered, and calls their owners. It never waits for anything else.
+type loop struct {
+	ep, wakeup int
+	one        [8]byte // what is written to wakeup
+	done       chan struct{}
+
+	// The loop's own.
+	buf    [relayBuffer + 1]byte // the last is for the record layer
+	events [64]unix.EpollEvent
+	batch  []ready
+	sends  []*conn // those that have something to send when the batch is over
+
+	mu     sync.Mutex // guards what follows; a leaf
+	users  int        // sockets, connections and the Loops
+	ended  bool
+	asleep bool
+	slots  []slot
+	free   []int32
+	posted []*sock // to be looked at although the kernel has no news of them
+}
+
+type slot struct {
+	s   *sock
+	gen int32
+}
+
+// ready is a socket that has become so.
+type ready struct {
+	s      *sock
+	events uint32
+	last   bool // s has been closed
+}
+
+const allEvents = unix.EPOLLIN | unix.EPOLLOUT | unix.EPOLLRDHUP | unix.EPOLLET
+
+var errLoopEnded = errors.New("the loop has ended")
+
+// newLoop starts a loop that ends with its last user, of whom the caller is the first.
+func newLoop() (*loop, error) {
+	ep, err := unix.EpollCreate1(unix.EPOLL_CLOEXEC)
+	if err != nil {
+		return nil, os.NewSyscallError("epoll_create1", err)
+	}
+	wakeup, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
+	if err == nil {
+		err = unix.EpollCtl(ep, unix.EPOLL_CTL_ADD, wakeup, &unix.EpollEvent{Events: unix.EPOLLIN | unix.EPOLLET, Fd: -1})
+		if err != nil {
+			unix.Close(wakeup)
+		}
+	}
+	if err != nil {
+		unix.Close(ep)
+		return nil, os.NewSyscallError("eventfd", err)
+	}
+	l := &loop{ep: ep, wakeup: wakeup, done: make(chan struct{}), users: 1}
+	binary.NativeEndian.PutUint64(l.one[:], 1)
+	go l.run()
+	return l, nil
+}
+
+func (l *loop) retain() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if !l.ended {
+		l.users++
+	}
+	return !l.ended
+}
+
+func (l *loop) release() {
+	l.mu.Lock()
+	l.releaseLocked()
+	l.mu.Unlock()
+}
+
+func (l *loop) releaseLocked() {
+	if l.users--; l.users == 0 {
+		l.ended = true
+		l.wakeLocked()
+	}
+}
+
+// wakeLocked makes a loop that sleeps look at what was posted.
+func (l *loop) wakeLocked() {
+	if l.asleep {
+		l.asleep = false
+		_, _ = unix.Write(l.wakeup, l.one[:]) // fails only where it is awake anyway
+	}
+}
+
+// post has s looked at.
+func (l *loop) post(s *sock) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.postLocked(s)
+}
+
+func (l *loop) postLocked(s *sock) {
+	if !s.posted {
+		s.posted = true
+		l.posted = append(l.posted, s)
+		l.wakeLocked()
+	}
+}
+
+// add makes the loop wait for s.
+func (l *loop) add(s *sock, fd int) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.ended {
+		return errLoopEnded
+	}
+	n := len(l.free)
+	if n == 0 {
+		l.free = append(l.free, int32(len(l.slots)))
+		l.slots = append(l.slots, slot{})
+		n = 1
+	}
+	i := l.free[n-1]
+	if err := unix.EpollCtl(l.ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: allEvents, Fd: i, Pad: l.slots[i].gen}); err != nil {
+		return os.NewSyscallError("epoll_ctl", err)
+	}
+	l.free = l.free[:n-1]
+	l.slots[i].s, s.slot = s, i
+	return nil
+}
+
+// remove forgets s, whose descriptor is closed next; where tell is set, its owner is called once more.
+func (l *loop) remove(s *sock, tell bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if s.slot < 0 {
+		l.releaseLocked()
+		return
+	}
+	l.slots[s.slot] = slot{gen: l.slots[s.slot].gen + 1}
+	l.free = append(l.free, s.slot)
+	s.slot = -1
+	if !tell {
+		l.releaseLocked()
+		return
+	}
+	s.leaving = true
+	l.postLocked(s)
+}
+
+// run is the loop's goroutine.
+func (l *loop) run() {
+	defer close(l.done)
+	for {
+		if !l.wait() {
+			unix.Close(l.ep)
+			unix.Close(l.wakeup)
+			return
+		}
+		for _, r := range l.batch {
+			r.s.happened(r.events)
+			again := r.s.owner.ready(l, r.events)
+			switch {
+			case r.last:
+				l.release()
+			case again:
+				l.post(r.s)
+			}
+		}
+		clear(l.batch)
+		for i, c := range l.sends {
+			l.sends[i] = nil
+			c.endBatch()
+		}
+		l.sends = l.sends[:0]
+	}
+}
+
+// wait fills the batch; it returns false at the end.
+func (l *loop) wait() bool {
+	l.batch = l.batch[:0]
+	l.mu.Lock()
+	if l.ended {
+		l.mu.Unlock()
+		return false
+	}
+	timeout := 0
+	if len(l.posted) == 0 {
+		l.asleep, timeout = true, -1
+	}
+	l.mu.Unlock()
+	n, _ := unix.EpollWait(l.ep, l.events[:], timeout) // fails where a signal interrupts it
+
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.asleep = false
+	for _, s := range l.posted {
+		l.batch = append(l.batch, ready{s, 0, s.leaving})
+		s.posted, s.leaving = false, false
+	}
+	clear(l.posted)
+	l.posted = l.posted[:0]
+	for i := range max(0, n) {
+		e := &l.events[i]
+		if e.Fd < 0 { // edge-triggered: the counter need not be read
+			continue
+		}
+		if at := l.slots[e.Fd]; at.s != nil && at.gen == e.Pad {
+			l.batch = append(l.batch, ready{at.s, e.Events, false})
+		}
+	}
+	return true
+}
