@@ -160,7 +160,9 @@ func (r *records) refuse(err error) error {
 	}
 	if r.sock != nil { // the loop waits for nobody
 		if r.mu.TryLock() {
-			_, _ = r.sock.send(r.out.appendAlert(nil, a))
+			if r.rest == nil {
+				_, _ = r.sock.send(r.out.appendAlert(nil, a))
+			}
 			r.mu.Unlock()
 		}
 		return &net.OpError{Op: "local error", Err: a}
@@ -281,9 +283,12 @@ func (r *records) close() error {
 
 func (r *records) sayGoodbye() {
 	if r.mu.TryLock() {
+		defer r.mu.Unlock()
+		if r.rest != nil { // part of a record has gone out
+			return
+		}
 		_ = r.nc.SetWriteDeadline(time.Now().Add(closeGrace))
 		_, _ = r.nc.Write(r.out.appendAlert(nil, alertCloseNotify))
-		r.mu.Unlock()
 	}
 }
 
