@@ -113,6 +113,16 @@ var cases = map[string]func(*mesh.Service){
 	}),
 	"mirror": one(mesh.HTTPRule{Mirrors: []mesh.HTTPMirror{{Backend: to("v2", 1), Millionths: 500_000}}}),
 	"cors":   one(mesh.HTTPRule{CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextExact, "https://a.example")}, Methods: []string{"GET", "PUT"}, AllowHeaders: []string{"x-a"}, MaxAge: time.Hour, Credentials: true}}),
+	"traffic": func(s *mesh.Service) {
+		s.Subsets = versions
+		s.HTTP = []mesh.HTTPRule{{Name: "both", Backends: []mesh.HTTPBackend{to("v1", 50), to("v2", 50)}}}
+		s.Traffic = []mesh.Traffic{
+			{Balance: mesh.BalanceRoundRobin, ConnectTimeout: time.Second, IdleTimeout: time.Minute, MaxConnections: 10, MaxPending: 11, MaxRequests: 12, MaxRetries: 13, MaxRequestsPerConnection: 14,
+				Outliers: &mesh.Outliers{Consecutive5xx: ptr(uint32(0)), ConsecutiveGateway: ptr(uint32(3)), ConsecutiveLocal: ptr(uint32(4)), SplitLocal: true, Interval: 5 * time.Second, Ejection: 10 * time.Minute, MaxPercent: 100, MinHealthyPercent: 30}},
+			{Subset: "v1", Hash: &mesh.HashKey{Header: "x-user", RingSize: 2048}},
+			{Subset: "v2", Port: 80, Hash: &mesh.HashKey{Cookie: "user", CookiePath: "/", CookieTTL: ptr(time.Hour), Maglev: true}},
+		}
+	},
 	"access": func(s *mesh.Service) {
 		s.Access = []mesh.AccessPolicy{
 			{Name: mesh.PolicyName{Namespace: "shop", Name: "admin"}, Action: mesh.Deny, Rules: []mesh.AccessRule{{Clauses: []mesh.AccessClause{

@@ -1,8 +1,11 @@
 package waypoint
 
 import (
+	"cmp"
+	"hash/fnv"
 	"net/netip"
 	"slices"
+	"strconv"
 	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
@@ -43,8 +46,13 @@ func (b *builder) clusters() {
 		b.hbone(), b.toMain(),
 	}
 	for _, t := range targets {
-		b.out.Clusters = append(b.out.Clusters, b.cluster(t))
-		b.out.Endpoints = append(b.out.Endpoints, b.endpoints(t))
+		c := b.cluster(t)
+		e := b.endpoints(t)
+		// A cluster that changes waits for its endpoints, which nobody sends again unless they have another name.
+		e.ClusterName = t.name() + "@" + b.hash(c)
+		c.EdsClusterConfig.ServiceName = e.ClusterName
+		b.out.Clusters = append(b.out.Clusters, c)
+		b.out.Endpoints = append(b.out.Endpoints, e)
 	}
 	slices.SortFunc(b.out.Endpoints, func(x, y *endpointv3.ClusterLoadAssignment) int {
 		return compareStrings(x.ClusterName, y.ClusterName)
@@ -67,6 +75,7 @@ func (b *builder) toMain() *clusterv3.Cluster {
 		Name:                 mainInternal,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 		ConnectTimeout:       durationpb.New(connectTimeout),
+		CircuitBreakers:      limits(&mesh.Traffic{}),
 		TransportSocket:      b.internal(),
 		LoadAssignment: &endpointv3.ClusterLoadAssignment{ClusterName: mainInternal, Endpoints: []*endpointv3.LocalityLbEndpoints{{
 			LbEndpoints: []*endpointv3.LbEndpoint{{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
@@ -99,6 +108,7 @@ func (b *builder) hbone() *clusterv3.Cluster {
 		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
 		ConnectTimeout:       durationpb.New(connectTimeout),
 		CleanupInterval:      durationpb.New(time.Minute),
+		CircuitBreakers:      limits(&mesh.Traffic{}),
 		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
 			UpstreamPortOverride: wrapperspb.UInt32(mesh.HBONEPort),
 		}},
@@ -117,12 +127,15 @@ func (b *builder) protocol(o *upstreamhttpv3.HttpProtocolOptions) map[string]*an
 
 // cluster reaches the endpoints of a target, each by its tunnel or in plaintext where it has none.
 func (b *builder) cluster(t target) *clusterv3.Cluster {
+	use := b.traffic(t)
 	c := &clusterv3.Cluster{
 		Name:                 t.name(),
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS},
 		EdsClusterConfig:     &clusterv3.Cluster_EdsClusterConfig{EdsConfig: adsSource()},
-		ConnectTimeout:       durationpb.New(connectTimeout),
+		ConnectTimeout:       durationpb.New(cmp.Or(use.ConnectTimeout, connectTimeout)),
 		LbPolicy:             clusterv3.Cluster_LEAST_REQUEST,
+		CircuitBreakers:      limits(use),
+		OutlierDetection:     outliers(use.Outliers),
 		TransportSocketMatches: []*clusterv3.Cluster_TransportSocketMatch{
 			{Name: "tunnel", Match: tunnelled(), TransportSocket: b.internal()},
 			{Name: "plaintext", Match: &structpb.Struct{}, TransportSocket: b.raw()},
@@ -130,10 +143,11 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 		// Endpoints that are gone or unready are not waited for.
 		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
 	}
+	balance(c, use)
 	if !t.http {
 		return c
 	}
-	o := &upstreamhttpv3.HttpProtocolOptions{}
+	o := &upstreamhttpv3.HttpProtocolOptions{CommonHttpProtocolOptions: connections(use)}
 	if b.http2(t) {
 		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
 			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}},
@@ -147,6 +161,13 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 	}
 	c.TypedExtensionProtocolOptions = b.protocol(o)
 	return c
+}
+
+// hash tells states of a cluster apart.
+func (b *builder) hash(c *clusterv3.Cluster) string {
+	h := fnv.New64a()
+	_, _ = h.Write(b.config(c).Value) // never fails
+	return strconv.FormatUint(h.Sum64(), 36)
 }
 
 // http2 reports whether the port says that it is spoken there.

@@ -312,6 +312,7 @@ func (b *builder) noEnvoyHeaders() *corev3.TypedExtensionConfig {
 
 func (b *builder) serveTCP(c chain) *listenerv3.Filter {
 	return b.networkFilter("envoy.filters.network.tcp_proxy", &tcpproxyv3.TcpProxy{
+		HashPolicy:       b.connectionHash(c),
 		StatPrefix:       c.name("tcp"),
 		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: target{c.svc.Name, c.port.Port, "", false}.name()},
 		IdleTimeout:      durationpb.New(0),

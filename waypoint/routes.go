@@ -217,6 +217,7 @@ func (b *builder) forward(c chain, r *mesh.HTTPRule, m *mesh.HTTPMatch) *routev3
 	if r.Rewrite != nil {
 		rewrite(a, r.Rewrite, m)
 	}
+	a.HashPolicy = b.hashPolicies(c, r)
 	for i := range r.Mirrors {
 		a.RequestMirrorPolicies = append(a.RequestMirrorPolicies, &routev3.RouteAction_RequestMirrorPolicy{
 			Cluster:                       b.backend(c, &r.Mirrors[i].Backend),

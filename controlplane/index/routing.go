@@ -77,6 +77,7 @@ type routeFact struct {
 	hosts    []mesh.ServiceName
 	rules    []mesh.HTTPRule
 	subsets  []mesh.Subset
+	traffic  []mesh.Traffic
 	problems []string
 }
 
@@ -117,7 +118,7 @@ func (c *compiled) virtualServiceFactOf(v *networkingv1.VirtualService) *routeFa
 
 func (c *compiled) destinationRuleFactOf(d *networkingv1.DestinationRule) *routeFact {
 	f := &routeFact{key: keyOf(d), uid: string(d.UID), created: d.CreationTimestamp, hosts: []mesh.ServiceName{c.resolveHost(d.Namespace, d.Spec.Host)}}
-	f.subsets, f.problems = routing.Subsets(&d.Spec)
+	f.subsets, f.traffic, f.problems = routing.DestinationRule(&d.Spec)
 	return f
 }
 
@@ -157,7 +158,7 @@ func (x *Index) route(s *mesh.Service) {
 		s.HTTP = v.rules
 	}
 	if d := oldest(x.destinations, s.Name); d != nil {
-		s.Subsets = d.subsets
+		s.Subsets, s.Traffic = d.subsets, d.traffic
 	}
 }
 

@@ -375,20 +375,3 @@ func (c *converter) cors(r *mesh.HTTPRule, p *networking.CorsPolicy) {
 	}
 	r.CORS = out
 }
-
-// Subsets returns those of a DestinationRule, and in words what of it does not work.
-func Subsets(d *networking.DestinationRule) (subsets []mesh.Subset, problems []string) {
-	for i, s := range d.Subsets {
-		if s.Name == "" {
-			continue
-		}
-		subsets = append(subsets, mesh.Subset{Name: s.Name, Labels: s.Labels})
-		if s.TrafficPolicy != nil {
-			problems = append(problems, fmt.Sprintf("subsets[%d].trafficPolicy is not followed", i))
-		}
-	}
-	if d.TrafficPolicy != nil {
-		problems = append(problems, "trafficPolicy is not followed; only subsets are")
-	}
-	return subsets, problems
-}

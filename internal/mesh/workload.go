@@ -102,6 +102,7 @@ type Service struct {
 	// For waypoints alone; not sent to nodes.
 	HTTP    []HTTPRule // nil: requests go to the service as they come
 	Subsets []Subset
+	Traffic []Traffic
 	Access  []AccessPolicy // by name
 
 	Revision uint64

@@ -58,8 +58,8 @@ func inPlace(t *testing.T, file string) []byte {
 	for _, c := range g.Clusters {
 		if c["type"] == "EDS" {
 			c["type"] = "STATIC"
+			c["loadAssignment"] = endpoints[c["edsClusterConfig"].(object)["serviceName"].(string)]
 			delete(c, "edsClusterConfig")
-			c["loadAssignment"] = endpoints[c["name"].(string)]
 			if c["loadAssignment"] == nil {
 				t.Errorf("cluster %s has no endpoints resource", c["name"])
 			}

@@ -165,9 +165,8 @@ func TestWaypointServes(t *testing.T) {
 				return nil, err
 			}
 			defer st.Close()
-			if _, err := io.WriteString(st, "GET / HTTP/1.1\r\nhost: inventory\r\nconnection: close\r\n\r\n"); err != nil {
-				return nil, err
-			}
+			// The answer may be complete, and the tunnel's stream over, before the writer hears that it has written.
+			_, _ = io.WriteString(st, "GET / HTTP/1.1\r\nhost: inventory\r\nconnection: close\r\n\r\n")
 			return io.ReadAll(st)
 		}()
 		if err != nil || !strings.HasPrefix(string(b), "HTTP/1.1 200") || !strings.Contains(string(b), "version v") {
@@ -265,6 +264,38 @@ func TestWaypointServes(t *testing.T) {
 		}
 		return nil
 	})
+	// Requests that share a header meet the same endpoint, whatever the weights were.
+	rule := &networkingv1.DestinationRule{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "inventory"}, Spec: istioapi.DestinationRule{Host: "inventory"}}
+	if err := yaml.Unmarshal([]byte("host: inventory\ntrafficPolicy: {loadBalancer: {consistentHash: {httpHeaderName: x-user}}, connectionPool: {http: {http2MaxRequests: 100}}, outlierDetection: {consecutive5xxErrors: 3}}"), &rule.Spec); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := istio.NetworkingV1().DestinationRules("shop").Update(ctx, rule, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	apply(`http: [{route: [{destination: {host: inventory}}]}]`)
+	await(t, "the same endpoint for a user, and not for all", func() error {
+		met := map[string]int{}
+		for user := range 30 {
+			first := ""
+			for range 4 {
+				_, body, err := get("10.96.0.9:80", "/", fmt.Sprintf("x-user: %d\r\n", user))
+				if err != nil {
+					return err
+				}
+				now := versionName(strings.Count(body, "version v1"))
+				if first == "" {
+					first = now
+					met[now]++
+				} else if first != now {
+					return fmt.Errorf("user %d met %s and %s", user, first, now)
+				}
+			}
+		}
+		if len(met) != 2 {
+			return fmt.Errorf("all users met %v", met)
+		}
+		return nil
+	})
 	apply(`http: [{match: [{uri: {prefix: /old}}], redirect: {uri: /new, redirectCode: 308}}, {fault: {abort: {httpStatus: 418, percentage: {value: 100}}}, route: [{destination: {host: inventory}}]}]`)
 	await(t, "the fault", func() error {
 		code, _, err := get("10.96.0.9:80", "/")
@@ -276,6 +307,13 @@ func TestWaypointServes(t *testing.T) {
 	if code, _, err := get("10.96.0.9:80", "/old/x"); err != nil || code != 308 {
 		t.Errorf("%d %v instead of a redirect", code, err)
 	}
+}
+
+func versionName(v1 int) string {
+	if v1 > 0 {
+		return "v1"
+	}
+	return "v2"
 }
 
 func fetch(url string) error {

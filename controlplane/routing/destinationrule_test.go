@@ -1,0 +1,56 @@
+package routing
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	networking "istio.io/api/networking/v1alpha3"
+	"sigs.k8s.io/yaml"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+func TestDestinationRule(t *testing.T) {
+	three := uint32(3)
+	hour := time.Hour
+	for _, c := range []struct {
+		name, spec string
+		want       []mesh.Traffic
+		problems   []string
+	}{
+		{"nothing", `subsets: [{name: v1, labels: {version: v1}}]`, nil, nil},
+		{"balance", `trafficPolicy: {loadBalancer: {simple: ROUND_ROBIN}}`, []mesh.Traffic{{Balance: mesh.BalanceRoundRobin}}, nil},
+		{"pool", `trafficPolicy: {connectionPool: {tcp: {maxConnections: 1, connectTimeout: 1s}, http: {http1MaxPendingRequests: 2, http2MaxRequests: 3, maxRequestsPerConnection: 4, maxRetries: -1, idleTimeout: 5s}}}`,
+			[]mesh.Traffic{{ConnectTimeout: time.Second, IdleTimeout: 5 * time.Second, MaxConnections: 1, MaxPending: 2, MaxRequests: 3, MaxRequestsPerConnection: 4}},
+			[]string{"trafficPolicy.connectionPool.tcp.connectTimeout is followed for endpoints outside", "maxRetries is negative"}},
+		{"outliers", `trafficPolicy: {outlierDetection: {consecutive5xxErrors: 3, interval: 1s, baseEjectionTime: 3600s, maxEjectionPercent: 100}}`,
+			[]mesh.Traffic{{Outliers: &mesh.Outliers{Consecutive5xx: &three, Interval: time.Second, Ejection: hour, MaxPercent: 100}}}, nil},
+		{"a subset takes what it does not say from the service", `{trafficPolicy: {loadBalancer: {simple: RANDOM}, connectionPool: {tcp: {maxConnections: 1}}, portLevelSettings: [{port: {number: 80}, connectionPool: {tcp: {maxConnections: 2}}}]}, subsets: [{name: v1, trafficPolicy: {loadBalancer: {consistentHash: {httpCookie: {name: u, ttl: 3600s}}}}}]}`,
+			[]mesh.Traffic{{Balance: mesh.BalanceRandom, MaxConnections: 1}, {Port: 80, MaxConnections: 2},
+				{Subset: "v1", MaxConnections: 1, Hash: &mesh.HashKey{Cookie: "u", CookieTTL: &hour}}, {Subset: "v1", Port: 80, MaxConnections: 2}}, nil},
+		{"what is not followed is said", `trafficPolicy: {tls: {mode: SIMPLE}, loadBalancer: {simple: PASSTHROUGH, localityLbSetting: {enabled: true}}, portLevelSettings: [{port: {number: 0}}]}`,
+			[]mesh.Traffic{{}}, []string{"trafficPolicy.tls", "localityLbSetting", "PASSTHROUGH", "portLevelSettings[0].port.number"}},
+		{"a hash of nothing", `trafficPolicy: {loadBalancer: {consistentHash: {useSourceIp: false}}}`, []mesh.Traffic{{}}, []string{"names nothing"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var d networking.DestinationRule
+			if err := yaml.Unmarshal([]byte(c.spec), &d); err != nil {
+				t.Fatal(err)
+			}
+			_, got, problems := DestinationRule(&d)
+			if diff := cmp.Diff(c.want, got); diff != "" {
+				t.Errorf("-want +got:\n%s", diff)
+			}
+			if len(problems) != len(c.problems) {
+				t.Fatalf("problems %q, want %d", problems, len(c.problems))
+			}
+			for i, p := range c.problems {
+				if !strings.Contains(problems[i], p) {
+					t.Errorf("problem %q, want %q in it", problems[i], p)
+				}
+			}
+		})
+	}
+}

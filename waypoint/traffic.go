@@ -1,0 +1,171 @@
+package waypoint
+
+import (
+	"math"
+	"slices"
+	"time"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	hashv3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// traffic is how the endpoints of a target are used.
+func (b *builder) traffic(t target) *mesh.Traffic {
+	if svc := b.s.Service(t.service); svc != nil {
+		if use := svc.TrafficFor(t.subset, t.port); use != nil {
+			return use
+		}
+	}
+	return &mesh.Traffic{}
+}
+
+// limits are those that somebody has set; Envoy's own would refuse what comes when there is much of it.
+func limits(t *mesh.Traffic) *clusterv3.CircuitBreakers {
+	limit := func(n uint32) *wrapperspb.UInt32Value {
+		if n == 0 {
+			n = math.MaxUint32
+		}
+		return wrapperspb.UInt32(n)
+	}
+	return &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+		MaxConnections: limit(t.MaxConnections), MaxPendingRequests: limit(t.MaxPending), MaxRequests: limit(t.MaxRequests), MaxRetries: limit(t.MaxRetries),
+	}}}
+}
+
+// balance chooses among endpoints.
+func balance(c *clusterv3.Cluster, t *mesh.Traffic) {
+	switch t.Balance {
+	case mesh.BalanceRandom:
+		c.LbPolicy = clusterv3.Cluster_RANDOM
+	case mesh.BalanceRoundRobin:
+		c.LbPolicy = clusterv3.Cluster_ROUND_ROBIN
+	}
+	if o := t.Outliers; o != nil {
+		c.CommonLbConfig.HealthyPanicThreshold.Value = float64(o.MinHealthyPercent)
+	}
+	if t.Hash == nil {
+		return
+	}
+	size := func(n, otherwise uint64) *wrapperspb.UInt64Value {
+		if n == 0 {
+			n = otherwise
+		}
+		return wrapperspb.UInt64(n)
+	}
+	if t.Hash.Maglev {
+		c.LbPolicy = clusterv3.Cluster_MAGLEV
+		c.LbConfig = &clusterv3.Cluster_MaglevLbConfig_{MaglevLbConfig: &clusterv3.Cluster_MaglevLbConfig{TableSize: size(t.Hash.Tables, 65537)}}
+		return
+	}
+	c.LbPolicy = clusterv3.Cluster_RING_HASH
+	c.LbConfig = &clusterv3.Cluster_RingHashLbConfig_{RingHashLbConfig: &clusterv3.Cluster_RingHashLbConfig{MinimumRingSize: size(t.Hash.RingSize, 1024)}}
+}
+
+// connections are the limits of one connection to an endpoint.
+func connections(t *mesh.Traffic) *corev3.HttpProtocolOptions {
+	if t.IdleTimeout == 0 && t.MaxRequestsPerConnection == 0 {
+		return nil
+	}
+	o := &corev3.HttpProtocolOptions{}
+	if t.IdleTimeout > 0 {
+		o.IdleTimeout = durationpb.New(t.IdleTimeout)
+	}
+	if t.MaxRequestsPerConnection > 0 {
+		o.MaxRequestsPerConnection = wrapperspb.UInt32(t.MaxRequestsPerConnection)
+	}
+	return o
+}
+
+// maxEjection is Envoy's own, which the first may not exceed.
+const maxEjection = 300 * time.Second
+
+// outliers takes endpoints out that fail. By default those do that answer five times in a row with 5xx.
+func outliers(o *mesh.Outliers) *clusterv3.OutlierDetection {
+	if o == nil {
+		return nil
+	}
+	out := &clusterv3.OutlierDetection{
+		SplitExternalLocalOriginErrors: o.SplitLocal,
+		// Rates are for who asks for them, and nobody can.
+		EnforcingSuccessRate: wrapperspb.UInt32(0),
+	}
+	count := func(n *uint32, value, enforcing **wrapperspb.UInt32Value) {
+		if n == nil {
+			return
+		}
+		if *n > 0 {
+			*value, *enforcing = wrapperspb.UInt32(*n), wrapperspb.UInt32(100)
+		} else {
+			*enforcing = wrapperspb.UInt32(0)
+		}
+	}
+	count(o.Consecutive5xx, &out.Consecutive_5Xx, &out.EnforcingConsecutive_5Xx)
+	count(o.ConsecutiveGateway, &out.ConsecutiveGatewayFailure, &out.EnforcingConsecutiveGatewayFailure)
+	if o.SplitLocal {
+		count(o.ConsecutiveLocal, &out.ConsecutiveLocalOriginFailure, &out.EnforcingConsecutiveLocalOriginFailure)
+		out.EnforcingLocalOriginSuccessRate = wrapperspb.UInt32(0)
+	}
+	if o.Interval > 0 {
+		out.Interval = durationpb.New(o.Interval)
+	}
+	if o.Ejection > 0 {
+		out.BaseEjectionTime = durationpb.New(o.Ejection)
+		if o.Ejection > maxEjection {
+			out.MaxEjectionTime = durationpb.New(o.Ejection)
+		}
+	}
+	if o.MaxPercent > 0 {
+		out.MaxEjectionPercent = wrapperspb.UInt32(o.MaxPercent)
+	}
+	return out
+}
+
+// hashPolicies say what of a request the endpoints of a rule's backends are chosen by.
+func (b *builder) hashPolicies(c chain, r *mesh.HTTPRule) []*routev3.RouteAction_HashPolicy {
+	var out []*routev3.RouteAction_HashPolicy
+	for i := range r.Backends {
+		t := target{r.Backends[i].Service, r.Backends[i].Port, r.Backends[i].Subset, true}
+		if t.port == 0 {
+			t.port = c.port.Port
+		}
+		k := b.traffic(t).Hash
+		if k == nil {
+			continue
+		}
+		p := &routev3.RouteAction_HashPolicy{}
+		switch {
+		case k.Header != "":
+			p.PolicySpecifier = &routev3.RouteAction_HashPolicy_Header_{Header: &routev3.RouteAction_HashPolicy_Header{HeaderName: k.Header}}
+		case k.Query != "":
+			p.PolicySpecifier = &routev3.RouteAction_HashPolicy_QueryParameter_{QueryParameter: &routev3.RouteAction_HashPolicy_QueryParameter{Name: k.Query}}
+		case k.Cookie != "":
+			cookie := &routev3.RouteAction_HashPolicy_Cookie{Name: k.Cookie, Path: k.CookiePath}
+			if k.CookieTTL != nil {
+				cookie.Ttl = durationpb.New(*k.CookieTTL)
+			}
+			p.PolicySpecifier = &routev3.RouteAction_HashPolicy_Cookie_{Cookie: cookie}
+		default:
+			p.PolicySpecifier = &routev3.RouteAction_HashPolicy_ConnectionProperties_{ConnectionProperties: &routev3.RouteAction_HashPolicy_ConnectionProperties{SourceIp: true}}
+		}
+		if !slices.ContainsFunc(out, func(q *routev3.RouteAction_HashPolicy) bool { return proto.Equal(p, q) }) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+// connectionHash chooses by the client's address where that was asked for.
+func (b *builder) connectionHash(c chain) []*hashv3.HashPolicy {
+	k := b.traffic(target{c.svc.Name, c.port.Port, "", false}).Hash
+	if k == nil || !k.SourceIP {
+		return nil
+	}
+	return []*hashv3.HashPolicy{{PolicySpecifier: &hashv3.HashPolicy_SourceIp_{SourceIp: &hashv3.HashPolicy_SourceIp{}}}}
+}
