@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/intstr"
 )
 
 // drawer draws from few values, so that they meet.
@@ -213,7 +214,7 @@ func Draw(r *rand.Rand) *World {
 		s.Namespace, s.Labels = name, d.waypointLabels(map[string]string{})
 		s.Spec.Selector = map[string]string{"app": pick(d, "x", "y")}
 		s.Spec.ClusterIP = fmt.Sprintf("10.96.0.%d", len(w.Services)+1)
-		s.Spec.Ports = []corev1.ServicePort{{Port: 80}}
+		s.Spec.Ports = []corev1.ServicePort{{Port: 80, TargetPort: intstr.FromInt32(pick(d, int32(80), 8080))}}
 		w.Services = append(w.Services, s)
 	}
 	for i := range 3 {
@@ -240,7 +241,7 @@ func (w *World) Connect(r *rand.Rand) Connection {
 	c.DestIP = netip.MustParseAddr(pick(d, c.To.Status.PodIPs...).IP)
 	c.SourceIP = netip.MustParseAddr(pick(d, "10.0.0.1", "10.0.0.7", "10.9.9.9", "192.0.2.1", "fd00::1", "fd01::1"))
 	if !d.one(4) {
-		c.TrustDomain, c.Namespace, c.ServiceAccount = pick(d, append(w.ours(), "td1", "td12", "foreign")...), pick(d, append([]string{"c"}, namespaces...)...), pick(d, accounts...)
+		c.TrustDomain, c.Namespace, c.ServiceAccount = pick(d, append(w.ours(), "td1", "td12", "foreign")...), pick(d, append([]string{"c"}, namespaces...)...), pick(d, append([]string{"w"}, accounts...)...)
 	}
 	return c
 }

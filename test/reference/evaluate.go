@@ -56,7 +56,10 @@ func (w *World) Allows(c Connection) bool {
 			continue
 		}
 		if len(p.Spec.TargetRefs) > 0 {
-			return false
+			if w.keptOut(p, c) {
+				return false
+			}
+			continue
 		}
 		switch p.Spec.Action {
 		case securityapi.AuthorizationPolicy_CUSTOM, securityapi.AuthorizationPolicy_DENY:
@@ -101,6 +104,39 @@ func (w *World) targets(t *typeapi.PolicyTargetReference, namespace string, pod 
 	return false
 }
 
+// keptOut is what a node does for a policy that waypoints decide: on the ports behind the services that it is about it
+// admits their waypoints alone. If one of them asks for no waypoint, or the pod itself is behind one, nobody comes in.
+func (w *World) keptOut(p *securityv1.AuthorizationPolicy, c Connection) bool {
+	guarded := false
+	for _, t := range p.Spec.TargetRefs {
+		about := 0
+		for _, s := range w.servicesOf(c.To) {
+			waypoint := w.waypointOf(s.Labels, s.Namespace)
+			switch {
+			case t.Kind == "Service" && (s.Namespace != p.Namespace || s.Name != t.Name),
+				t.Kind == "Gateway" && waypoint != p.Namespace+"/"+t.Name,
+				t.Kind == "GatewayClass" && waypoint == "":
+				continue
+			case waypoint == "":
+				return true
+			}
+			about++
+			for _, port := range s.Spec.Ports {
+				guarded = guarded || port.TargetPort.IntValue() == int(c.DestPort) && !w.is(c, waypoint)
+			}
+		}
+		if about == 0 && w.targets(t, p.Namespace, c.To) {
+			return true
+		}
+	}
+	return guarded
+}
+
+// is reports whether the peer is a waypoint: it runs under the service account of the Gateway's name.
+func (w *World) is(c Connection, waypoint string) bool {
+	return slices.Contains(w.ours(), c.TrustDomain) && c.Namespace+"/"+c.ServiceAccount == waypoint
+}
+
 func (w *World) servicesOf(pod *corev1.Pod) []*corev1.Service {
 	var out []*corev1.Service
 	for _, s := range w.Services {
@@ -111,8 +147,19 @@ func (w *World) servicesOf(pod *corev1.Pod) []*corev1.Service {
 	return out
 }
 
-// waypointsOf are those that the pod and its services ask for, each else that of the namespace.
+// waypointsOf are those that the pod and its services ask for.
 func (w *World) waypointsOf(pod *corev1.Pod) []string {
+	var out []string
+	for _, labels := range append([]map[string]string{pod.Labels}, labelsOf(w.servicesOf(pod))...) {
+		if name := w.waypointOf(labels, pod.Namespace); name != "" {
+			out = append(out, name)
+		}
+	}
+	return out
+}
+
+// waypointOf is the one that an object with these labels asks for, else that of its namespace.
+func (w *World) waypointOf(labels map[string]string, namespace string) string {
 	wish := func(labels map[string]string) (string, bool) {
 		name, ok := labels["istio.io/use-waypoint"]
 		switch {
@@ -123,25 +170,15 @@ func (w *World) waypointsOf(pod *corev1.Pod) []string {
 		case labels["istio.io/use-waypoint-namespace"] != "":
 			return labels["istio.io/use-waypoint-namespace"] + "/" + name, true
 		}
-		return pod.Namespace + "/" + name, true
+		return namespace + "/" + name, true
 	}
-	inherited := ""
+	name, said := wish(labels)
 	for _, ns := range w.Namespaces {
-		if ns.Name == pod.Namespace {
-			inherited, _ = wish(ns.Labels)
+		if ns.Name == namespace && !said {
+			name, _ = wish(ns.Labels)
 		}
 	}
-	var out []string
-	for _, labels := range append([]map[string]string{pod.Labels}, labelsOf(w.servicesOf(pod))...) {
-		name, said := wish(labels)
-		if !said {
-			name = inherited
-		}
-		if name != "" {
-			out = append(out, name)
-		}
-	}
-	return out
+	return name
 }
 
 func labelsOf(services []*corev1.Service) []map[string]string {
