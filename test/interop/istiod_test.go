@@ -128,7 +128,7 @@ func eventually(t *testing.T, what string, within time.Duration, ok func() error
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: %v", what, err)
 		}
-		time.Sleep(200 * time.Millisecond)
+		time.Sleep(50 * time.Millisecond)
 	}
 }
 

@@ -75,7 +75,7 @@ func TestWaypointServes(t *testing.T) {
 		return path
 	}
 	var root []byte
-	await(t, "the mesh's root", func() error {
+	eventually(t, "the mesh's root", time.Minute, func() error {
 		cm, err := kube.CoreV1().ConfigMaps("shop").Get(ctx, "istio-ca-root-cert", metav1.GetOptions{})
 		if err == nil {
 			root = []byte(cm.Data["root-cert.pem"])
@@ -100,7 +100,7 @@ func TestWaypointServes(t *testing.T) {
 			t.Errorf("the control plane ended: %v", err)
 		}
 	})
-	await(t, "readiness", func() error { return fetch("http://127.0.0.1:15021/healthz/ready") })
+	eventually(t, "readiness", time.Minute, func() error { return fetch("http://127.0.0.1:15021/healthz/ready") })
 
 	// The client is a pod that the CA knows.
 	ca, err := identity.NewOwnCA(identity.CAConfig{Address: cfg.ControlAddress, ServerName: cfg.ControlName, Roots: identity.ControlPlaneRoots{File: cfg.RootFile}, TokenFile: write("client", []byte("client"))})
@@ -143,7 +143,7 @@ func TestWaypointServes(t *testing.T) {
 		b, err := io.ReadAll(res.Body)
 		return res.StatusCode, string(b), err
 	}
-	await(t, "an answer", func() error {
+	eventually(t, "an answer", time.Minute, func() error {
 		code, body, err := get("10.96.0.9:80", "/")
 		if err == nil && code != 200 {
 			err = fmt.Errorf("%d %s", code, body)
@@ -184,7 +184,7 @@ func TestWaypointServes(t *testing.T) {
 		if _, err := istio.SecurityV1().AuthorizationPolicies("shop").Create(ctx, a, metav1.CreateOptions{}); err != nil {
 			t.Fatal(err)
 		}
-		await(t, name+" to be enforced", func() error {
+		eventually(t, name+" to be enforced", time.Minute, func() error {
 			a, err := istio.SecurityV1().AuthorizationPolicies("shop").Get(ctx, name, metav1.GetOptions{})
 			if err != nil {
 				return err
@@ -215,7 +215,7 @@ func TestWaypointServes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	await(t, "no policy", func() error {
+	eventually(t, "no policy", time.Minute, func() error {
 		code, _, err := get("10.96.0.9:80", "/other")
 		if err == nil && code != 200 {
 			err = fmt.Errorf("%d", code)
@@ -251,14 +251,14 @@ func TestWaypointServes(t *testing.T) {
 		return v1, v2
 	}
 	apply(`http: [{route: [{destination: {host: inventory, subset: v2}}]}]`)
-	await(t, "everything to v2", func() error {
+	eventually(t, "everything to v2", time.Minute, func() error {
 		if v1, v2 := shares(20); v1 != 0 || v2 != 20 {
 			return fmt.Errorf("v1 got %d of 20", v1)
 		}
 		return nil
 	})
 	apply(`http: [{route: [{destination: {host: inventory, subset: v1}, weight: 80}, {destination: {host: inventory, subset: v2}, weight: 20}]}]`)
-	await(t, "80 and 20", func() error {
+	eventually(t, "80 and 20", time.Minute, func() error {
 		if v1, v2 := shares(500); v1+v2 != 500 || v1 < 350 || v1 > 450 {
 			return fmt.Errorf("v1 got %d, v2 %d of 500", v1, v2)
 		}
@@ -273,7 +273,7 @@ func TestWaypointServes(t *testing.T) {
 		t.Fatal(err)
 	}
 	apply(`http: [{route: [{destination: {host: inventory}}]}]`)
-	await(t, "the same endpoint for a user, and not for all", func() error {
+	eventually(t, "the same endpoint for a user, and not for all", time.Minute, func() error {
 		met := map[string]int{}
 		for user := range 30 {
 			first := ""
@@ -297,7 +297,7 @@ func TestWaypointServes(t *testing.T) {
 		return nil
 	})
 	apply(`http: [{match: [{uri: {prefix: /old}}], redirect: {uri: /new, redirectCode: 308}}, {fault: {abort: {httpStatus: 418, percentage: {value: 100}}}, route: [{destination: {host: inventory}}]}]`)
-	await(t, "the fault", func() error {
+	eventually(t, "the fault", time.Minute, func() error {
 		code, _, err := get("10.96.0.9:80", "/")
 		if err == nil && code != 418 {
 			err = fmt.Errorf("%d", code)
@@ -326,21 +326,6 @@ func fetch(url string) error {
 		return fmt.Errorf("%s: %s", url, res.Status)
 	}
 	return nil
-}
-
-func await(t *testing.T, what string, ok func() error) {
-	t.Helper()
-	deadline := time.Now().Add(time.Minute)
-	for {
-		err := ok()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: %v", what, err)
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
 }
 
 // waypointCluster has a waypoint, two versions of a service on loopback addresses and a client.
