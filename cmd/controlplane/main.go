@@ -11,10 +11,7 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"strconv"
-	"strings"
 	"syscall"
-	"time"
 
 	istio "istio.io/client-go/pkg/clientset/versioned"
 	"k8s.io/client-go/dynamic"
@@ -25,6 +22,7 @@ import (
 
 	"github.com/warrenmesh/warren/controlplane"
 	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/internal/environ"
 	"github.com/warrenmesh/warren/internal/logformat"
 )
 
@@ -46,9 +44,9 @@ func run(args []string) error {
 		}
 		return fmt.Errorf("arguments %q: the only command is version; settings are read from the environment", args)
 	}
-	env := environment{lookup: os.LookupEnv}
-	cfg := env.config()
-	if err := errors.Join(env.errs...); err != nil {
+	var env environ.Reader
+	cfg := config(&env)
+	if err := env.Err(); err != nil {
 		return err
 	}
 	clients, err := connect()
@@ -91,83 +89,37 @@ func connect() (controlplane.Clients, error) {
 	return controlplane.Clients{Kube: kube, Istio: istioClient, Dynamic: dynamicClient, Gateways: gateways}, nil
 }
 
-// environment reads variables and collects what is wrong with them.
-type environment struct {
-	lookup func(string) (string, bool)
-	errs   []error
-}
-
-func (e *environment) text(name, otherwise string) string {
-	if v, ok := e.lookup(name); ok && v != "" {
-		return v
-	}
-	return otherwise
-}
-
-func (e *environment) duration(name string) time.Duration {
-	v := e.text(name, "")
-	if v == "" {
-		return 0
-	}
-	d, err := time.ParseDuration(v)
-	if err != nil {
-		e.errs = append(e.errs, fmt.Errorf("%s=%q: %w", name, v, err))
-	}
-	return d
-}
-
-func (e *environment) boolean(name string, otherwise bool) bool {
-	v := e.text(name, strconv.FormatBool(otherwise))
-	b, err := strconv.ParseBool(v)
-	if err != nil {
-		e.errs = append(e.errs, fmt.Errorf("%s=%q: use true or false", name, v))
-	}
-	return b
-}
-
-func (e *environment) list(name string) []string {
-	var out []string
-	for _, v := range strings.Split(e.text(name, ""), ",") {
-		if v = strings.TrimSpace(v); v != "" {
-			out = append(out, v)
-		}
-	}
-	return out
-}
-
-func (e *environment) config() controlplane.Config {
-	var level slog.Level
-	if v := e.text("LOG_LEVEL", "info"); level.UnmarshalText([]byte(v)) != nil {
-		e.errs = append(e.errs, fmt.Errorf("LOG_LEVEL=%q: use debug, info, warn or error", v))
-	}
-	handler := logformat.New(os.Stdout, e.text("LOG_FORMAT", "") == "json", level)
-	admissionAddr := e.text("ADMISSION_LISTEN", ":15017")
-	if !e.boolean("ADMISSION", true) {
+func config(e *environ.Reader) controlplane.Config {
+	var level slog.LevelVar
+	e.Level("LOG_LEVEL", &level)
+	handler := logformat.New(os.Stdout, e.Text("LOG_FORMAT") == "json", level.Level())
+	admissionAddr := e.TextOr("ADMISSION_LISTEN", ":15017")
+	if !e.Bool("ADMISSION", true) {
 		admissionAddr = ""
 	}
 	return controlplane.Config{
-		Namespace:      e.text("POD_NAMESPACE", ""),
-		PodName:        e.text("POD_NAME", ""),
-		Revision:       e.text("REVISION", ""),
-		ServiceAccount: e.text("SERVICE_ACCOUNT", ""),
+		Namespace:      e.Text("POD_NAMESPACE"),
+		PodName:        e.Text("POD_NAME"),
+		Revision:       e.Text("REVISION"),
+		ServiceAccount: e.Text("SERVICE_ACCOUNT"),
 		Version:        version,
 		Mesh: index.Config{
-			ClusterID:     e.text("CLUSTER_ID", ""),
-			ClusterDomain: e.text("CLUSTER_DOMAIN", ""),
-			TrustDomain:   e.text("TRUST_DOMAIN", ""),
-			Network:       e.text("NETWORK", ""),
+			ClusterID:     e.Text("CLUSTER_ID"),
+			ClusterDomain: e.Text("CLUSTER_DOMAIN"),
+			TrustDomain:   e.Text("TRUST_DOMAIN"),
+			Network:       e.Text("NETWORK"),
 		},
 		Waypoints: controlplane.WaypointConfig{
-			Image: e.text("WAYPOINT_IMAGE", ""), PullPolicy: e.text("WAYPOINT_PULL_POLICY", "IfNotPresent"), PullSecrets: e.list("WAYPOINT_PULL_SECRETS"),
+			Image: e.Text("WAYPOINT_IMAGE"), PullPolicy: e.TextOr("WAYPOINT_PULL_POLICY", "IfNotPresent"), PullSecrets: e.List("WAYPOINT_PULL_SECRETS"),
 		},
-		TrustedNodes:   e.list("CA_TRUSTED_NODE_ACCOUNTS"),
-		DefaultCertTTL: e.duration("DEFAULT_WORKLOAD_CERT_TTL"),
-		MaxCertTTL:     e.duration("MAX_WORKLOAD_CERT_TTL"),
-		RootTTL:        e.duration("CITADEL_SELF_SIGNED_CA_CERT_TTL"),
-		CACertsDir:     e.text("CA_CERTS_DIR", "/etc/cacerts"),
-		XDSAddr:        e.text("XDS_LISTEN", ":15012"),
-		MonitoringAddr: e.text("MONITORING_LISTEN", ":15014"),
-		ReadyAddr:      e.text("READY_LISTEN", ":8080"),
+		TrustedNodes:   e.List("CA_TRUSTED_NODE_ACCOUNTS"),
+		DefaultCertTTL: e.Duration("DEFAULT_WORKLOAD_CERT_TTL"),
+		MaxCertTTL:     e.Duration("MAX_WORKLOAD_CERT_TTL"),
+		RootTTL:        e.Duration("CITADEL_SELF_SIGNED_CA_CERT_TTL"),
+		CACertsDir:     e.TextOr("CA_CERTS_DIR", "/etc/cacerts"),
+		XDSAddr:        e.TextOr("XDS_LISTEN", ":15012"),
+		MonitoringAddr: e.TextOr("MONITORING_LISTEN", ":15014"),
+		ReadyAddr:      e.TextOr("READY_LISTEN", ":8080"),
 		AdmissionAddr:  admissionAddr,
 		Log:            slog.New(handler),
 	}

@@ -1,15 +1,14 @@
 package main
 
 import (
-	"fmt"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
+	"github.com/warrenmesh/warren/internal/environ"
 	nodeagent "github.com/warrenmesh/warren/node-agent"
 	"github.com/warrenmesh/warren/node-agent/enroll/cni"
 )
@@ -17,93 +16,42 @@ import (
 // environment reads the Config. Names that ztunnel has are ztunnel's, so that its manifests work; WARREN_ is
 // for what it does not have.
 type environment struct {
-	lookup func(string) string
-	errs   []error
-	flush  func() // writes what the access log still has, see loggers
-}
-
-func (e *environment) str(name string) string { return e.lookup(name) }
-
-// first returns the value of the first name that is set.
-func (e *environment) first(names ...string) string {
-	for _, n := range names {
-		if v := e.lookup(n); v != "" {
-			return v
-		}
-	}
-	return ""
-}
-
-func (e *environment) duration(name string) time.Duration {
-	v := e.lookup(name)
-	if v == "" {
-		return 0
-	}
-	d, err := time.ParseDuration(v)
-	if err != nil || d < 0 {
-		e.errs = append(e.errs, fmt.Errorf("%s=%q is not a duration such as 30s", name, v))
-	}
-	return d
-}
-
-func (e *environment) number(name string) int {
-	v := e.lookup(name)
-	if v == "" {
-		return 0
-	}
-	n, err := strconv.Atoi(v)
-	if err != nil || n < 0 {
-		e.errs = append(e.errs, fmt.Errorf("%s=%q is not a number", name, v))
-	}
-	return n
-}
-
-func (e *environment) boolean(name string, def bool) bool {
-	v := e.lookup(name)
-	if v == "" {
-		return def
-	}
-	b, err := strconv.ParseBool(v)
-	if err != nil {
-		e.errs = append(e.errs, fmt.Errorf("%s=%q is neither true nor false", name, v))
-	}
-	return b
+	environ.Reader
+	flush func() // writes what the access log still has, see loggers
 }
 
 func (e *environment) config() nodeagent.Config {
 	c := nodeagent.Config{
-		Node: e.str("NODE_NAME"), PodName: e.str("POD_NAME"), PodNamespace: e.str("POD_NAMESPACE"), PodUID: e.str("POD_UID"),
-		ServiceAccount: e.str("SERVICE_ACCOUNT"),
-		Cluster:        e.first("CLUSTER_ID", "ISTIO_META_CLUSTER_ID"), ClusterDomain: e.str("CLUSTER_DOMAIN"),
-		TrustDomain: e.str("TRUST_DOMAIN"), Network: e.str("NETWORK"), Version: version,
+		Node: e.Text("NODE_NAME"), PodName: e.Text("POD_NAME"), PodNamespace: e.Text("POD_NAMESPACE"), PodUID: e.Text("POD_UID"),
+		ServiceAccount: e.Text("SERVICE_ACCOUNT"),
+		Cluster:        e.Text("CLUSTER_ID", "ISTIO_META_CLUSTER_ID"), ClusterDomain: e.Text("CLUSTER_DOMAIN"),
+		TrustDomain: e.Text("TRUST_DOMAIN"), Network: e.Text("NETWORK"), Version: version,
 
-		XDSAddress: e.str("XDS_ADDRESS"), XDSServerName: e.str("ALT_XDS_HOSTNAME"), XDSRoot: e.str("XDS_ROOT_CA"),
-		CAAddress: e.str("CA_ADDRESS"), CAServerName: e.str("ALT_CA_HOSTNAME"), CARoot: e.str("CA_ROOT_CA"),
-		Token: e.str("AUTH_TOKEN"), SecretTTL: e.duration("SECRET_TTL"),
+		XDSAddress: e.Text("XDS_ADDRESS"), XDSServerName: e.Text("ALT_XDS_HOSTNAME"), XDSRoot: e.Text("XDS_ROOT_CA"),
+		CAAddress: e.Text("CA_ADDRESS"), CAServerName: e.Text("ALT_CA_HOSTNAME"), CARoot: e.Text("CA_ROOT_CA"),
+		Token: e.Text("AUTH_TOKEN"), SecretTTL: e.Duration("SECRET_TTL"),
 
-		BPFDir: e.str("WARREN_BPF_DIR"), CgroupRoot: e.str("WARREN_CGROUP_ROOT"), Proc: e.str("WARREN_PROC"),
-		Holder: e.str("WARREN_HOLDER_SOCKET"), CNISocket: e.str("WARREN_CNI_SOCKET"), StateDir: e.str("WARREN_STATE_DIR"),
-		CNIBinary: e.str("WARREN_CNI_BINARY"), CNIBinDir: e.str("WARREN_CNI_BIN_DIR"), CNIConfDir: e.str("WARREN_CNI_CONF_DIR"),
+		BPFDir: e.Text("WARREN_BPF_DIR"), CgroupRoot: e.Text("WARREN_CGROUP_ROOT"), Proc: e.Text("WARREN_PROC"),
+		Holder: e.Text("WARREN_HOLDER_SOCKET"), CNISocket: e.Text("WARREN_CNI_SOCKET"), StateDir: e.Text("WARREN_STATE_DIR"),
+		CNIBinary: e.Text("WARREN_CNI_BINARY"), CNIBinDir: e.Text("WARREN_CNI_BIN_DIR"), CNIConfDir: e.Text("WARREN_CNI_CONF_DIR"),
 
-		AdminAddr: e.str("WARREN_ADMIN_ADDRESS"), MetricsAddr: e.str("WARREN_METRICS_ADDRESS"), ReadyAddr: e.str("WARREN_READY_ADDRESS"),
+		AdminAddr: e.Text("WARREN_ADMIN_ADDRESS"), MetricsAddr: e.Text("WARREN_METRICS_ADDRESS"), ReadyAddr: e.Text("WARREN_READY_ADDRESS"),
 
-		PoolIdle: e.duration("POOL_UNUSED_RELEASE_TIMEOUT"), MaxStreams: e.number("POOL_MAX_STREAMS_PER_CONNECTION"),
-		MaxFrame:  e.number("HTTP2_FRAME_SIZE"),
-		AccessLog: e.boolean("ACCESS_LOG", true),
+		PoolIdle: e.Duration("POOL_UNUSED_RELEASE_TIMEOUT"), MaxStreams: e.Number("POOL_MAX_STREAMS_PER_CONNECTION", 0),
+		MaxFrame:  e.Number("HTTP2_FRAME_SIZE", 0),
+		AccessLog: e.Bool("ACCESS_LOG", true),
+		Exempt:    e.List("WARREN_EXEMPT_NAMESPACES"),
 	}
-	if v := e.str("INSTANCE_IP"); v != "" {
+	if v := e.Text("INSTANCE_IP"); v != "" {
 		a, err := netip.ParseAddr(v)
 		if err != nil {
-			e.errs = append(e.errs, fmt.Errorf("INSTANCE_IP=%q is not an address", v))
+			e.Wrong("INSTANCE_IP", v, "use an address")
 		}
 		c.InstanceIP = a
 	}
-	if v := e.str("WARREN_EXEMPT_NAMESPACES"); v != "" {
-		c.Exempt = strings.Split(v, ",")
-	}
-	if c.Grace = e.duration("CONNECTION_TERMINATION_DEADLINE"); c.Grace == 0 {
+	if c.Grace = e.Duration("CONNECTION_TERMINATION_DEADLINE"); c.Grace == 0 {
 		// The kubelet kills after its grace period: stop a little before.
-		if s := e.number("TERMINATION_GRACE_PERIOD_SECONDS"); s > 0 {
+		if s := e.Number("TERMINATION_GRACE_PERIOD_SECONDS", 0); s > 0 {
 			c.Grace = max(time.Duration(s)*time.Second-2*time.Second, time.Second)
 		}
 	}
@@ -112,19 +60,16 @@ func (e *environment) config() nodeagent.Config {
 	}
 	c.Level = new(slog.LevelVar)
 	e.level(c.Level)
-	c.Log, c.Access, e.flush = loggers(os.Stdout, e.str("LOG_FORMAT") == "json", c.Level)
+	c.Log, c.Access, e.flush = loggers(os.Stdout, e.Text("LOG_FORMAT") == "json", c.Level)
 	return c
 }
 
 // level takes LOG_LEVEL, or the default level of a RUST_LOG.
 func (e *environment) level(l *slog.LevelVar) {
-	if v := e.str("LOG_LEVEL"); v != "" {
-		if err := l.UnmarshalText([]byte(v)); err != nil {
-			e.errs = append(e.errs, fmt.Errorf("LOG_LEVEL=%q is none of debug, info, warn, error", v))
-		}
+	if e.Level("LOG_LEVEL", l) {
 		return
 	}
-	for _, part := range strings.Split(e.str("RUST_LOG"), ",") {
+	for _, part := range strings.Split(e.Text("RUST_LOG"), ",") {
 		if !strings.Contains(part, "=") && l.UnmarshalText([]byte(part)) == nil {
 			return
 		}

@@ -6,25 +6,26 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/warrenmesh/warren/internal/environ"
 )
 
 // from reads a configuration from name=value pairs.
-func from(pairs ...string) (*environment, func(string) string) {
+func from(pairs ...string) *environment {
 	values := map[string]string{}
 	for _, p := range pairs {
 		k, v, _ := strings.Cut(p, "=")
 		values[k] = v
 	}
-	lookup := func(k string) string { return values[k] }
-	return &environment{lookup: lookup}, lookup
+	return &environment{Reader: environ.Reader{Get: func(k string) string { return values[k] }}}
 }
 
 func TestAZtunnelManifestConfiguresTheAgent(t *testing.T) {
-	e, _ := from("NODE_NAME=node1", "POD_NAME=ztunnel-x", "POD_NAMESPACE=mesh", "INSTANCE_IP=10.0.0.1", "SERVICE_ACCOUNT=ztunnel",
+	e := from("NODE_NAME=node1", "POD_NAME=ztunnel-x", "POD_NAMESPACE=mesh", "INSTANCE_IP=10.0.0.1", "SERVICE_ACCOUNT=ztunnel",
 		"ISTIO_META_CLUSTER_ID=c1", "CA_ADDRESS=https://istiod.mesh.svc:15012", "XDS_ADDRESS=istiod.mesh.svc:15012",
 		"TERMINATION_GRACE_PERIOD_SECONDS=30", "RUST_LOG=warn,ztunnel=debug", "SECRET_TTL=1h", "WARREN_EXEMPT_NAMESPACES=kube-system,cni")
 	c := e.config()
-	if err := errors.Join(append(e.errs, c.Validate())...); err != nil {
+	if err := errors.Join(e.Err(), c.Validate()); err != nil {
 		t.Fatal(err)
 	}
 	if c.Node != "node1" || c.Cluster != "c1" || c.CAAddress != "istiod.mesh.svc:15012" || c.XDSAddress != c.CAAddress {
@@ -36,9 +37,9 @@ func TestAZtunnelManifestConfiguresTheAgent(t *testing.T) {
 }
 
 func TestWhatIsWrongIsSaidAllAtOnce(t *testing.T) {
-	e, _ := from("INSTANCE_IP=nowhere", "SECRET_TTL=soon", "XDS_ADDRESS=http://istiod:15012", "LOG_LEVEL=loud")
+	e := from("INSTANCE_IP=nowhere", "SECRET_TTL=soon", "XDS_ADDRESS=http://istiod:15012", "LOG_LEVEL=loud")
 	c := e.config()
-	err := errors.Join(append(e.errs, c.Validate())...)
+	err := errors.Join(e.Err(), c.Validate())
 	if err == nil {
 		t.Fatal("accepted")
 	}

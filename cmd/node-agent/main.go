@@ -7,7 +7,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -35,10 +34,10 @@ func run(args []string) error {
 		fmt.Println(version)
 		return nil
 	}
-	env := &environment{lookup: os.Getenv}
+	env := &environment{}
 	cfg := env.config()
 	defer env.flush()
-	if err := errors.Join(env.errs...); err != nil {
+	if err := env.Err(); err != nil {
 		return err
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)

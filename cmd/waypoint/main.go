@@ -3,15 +3,14 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os"
 	"os/signal"
-	"strconv"
 	"syscall"
 	"time"
 
+	"github.com/warrenmesh/warren/internal/environ"
 	"github.com/warrenmesh/warren/internal/logformat"
 	"github.com/warrenmesh/warren/waypoint/bootstrap"
 )
@@ -24,8 +23,9 @@ func main() {
 }
 
 func run() error {
-	cfg, err := config(os.LookupEnv)
-	if err != nil {
+	var env environ.Reader
+	cfg := config(&env)
+	if err := env.Err(); err != nil {
 		return err
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
@@ -33,30 +33,16 @@ func run() error {
 	return bootstrap.Run(ctx, cfg)
 }
 
-func config(lookup func(string) (string, bool)) (bootstrap.Config, error) {
-	var errs []error
-	text := func(name, otherwise string) string {
-		if v, ok := lookup(name); ok && v != "" {
-			return v
-		}
-		return otherwise
-	}
-	number := func(name string, otherwise int) int {
-		n, err := strconv.Atoi(text(name, strconv.Itoa(otherwise)))
-		if err != nil || n < 0 {
-			errs = append(errs, fmt.Errorf("%s=%q is no number", name, text(name, "")))
-		}
-		return n
-	}
+func config(e *environ.Reader) bootstrap.Config {
 	return bootstrap.Config{
-		PodName: text("POD_NAME", ""), PodNamespace: text("POD_NAMESPACE", ""), PodIP: text("POD_IP", ""),
-		ServiceAccount: text("SERVICE_ACCOUNT", ""), TrustDomain: text("TRUST_DOMAIN", "cluster.local"), ClusterID: text("CLUSTER_ID", "Kubernetes"),
-		ControlAddress: text("CONTROL_ADDRESS", "istiod.istio-system.svc:15012"),
-		RootFile:       text("ROOT_FILE", "/var/run/secrets/istio/root-cert.pem"),
-		TokenFile:      text("TOKEN_FILE", "/var/run/secrets/tokens/istio-token"),
-		Envoy:          text("ENVOY", "/envoy"), RunDir: text("RUN_DIR", "/run/waypoint"),
-		Concurrency: number("CONCURRENCY", 2), Drain: time.Duration(number("DRAIN_SECONDS", 30)) * time.Second,
-		LogLevel: text("ENVOY_LOG_LEVEL", "warning"), StatusAddr: ":15021", TelemetryAddr: ":15020", AdminPort: 15000,
-		Log: slog.New(logformat.New(os.Stdout, text("LOG_FORMAT", "") == "json", slog.LevelInfo)),
-	}, errors.Join(errs...)
+		PodName: e.Text("POD_NAME"), PodNamespace: e.Text("POD_NAMESPACE"), PodIP: e.Text("POD_IP"),
+		ServiceAccount: e.Text("SERVICE_ACCOUNT"), TrustDomain: e.TextOr("TRUST_DOMAIN", "cluster.local"), ClusterID: e.TextOr("CLUSTER_ID", "Kubernetes"),
+		ControlAddress: e.TextOr("CONTROL_ADDRESS", "istiod.istio-system.svc:15012"),
+		RootFile:       e.TextOr("ROOT_FILE", "/var/run/secrets/istio/root-cert.pem"),
+		TokenFile:      e.TextOr("TOKEN_FILE", "/var/run/secrets/tokens/istio-token"),
+		Envoy:          e.TextOr("ENVOY", "/envoy"), RunDir: e.TextOr("RUN_DIR", "/run/waypoint"),
+		Concurrency: e.Number("CONCURRENCY", 2), Drain: time.Duration(e.Number("DRAIN_SECONDS", 30)) * time.Second,
+		LogLevel: e.TextOr("ENVOY_LOG_LEVEL", "warning"), StatusAddr: ":15021", TelemetryAddr: ":15020", AdminPort: 15000,
+		Log: slog.New(logformat.New(os.Stdout, e.Text("LOG_FORMAT") == "json", slog.LevelInfo)),
+	}
 }

@@ -61,10 +61,15 @@ func waypointAccepted(s *index.PolicyState, o Object) condition {
 func names(waypoints []mesh.ServiceName) []string {
 	out := make([]string, 0, len(waypoints))
 	for _, w := range waypoints {
-		host, _, _ := strings.Cut(w.Hostname, ".")
-		out = append(out, w.Namespace+"/"+host)
+		out = append(out, gatewayName(w))
 	}
 	return out
+}
+
+// gatewayName is what users call a waypoint: namespace/name of its Gateway.
+func gatewayName(waypoint mesh.ServiceName) string {
+	name, _, _ := strings.Cut(waypoint.Hostname, ".")
+	return waypoint.Namespace + "/" + name
 }
 
 // policyName reads the name of a resource that a node refuses; the zero name fits no policy.

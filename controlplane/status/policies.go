@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -479,8 +478,7 @@ type atWaypoints struct {
 func (p *Policies) waypoints(e *entry, pending, refusing *[]string, why *string) atWaypoints {
 	out := atWaypoints{done: true}
 	for _, name := range e.state.Waypoints {
-		host, _, _ := strings.Cut(name.Hostname, ".")
-		way := "waypoint " + name.Namespace + "/" + host
+		way := "waypoint " + gatewayName(name)
 		var pods map[string]xds.Progress
 		if p.cfg.Waypoint != nil {
 			pods = p.cfg.Waypoint(name)
