@@ -40,6 +40,8 @@ type Config struct {
 	RootTTL        time.Duration // of a self-signed root; 0: 10 years
 	// ExternalCA is who signs for workloads instead of this control plane, "" for nobody.
 	ExternalCA string
+	// KeysByHTTP lets key sets that verify tokens be fetched without TLS.
+	KeysByHTTP bool
 	// CACertsDir is where a plugged-in signing key is mounted, "" for nowhere.
 	CACertsDir string
 
@@ -137,6 +139,9 @@ type warrenFile struct {
 	SameNode            string             `json:"sameNode"`
 	EnablementSelectors []enablementSource `json:"enablementSelectors"`
 	APIServerSources    []string           `json:"apiServerSources"`
+	KeySets             struct {
+		AllowHTTP bool `json:"allowHTTP"`
+	} `json:"keySets"`
 }
 
 // enablementSource is an enablement selector in istio-cni's form, or a bare label selector of namespaces.
@@ -214,6 +219,7 @@ func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
 	default:
 		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q: it must be auto, kernel or encrypt", c.Namespace, name, w.SameNode)
 	}
+	c.KeysByHTTP = c.KeysByHTTP || w.KeySets.AllowHTTP
 	for _, v := range w.APIServerSources {
 		p, err := netip.ParsePrefix(v)
 		if a, aerr := netip.ParseAddr(v); err != nil && aerr == nil {

@@ -27,6 +27,8 @@ import (
 	"github.com/warrenmesh/warren/controlplane/auth"
 	"github.com/warrenmesh/warren/controlplane/ca"
 	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/jwks"
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/controlplane/status"
 	"github.com/warrenmesh/warren/controlplane/xds"
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -63,6 +65,7 @@ type controlPlane struct {
 	cache      *xds.Cache
 	xds        *xds.Server
 	envoys     *xds.Waypoints
+	keys       *jwks.Fetcher
 	ca         *ca.Server
 	authority  *ca.Authority
 	authorizer *ca.Authorizer
@@ -99,6 +102,10 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		return nil, err
 	}
 	cp.source.Dynamic, cp.source.Gateways = clients.Dynamic, clients.Gateways
+	cp.keys = jwks.New(func(from policy.KeySource, keys, problem string) {
+		cp.source.SetKeys(from, index.KeyState{Keys: keys, Problem: problem})
+	}, log.With("scope", "jwks"))
+	cp.keys.AllowHTTP = cfg.KeysByHTTP
 	trusted := map[string]bool{}
 	for _, a := range cfg.TrustedNodes {
 		trusted[a] = true
@@ -192,6 +199,7 @@ func (cp *controlPlane) run(ctx context.Context) error {
 		return ended(ctx, err)
 	})
 	g.Go(func() error { cp.authority.Follow(ctx); return nil })
+	g.Go(func() error { cp.keys.Run(ctx); return nil })
 	if l := listeners[0]; l != nil {
 		g.Go(func() error { // only what has been read is served, and only then are pods known to the CA
 			select {
@@ -255,6 +263,7 @@ func (cp *controlPlane) publish(u *index.Update) {
 	_, services, _ := u.Snapshot.Len()
 	cp.services.Set(float64(services))
 	cp.apiServer.Store(&u.APIServer)
+	cp.keys.Want(u.Keys)
 	cp.notices.Take(u.Notices)
 	for name, ns := range u.Namespaces {
 		for _, c := range cp.copies {

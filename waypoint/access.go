@@ -21,9 +21,10 @@ import (
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
-// The two decisions, in this order. They are in the table of routes, so that a change reaches the next request of
-// connections that are open; what no route of the table has is what the filters themselves say: nobody.
+// The two decisions, in this order, and what only takes note. They are in the table of routes, so that a change reaches the
+// next request of connections that are open; what no route of the table has is what the filters themselves say: nobody.
 const (
+	auditFilter = "warren.audit"
 	denyFilter  = "warren.deny"
 	allowFilter = "warren.allow"
 )
@@ -34,30 +35,49 @@ func (b *builder) accessFilters() []*hcmv3.HttpFilter {
 	filter := func(name string) *hcmv3.HttpFilter {
 		return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: nobody}}
 	}
-	return []*hcmv3.HttpFilter{filter(denyFilter), filter(allowFilter)}
+	return []*hcmv3.HttpFilter{b.httpFilter(auditFilter, &httprbacv3.RBAC{}), filter(denyFilter), filter(allowFilter)}
 }
 
 // accessOf is what a table of routes says about who may ask for what.
 func (b *builder) accessOf(c chain) map[string]*anypb.Any {
-	deny, allow := decisions(c.svc.Access, true)
-	put := func(r *rbacv3.RBAC) *anypb.Any {
-		if r == nil {
+	d := decide(c.svc.Access, true)
+	put := func(r, shadow *rbacv3.RBAC, prefix string) *anypb.Any {
+		if r == nil && shadow == nil {
 			return b.config(&httprbacv3.RBACPerRoute{}) // decides nothing
 		}
-		return b.config(&httprbacv3.RBACPerRoute{Rbac: &httprbacv3.RBAC{Rules: r}})
+		f := &httprbacv3.RBAC{Rules: r, ShadowRules: shadow}
+		if shadow != nil {
+			f.ShadowRulesStatPrefix = prefix
+		}
+		return b.config(&httprbacv3.RBACPerRoute{Rbac: f})
 	}
-	return map[string]*anypb.Any{denyFilter: put(deny), allowFilter: put(allow)}
+	out := map[string]*anypb.Any{denyFilter: put(d.deny, d.dryDeny, dryRun(true)), allowFilter: put(d.allow, d.dryAllow, dryRun(false))}
+	if d.audit != nil {
+		out[auditFilter] = put(d.audit, nil, "")
+	}
+	if len(c.svc.Tokens) > 0 {
+		out[tokenFilter] = b.noteToken()
+	}
+	return out
 }
 
 // connectionAccess decides about connections whose bytes nobody reads.
 func (b *builder) connectionAccess(c chain) []*listenerv3.Filter {
-	deny, allow := decisions(c.svc.Access, false)
+	d := decide(c.svc.Access, false)
 	var out []*listenerv3.Filter
-	for _, r := range []*rbacv3.RBAC{deny, allow} {
-		if r != nil {
-			out = append(out, b.networkFilter("envoy.filters.network.rbac", &networkrbacv3.RBAC{StatPrefix: c.name("tcp"), Rules: r}))
+	add := func(r, shadow *rbacv3.RBAC, prefix string) {
+		if r == nil && shadow == nil {
+			return
 		}
+		f := &networkrbacv3.RBAC{StatPrefix: c.name("tcp"), Rules: r, ShadowRules: shadow}
+		if shadow != nil {
+			f.ShadowRulesStatPrefix = prefix
+		}
+		out = append(out, b.networkFilter("envoy.filters.network.rbac", f))
 	}
+	add(d.audit, nil, "")
+	add(d.deny, d.dryDeny, dryRun(true))
+	add(d.allow, d.dryAllow, dryRun(false))
 	return out
 }
 
@@ -68,18 +88,32 @@ func catchAll() *routev3.Route {
 	}}, Action: respond(404, "")}
 }
 
-// decisions makes the filters' rules of policies; nil is one that need not be made. Without a request what is about requests matches
-// nothing in an Allow policy, and is left out of a Deny policy.
-func decisions(policies []mesh.AccessPolicy, http bool) (deny, allow *rbacv3.RBAC) {
+// decisions are the filters' rules; nil are those that need not be made.
+type decisions struct {
+	audit, deny, allow, dryDeny, dryAllow *rbacv3.RBAC
+}
+
+// decide makes rules of policies. Without a request what is about requests matches nothing in an Allow policy, and is left
+// out of a Deny policy.
+func decide(policies []mesh.AccessPolicy, http bool) decisions {
+	var out decisions
 	for _, p := range policies {
-		into := &deny
-		action := rbacv3.RBAC_DENY
-		if p.Action == mesh.Allow {
-			into, action = &allow, rbacv3.RBAC_ALLOW
+		into, action := &out.audit, rbacv3.RBAC_LOG
+		switch p.Action {
+		case mesh.Deny:
+			into, action = &out.deny, rbacv3.RBAC_DENY
+			if p.DryRun {
+				into = &out.dryDeny
+			}
+		case mesh.Allow:
+			into, action = &out.allow, rbacv3.RBAC_ALLOW
+			if p.DryRun {
+				into = &out.dryAllow
+			}
 		}
 		if *into == nil {
 			*into = &rbacv3.RBAC{Action: action, Policies: map[string]*rbacv3.Policy{}}
-			if p.Action == mesh.Allow { // Envoy lets everybody in where there is none
+			if action != rbacv3.RBAC_DENY { // Envoy lets everybody in where there is none
 				(*into).Policies["nobody"] = never()
 			}
 		}
@@ -89,7 +123,7 @@ func decisions(policies []mesh.AccessPolicy, http bool) (deny, allow *rbacv3.RBA
 			}
 		}
 	}
-	return deny, allow
+	return out
 }
 
 func never() *rbacv3.Policy {
@@ -270,6 +304,10 @@ func principal(t mesh.AccessTest) *rbacv3.Principal {
 		any = append(any, p)
 	}
 	for _, v := range t.Text {
+		if t.On == mesh.AccessTokenPrincipal || t.On == mesh.AccessClaim {
+			any = append(any, ofToken(t, v))
+			continue
+		}
 		any = append(any, &rbacv3.Principal{Identifier: &rbacv3.Principal_FilterState{FilterState: &matcherv3.FilterStateMatcher{
 			Key: statePrincipal, Matcher: &matcherv3.FilterStateMatcher_StringMatch{StringMatch: peerMatcher(t.On, v)},
 		}}})

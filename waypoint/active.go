@@ -8,12 +8,15 @@ import "github.com/envoyproxy/go-control-plane/pkg/resource/v3"
 const TypeActive = "type.googleapis.com/warren.waypoint.v1.Active"
 
 // ActiveTypes are the types of which that is told: those that decide about requests and connections.
-var ActiveTypes = []string{resource.ListenerType, resource.RouteType}
+var ActiveTypes = []string{resource.ListenerType, resource.RouteType, resource.ExtensionConfigType}
 
 // ActiveKey names a resource among those of all types.
 func ActiveKey(kind, name string) string {
-	if kind == resource.ListenerType {
+	switch kind {
+	case resource.ListenerType:
 		return "listener/" + name
+	case resource.ExtensionConfigType:
+		return "extension/" + name
 	}
 	return "route/" + name
 }

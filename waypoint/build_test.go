@@ -141,6 +141,23 @@ var cases = map[string]func(*mesh.Service){
 			}}}},
 		}
 	},
+	"tokens": func(s *mesh.Service) {
+		s.Tokens = []mesh.TokenRule{
+			{Issuer: "https://issuer.example/", Audiences: []string{"shop"}, Keys: `{"keys":[{"kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"}]}`,
+				FromHeaders: []mesh.TokenHeader{{Name: "x-token", Prefix: "Token "}}, FromParams: []string{"token"}, FromCookies: []string{"token"},
+				Forward: true, PayloadHeader: "x-payload", Claims: []mesh.TokenClaim{{Header: "x-group", Claim: "group"}}, SpaceLists: []string{"roles"}},
+			{Issuer: "unreachable"},
+		}
+		s.Access = []mesh.AccessPolicy{
+			{Name: mesh.PolicyName{Namespace: "shop", Name: "known"}, Rules: []mesh.AccessRule{{Clauses: []mesh.AccessClause{
+				{Who: true, Any: [][]mesh.AccessTest{{{On: mesh.AccessTokenPrincipal, Text: []mesh.TextMatch{text(mesh.TextAny, ""), text(mesh.TextSuffix, "/me")}}}}},
+				{Who: true, Any: [][]mesh.AccessTest{{{On: mesh.AccessClaim, Claim: []string{"realm", "groups"}, Text: []mesh.TextMatch{text(mesh.TextExact, "admin"), text(mesh.TextAny, "")}}}}},
+			}}}},
+			{Name: mesh.PolicyName{Namespace: "shop", Name: "later"}, DryRun: true, Rules: []mesh.AccessRule{{}}},
+			{Name: mesh.PolicyName{Namespace: "shop", Name: "later-not"}, Action: mesh.Deny, DryRun: true, Rules: []mesh.AccessRule{{}}},
+			{Name: mesh.PolicyName{Namespace: "shop", Name: "noted"}, Action: mesh.Audit, Rules: []mesh.AccessRule{{}}},
+		}
+	},
 	"invalid": rules(mesh.HTTPRule{Name: "bad", Invalid: "there is nothing to do"}, mesh.HTTPRule{Name: "nowhere", Backends: []mesh.HTTPBackend{{Service: mesh.ServiceName{Namespace: "shop", Hostname: "absent"}, Weight: 1}}}),
 }
 
@@ -170,6 +187,9 @@ func golden(t *testing.T, r *Resources) []byte {
 	}
 	for _, m := range r.Endpoints {
 		add("endpoints", m)
+	}
+	for _, m := range r.Extensions {
+		add("extensions", m)
 	}
 	b, err := yaml.Marshal(all)
 	if err != nil {

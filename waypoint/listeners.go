@@ -271,7 +271,7 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			ConfigSource: adsSource(), RouteConfigName: c.name("http"),
 		}},
-		HttpFilters: append(b.accessFilters(),
+		HttpFilters: append(append(b.tokenFilters(c), b.accessFilters()...),
 			b.httpFilter(corsFilter, &corsv3.Cors{}),
 			b.httpFilter(faultFilter, &faultv3.HTTPFault{}),
 			b.router(),
@@ -339,6 +339,9 @@ func (b *builder) accessLog(c chain, http bool) *accesslogv3.AccessLog {
 		} {
 			fields[k] = v
 		}
+		reports(fields, "envoy.filters.http.rbac")
+	} else {
+		reports(fields, "envoy.filters.network.rbac")
 	}
 	format := &structpb.Struct{Fields: map[string]*structpb.Value{}}
 	for k, v := range fields {

@@ -71,19 +71,22 @@ func (x *Index) commitGuards(b *mesh.Builder) {
 		for ns := range x.authz {
 			x.touchTargeting(ns)
 		}
+		for ns := range x.requests {
+			x.touchTargeting(ns)
+		}
 	}
 	x.dirtyGuards = emptied(x.dirtyGuards)
 }
 
-// guarded adds the guards that a policy gives a subject. It reports whether every way to the subject that the policy is
+// guarded adds the guards that a policy of a namespace gives a subject. It reports whether every way to the subject that the policy is
 // about leads through a waypoint that decides; where one does not, the policy itself has to keep everybody out.
-func (x *Index) guarded(f *authorizationFact, s subject, waypoints []key, guards *[]guard) bool {
+func (x *Index) guarded(ns string, targets []policy.Target, s subject, waypoints []key, guards *[]guard) bool {
 	all := true
-	for _, t := range f.Targets {
+	for _, t := range targets {
 		found := false
 		for name, ports := range s.services {
 			w := x.winners[name]
-			if w == nil || !x.targets(f, t, w) {
+			if w == nil || !x.targets(ns, t, w) {
 				continue
 			}
 			found = true
@@ -114,46 +117,59 @@ func (x *Index) servesServices(waypoints []key) bool {
 	})
 }
 
-// targets reports whether a target of a policy is about a service.
-func (x *Index) targets(f *authorizationFact, t policy.Target, s *serviceFact) bool {
+// targets reports whether a target of a policy of a namespace is about a service.
+func (x *Index) targets(ns string, t policy.Target, s *serviceFact) bool {
 	switch t.Kind {
 	case policy.TargetService:
-		return !s.owner.entry && s.owner.key == key{f.Namespace, t.Name}
+		return !s.owner.entry && s.owner.key == key{ns, t.Name}
 	case policy.TargetServiceEntry:
-		return s.owner.entry && s.owner.key == key{f.Namespace, t.Name}
+		return s.owner.entry && s.owner.key == key{ns, t.Name}
 	case policy.TargetGateway:
-		return x.waypointAsked(s) == key{f.Namespace, t.Name}
+		return x.waypointAsked(s) == key{ns, t.Name}
 	case policy.TargetGatewayClass:
-		return t.Name == waypointClass && f.Namespace == x.c.RootNamespace && x.waypointAsked(s) != key{}
+		return t.Name == waypointClass && ns == x.c.RootNamespace && x.waypointAsked(s) != key{}
 	}
 	return false
 }
 
-// accessOf are the policies that a service's waypoint decides by.
-func (x *Index) accessOf(s *serviceFact) []mesh.AccessPolicy {
+// accessOf are the policies that a service's waypoint decides by, and how it verifies tokens.
+func (x *Index) accessOf(s *serviceFact) (access []mesh.AccessPolicy, tokens []mesh.TokenRule) {
 	if x.waypointFor(s) == nil {
-		return nil
+		return nil, nil
 	}
-	var out []mesh.AccessPolicy
 	namespaces := namespacesOf(s.owner.Namespace, x.c.RootNamespace)
 	if w := x.waypointAsked(s).Namespace; !slices.Contains(namespaces, w) {
 		namespaces = append(namespaces, w)
 	}
+	var requests []*requestFact
 	for _, ns := range namespaces {
 		for _, f := range x.authz[ns] {
-			if f.Attached != nil && slices.ContainsFunc(f.Targets, func(t policy.Target) bool { return x.targets(f, t, s) }) {
-				out = append(out, mesh.AccessPolicy{Name: f.Policy.Name, Action: f.Attached.Action, Rules: f.Attached.Rules})
+			if f.Attached != nil && x.anyTargets(ns, f.Targets, s) {
+				access = append(access, mesh.AccessPolicy{Name: f.Policy.Name, Action: f.Attached.Action, DryRun: f.Attached.DryRun, Rules: f.Attached.Rules})
+			}
+		}
+		for _, f := range x.requests[ns] {
+			if x.anyTargets(ns, f.Targets, s) {
+				requests = append(requests, f)
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b mesh.AccessPolicy) int { return a.Name.Compare(b.Name) })
-	return out
+	slices.SortFunc(access, func(a, b mesh.AccessPolicy) int { return a.Name.Compare(b.Name) })
+	slices.SortFunc(requests, func(a, b *requestFact) int { return compareKeys(a.key, b.key) })
+	for _, f := range requests {
+		tokens = append(tokens, x.tokenRules(f)...)
+	}
+	return access, tokens
+}
+
+func (x *Index) anyTargets(ns string, targets []policy.Target, s *serviceFact) bool {
+	return slices.ContainsFunc(targets, func(t policy.Target) bool { return x.targets(ns, t, s) })
 }
 
 // decidedAt tells at which waypoints a policy is decided, what guards it has there, and which of its services are without.
-func (x *Index) decidedAt(f *authorizationFact) (waypoints []mesh.ServiceName, guards []mesh.PolicyName, without []string) {
+func (x *Index) decidedAt(ns string, targets []policy.Target) (waypoints []mesh.ServiceName, guards []mesh.PolicyName, without []string) {
 	for _, s := range x.winners {
-		if !slices.ContainsFunc(f.Targets, func(t policy.Target) bool { return x.targets(f, t, s) }) {
+		if !x.anyTargets(ns, targets, s) {
 			continue
 		}
 		w := x.waypointFor(s)

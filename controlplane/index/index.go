@@ -14,6 +14,7 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
@@ -104,7 +105,8 @@ type Update struct {
 	Namespaces map[string]*NamespaceState
 	Policies   map[PolicyKey]*PolicyState
 	Notices    map[NoticeKey]*Notice
-	APIServer  []netip.Prefix // from where it calls, changed or not
+	APIServer  []netip.Prefix     // from where it calls, changed or not
+	Keys       []policy.KeySource // that are needed, changed or not
 }
 
 // source is an object that workloads are made from.
@@ -135,6 +137,8 @@ type Index struct {
 	authz        map[string]map[string]*authorizationFact
 	peerAuths    map[string]map[string]*peerAuthFact
 	requests     map[string]map[string]*requestFact
+	keys         map[policy.KeySource]KeyState
+	keyUsers     map[policy.KeySource]int           // rules of RequestAuthentications
 	virtuals     map[string]map[string]*routeFact   // VirtualServices
 	destinations map[string]map[string]*routeFact   // DestinationRules
 	gateways     map[string]map[string]*gatewayFact // waypoints
@@ -197,6 +201,8 @@ func New(cfg Config) (*Index, error) {
 		authz:           map[string]map[string]*authorizationFact{},
 		peerAuths:       map[string]map[string]*peerAuthFact{},
 		requests:        map[string]map[string]*requestFact{},
+		keys:            map[policy.KeySource]KeyState{},
+		keyUsers:        map[policy.KeySource]int{},
 		virtuals:        map[string]map[string]*routeFact{},
 		destinations:    map[string]map[string]*routeFact{},
 		gateways:        map[string]map[string]*gatewayFact{},
@@ -244,7 +250,7 @@ func (x *Index) Set(obj any) {
 	case *securityv1.PeerAuthentication:
 		x.setPeerAuth(keyOf(o), peerAuthFactOf(o))
 	case *securityv1.RequestAuthentication:
-		x.setRequestAuth(keyOf(o), requestFactOf(o))
+		x.setRequestAuth(keyOf(o), x.c.requestFactOf(o))
 	case *networkingv1.ServiceEntry:
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
 	case *kubenetworkingv1.NetworkPolicy:
@@ -343,7 +349,7 @@ func (x *Index) Commit() *Update {
 	if b.Changed() {
 		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
 	}
-	u.Snapshot, u.APIServer = x.snapshot, x.apiServer
+	u.Snapshot, u.APIServer, u.Keys = x.snapshot, x.apiServer, x.keySources()
 	return u
 }
 
@@ -389,7 +395,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		s := is.finish(x.namespaces[name.Namespace])
 		s.Waypoint = x.waypointFor(is)
 		x.route(s)
-		s.Access = x.accessOf(is)
+		s.Access, s.Tokens = x.accessOf(is)
 		b.PutService(s)
 	}
 }

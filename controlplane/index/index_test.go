@@ -68,7 +68,10 @@ func dump(x *Index) string {
 			line("  http %s matches %+v backends %+v invalid %q", r.Name, r.Matches, r.Backends, r.Invalid)
 		}
 		for _, a := range v.Access {
-			line("  access %s action %d rules %+v", a.Name, a.Action, a.Rules)
+			line("  access %s action %d dry-run %t rules %+v", a.Name, a.Action, a.DryRun, a.Rules)
+		}
+		for _, r := range v.Tokens {
+			line("  tokens %+v", r)
 		}
 		for _, s := range v.Subsets {
 			line("  subset %s %v", s.Name, s.Labels)

@@ -81,19 +81,19 @@ func (x *Index) waypoints(s subject) []key {
 }
 
 // attachedTo reports whether one of the targets of a policy is the subject's service or waypoint.
-func (x *Index) attachedTo(f *authorizationFact, s subject, waypoints []key) bool {
-	return slices.ContainsFunc(f.Targets, func(t policy.Target) bool {
+func (x *Index) attachedTo(ns string, targets []policy.Target, s subject, waypoints []key) bool {
+	return slices.ContainsFunc(targets, func(t policy.Target) bool {
 		switch t.Kind {
 		case policy.TargetService:
-			_, ok := s.services[x.c.serviceName(key{f.Namespace, t.Name})]
+			_, ok := s.services[x.c.serviceName(key{ns, t.Name})]
 			return ok
 		case policy.TargetServiceEntry:
-			e := x.entries[f.Namespace][t.Name]
+			e := x.entries[ns][t.Name]
 			return e != nil && slices.ContainsFunc(e.hosts, func(h *serviceFact) bool { _, ok := s.services[h.service.Name]; return ok })
 		case policy.TargetGateway:
-			return slices.Contains(waypoints, key{f.Namespace, t.Name})
+			return slices.Contains(waypoints, key{ns, t.Name})
 		case policy.TargetGatewayClass:
-			return len(waypoints) > 0 && t.Name == waypointClass && f.Namespace == x.c.RootNamespace
+			return len(waypoints) > 0 && t.Name == waypointClass && ns == x.c.RootNamespace
 		}
 		return false
 	})
@@ -106,7 +106,7 @@ func (x *Index) boundTo(f *authorizationFact, s subject, waypoints []key, guards
 		return false
 	}
 	if len(f.Targets) > 0 {
-		return x.attachedTo(f, s, waypoints) && !x.guarded(f, s, waypoints, guards)
+		return x.attachedTo(f.Namespace, f.Targets, s, waypoints) && !x.guarded(f.Namespace, f.Targets, s, waypoints, guards)
 	}
 	return (f.Namespace == s.namespace || f.Namespace == x.c.RootNamespace) && selects(f.Selector, s.labels)
 }
@@ -140,6 +140,13 @@ func (x *Index) policiesFor(s subject) bindings {
 				b.audits = append(b.audits, f.Policy.Name)
 			default:
 				b.policies = append(b.policies, f.Policy.Name)
+			}
+		}
+	}
+	for _, from := range namespaces {
+		for _, f := range x.requests[from] { // what comes past the waypoint has tokens that nobody has verified
+			if x.attachedTo(from, f.Targets, s, waypoints) {
+				x.guarded(from, f.Targets, s, waypoints, &b.guards)
 			}
 		}
 	}

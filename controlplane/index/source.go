@@ -26,6 +26,8 @@ import (
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 	gatewayclient "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
 	gatewayinformers "sigs.k8s.io/gateway-api/pkg/client/informers/externalversions"
+
+	"github.com/warrenmesh/warren/controlplane/policy"
 )
 
 // Source feeds an Index from a cluster.
@@ -52,7 +54,8 @@ type Source struct {
 	stores sync.Map // Kind → cache.Store
 
 	mu      sync.Mutex
-	changed map[ref]cache.Store // what changed, and where its state is
+	changed map[ref]cache.Store           // what changed, and where its state is
+	keys    map[policy.KeySource]KeyState // that were fetched since
 	wake    chan struct{}
 }
 
@@ -333,11 +336,30 @@ func (s *Source) handler(kind Kind, store cache.Store) cache.ResourceEventHandle
 	}
 }
 
+// SetKeys tells what came of fetching a key set.
+func (s *Source) SetKeys(k policy.KeySource, state KeyState) {
+	s.mu.Lock()
+	if s.keys == nil {
+		s.keys = map[policy.KeySource]KeyState{}
+	}
+	s.keys[k] = state
+	s.mu.Unlock()
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
 func (s *Source) commit() *Update {
 	s.mu.Lock()
 	changed := s.changed
 	s.changed = map[ref]cache.Store{}
+	keys := s.keys
+	s.keys = nil
 	s.mu.Unlock()
+	for k, state := range keys {
+		s.index.SetKeys(k, state)
+	}
 	for r, store := range changed {
 		obj, exists, err := store.GetByKey(cache.NewObjectName(r.Namespace, r.Name).String())
 		if err != nil || !exists {

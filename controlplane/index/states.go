@@ -5,8 +5,6 @@ import (
 	"slices"
 	"strings"
 
-	securityv1 "istio.io/client-go/pkg/apis/security/v1"
-
 	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -35,27 +33,16 @@ type PolicyState struct {
 // ReasonTargetNotFound says that a targetRef names what is not there, in Istio's word.
 const ReasonTargetNotFound = "TargetNotFound"
 
-// requestFact is what is kept of a RequestAuthentication: no node does anything with it.
-type requestFact struct {
-	key
-	uid        string
-	generation int64
-}
-
-func requestFactOf(p *securityv1.RequestAuthentication) *requestFact {
-	return &requestFact{keyOf(p), string(p.UID), p.Generation}
-}
-
-func (x *Index) setRequestAuth(k key, f *requestFact) {
-	put(x.requests, k, f)
-	x.dirtyStates[PolicyKey{RequestAuthentication, k.Namespace, k.Name}] = struct{}{}
-}
-
 // touchTargeting marks the policies of a namespace whose targets may have come or gone.
 func (x *Index) touchTargeting(ns string) {
 	for _, f := range x.authz[ns] {
 		if len(f.Targets) > 0 {
 			x.dirtyStates[PolicyKey{AuthorizationPolicy, f.Namespace, f.Name}] = struct{}{}
+		}
+	}
+	for _, f := range x.requests[ns] {
+		if len(f.Targets) > 0 {
+			x.dirtyStates[PolicyKey{RequestAuthentication, f.Namespace, f.Name}] = struct{}{}
 		}
 	}
 }
@@ -104,8 +91,7 @@ func (x *Index) policyState(k PolicyKey, pods []exempted) *PolicyState {
 		}
 	case RequestAuthentication:
 		if f := x.requests[k.Namespace][k.Name]; f != nil {
-			return &PolicyState{UID: f.uid, Generation: f.generation, Reason: policy.ReasonNoWaypoint,
-				Message: "tokens are of HTTP, which only a waypoint sees; AuthorizationPolicies that ask for requestPrincipals deny meanwhile"}
+			return x.requestState(f)
 		}
 	}
 	return nil
@@ -116,49 +102,63 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 	if !f.Inert {
 		s.Compiled = []mesh.PolicyName{f.Policy.Name}
 	}
-	if f.Exact && f.Policy.DryRun {
-		s.Message = "it is a dry run: evaluated and reported, and decides nothing"
-	} else if f.Exact && f.Policy.Action == mesh.Audit {
-		s.Message = "AUDIT: what it matches is reported, and nothing decided"
+	if f.Exact {
+		s.Message = reported(f)
 	}
 	if len(f.Targets) > 0 && x.decided(f, s) {
 		return s
 	}
+	x.misses(f.Namespace, f.Targets, s)
+	return s
+}
+
+// reported says of a policy that decides nothing what becomes of it.
+func reported(f *authorizationFact) string {
+	switch {
+	case f.Policy.DryRun:
+		return "it is a dry run: evaluated and reported, and decides nothing"
+	case f.Policy.Action == mesh.Audit:
+		return "AUDIT: what it matches is reported, and nothing decided"
+	}
+	return ""
+}
+
+// misses says where none of the targets of a policy is there.
+func (x *Index) misses(ns string, targets []policy.Target, s *PolicyState) {
 	var missing, useless []string
-	for _, t := range f.Targets {
+	for _, t := range targets {
 		switch t.Kind {
 		case policy.TargetService:
-			if x.services[f.Namespace][t.Name] == nil {
+			if x.services[ns][t.Name] == nil {
 				missing = append(missing, t.String())
 			}
 		case policy.TargetServiceEntry:
-			if x.entries[f.Namespace][t.Name] == nil {
+			if x.entries[ns][t.Name] == nil {
 				missing = append(missing, t.String())
 			}
 		case policy.TargetGatewayClass:
-			if f.Namespace != x.c.RootNamespace || t.Name != waypointClass {
+			if ns != x.c.RootNamespace || t.Name != waypointClass {
 				useless = append(useless, t.String())
 			}
 		case policy.TargetUnknown:
 			useless = append(useless, t.String())
 		}
 	}
-	if len(useless) > 0 && len(missing)+len(useless) == len(f.Targets) {
+	if len(useless) > 0 && len(missing)+len(useless) == len(targets) {
 		s.Reason = policy.ReasonIgnored
 		s.Message = fmt.Sprintf("%s is no waypoint's, so that the policy applies to nothing; a policy for the GatewayClass %s is made in the root namespace %s",
 			strings.Join(useless, ", "), waypointClass, x.c.RootNamespace)
-		return s
+		return
 	}
-	if len(missing) > 0 && len(missing) == len(f.Targets) {
+	if len(missing) > 0 && len(missing) == len(targets) {
 		s.Reason = ReasonTargetNotFound
-		s.Message = fmt.Sprintf("there is no %s in namespace %s, so that the policy applies to nothing", strings.Join(missing, ", no "), f.Namespace)
+		s.Message = fmt.Sprintf("there is no %s in namespace %s, so that the policy applies to nothing", strings.Join(missing, ", no "), ns)
 	}
-	return s
 }
 
 // decided tells of a policy that waypoints decide on; false where there is none of them.
 func (x *Index) decided(f *authorizationFact, s *PolicyState) bool {
-	waypoints, guards, without := x.decidedAt(f)
+	waypoints, guards, without := x.decidedAt(f.Namespace, f.Targets)
 	if len(waypoints) == 0 {
 		if len(without) == 0 && !slices.ContainsFunc(f.Targets, func(t policy.Target) bool {
 			return t.Kind != policy.TargetGateway || x.gateways[f.Namespace][t.Name] == nil
@@ -168,13 +168,15 @@ func (x *Index) decided(f *authorizationFact, s *PolicyState) bool {
 		}
 		return false
 	}
-	if f.Attached == nil {
-		s.Exact, s.Reason, s.Message = false, policy.ReasonUnsupported, "waypoints neither evaluate nor report AUDIT policies and dry runs"
-		return true
-	}
 	s.Waypoints, s.Compiled = waypoints, guards
 	s.Exact, s.Reason, s.Message = f.Attached.Message == "", f.Attached.Reason, f.Attached.Message
-	if len(without) > 0 {
+	switch {
+	case f.Inert:
+		s.Compiled = nil
+		if s.Exact {
+			s.Message = reported(f)
+		}
+	case len(without) > 0:
 		s.Compiled = append(s.Compiled, f.Policy.Name)
 		s.Exact, s.Reason = false, policy.ReasonNoWaypoint
 		s.Message = strings.TrimSuffix(fmt.Sprintf("no waypoint is in front of %s: connections to the workloads behind it are refused; %s", strings.Join(without, ", "), s.Message), "; ")

@@ -45,22 +45,21 @@ func (b *accessCompiler) rule(r *securityv1beta1.Rule) (out mesh.AccessRule, ok 
 	var from, to []tests
 	for _, f := range r.From {
 		s, t := f.GetSource(), tests{}
-		b.add(&t, mesh.AccessPrincipal, "", b.mesh.principals(s.GetPrincipals()), b.mesh.principals(s.GetNotPrincipals()))
-		b.add(&t, mesh.AccessNamespace, "", s.GetNamespaces(), s.GetNotNamespaces())
-		b.add(&t, mesh.AccessServiceAccount, "", s.GetServiceAccounts(), s.GetNotServiceAccounts())
-		b.add(&t, mesh.AccessTrustDomain, "", b.mesh.domains(s.GetTrustDomains()), b.mesh.domains(s.GetNotTrustDomains()))
-		b.add(&t, mesh.AccessSourceIP, "", s.GetIpBlocks(), s.GetNotIpBlocks())
-		b.add(&t, mesh.AccessRemoteIP, "", s.GetRemoteIpBlocks(), s.GetNotRemoteIpBlocks())
-		b.cannot(&t, "requestPrincipals", s.GetRequestPrincipals())
-		b.cannot(&t, "notRequestPrincipals", s.GetNotRequestPrincipals())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessPrincipal}, b.mesh.principals(s.GetPrincipals()), b.mesh.principals(s.GetNotPrincipals()))
+		b.add(&t, mesh.AccessTest{On: mesh.AccessNamespace}, s.GetNamespaces(), s.GetNotNamespaces())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessServiceAccount}, s.GetServiceAccounts(), s.GetNotServiceAccounts())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessTrustDomain}, b.mesh.domains(s.GetTrustDomains()), b.mesh.domains(s.GetNotTrustDomains()))
+		b.add(&t, mesh.AccessTest{On: mesh.AccessSourceIP}, s.GetIpBlocks(), s.GetNotIpBlocks())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessRemoteIP}, s.GetRemoteIpBlocks(), s.GetNotRemoteIpBlocks())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessTokenPrincipal}, s.GetRequestPrincipals(), s.GetNotRequestPrincipals())
 		from = append(from, t)
 	}
 	for _, o := range r.To {
 		op, t := o.GetOperation(), tests{}
-		b.add(&t, mesh.AccessPort, "", op.GetPorts(), op.GetNotPorts())
-		b.add(&t, mesh.AccessHost, "", op.GetHosts(), op.GetNotHosts())
-		b.add(&t, mesh.AccessMethod, "", op.GetMethods(), op.GetNotMethods())
-		b.add(&t, mesh.AccessPath, "", op.GetPaths(), op.GetNotPaths())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessPort}, op.GetPorts(), op.GetNotPorts())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessHost}, op.GetHosts(), op.GetNotHosts())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessMethod}, op.GetMethods(), op.GetNotMethods())
+		b.add(&t, mesh.AccessTest{On: mesh.AccessPath}, op.GetPaths(), op.GetNotPaths())
 		to = append(to, t)
 	}
 	ok = true
@@ -72,35 +71,43 @@ func (b *accessCompiler) rule(r *securityv1beta1.Rule) (out mesh.AccessRule, ok 
 	}
 	for _, w := range r.When {
 		t := tests{}
-		on, header, known := conditionOn(w.GetKey())
+		on, known := conditionOn(w.GetKey())
 		switch {
 		case !known:
 			b.unseen[short(w.GetKey())] = true
 			t.never = !b.deny
-		case on == mesh.AccessPrincipal:
-			b.add(&t, on, header, b.mesh.principals(w.GetValues()), b.mesh.principals(w.GetNotValues()))
-		case on == mesh.AccessTrustDomain:
-			b.add(&t, on, header, b.mesh.domains(w.GetValues()), b.mesh.domains(w.GetNotValues()))
+		case on.On == mesh.AccessPrincipal:
+			b.add(&t, on, b.mesh.principals(w.GetValues()), b.mesh.principals(w.GetNotValues()))
+		case on.On == mesh.AccessTrustDomain:
+			b.add(&t, on, b.mesh.domains(w.GetValues()), b.mesh.domains(w.GetNotValues()))
 		default:
-			b.add(&t, on, header, w.GetValues(), w.GetNotValues())
+			b.add(&t, on, w.GetValues(), w.GetNotValues())
 		}
-		ok = b.clause(&out, on.Who(), []tests{t}) && ok
+		ok = b.clause(&out, on.On.Who(), []tests{t}) && ok
 	}
 	return out, ok
 }
 
-// conditionOn is the attribute that a condition is about; false for one that waypoints do not look at.
-func conditionOn(key string) (on mesh.AccessAttribute, header string, known bool) {
+// conditionOn is the attribute that a condition is about, as a test without values; false for one that waypoints do not
+// look at.
+func conditionOn(key string) (_ mesh.AccessTest, known bool) {
 	if rest, ok := strings.CutPrefix(key, "request.headers["); ok {
 		name, ok := strings.CutSuffix(rest, "]")
-		return mesh.AccessHeader, strings.ToLower(name), ok && name != ""
+		return mesh.AccessTest{On: mesh.AccessHeader, Header: strings.ToLower(name)}, ok && name != ""
 	}
-	on, known = map[string]mesh.AccessAttribute{
-		"source.ip": mesh.AccessSourceIP, "source.namespace": mesh.AccessNamespace, "source.principal": mesh.AccessPrincipal,
-		"source.serviceAccount": mesh.AccessServiceAccount, "source.trustDomain": mesh.AccessTrustDomain, "remote.ip": mesh.AccessRemoteIP,
-		"destination.ip": mesh.AccessDestinationIP, "destination.port": mesh.AccessPort,
+	if rest, ok := strings.CutPrefix(key, "request.auth.claims["); ok {
+		rest, ok = strings.CutSuffix(rest, "]")
+		path := strings.Split(rest, "][")
+		return mesh.AccessTest{On: mesh.AccessClaim, Claim: path}, ok && !slices.Contains(path, "")
+	}
+	t, known := map[string]mesh.AccessTest{
+		"source.ip": {On: mesh.AccessSourceIP}, "source.namespace": {On: mesh.AccessNamespace}, "source.principal": {On: mesh.AccessPrincipal},
+		"source.serviceAccount": {On: mesh.AccessServiceAccount}, "source.trustDomain": {On: mesh.AccessTrustDomain}, "remote.ip": {On: mesh.AccessRemoteIP},
+		"destination.ip": {On: mesh.AccessDestinationIP}, "destination.port": {On: mesh.AccessPort},
+		"request.auth.principal": {On: mesh.AccessTokenPrincipal},
+		"request.auth.audiences": {On: mesh.AccessClaim, Claim: []string{"aud"}}, "request.auth.presenter": {On: mesh.AccessClaim, Claim: []string{"azp"}},
 	}[key]
-	return on, "", known
+	return t, known
 }
 
 // clause adds one to a rule; false where it holds for nothing.
@@ -122,16 +129,8 @@ func (b *accessCompiler) clause(out *mesh.AccessRule, who bool, all []tests) boo
 	return true
 }
 
-// cannot notes values that a waypoint does not look at.
-func (b *accessCompiler) cannot(t *tests, name string, values []string) {
-	if len(values) > 0 {
-		b.unseen[name] = true
-		t.never = t.never || !b.deny
-	}
-}
-
 // add adds a test of each of the two lists that has values.
-func (b *accessCompiler) add(t *tests, on mesh.AccessAttribute, header string, values, notValues []string) {
+func (b *accessCompiler) add(t *tests, on mesh.AccessTest, values, notValues []string) {
 	for _, list := range []struct {
 		not    bool
 		values []string
@@ -139,7 +138,8 @@ func (b *accessCompiler) add(t *tests, on mesh.AccessAttribute, header string, v
 		if len(list.values) == 0 {
 			continue
 		}
-		out, broken := mesh.AccessTest{On: on, Header: header, Not: list.not}, false
+		out, broken := on, false
+		out.Not = list.not
 		for _, v := range list.values {
 			if !b.value(&out, v) {
 				b.invalid = append(b.invalid, quote(v))

@@ -17,6 +17,14 @@ func TestAttached(t *testing.T) {
 	rule := func(tests ...mesh.AccessTest) []mesh.AccessRule {
 		return []mesh.AccessRule{{Clauses: []mesh.AccessClause{{Any: [][]mesh.AccessTest{tests}}}}}
 	}
+	token := mesh.AccessTest{On: mesh.AccessTokenPrincipal, Text: []mesh.TextMatch{{Kind: mesh.TextAny}}}
+	who := func(what []mesh.AccessTest, who mesh.AccessTest) []mesh.AccessRule {
+		out := mesh.AccessRule{Clauses: []mesh.AccessClause{{Who: true, Any: [][]mesh.AccessTest{{who}}}}}
+		if what != nil {
+			out.Clauses = append(out.Clauses, mesh.AccessClause{Any: [][]mesh.AccessTest{what}})
+		}
+		return []mesh.AccessRule{out}
+	}
 	all := []mesh.AccessRule{{}}
 	for _, c := range []struct {
 		name, spec string
@@ -27,9 +35,14 @@ func TestAttached(t *testing.T) {
 		{"methods", `rules: [{to: [{operation: {methods: [GET]}}]}]`, mesh.Allow, rule(get...), true},
 		{"everything", `rules: [{}]`, mesh.Allow, all, true},
 		{"nothing", ``, mesh.Allow, nil, true},
-		{"a token in ALLOW", `rules: [{from: [{source: {requestPrincipals: ["*"]}}], to: [{operation: {methods: [GET]}}]}]`, mesh.Allow, nil, false},
-		{"a token in DENY", "action: DENY\nrules: [{from: [{source: {requestPrincipals: [a]}}], to: [{operation: {methods: [GET]}}]}]", mesh.Deny, rule(get...), false},
-		{"nothing but a token in DENY", "action: DENY\nrules: [{when: [{key: \"request.auth.claims[a]\", values: [b]}]}]", mesh.Deny, all, false},
+		{"a token in ALLOW", `rules: [{from: [{source: {requestPrincipals: ["*"]}}], to: [{operation: {methods: [GET]}}]}]`, mesh.Allow, who(get, token), true},
+		{"a token in DENY", "action: DENY\nrules: [{from: [{source: {requestPrincipals: [\"*\"]}}], to: [{operation: {methods: [GET]}}]}]", mesh.Deny, who(get, token), true},
+		{"a claim", "action: DENY\nrules: [{when: [{key: \"request.auth.claims[a][b]\", values: [c]}]}]", mesh.Deny,
+			who(nil, mesh.AccessTest{On: mesh.AccessClaim, Claim: []string{"a", "b"}, Text: []mesh.TextMatch{{Kind: mesh.TextExact, Value: "c"}}}), true},
+		{"an audience", "rules: [{when: [{key: request.auth.audiences, values: [c]}]}]", mesh.Allow,
+			who(nil, mesh.AccessTest{On: mesh.AccessClaim, Claim: []string{"aud"}, Text: []mesh.TextMatch{{Kind: mesh.TextExact, Value: "c"}}}), true},
+		{"the server's name in ALLOW", `rules: [{to: [{operation: {methods: [GET]}}], when: [{key: connection.sni, values: [a]}]}]`, mesh.Allow, nil, false},
+		{"the server's name in DENY", "action: DENY\nrules: [{to: [{operation: {methods: [GET]}}], when: [{key: connection.sni, values: [a]}]}]", mesh.Deny, rule(get...), false},
 		{"an empty source in ALLOW", `rules: [{from: [{source: {}}]}]`, mesh.Allow, nil, true},
 		{"a port that is none in ALLOW", `rules: [{to: [{operation: {ports: [http, "80"]}}]}]`, mesh.Allow, rule(mesh.AccessTest{On: mesh.AccessPort, Ports: []uint16{80}}), false},
 		{"an exception that is none in ALLOW", `rules: [{to: [{operation: {methods: [GET], notPorts: [http]}}]}]`, mesh.Allow, nil, false},

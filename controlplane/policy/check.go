@@ -134,10 +134,10 @@ func (c *checker) enforcement(p *securityv1.AuthorizationPolicy) {
 			names = append(names, t.String())
 		}
 		switch a := compiled.Attached; {
-		case a == nil:
-			c.warn(NeedsWaypoint, "spec", "waypoints neither evaluate nor report AUDIT policies and dry runs")
 		case a.Message != "":
 			c.warn(NeedsWaypoint, "spec", "%s", a.Message)
+		case compiled.Inert:
+			c.warn(NeedsWaypoint, "spec", "it is for the waypoint of %s; while there is none, nothing is reported", some(names, 5))
 		default:
 			c.warn(NeedsWaypoint, "spec", "it is for the waypoint of %s; while there is none, connections to the workloads behind it are refused", some(names, 5))
 		}

@@ -40,13 +40,14 @@ type Compiled struct {
 	// HTTP are the attributes that nodes do not see, sorted.
 	HTTP []string
 
-	// Attached is what the waypoints of Targets do; nil for a policy that they neither evaluate nor report.
+	// Attached is what the waypoints of Targets do; nil for a policy without any.
 	Attached *Attached
 }
 
 // Attached is a policy as waypoints decide it. What of it they cannot do Reason and Message say; it is never weaker for that.
 type Attached struct {
 	Action          mesh.Action
+	DryRun          bool
 	Rules           []mesh.AccessRule
 	Reason, Message string
 }
@@ -174,12 +175,9 @@ func (c *Compiled) not(reason, message string) {
 	c.Exact, c.Reason, c.Message = false, reason, message
 }
 
-// attached compiles a policy for waypoints; nil where they do nothing about it.
+// attached compiles a policy for waypoints.
 func (m Mesh) attached(p *securityv1.AuthorizationPolicy, out *mesh.Policy) *Attached {
-	if out.Action == mesh.Audit || out.DryRun {
-		return nil
-	}
-	a := &Attached{Action: out.Action}
+	a := &Attached{Action: out.Action, DryRun: out.DryRun}
 	if problem := tooLarge(&p.Spec); problem != "" {
 		if a.Action == mesh.Deny {
 			a.Rules = []mesh.AccessRule{{}}
@@ -189,7 +187,7 @@ func (m Mesh) attached(p *securityv1.AuthorizationPolicy, out *mesh.Policy) *Att
 	}
 	rules, unseen, invalid := m.access(p.Namespace, &p.Spec, out.Action)
 	a.Rules = rules
-	effect := (&ruleCompiler{deny: a.Action == mesh.Deny}).effect()
+	effect := (&ruleCompiler{deny: a.Action == mesh.Deny, audit: a.Action == mesh.Audit}).effect()
 	var texts []string
 	if len(invalid) > 0 {
 		texts = append(texts, "not understood: "+some(invalid, 5)+"; "+effect)

@@ -23,5 +23,6 @@ const (
 	ReasonUnsupported = "UnsupportedValue" // values that mean nothing
 	ReasonTooLarge    = "TooLarge"         // beyond what one policy may have
 	ReasonConflicted  = "Conflicted"       // an older object of the same level holds instead
+	ReasonNoKeys      = "KeysNotFetched"   // the keys that verify tokens are not there
 	ReasonIgnored     = "Ignored"          // it cannot apply to anything where it is
 )

@@ -15,7 +15,9 @@ func (c *checker) request(p *securityv1.RequestAuthentication) {
 	for i, r := range p.Spec.JwtRules {
 		c.tokens(fmt.Sprintf("spec.jwtRules[%d]", i), r)
 	}
-	c.warn(NeedsWaypoint, "spec", "tokens are of HTTP, which only a waypoint sees: without one no request is looked at, and AuthorizationPolicies that ask for requestPrincipals deny meanwhile. "+Waypoints)
+	if len(p.Spec.TargetRefs) == 0 && p.Spec.TargetRef == nil {
+		c.warn(NeedsWaypoint, "spec", "tokens are of HTTP, which only a waypoint sees: without targetRefs no request is looked at, and AuthorizationPolicies that ask for requestPrincipals deny meanwhile. "+Waypoints)
+	}
 }
 
 // tokens checks what Istio's validation refuses and its definitions do not.

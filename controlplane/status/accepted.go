@@ -11,14 +11,17 @@ import (
 	"github.com/warrenmesh/warren/internal/wds"
 )
 
-// accepted are the conditions with which Istio says what it took an AuthorizationPolicy for, in its words. They say
-// nothing about any node.
+// accepted are the conditions with which Istio says what it took a policy for, in its words. They say nothing about any
+// node.
 func accepted(k index.PolicyKey, s *index.PolicyState, o Object) []condition {
-	if k.Kind != index.AuthorizationPolicy {
+	if k.Kind == index.PeerAuthentication {
 		return nil
 	}
 	if len(o.Targets) > 0 {
 		return []condition{waypointAccepted(s, o)}
+	}
+	if k.Kind != index.AuthorizationPolicy {
+		return nil
 	}
 	c := condition{ConditionZtunnelAccepted, string(metav1.ConditionTrue), "Accepted", "attached to ztunnel"}
 	if !s.Exact {

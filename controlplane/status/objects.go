@@ -24,20 +24,27 @@ func objectOf(o any) (Object, bool) {
 	switch p := o.(type) {
 	case *securityv1.AuthorizationPolicy:
 		out := object(p, &p.Status)
-		refs := p.Spec.TargetRefs
-		if len(refs) == 0 && p.Spec.TargetRef != nil {
-			refs = []*typev1beta1.PolicyTargetReference{p.Spec.TargetRef}
-		}
-		for _, r := range refs {
-			out.Targets = append(out.Targets, r.GetKind()+" "+p.Namespace+"/"+r.GetName())
-		}
+		out.Targets = targets(p.Namespace, p.Spec.TargetRefs, p.Spec.TargetRef)
 		return out, true
 	case *securityv1.PeerAuthentication:
 		return object(p, &p.Status), true
 	case *securityv1.RequestAuthentication:
-		return object(p, &p.Status), true
+		out := object(p, &p.Status)
+		out.Targets = targets(p.Namespace, p.Spec.TargetRefs, p.Spec.TargetRef)
+		return out, true
 	}
 	return Object{}, false
+}
+
+func targets(namespace string, refs []*typev1beta1.PolicyTargetReference, single *typev1beta1.PolicyTargetReference) []string {
+	if len(refs) == 0 && single != nil {
+		refs = []*typev1beta1.PolicyTargetReference{single}
+	}
+	var out []string
+	for _, r := range refs {
+		out = append(out, r.GetKind()+" "+namespace+"/"+r.GetName())
+	}
+	return out
 }
 
 func object(m metav1.Object, s *metav1alpha1.IstioStatus) Object {

@@ -135,6 +135,7 @@ func (w *Waypoints) build(name mesh.ServiceName) {
 	s, err := envoycache.NewSnapshot(strconv.FormatUint(w.serial, 10), map[envoyresource.Type][]envoytypes.Resource{
 		envoyresource.ListenerType: asResources(r.Listeners), envoyresource.RouteType: asResources(r.Routes),
 		envoyresource.ClusterType: asResources(r.Clusters), envoyresource.EndpointType: asResources(r.Endpoints),
+		envoyresource.ExtensionConfigType: asResources(r.Extensions),
 	})
 	if err == nil {
 		err = w.cache.SetSnapshot(context.Background(), name.String(), s)

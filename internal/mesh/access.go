@@ -3,10 +3,12 @@ package mesh
 import "net/netip"
 
 // AccessPolicy is an authorization policy of a service as its waypoint decides it, request by request: what a Deny policy
-// matches is denied; where there is an Allow policy, one of them has to match. A policy matches where one of its rules does.
+// matches is denied; where there is an Allow policy, one of them has to match. What an Audit policy matches is noted, and
+// nothing decided. A policy matches where one of its rules does.
 type AccessPolicy struct {
 	Name   PolicyName
-	Action Action // Allow or Deny
+	Action Action
+	DryRun bool // what it would do is noted, and not done
 	Rules  []AccessRule
 }
 
@@ -30,6 +32,8 @@ const (
 	AccessTrustDomain                           // the peer's
 	AccessSourceIP
 	AccessRemoteIP
+	AccessTokenPrincipal // issuer/subject of a verified token
+	AccessClaim          // of a verified token
 	AccessDestinationIP
 	AccessPort // of the service
 	AccessHost
@@ -39,17 +43,43 @@ const (
 )
 
 // HTTP reports whether only a request has the attribute.
-func (a AccessAttribute) HTTP() bool { return a >= AccessHost || a == AccessRemoteIP }
+func (a AccessAttribute) HTTP() bool {
+	return a >= AccessHost || a == AccessRemoteIP || a == AccessTokenPrincipal || a == AccessClaim
+}
 
 // Who reports whether the attribute is the client's.
-func (a AccessAttribute) Who() bool { return a <= AccessRemoteIP }
+func (a AccessAttribute) Who() bool { return a <= AccessClaim }
 
 // AccessTest compares an attribute with values, of which one has to match, or none if Not.
 type AccessTest struct {
 	On     AccessAttribute
-	Header string // whose, of AccessHeader
+	Header string   // whose, of AccessHeader
+	Claim  []string // whose, of AccessClaim: its name, and the names inside it
 	Not    bool
 	Text   []TextMatch
 	Nets   []netip.Prefix
 	Ports  []uint16
 }
+
+// TokenRule says how the tokens of one issuer are verified. A request whose token is not valid is refused; one without a
+// token is not, and has no attributes of one.
+type TokenRule struct {
+	Issuer    string   // "" for any
+	Audiences []string // one of them; empty: any
+	Keys      string   // a JSON Web Key Set; "" while there is none, and no token is valid
+
+	FromHeaders []TokenHeader // none of the three: the header Authorization and the parameter access_token
+	FromParams  []string
+	FromCookies []string
+
+	Forward       bool   // the application gets the token too
+	PayloadHeader string // that the application gets the payload in
+	Claims        []TokenClaim
+	SpaceLists    []string // claims that are lists written with spaces
+}
+
+// TokenHeader is where a token is, after a prefix.
+type TokenHeader struct{ Name, Prefix string }
+
+// TokenClaim is a claim that the application gets in a header.
+type TokenClaim struct{ Header, Claim string }

@@ -104,6 +104,7 @@ type Service struct {
 	Subsets []Subset
 	Traffic []Traffic
 	Access  []AccessPolicy // by name
+	Tokens  []TokenRule
 
 	Revision uint64
 }

@@ -43,11 +43,11 @@ func inPlace(t *testing.T, file string) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var g struct{ Listeners, Routes, Clusters, Endpoints []object }
+	var g struct{ Listeners, Routes, Clusters, Endpoints, Extensions []object }
 	if err := yaml.Unmarshal(b, &g); err != nil {
 		t.Fatal(err)
 	}
-	routes, endpoints := object{}, object{}
+	routes, endpoints, extensions := object{}, object{}, object{}
 	for _, r := range g.Routes {
 		// Envoy checks clusters that a table in its place names, and those of another listener come later.
 		routes[r["name"].(string)] = r
@@ -65,7 +65,10 @@ func inPlace(t *testing.T, file string) []byte {
 			}
 		}
 	}
-	inline(t, g.Listeners, routes)
+	for _, e := range g.Extensions {
+		extensions[e["name"].(string)] = e["typedConfig"]
+	}
+	inline(t, g.Listeners, routes, extensions)
 	agent := object{"name": "agent", "type": "STATIC", "load_assignment": object{"cluster_name": "agent", "endpoints": []any{
 		object{"lb_endpoints": []any{object{"endpoint": object{"address": object{"pipe": object{"path": "/nowhere"}}}}}},
 	}}}
@@ -81,16 +84,16 @@ func inPlace(t *testing.T, file string) []byte {
 	return out
 }
 
-// inline replaces references to route tables by the tables.
-func inline(t *testing.T, v any, routes object) {
+// inline replaces references to route tables and filters by what they refer to.
+func inline(t *testing.T, v any, routes, extensions object) {
 	switch v := v.(type) {
 	case []object:
 		for _, e := range v {
-			inline(t, e, routes)
+			inline(t, e, routes, extensions)
 		}
 	case []any:
 		for _, e := range v {
-			inline(t, e, routes)
+			inline(t, e, routes, extensions)
 		}
 	case object:
 		if rds, ok := v["rds"].(object); ok {
@@ -101,8 +104,14 @@ func inline(t *testing.T, v any, routes object) {
 			delete(v, "rds")
 			v["routeConfig"] = table
 		}
+		if _, ok := v["configDiscovery"]; ok {
+			delete(v, "configDiscovery")
+			if v["typedConfig"] = extensions[v["name"].(string)]; v["typedConfig"] == nil {
+				t.Errorf("there is no filter %v", v["name"])
+			}
+		}
 		for _, e := range v {
-			inline(t, e, routes)
+			inline(t, e, routes, extensions)
 		}
 	}
 }

@@ -223,6 +223,8 @@ func TestWaypointServes(t *testing.T) {
 		return err
 	})
 
+	t.Run("tokens", func(t *testing.T) { waypointTokens(t, istio, guarded, get) })
+
 	// A change reaches the next request.
 	apply := func(spec string) {
 		t.Helper()
@@ -374,7 +376,7 @@ func waypointCluster(t *testing.T) (*fake.Clientset, *istiofake.Clientset, *gate
 	})
 	kube.Resources = []*metav1.APIResourceList{
 		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}}},
-		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}}},
+		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}, {Name: "requestauthentications"}}},
 		{GroupVersion: "gateway.networking.k8s.io/v1", APIResources: []metav1.APIResource{{Name: "gateways"}}},
 	}
 	istio := istiofake.NewSimpleClientset(&networkingv1.DestinationRule{

@@ -126,7 +126,7 @@ func (r *readBack) read(ctx context.Context) (more bool) {
 
 // dump reads the versions of a type's resources into have.
 func (r *readBack) dump(ctx context.Context, kind string, names []string, have map[string]string) error {
-	what := map[string]string{resource.ListenerType: "dynamic_listeners", resource.RouteType: "dynamic_route_configs"}[kind]
+	what := map[string]string{resource.ListenerType: "dynamic_listeners", resource.RouteType: "dynamic_route_configs", resource.ExtensionConfigType: "ecds_filters"}[kind]
 	q := url.Values{"resource": {what}}
 	if len(names) <= 20 { // a request has to fit into Envoy's limit of headers
 		q.Set("name_regex", "^("+strings.Join(names, "|")+")$")
@@ -149,15 +149,21 @@ func (r *readBack) dump(ctx context.Context, kind string, names []string, have m
 			RouteConfig struct {
 				Name string `json:"name"`
 			} `json:"route_config"`
+			Extension struct {
+				Name string `json:"name"`
+			} `json:"ecds_filter"`
 		} `json:"configs"`
 	}
 	if err := json.NewDecoder(res.Body).Decode(&dump); err != nil {
 		return fmt.Errorf("config_dump: %w", err)
 	}
 	for _, c := range dump.Configs {
-		if kind == resource.ListenerType {
+		switch kind {
+		case resource.ListenerType:
 			have[waypoint.ActiveKey(kind, c.Name)] = c.ActiveState.Version
-		} else {
+		case resource.ExtensionConfigType:
+			have[waypoint.ActiveKey(kind, c.Extension.Name)] = c.Version
+		default:
 			have[waypoint.ActiveKey(kind, c.RouteConfig.Name)] = c.Version
 		}
 	}
