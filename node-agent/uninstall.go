@@ -27,7 +27,9 @@ func Uninstall(ctx context.Context, cfg Config) error {
 		errs = append(errs, fmt.Errorf("take out the CNI plugin: %w", err))
 	}
 	errs = append(errs, datapath.Uninstall(ctx, datapath.Config{Dir: cfg.BPFDir, CgroupRoot: cfg.CgroupRoot, Proc: cfg.Proc, Log: cfg.Log}))
-	for _, f := range []string{cfg.enrolledFile(), filepath.Join(cfg.StateDir, stateFile), cfg.CNISocket} {
+	states, err := filepath.Glob(filepath.Join(cfg.StateDir, stateFile) + "*") // with its journals
+	errs = append(errs, err)
+	for _, f := range append(states, cfg.enrolledFile(), cfg.CNISocket) {
 		if err := os.Remove(f); err != nil && !errors.Is(err, os.ErrNotExist) {
 			errs = append(errs, err)
 		}

@@ -482,3 +482,26 @@ func TestWhatARestoreMissedStaysHeld(t *testing.T) {
 		t.Fatalf("%v, %+v", err, s.Usage())
 	}
 }
+
+// A holder that ends takes its socket with it; one that has a successor leaves the successor's alone.
+func TestTheSocketGoesWithItsHolder(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "holder.sock")
+	_, stopFirst := start(t, ServerConfig{Path: path})
+	first, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, stopSecond := start(t, ServerConfig{Path: path})
+	waitFor(t, "the second holder has the socket", func() bool {
+		now, err := os.Stat(path)
+		return err == nil && !os.SameFile(first, now)
+	})
+	stopFirst()
+	if _, err := os.Stat(path); err != nil {
+		t.Errorf("the first holder took the second's socket along: %v", err)
+	}
+	stopSecond()
+	if _, err := os.Stat(path); !os.IsNotExist(err) {
+		t.Errorf("the socket is left: %v", err)
+	}
+}

@@ -71,6 +71,16 @@ func (s *Server) Run(ctx context.Context) error {
 		return err
 	}
 	s.cfg.Log.Info("holding", "socket", s.cfg.Path)
+	own, err := os.Stat(s.cfg.Path)
+	if err != nil {
+		l.Close()
+		return fmt.Errorf("listen on %s: %w", s.cfg.Path, err)
+	}
+	defer func() { // nothing stays on a node, and a successor's socket does
+		if now, err := os.Stat(s.cfg.Path); err == nil && os.SameFile(own, now) {
+			os.Remove(s.cfg.Path)
+		}
+	}()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	defer s.closeItems()
