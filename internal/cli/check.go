@@ -89,7 +89,7 @@ func (a *app) check(ctx context.Context, c *conn) ([]finding, error) {
 		return append(out, finding{"installation", "warning", "cannot tell: " + err.Error(), "this needs the right to list what is in " + a.namespace + ", namespaces and pods"}), nil
 	case err != nil:
 		out = append(out, finding{"installation", "warning", "Warren is not installed in " + a.namespace,
-			"helm install warren charts/warren -n " + a.namespace + " --create-namespace"})
+			a.name() + " install"})
 		return append(out, a.checkRights(ctx, c)), nil
 	}
 	return append(out, a.checkInstallation(ctx, c, s)...), nil

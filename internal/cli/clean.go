@@ -31,24 +31,31 @@ func (a *app) cleanCommand() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), limit)
 			defer cancel()
-			return a.clean(ctx, c)
+			return a.clean(ctx, c, nil)
 		},
 	}
 	cmd.Flags().DurationVar(&limit, "timeout", limit, "give up after this long")
 	return cmd
 }
 
-func (a *app) clean(ctx context.Context, c *conn) error {
+// clean stops the agents and cleans the nodes. Where the agents' DaemonSet is gone already, the nodes are cleaned with
+// the fallback; nil is none.
+func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) error {
 	sets := c.AppsV1().DaemonSets(a.namespace)
 	list, err := sets.List(ctx, metav1.ListOptions{LabelSelector: agentSelector})
 	if err != nil {
 		return fmt.Errorf("finding the node agents: %w", err)
 	}
-	if len(list.Items) == 0 {
+	if len(list.Items) == 0 && fallback == nil {
 		fmt.Fprintln(a.env.Out, "no node agents in "+a.namespace+", nothing to clean")
 		return nil
 	}
-	agent := list.Items[0]
+	var agent appsv1.DaemonSet
+	if len(list.Items) > 0 {
+		agent = list.Items[0]
+	} else {
+		agent = *fallback
+	}
 	if err := sets.Delete(ctx, agent.Name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
 		return fmt.Errorf("deleting DaemonSet %s: %w", agent.Name, err)
 	}
@@ -135,6 +142,13 @@ func cleaner(agent *appsv1.DaemonSet) *appsv1.DaemonSet {
 	// A DaemonSet's pods cannot end: once clean, they do something harmless until they are deleted.
 	idle := corev1.Container{Name: "done", Image: work.Image, ImagePullPolicy: work.ImagePullPolicy, Args: []string{"version"}}
 	t.Spec.Containers = []corev1.Container{idle}
+	// What the control plane writes may be gone; the work needs none of it.
+	optional := true
+	for i := range t.Spec.Volumes {
+		if m := t.Spec.Volumes[i].ConfigMap; m != nil {
+			m.Optional = &optional
+		}
+	}
 	grace := int64(1)
 	t.Spec.TerminationGracePeriodSeconds = &grace
 	return &appsv1.DaemonSet{

@@ -1,4 +1,5 @@
-// Package cli is the command line of Warren: check, status, node-config, bench, version.
+// Package cli is the command line of Warren: install, upgrade, uninstall, manifest, profile, check, status, why,
+// node-config, bench, version.
 //
 // It owns what an operator reads: tables, JSON and YAML of the same values, and errors that say what to do. It
 // talks to the Kubernetes API and, through a port forward, to the admin port of node agents; it must not
@@ -89,8 +90,8 @@ func (a *app) name() string {
 func (a *app) root() *cobra.Command {
 	root := &cobra.Command{
 		Use:           "warren",
-		Short:         "See and check a Warren mesh",
-		Long:          "See and check a Warren mesh.\n\nExit codes: 0 in order, 1 failed, 2 wrong command line, 3 done, and something is not in order.",
+		Short:         "Install, see and explain a Warren mesh",
+		Long:          "Install, see and explain a Warren mesh.\n\nExit codes: 0 in order, 1 failed, 2 wrong command line, 3 done, and something is not in order.",
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Annotations:   map[string]string{cobra.CommandDisplayNameAnnotation: a.name()},
@@ -109,7 +110,8 @@ func (a *app) root() *cobra.Command {
 	f.StringVar(&a.context, "context", "", "context of the kubeconfig")
 	f.StringVarP(&a.output, "output", "o", "table", "table, json or yaml")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
-	root.AddCommand(a.checkCommand(), a.statusCommand(), a.nodeConfigCommand(), a.versionCommand(), a.benchCommand(), a.cleanCommand())
+	root.AddCommand(a.installCommand(), a.upgradeCommand(), a.uninstallCommand(), a.manifestCommand(), a.profileCommand(),
+		a.checkCommand(), a.statusCommand(), a.whyCommand(), a.nodeConfigCommand(), a.versionCommand(), a.benchCommand(), a.cleanCommand())
 	return root
 }
 

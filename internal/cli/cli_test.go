@@ -252,7 +252,7 @@ func TestErrors(t *testing.T) {
 		code    int
 		says    string
 	}{
-		{nil, []string{"status"}, ExitError, "helm install"},
+		{nil, []string{"status"}, ExitError, "warren install"},
 		{installed(), []string{"node-config", "workloads", "nowhere"}, ExitError, "NAMESPACE/POD"},
 		{nil, []string{"node-config", "policies"}, ExitError, "warren check"},
 		{nil, []string{"status", "-o", "xml"}, ExitUsage, "none of table, json, yaml"},

@@ -17,11 +17,16 @@ import (
 	istio "istio.io/client-go/pkg/clientset/versioned"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/discovery/cached/memory"
+	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/rest"
+	"k8s.io/client-go/restmapper"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/portforward"
 	"k8s.io/client-go/transport/spdy"
+
+	"github.com/warrenmesh/warren/internal/cli/release"
 )
 
 // Labels and annotations that the mesh's objects carry.
@@ -40,6 +45,8 @@ type conn struct {
 	kubernetes.Interface
 	istio istio.Interface
 	rest  *rest.Config
+	// objects applies and deletes what the chart yields.
+	objects release.Cluster
 	// ask asks a port of a pod over HTTP; a seam for tests.
 	ask func(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error)
 }
@@ -63,7 +70,12 @@ func dialCluster(a *app) (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &conn{Interface: k, istio: i, rest: cfg}
+	d, err := dynamic.NewForConfig(cfg)
+	if err != nil {
+		return nil, err
+	}
+	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(k.Discovery()))
+	c := &conn{Interface: k, istio: i, rest: cfg, objects: release.Cluster{Client: d, Mapper: mapper}}
 	c.ask = c.forward
 	return c, nil
 }

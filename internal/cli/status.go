@@ -123,7 +123,7 @@ func (a *app) status(ctx context.Context, c *conn) (*meshStatus, error) {
 		}
 	}
 	if s.Control.Want == 0 && s.Agents.Want == 0 {
-		return nil, fmt.Errorf("%w in %s: helm install warren charts/warren -n %[2]s --create-namespace, or name its namespace with -n", errNotInstalled, a.namespace)
+		return nil, fmt.Errorf("%w in %s: %s install, or name its namespace with -n", errNotInstalled, a.namespace, a.name())
 	}
 	if s.Policies, err = a.policies(ctx, c.istio); err != nil {
 		return nil, err

@@ -189,6 +189,60 @@ func TestDecodeUndoesEncode(t *testing.T) {
 	})
 }
 
+// A Snapshot that went through its wire form has the same in it.
+func TestSnapshotIsReadBack(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		g := gen{t}
+		b := mesh.NewBuilder(nil)
+		b.SetConfig(mesh.Config{TrustDomain: "td", Network: g.word()})
+		for range g.n(4) {
+			b.PutWorkload(g.workload())
+			b.PutService(g.meshService())
+			p := g.policy()
+			if p.Action == mesh.Audit {
+				p.DryRun = false
+			}
+			b.PutPolicy(p)
+		}
+		want := b.Commit(uint64(1 + g.n(9)))
+		data, err := EncodeSnapshot(want)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := DecodeSnapshot(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		workloads, services, policies := got.Changes(want)
+		for c := range workloads {
+			if c.Old == nil || c.New == nil || !c.Old.Equal(c.New) {
+				t.Errorf("workload %+v became %+v", c.Old, c.New)
+			}
+		}
+		for c := range services {
+			if c.Old == nil || c.New == nil || !c.Old.Equal(c.New) {
+				t.Errorf("service %+v became %+v", c.Old, c.New)
+			}
+		}
+		for c := range policies {
+			if c.Old == nil || c.New == nil || !c.Old.Equal(c.New) {
+				t.Errorf("policy %+v became %+v", c.Old, c.New)
+			}
+		}
+		if got.Revision() != want.Revision() || !got.Config().Equal(want.Config()) {
+			t.Errorf("revision %d, %+v", got.Revision(), got.Config())
+		}
+	})
+	if s, err := DecodeSnapshot([]byte("{}")); err != nil || s.Revision() != 0 {
+		t.Errorf("of a node that knows nothing yet: %v", err)
+	}
+	for _, data := range []string{"", "[]", `{"revision":1,"addresses":["/w=="]}`, `{"revision":1,"config":""}`} {
+		if _, err := DecodeSnapshot([]byte(data)); !errors.Is(err, ErrResource) {
+			t.Errorf("%q: %v", data, err)
+		}
+	}
+}
+
 func throughTheWire(t rapid.TB, p *mesh.Policy) (*mesh.Policy, error) {
 	if p.Action == mesh.Audit {
 		m, err := EncodeAudit(p)

@@ -1,6 +1,7 @@
 // Package admin answers questions about a running node agent over HTTP:
 //
 //	127.0.0.1:15000  /config_dump /connections /version /logging /debug/pprof   for istioctl, Kiali and operators
+//	                 /debug/mesh   the state of the mesh as on the wire         for warren why
 //	*:15020          /metrics /stats/prometheus                                 for Prometheus
 //	*:15021          /healthz/ready                                             for the kubelet
 //
@@ -27,6 +28,7 @@ import (
 
 	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/wds"
 	"github.com/warrenmesh/warren/node-agent/proxy"
 )
 
@@ -132,6 +134,7 @@ func (s *Server) adminMux() *http.ServeMux {
 	m.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, map[string]string{"version": s.cfg.Version, "fips140": strconv.FormatBool(fips140.Enabled())})
 	})
+	m.HandleFunc("GET /debug/mesh", s.mesh)
 	m.HandleFunc("POST /logging", s.logging)
 	m.HandleFunc("GET /debug/pprof/", pprof.Index)
 	m.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
@@ -186,6 +189,17 @@ func (s *Server) logging(w http.ResponseWriter, r *http.Request) {
 		s.cfg.Log.Info("log level set", "level", want)
 	}
 	fmt.Fprintf(w, "current log level is %s\n", strings.ToLower(s.cfg.Level.Level().String()))
+}
+
+// mesh shows all that the node knows of the mesh, without loss, so that others decide with it as the node does.
+func (s *Server) mesh(w http.ResponseWriter, _ *http.Request) {
+	b, err := wds.EncodeSnapshot(s.cfg.Store.Load())
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(b)
 }
 
 func writeJSON(w http.ResponseWriter, v any) {

@@ -1,0 +1,188 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+
+	"github.com/warrenmesh/warren/internal/cli/release"
+)
+
+// uninstallCommand takes everything away.
+func (a *app) uninstallCommand() *cobra.Command {
+	limit, purge := 3*time.Minute, false
+	cmd := &cobra.Command{
+		Use: "uninstall", Short: "Clean the nodes and remove the mesh; pods go on without it",
+		Long: "Clean the nodes and remove the mesh; pods go on without it. It also removes what kubectl apply of a generated manifest\n" +
+			"installed, and what is left of an installation half removed.\n\n" +
+			"The namespace, the root key and the definitions, with what users stored under them, stay unless --purge is given.",
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := a.connect(a)
+			if err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(cmd.Context(), limit)
+			defer cancel()
+			return a.uninstall(ctx, c, purge)
+		},
+	}
+	cmd.Flags().DurationVar(&limit, "timeout", limit, "give up after this long")
+	cmd.Flags().BoolVar(&purge, "purge", false, "remove the namespace, the root key, and the definitions with all policies, routes and gateways under them")
+	return cmd
+}
+
+func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
+	start, p := time.Now(), a.progress()
+	records := release.Records{Client: c, Namespace: a.namespace}
+	history, err := records.List(ctx)
+	if err != nil {
+		return err
+	}
+	objects, err := a.installedObjects(history)
+	if err != nil {
+		return err
+	}
+	found, err := c.objects.Present(ctx, objects)
+	if err != nil {
+		return err
+	}
+	// Definitions alone are no installation: they stay on purpose.
+	if len(history) == 0 && !slices.ContainsFunc(found, func(o *unstructured.Unstructured) bool { return o.GetKind() != "CustomResourceDefinition" }) && !purge {
+		p.done("nothing of Warren is installed in %s", a.namespace)
+		return nil
+	}
+	p.now("cleaning the nodes")
+	if err := a.cleanAll(ctx, c, found, objects); err != nil {
+		return err
+	}
+	n, err := c.objects.Delete(ctx, found)
+	if err != nil {
+		return err
+	}
+	copies, err := a.removeCopies(ctx, c)
+	if err != nil {
+		return err
+	}
+	if err := a.awaitGone(ctx, c, p); err != nil {
+		return err
+	}
+	if err := records.Forget(ctx, history); err != nil {
+		return err
+	}
+	if purge {
+		kept := []*unstructured.Unstructured{release.NamespaceObject(a.namespace)} // and the root key with it
+		for _, o := range found {
+			if o.GetKind() == "CustomResourceDefinition" {
+				o.SetAnnotations(nil)
+				kept = append(kept, o)
+			}
+		}
+		m, err := c.objects.Delete(ctx, kept)
+		if err != nil {
+			return err
+		}
+		n += m
+	}
+	p.done("%s removed after %s", plural(n+copies, "object"), time.Since(start).Round(100*time.Millisecond))
+	return nil
+}
+
+// installedObjects is what may be there: what the record has, or else what the chart can yield.
+func (a *app) installedObjects(history []*release.Record) ([]*unstructured.Unstructured, error) {
+	var out []*unstructured.Unstructured
+	for _, rec := range history {
+		o, err := release.Parse(rec.Manifest)
+		if err != nil {
+			return nil, fmt.Errorf("reading revision %d of the release: %w", rec.Version, err)
+		}
+		out = append(release.Gone(out, o), o...)
+	}
+	if len(history) > 0 {
+		return out, nil
+	}
+	for _, names := range []bool{false, true} {
+		r, err := release.Render(map[string]any{"compat": map[string]any{"istioNames": names}}, release.Target{Namespace: a.namespace})
+		if err != nil {
+			return nil, err
+		}
+		out = append(release.Gone(out, r.Objects), r.Objects...)
+	}
+	return out, nil
+}
+
+// cleanAll cleans the nodes, with the chart's own agent where that in the cluster is gone.
+func (a *app) cleanAll(ctx context.Context, c *conn, found, objects []*unstructured.Unstructured) error {
+	isAgent := func(o *unstructured.Unstructured) bool {
+		return o.GetKind() == "DaemonSet" && o.GetLabels()["app"] == "ztunnel"
+	}
+	if slices.ContainsFunc(found, isAgent) {
+		return a.clean(ctx, c, nil)
+	}
+	i := slices.IndexFunc(objects, isAgent)
+	if i < 0 { // it never had agents
+		return a.clean(ctx, c, nil)
+	}
+	ds := &appsv1.DaemonSet{}
+	if err := convert(objects[i], ds); err != nil {
+		return err
+	}
+	account := &corev1.ServiceAccount{ObjectMeta: metav1.ObjectMeta{Namespace: a.namespace, Name: ds.Spec.Template.Spec.ServiceAccountName}}
+	accounts := c.CoreV1().ServiceAccounts(a.namespace)
+	switch _, err := accounts.Create(ctx, account, metav1.CreateOptions{}); {
+	case err == nil:
+		defer func() { _ = accounts.Delete(context.WithoutCancel(ctx), account.Name, metav1.DeleteOptions{}) }()
+	case !apierrors.IsAlreadyExists(err):
+		return fmt.Errorf("creating ServiceAccount %s: %w", account.Name, err)
+	}
+	return a.clean(ctx, c, ds)
+}
+
+// removeCopies deletes the root certificates that the control plane published.
+func (a *app) removeCopies(ctx context.Context, c *conn) (int, error) {
+	n := 0
+	for _, name := range []string{"istio-ca-root-cert", "istio-ca-crl"} {
+		list, err := c.CoreV1().ConfigMaps("").List(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + name})
+		if err != nil {
+			return n, fmt.Errorf("finding the copies of %s: %w", name, err)
+		}
+		for _, m := range list.Items {
+			if m.Name != name {
+				continue
+			}
+			if err := c.CoreV1().ConfigMaps(m.Namespace).Delete(ctx, name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+				return n, fmt.Errorf("deleting ConfigMap %s/%s: %w", m.Namespace, name, err)
+			}
+			n++
+		}
+	}
+	return n, nil
+}
+
+// awaitGone waits for the last pod, which has sockets on the nodes.
+func (a *app) awaitGone(ctx context.Context, c *conn, p *progress) error {
+	return a.poll(ctx, "waiting for the pods to end", func() (string, error) {
+		n := 0
+		for _, app := range []string{agentSelector, holderSelector, controlSelector, "app=" + cleanName} {
+			list, err := c.CoreV1().Pods(a.namespace).List(ctx, metav1.ListOptions{LabelSelector: app})
+			if err != nil {
+				return "", err
+			}
+			n += len(list.Items)
+		}
+		if n == 0 {
+			return "", nil
+		}
+		p.now("waiting for %s to end", plural(n, "pod"))
+		return strconv.Itoa(n) + " left", nil
+	})
+}

@@ -1,0 +1,55 @@
+package cli
+
+import (
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/warrenmesh/warren/internal/cli/release"
+)
+
+// valueFlags are the flags that say what is installed.
+type valueFlags struct {
+	profile        string
+	files          []string
+	set, setString []string
+}
+
+func (v *valueFlags) add(cmd *cobra.Command, profile string) {
+	f := cmd.Flags()
+	f.StringVar(&v.profile, "profile", profile, "what to start from: see profile list")
+	f.StringArrayVarP(&v.files, "values", "f", nil, "file with values of the chart, - is standard input; of several the last wins")
+	f.StringArrayVar(&v.set, "set", nil, "PATH=VALUE[,...] of the chart")
+	f.StringArrayVar(&v.setString, "set-string", nil, "PATH=VALUE whose value is text whatever it looks like")
+	_ = cmd.RegisterFlagCompletionFunc("profile", cobra.FixedCompletions(release.Profiles(), cobra.ShellCompDirectiveNoFileComp))
+}
+
+// values reads and checks what the flags say, over base.
+func (v *valueFlags) values(cmd *cobra.Command, base map[string]any) (map[string]any, error) {
+	s := release.Sources{Profile: v.profile, Set: v.set, SetString: v.setString}
+	for _, name := range v.files {
+		b, err := readValues(cmd.InOrStdin(), name)
+		if err != nil {
+			return nil, err
+		}
+		s.Files = append(s.Files, release.File{Name: name, Data: b})
+	}
+	out, err := s.Values(base)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return out, nil
+}
+
+func readValues(in io.Reader, name string) ([]byte, error) {
+	if name == "-" {
+		return io.ReadAll(in)
+	}
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return nil, fmt.Errorf("reading values: %w", err)
+	}
+	return b, nil
+}

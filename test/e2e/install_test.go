@@ -1,0 +1,151 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// warrenProgram builds the command line once.
+var warrenProgram = sync.OnceValues(func() (string, error) {
+	bin := filepath.Join(mesh.Root(), "bin", "warren")
+	build := exec.Command("go", "build", "-o", bin, "./cmd/warren")
+	build.Dir = mesh.Root()
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("building warren: %w\n%s", err, out)
+	}
+	return bin, nil
+})
+
+// warren runs the command line and returns its standard output.
+func warren(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	bin, err := warrenProgram()
+	must(t, err)
+	cmd := exec.CommandContext(t.Context(), bin, args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+mesh.Kubeconfig())
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("warren %s: %w: %s", strings.Join(args, " "), err, errs.String())
+	}
+	return out.String(), nil
+}
+
+// residue lists what of Warren's is on the nodes: programs, links and maps of the kernel, plugin, files.
+func residue(t *testing.T) (found []string) {
+	t.Helper()
+	const look = `ls -d /sys/fs/bpf/warren /opt/cni/bin/warren-cni 2>/dev/null
+grep -l warren-cni /etc/cni/net.d/* 2>/dev/null
+find /var/lib/warren /run/warren -type f -o -type s 2>/dev/null
+ip rule; true`
+	for _, name := range nodes[:2] {
+		n, err := mesh.Cluster.Node(name)
+		must(t, err)
+		out, err := n.Exec(t.Context(), "sh", "-c", look)
+		must(t, err)
+		for line := range strings.Lines(out) {
+			if line = strings.TrimSpace(line); line != "" && !strings.Contains(line, "lookup local") && !strings.Contains(line, "lookup main") && !strings.Contains(line, "lookup default") {
+				found = append(found, name+": "+line)
+			}
+		}
+	}
+	return found
+}
+
+// The manifest of every profile is applied at the first try to a cluster that has nothing; warren takes it away again
+// and leaves nothing on the nodes; warren installs, and helm goes on from there.
+func TestInstall(t *testing.T) {
+	ownCluster(t)
+	if !*long {
+		t.Skip("minutes: every profile on an emptied cluster; -long does it")
+	}
+	t.Cleanup(func() {
+		if err := mesh.Install(context.WithoutCancel(t.Context())); err != nil {
+			t.Error(err)
+		}
+	})
+	ns := pair(t, "e2e-install")
+	empty := func() {
+		t.Helper()
+		out, err := warren(t, "uninstall", "--purge")
+		if err != nil {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+			out, err := mesh.Kubectl(t.Context(), "get", "namespaces,customresourcedefinitions", "-o", "name")
+			if err == nil && (strings.Contains(out, "/"+lab.Namespace+"\n") || strings.Contains(out, "istio.io\n") || strings.Contains(out, "gateway.networking")) {
+				err = fmt.Errorf("not empty yet: %s", out)
+			}
+			return err
+		}))
+	}
+	left, uninstalls := 0, 0
+	gone := func(how string) {
+		t.Helper()
+		uninstalls++
+		if found := residue(t); len(found) > 0 {
+			left += len(found)
+			t.Errorf("%s leaves\n%s", how, strings.Join(found, "\n"))
+		}
+	}
+
+	empty() // what helm installed
+	gone("uninstalling what helm installed")
+
+	failed := 0
+	profiles := []string{"empty", "minimal", "ambient", "demo", "default"}
+	for _, p := range profiles {
+		manifest, err := warren(t, "manifest", "generate", "--profile", p)
+		must(t, err)
+		if manifest == "" {
+			continue // nothing to apply
+		}
+		if err := mesh.Apply(t.Context(), manifest); err != nil {
+			failed++
+			t.Errorf("%s: %.2000v", p, err)
+		}
+		if p == "default" {
+			if out, err := warren(t, "status", "--wait"); err != nil {
+				t.Errorf("%v\n%s", err, out)
+			}
+			if _, err := mesh.AwaitRedirection(t.Context(), ns, "enabled", time.Minute); err != nil {
+				t.Error(err)
+			}
+		}
+		empty()
+		gone("uninstalling the manifest of " + p)
+	}
+	record("manifests-first-try", "manifests-first-try", len(profiles), failed, float64(len(profiles)-failed), "profiles whose manifest an empty cluster takes at the first try")
+
+	start := time.Now()
+	if out, err := warren(t, "install"); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	took := time.Since(start)
+	t.Logf("install to ready: %.1f s", took.Seconds())
+	record("figures", "warren install to ready, empty cluster", 1, 0, took.Seconds(), "s")
+	if out, err := mesh.Helm(t.Context(), "list", "-n", lab.Namespace); err != nil || !strings.Contains(out, "deployed") {
+		t.Errorf("helm does not know the release: %v\n%s", err, out)
+	}
+	must(t, mesh.Install(t.Context())) // helm upgrade
+	if out, err := warren(t, "upgrade", "--set", "control.logLevel=debug"); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	_, err := mesh.AwaitRedirection(t.Context(), ns, "enabled", time.Minute)
+	must(t, err)
+	if out, err := warren(t, "uninstall"); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+	gone("uninstalling")
+	record("uninstall-residue", "uninstall-residue", uninstalls, left, float64(left), "BPF pins, CNI entries, files, rules left on two nodes")
+}
