@@ -13,6 +13,8 @@ import (
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // ServerConfig configures a Server. Zero limits take their defaults.
@@ -66,19 +68,14 @@ func NewServer(cfg ServerConfig) *Server {
 
 // Run listens and serves until ctx ends, then closes everything it holds.
 func (s *Server) Run(ctx context.Context) error {
-	l, err := listen(s.cfg.Path)
+	l, own, err := listen(s.cfg.Path)
 	if err != nil {
 		return err
 	}
 	s.cfg.Log.Info("holding", "socket", s.cfg.Path)
-	own, err := os.Stat(s.cfg.Path)
-	if err != nil {
-		l.Close()
-		return fmt.Errorf("listen on %s: %w", s.cfg.Path, err)
-	}
-	defer func() { // nothing stays on a node, and a successor's socket does
-		if now, err := os.Stat(s.cfg.Path); err == nil && os.SameFile(own, now) {
-			os.Remove(s.cfg.Path)
+	defer func() { // nothing stays on a node
+		if err := own.remove(); err != nil {
+			s.cfg.Log.Warn("remove the holder socket", "socket", s.cfg.Path, "err", err)
 		}
 	}()
 	stop := context.AfterFunc(ctx, func() { l.Close() })
@@ -117,27 +114,68 @@ func (s *Server) Run(ctx context.Context) error {
 
 // listen binds the socket under a name of its own and moves it into place, so that a client finds the old
 // socket or the new one and never none.
-func listen(path string) (*net.UnixListener, error) {
+func listen(path string) (*net.UnixListener, socket, error) {
+	fail := func(err error) (*net.UnixListener, socket, error) {
+		return nil, socket{}, fmt.Errorf("listen on %s: %w", path, err)
+	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
+		return fail(err)
 	}
 	tmp := fmt.Sprintf("%s.%d", path, os.Getpid())
 	os.Remove(tmp)
 	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: tmp, Net: "unixpacket"})
 	if err != nil {
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
+		return fail(err)
 	}
 	l.SetUnlinkOnClose(false)
+	own := socket{path: path}
 	err = os.Chmod(tmp, 0o600)
 	if err == nil {
-		err = os.Rename(tmp, path)
+		own.file, err = os.Stat(tmp)
+	}
+	if err == nil {
+		err = own.exclusively(func() error { return os.Rename(tmp, path) })
 	}
 	if err != nil {
 		l.Close()
 		os.Remove(tmp)
-		return nil, fmt.Errorf("listen on %s: %w", path, err)
+		return fail(err)
 	}
-	return l, nil
+	return l, own, nil
+}
+
+// socket is the file that a holder listens on.
+type socket struct {
+	path string
+	file os.FileInfo
+}
+
+// remove deletes the file, unless a successor has put its own in its place.
+func (s socket) remove() error {
+	return s.exclusively(func() error {
+		now, err := os.Stat(s.path)
+		if err == nil && os.SameFile(s.file, now) {
+			err = os.Remove(s.path)
+		}
+		if errors.Is(err, os.ErrNotExist) {
+			err = nil
+		}
+		return err
+	})
+}
+
+// exclusively runs f while no other holder puts a socket into the directory or takes one out. The lock is the
+// directory's own, so that it leaves no file.
+func (s socket) exclusively(f func() error) error {
+	dir, err := os.Open(filepath.Dir(s.path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", dir.Name(), err)
+	}
+	return f()
 }
 
 func (s *Server) serve(ctx context.Context, c *net.UnixConn) {
