@@ -17,6 +17,9 @@ import (
 // cleanName is the DaemonSet that cleans the nodes, and its pods' label.
 const cleanName = "warren-uninstall"
 
+// goneForGood says what to do about a node that no longer answers.
+const goneForGood = "on a node that is gone for good nothing is lost: run this again without it"
+
 // cleanCommand is what the chart runs before it is uninstalled. Capture outlives the agent on purpose, so
 // somebody has to say that it is to end.
 func (a *app) cleanCommand() *cobra.Command {
@@ -67,7 +70,7 @@ func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) er
 		}
 		return plural(len(pods.Items), "agent") + " still running", nil
 	}); err != nil {
-		return err
+		return fmt.Errorf("%w; %s", err, goneForGood)
 	}
 	if _, err := sets.Create(ctx, cleaner(&agent), metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("creating DaemonSet %s: %w", cleanName, err)
@@ -79,7 +82,7 @@ func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) er
 			fmt.Fprintf(a.env.Err, "deleting DaemonSet %s: %v\n", cleanName, err)
 		}
 	}()
-	return a.poll(ctx, "waiting for the nodes to be clean", func() (string, error) {
+	if err := a.poll(ctx, "waiting for the nodes to be clean", func() (string, error) {
 		ds, err := sets.Get(ctx, cleanName, metav1.GetOptions{})
 		if err != nil {
 			return "", err
@@ -103,7 +106,10 @@ func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) er
 		}
 		fmt.Fprintf(a.env.Out, "%s clean\n", plural(len(pods.Items), "node"))
 		return "", nil
-	})
+	}); err != nil {
+		return fmt.Errorf("%w; %s", err, goneForGood)
+	}
+	return nil
 }
 
 // poll calls f until it has nothing left to say.
@@ -118,7 +124,7 @@ func (a *app) poll(ctx context.Context, what string, f func() (string, error)) e
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%s: %s; on a node that is gone for good nothing is lost: run this again without it", what, left)
+			return fmt.Errorf("%s: %s", what, left)
 		case <-time.After(250 * time.Millisecond):
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -92,6 +93,16 @@ func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
 			return err
 		}
 		n += m
+		// An installation before the last of them is gone would lose what it has just applied.
+		if err := a.poll(ctx, "waiting for the namespace and the definitions to go", func() (string, error) {
+			left, err := c.objects.Ending(ctx, kept)
+			if err == nil && len(left) > 0 {
+				p.now("waiting for %s to go", some(left))
+			}
+			return strings.Join(left, ", "), err
+		}); err != nil {
+			return err
+		}
 	}
 	p.done("%s removed after %s", plural(n+copies, "object"), time.Since(start).Round(100*time.Millisecond))
 	return nil

@@ -29,37 +29,30 @@ var warrenProgram = sync.OnceValues(func() (string, error) {
 // warren runs the command line and returns its standard output.
 func warren(t *testing.T, args ...string) (string, error) {
 	t.Helper()
+	out, errs, err := runWarren(t, args...)
+	if err != nil {
+		err = fmt.Errorf("warren %s: %w: %s", strings.Join(args, " "), err, errs)
+	}
+	return out, err
+}
+
+// warrenSays runs the command line and returns what it says of its progress and of errors.
+func warrenSays(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	_, errs, err := runWarren(t, args...)
+	return errs, err
+}
+
+func runWarren(t *testing.T, args ...string) (stdout, stderr string, err error) {
+	t.Helper()
 	bin, err := warrenProgram()
 	must(t, err)
 	cmd := exec.CommandContext(t.Context(), bin, args...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+mesh.Kubeconfig())
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	if err := cmd.Run(); err != nil {
-		return out.String(), fmt.Errorf("warren %s: %w: %s", strings.Join(args, " "), err, errs.String())
-	}
-	return out.String(), nil
-}
-
-// residue lists what of Warren's is on the nodes: programs, links and maps of the kernel, plugin, files.
-func residue(t *testing.T) (found []string) {
-	t.Helper()
-	const look = `ls -d /sys/fs/bpf/warren /opt/cni/bin/warren-cni 2>/dev/null
-grep -l warren-cni /etc/cni/net.d/* 2>/dev/null
-find /var/lib/warren /run/warren -type f -o -type s 2>/dev/null
-ip rule; true`
-	for _, name := range nodes[:2] {
-		n, err := mesh.Cluster.Node(name)
-		must(t, err)
-		out, err := n.Exec(t.Context(), "sh", "-c", look)
-		must(t, err)
-		for line := range strings.Lines(out) {
-			if line = strings.TrimSpace(line); line != "" && !strings.Contains(line, "lookup local") && !strings.Contains(line, "lookup main") && !strings.Contains(line, "lookup default") {
-				found = append(found, name+": "+line)
-			}
-		}
-	}
-	return found
+	err = cmd.Run()
+	return out.String(), errs.String(), err
 }
 
 // The manifest of every profile is applied at the first try to a cluster that has nothing; warren takes it away again
@@ -84,10 +77,18 @@ func TestInstall(t *testing.T) {
 		must(t, lab.Eventually(t.Context(), time.Minute, func() error {
 			out, err := mesh.Kubectl(t.Context(), "get", "namespaces,customresourcedefinitions", "-o", "name")
 			if err == nil && (strings.Contains(out, "/"+lab.Namespace+"\n") || strings.Contains(out, "istio.io\n") || strings.Contains(out, "gateway.networking")) {
-				err = fmt.Errorf("not empty yet: %s", out)
+				why, _ := mesh.Kubectl(t.Context(), "get", "customresourcedefinitions", "-o",
+					`jsonpath={range .items[*]}{.metadata.name} {.metadata.deletionTimestamp} {.metadata.finalizers} {.status.conditions[?(@.type=="Terminating")].message}{"\n"}{end}`)
+				err = fmt.Errorf("not empty yet: %s%s", out, why)
 			}
 			return err
 		}))
+	}
+	held := strings.Join(residue(t), "\n")
+	for _, what := range []string{"at cgroup", "sk_lookup programs", "at link", "the rule", "/sys/fs/bpf/warren", "warren-cni", "/run/warren/", "/var/lib/warren/"} {
+		if !strings.Contains(held, what) {
+			t.Errorf("while the mesh runs the nodes have nothing of %q, so that nothing could be found left:\n%s", what, held)
+		}
 	}
 	left, uninstalls := 0, 0
 	gone := func(how string) {
@@ -137,7 +138,7 @@ func TestInstall(t *testing.T) {
 	if out, err := mesh.Helm(t.Context(), "list", "-n", lab.Namespace); err != nil || !strings.Contains(out, "deployed") {
 		t.Errorf("helm does not know the release: %v\n%s", err, out)
 	}
-	must(t, mesh.Install(t.Context())) // helm upgrade
+	must(t, mesh.Install(t.Context())) // helm goes on from it
 	if out, err := warren(t, "upgrade", "--set", "control.logLevel=debug"); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
@@ -147,5 +148,5 @@ func TestInstall(t *testing.T) {
 		t.Errorf("%v\n%s", err, out)
 	}
 	gone("uninstalling")
-	record("uninstall-residue", "uninstall-residue", uninstalls, left, float64(left), "BPF pins, CNI entries, files, rules left on two nodes")
+	record("uninstall-residue", "uninstall-residue", uninstalls, left, float64(left), "BPF programs, links and maps, CNI entries, files and rules left on two nodes")
 }

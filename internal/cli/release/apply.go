@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -119,6 +120,38 @@ func (c Cluster) Delete(ctx context.Context, objects []*unstructured.Unstructure
 		}
 	}
 	return n, errors.Join(errs...)
+}
+
+// Ending describes those of the objects that are still there, with what the API server says that they wait for.
+func (c Cluster) Ending(ctx context.Context, objects []*unstructured.Unstructured) ([]string, error) {
+	var left []string
+	for _, o := range objects {
+		r, err := c.resource(o)
+		if meta.IsNoMatchError(err) {
+			continue
+		}
+		var got *unstructured.Unstructured
+		if err == nil {
+			got, err = r.Get(ctx, o.GetName(), metav1.GetOptions{})
+		}
+		if apierrors.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("reading %s: %w", Describe(o), err)
+		}
+		what := Describe(o)
+		conditions, _, _ := unstructured.NestedSlice(got.Object, "status", "conditions")
+		for _, item := range conditions {
+			x, _ := item.(map[string]any)
+			ends := x["type"] == "Terminating" || strings.HasPrefix(fmt.Sprint(x["type"]), "Namespace")
+			if message, _ := x["message"].(string); ends && x["status"] == "True" && message != "" {
+				what += " (" + message + ")"
+			}
+		}
+		left = append(left, what)
+	}
+	return left, nil
 }
 
 func (c Cluster) resource(o *unstructured.Unstructured) (dynamic.ResourceInterface, error) {
