@@ -80,7 +80,7 @@ func TestALoopWritesOnceForAllThatIsReady(t *testing.T) {
 		return c.tls.out.seq
 	}
 	p := make([]byte, 100)
-	for range 20 {
+	for i := range 20 {
 		h := holdUp{make(chan struct{}), make(chan struct{})}
 		c.loop.post(&sock{l: c.loop, owner: h, slot: -1, fd: -1})
 		<-h.held
@@ -96,7 +96,7 @@ func TestALoopWritesOnceForAllThatIsReady(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		if n := records() - before; n > 2 { // a PING may come between
+		if n := records() - before; n > 2 && i > 0 { // a PING may come between, and first the events of new sockets
 			t.Errorf("what %d applications said at once went out in %d records", len(x), n)
 		}
 	}
