@@ -70,6 +70,9 @@ func (cp *controlPlane) leaderWork(ctx context.Context) {
 	wg.Go(func() { cp.notices.Run(ctx) })
 	wg.Go(func() { cp.policies.Run(ctx) })
 	wg.Go(func() { cp.waypoints().Run(ctx) })
+	if cp.routes != nil {
+		wg.Go(func() { cp.routes.Run(ctx) })
+	}
 	if d := cp.deployer(); d != nil {
 		wg.Go(func() { d.Run(ctx) })
 	}

@@ -74,6 +74,7 @@ type controlPlane struct {
 	notices    *status.Notices
 	nodes      *status.Nodes
 	policies   *status.Policies
+	routes     *status.Routes // nil without the Gateway API
 	grpc       *grpc.Server
 	serving    *ca.Serving
 	admission  *admission.Server
@@ -122,6 +123,11 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		OnProgress: func() { cp.policies.Progress() },
 	}, cp.cache)
 	cp.policies = cp.newPolicies()
+	if clients.Gateways != nil {
+		cp.routes = status.NewRoutes(status.RoutesConfig{
+			Object: status.RouteObjects(cp.source), Write: status.WriteRouteStatus(clients.Gateways), Log: log.With("scope", "status"), Metrics: cp.metrics,
+		})
+	}
 	cp.envoys.OnProgress = cp.policies.Progress
 	cp.ca = ca.NewServer(ca.Config{
 		Callers: callers, Authorizer: authorizer, DefaultTTL: cfg.DefaultCertTTL, MaxTTL: cfg.MaxCertTTL, External: cfg.ExternalCA,
@@ -265,6 +271,9 @@ func (cp *controlPlane) publish(u *index.Update) {
 	cp.apiServer.Store(&u.APIServer)
 	cp.keys.Want(u.Keys)
 	cp.notices.Take(u.Notices)
+	if cp.routes != nil {
+		cp.routes.Take(u.Routes)
+	}
 	for name, ns := range u.Namespaces {
 		for _, c := range cp.copies {
 			if ns == nil {

@@ -30,6 +30,7 @@ const (
 	connectOriginate = "connect_originate"
 	hboneCluster     = "hbone"
 	blackHole        = "black_hole" // no endpoint: what cannot be routed
+	nowhere          = "nowhere"    // no cluster has the name: what is to fail
 )
 
 // Resources is everything that one waypoint is told, each kind by name in order.

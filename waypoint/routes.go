@@ -1,6 +1,7 @@
 package waypoint
 
 import (
+	"cmp"
 	"fmt"
 	"regexp"
 	"slices"
@@ -30,11 +31,30 @@ const (
 // routes is the route table of a port. The address has chosen the service: the request's host plays no part in that.
 func (b *builder) routes(c chain) *routev3.RouteConfiguration {
 	vh := &routev3.VirtualHost{Name: c.svc.Name.Hostname, Domains: []string{"*"}, IncludeAttemptCountInResponse: false}
-	if c.svc.HTTP == nil {
-		vh.Routes = []*routev3.Route{b.plain(c)}
+	last := "" // whose rules came last
+	ended := func() {
+		if last != "" {
+			rest := catchAll()
+			from(rest.Match, last)
+			vh.Routes = append(vh.Routes, rest)
+		}
 	}
+	written := c.svc.HTTP != nil && len(c.svc.HTTP) == 0
 	for i := range c.svc.HTTP {
-		vh.Routes = append(vh.Routes, b.rule(c, &c.svc.HTTP[i])...)
+		r := &c.svc.HTTP[i]
+		if r.Port != 0 && r.Port != c.port.Port {
+			continue
+		}
+		if r.From != last {
+			ended()
+			last = r.From
+		}
+		written = written || r.From == ""
+		vh.Routes = append(vh.Routes, b.rule(c, r)...)
+	}
+	ended()
+	if !written { // about nobody, or about some clients alone
+		vh.Routes = append(vh.Routes, b.plain(c))
 	}
 	vh.Routes = append(vh.Routes, catchAll())
 	vh.TypedPerFilterConfig = b.accessOf(c)
@@ -69,11 +89,14 @@ func (b *builder) rule(c chain, r *mesh.HTTPRule) []*routev3.Route {
 			continue
 		}
 		route := &routev3.Route{Name: r.Name, Match: match(m)}
+		from(route.Match, r.From)
 		switch {
+		case r.Invalid != "" && r.GRPC:
+			route.Action = respond(503, "") // which gRPC calls UNAVAILABLE
 		case r.Invalid != "":
 			route.Action = respond(500, "")
 		case r.Redirect != nil:
-			route.Action = redirect(r.Redirect)
+			route.Action = redirect(c, r.Redirect, m)
 		case r.Direct != nil:
 			route.Action = respond(r.Direct.Status, r.Direct.Body)
 		default:
@@ -85,6 +108,18 @@ func (b *builder) rule(c chain, r *mesh.HTTPRule) []*routev3.Route {
 		out = append(out, route)
 	}
 	return out
+}
+
+// from has a match hold for clients of a namespace alone.
+func from(m *routev3.RouteMatch, namespace string) {
+	if namespace == "" {
+		return
+	}
+	m.FilterState = append(m.FilterState, &matcherv3.FilterStateMatcher{
+		Key: statePrincipal, Matcher: &matcherv3.FilterStateMatcher_StringMatch{
+			StringMatch: peerMatcher(mesh.AccessNamespace, mesh.TextMatch{Kind: mesh.TextExact, Value: namespace}),
+		},
+	})
 }
 
 // match is all conditions of one match.
@@ -174,23 +209,53 @@ var redirectCodes = map[uint32]routev3.RedirectAction_RedirectResponseCode{
 	307: routev3.RedirectAction_TEMPORARY_REDIRECT, 308: routev3.RedirectAction_PERMANENT_REDIRECT,
 }
 
-func redirect(r *mesh.HTTPRedirect) *routev3.Route_Redirect {
-	a := &routev3.RedirectAction{HostRedirect: r.Host, PortRedirect: uint32(r.Port), ResponseCode: redirectCodes[r.Code]}
+func redirect(c chain, r *mesh.HTTPRedirect, m *mesh.HTTPMatch) *routev3.Route_Redirect {
+	a := &routev3.RedirectAction{HostRedirect: r.Host, PortRedirect: redirectPort(c, r), ResponseCode: redirectCodes[r.Code]}
 	if r.Scheme != "" {
 		a.SchemeRewriteSpecifier = &routev3.RedirectAction_SchemeRedirect{SchemeRedirect: r.Scheme}
 	}
 	switch {
 	case r.Prefix != nil:
-		a.PathRewriteSpecifier = &routev3.RedirectAction_PrefixRewrite{PrefixRewrite: *r.Prefix}
+		prefix, regex := replacePrefix(*r.Prefix, m)
+		a.PathRewriteSpecifier = &routev3.RedirectAction_PrefixRewrite{PrefixRewrite: prefix}
+		if regex != nil {
+			a.PathRewriteSpecifier = &routev3.RedirectAction_RegexRewrite{RegexRewrite: regex}
+		}
 	case r.Path != "":
 		a.PathRewriteSpecifier = &routev3.RedirectAction_PathRedirect{PathRedirect: r.Path}
 	}
 	return &routev3.Route_Redirect{Redirect: a}
 }
 
+// redirectPort is the port that a redirect names; 0 leaves what is in the request, without one of a new host.
+func redirectPort(c chain, r *mesh.HTTPRedirect) uint32 {
+	usual := map[string]uint16{"http": 80, "https": 443}
+	if !r.OwnPort {
+		return uint32(r.Port)
+	}
+	port := r.Port
+	if port == 0 && r.Scheme != "" {
+		port = usual[r.Scheme]
+	} else if port == 0 {
+		port = c.port.Port
+	}
+	// What goes without saying is left out where nothing else would stand there instead.
+	implied := port == usual[cmp.Or(r.Scheme, "http")]
+	if implied && (r.Host != "" || c.port.Port == 80) {
+		return 0
+	}
+	if r.Port == 0 && r.Scheme == "" && r.Host == "" { // the request's host says it
+		return 0
+	}
+	return uint32(port)
+}
+
 // forward sends requests to backends.
 func (b *builder) forward(c chain, r *mesh.HTTPRule, m *mesh.HTTPMatch) *routev3.Route_Route {
 	a := &routev3.RouteAction{Timeout: durationpb.New(r.Timeout), RetryPolicy: b.retries(r.Retries), ClusterNotFoundResponseCode: routev3.RouteAction_INTERNAL_SERVER_ERROR}
+	if r.GRPC {
+		a.ClusterNotFoundResponseCode = routev3.RouteAction_SERVICE_UNAVAILABLE
+	}
 	if r.Timeout > 0 { // for gRPC's own header, which may only shorten it
 		a.MaxStreamDuration = &routev3.RouteAction_MaxStreamDuration{MaxStreamDuration: durationpb.New(r.Timeout)}
 	}
@@ -231,6 +296,9 @@ func (b *builder) forward(c chain, r *mesh.HTTPRule, m *mesh.HTTPMatch) *routev3
 
 // backend names the cluster of a backend, and has it made.
 func (b *builder) backend(c chain, t *mesh.HTTPBackend) string {
+	if t.Invalid != "" {
+		return nowhere
+	}
 	port := t.Port
 	if port == 0 {
 		port = c.port.Port
@@ -247,29 +315,36 @@ func rewrite(a *routev3.RouteAction, r *mesh.HTTPRewrite, m *mesh.HTTPMatch) {
 	if r.Host != "" {
 		a.HostRewriteSpecifier = &routev3.RouteAction_HostRewriteLiteral{HostRewriteLiteral: r.Host}
 	}
-	regex := func(pattern, by string) {
-		a.RegexRewrite = &matcherv3.RegexMatchAndSubstitute{Pattern: &matcherv3.RegexMatcher{Regex: pattern}, Substitution: by}
-	}
-	literal := func(s string) string { return strings.ReplaceAll(s, `\`, `\\`) }
 	switch {
 	case r.Regex != "":
-		regex(r.Regex, r.Substitution)
+		a.RegexRewrite = substitute(r.Regex, r.Substitution)
 	case r.Path != nil:
-		regex("^[^?]*", literal(*r.Path)) // the query stays
-	case r.Prefix != nil && m != nil && m.Path.Kind == mesh.TextPath:
-		// Envoy would leave a slash too many, or one too few, where either prefix ends with one.
-		from, to := strings.TrimRight(m.Path.Value, "/"), strings.TrimRight(*r.Prefix, "/")
-		switch {
-		case from == "":
-			regex("^/", literal(to)+"/")
-		case to == "":
-			regex("^"+regexp.QuoteMeta(from)+"/*", "/")
-		default:
-			a.PrefixRewrite = to
-		}
+		a.RegexRewrite = substitute("^[^?]*", literal(*r.Path)) // the query stays
 	case r.Prefix != nil:
-		a.PrefixRewrite = *r.Prefix
+		a.PrefixRewrite, a.RegexRewrite = replacePrefix(*r.Prefix, m)
 	}
+}
+
+func literal(s string) string { return strings.ReplaceAll(s, `\`, `\\`) }
+
+// replacePrefix puts another prefix for the one that was matched. Where either ends with a slash Envoy would leave one too
+// many, or one too few: there it is done by an expression.
+func replacePrefix(to string, m *mesh.HTTPMatch) (prefix string, _ *matcherv3.RegexMatchAndSubstitute) {
+	if m == nil || m.Path.Kind != mesh.TextPath {
+		return to, nil
+	}
+	from, to := strings.TrimRight(m.Path.Value, "/"), strings.TrimRight(to, "/")
+	switch {
+	case from == "":
+		return "", substitute("^/", literal(to)+"/")
+	case to == "":
+		return "", substitute("^"+regexp.QuoteMeta(from)+"/*", "/")
+	}
+	return to, nil
+}
+
+func substitute(pattern, by string) *matcherv3.RegexMatchAndSubstitute {
+	return &matcherv3.RegexMatchAndSubstitute{Pattern: &matcherv3.RegexMatcher{Regex: pattern}, Substitution: by}
 }
 
 // defaultRetryOn is what nobody can have acted on.
@@ -296,6 +371,9 @@ func (b *builder) retries(r *mesh.HTTPRetries) *routev3.RetryPolicy {
 	}
 	if len(r.StatusCodes) > 0 && !slices.Contains(strings.Split(p.RetryOn, ","), "retriable-status-codes") {
 		p.RetryOn += ",retriable-status-codes"
+	}
+	if r.Backoff > 0 {
+		p.RetryBackOff = &routev3.RetryPolicy_RetryBackOff{BaseInterval: durationpb.New(r.Backoff), MaxInterval: durationpb.New(10 * r.Backoff)}
 	}
 	if r.PerTry > 0 {
 		p.PerTryTimeout = durationpb.New(r.PerTry)
@@ -333,7 +411,7 @@ func (b *builder) perFilter(r *mesh.HTTPRule) map[string]*anypb.Any {
 			ExposeHeaders: strings.Join(r.CORS.ExposeHeaders, ","), AllowCredentials: wrapperspb.Bool(r.CORS.Credentials),
 			FilterEnabled: &corev3.RuntimeFractionalPercent{DefaultValue: share(mesh.Million)},
 			// What is not allowed is not kept from the application, only its answer from the page.
-			ForwardNotMatchingPreflights: wrapperspb.Bool(true),
+			ForwardNotMatchingPreflights: wrapperspb.Bool(!r.CORS.Answer),
 		}
 		if r.CORS.MaxAge > 0 {
 			p.MaxAge = fmt.Sprint(int(r.CORS.MaxAge / time.Second))

@@ -13,6 +13,7 @@ import (
 	kubenetworkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	gatewayv1beta1 "sigs.k8s.io/gateway-api/apis/v1beta1"
 
 	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -40,12 +41,15 @@ const (
 	VirtualService
 	DestinationRule
 	Gateway
+	HTTPRoute
+	GRPCRoute
+	ReferenceGrant
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
-	"VirtualService", "DestinationRule", "Gateway",
+	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -104,6 +108,7 @@ type Update struct {
 	LocalPods  map[string]*LocalPod // by pod UID
 	Namespaces map[string]*NamespaceState
 	Policies   map[PolicyKey]*PolicyState
+	Routes     map[RouteKey]*RouteState
 	Notices    map[NoticeKey]*Notice
 	APIServer  []netip.Prefix     // from where it calls, changed or not
 	Keys       []policy.KeySource // that are needed, changed or not
@@ -145,6 +150,8 @@ type Index struct {
 	selectors    map[string]map[string]*selectorFact
 	calledBy     map[ref][]called                    // what the API server calls on behalf of an object
 	callers      map[key]map[uint16]map[ref]struct{} // the same by Service and port
+
+	gatewayAPI
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -207,6 +214,7 @@ func New(cfg Config) (*Index, error) {
 		destinations:    map[string]map[string]*routeFact{},
 		gateways:        map[string]map[string]*gatewayFact{},
 		dirtyRoutes:     map[ref]struct{}{},
+		gatewayAPI:      newGatewayAPI(),
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -267,6 +275,12 @@ func (x *Index) Set(obj any) {
 		x.setRoutes(DestinationRule, x.destinations, keyOf(o), x.c.destinationRuleFactOf(o))
 	case *gatewayv1.Gateway:
 		x.setGateway(keyOf(o), gatewayFactOf(o))
+	case *gatewayv1.HTTPRoute:
+		x.setGatewayRoute(HTTPRoute, keyOf(o), x.c.httpRouteFactOf(o))
+	case *gatewayv1.GRPCRoute:
+		x.setGatewayRoute(GRPCRoute, keyOf(o), x.c.grpcRouteFactOf(o))
+	case *gatewayv1beta1.ReferenceGrant:
+		x.setGrant(keyOf(o), &grantFact{key: keyOf(o), from: o.Spec.From, to: o.Spec.To})
 	case *unstructured.Unstructured:
 		kind := APIService
 		if o.GetKind() == CustomResourceDefinition.String() {
@@ -312,6 +326,10 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setRoutes(DestinationRule, x.destinations, k, nil)
 	case Gateway:
 		x.setGateway(k, nil)
+	case HTTPRoute, GRPCRoute:
+		x.setGatewayRoute(kind, k, nil)
+	case ReferenceGrant:
+		x.setGrant(k, nil)
 	}
 }
 
@@ -325,6 +343,7 @@ func (x *Index) Commit() *Update {
 		LocalPods:  map[string]*LocalPod{},
 		Namespaces: map[string]*NamespaceState{},
 		Policies:   map[PolicyKey]*PolicyState{},
+		Routes:     map[RouteKey]*RouteState{},
 		Notices:    map[NoticeKey]*Notice{},
 	}
 	x.commitUDP()
@@ -332,6 +351,7 @@ func (x *Index) Commit() *Update {
 	cfg.UDPNamespaces = x.udp
 	b.SetConfig(cfg)
 	x.commitPolicies(b)
+	x.commitGatewayRoutes(u)
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
 	x.commitExemptions(b) // after the workloads, which need them or no more

@@ -26,6 +26,7 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 	"pgregory.net/rapid"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	gatewayv1beta1 "sigs.k8s.io/gateway-api/apis/v1beta1"
 	"sigs.k8s.io/yaml"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -65,7 +66,7 @@ func dump(x *Index) string {
 			line("  waypoint %s", v.Waypoint.Service)
 		}
 		for _, r := range v.HTTP {
-			line("  http %s matches %+v backends %+v invalid %q", r.Name, r.Matches, r.Backends, r.Invalid)
+			line("  http %s port %d from %q matches %+v backends %+v invalid %q", r.Name, r.Port, r.From, r.Matches, r.Backends, r.Invalid)
 		}
 		for _, a := range v.Access {
 			line("  access %s action %d dry-run %t rules %+v", a.Name, a.Action, a.DryRun, a.Rules)
@@ -107,6 +108,13 @@ func dump(x *Index) string {
 			at = fmt.Sprintf(" at %v", s.Waypoints)
 		}
 		line("state %s %s/%s: compiled %v%s exact %t %s: %s", k.Kind, k.Namespace, k.Name, s.Compiled, at, s.Exact, s.Reason, s.Message)
+	}
+	for _, k := range slices.SortedFunc(maps.Keys(x.routeStates), func(a, b RouteKey) int {
+		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	}) {
+		for _, p := range x.routeStates[k].Parents {
+			line("route %s %s/%s at %s: accepted %+v resolved %+v partly %+v", k.Kind, k.Namespace, k.Name, p.Ref.Name, p.Accepted, p.Resolved, p.Partly)
+		}
 	}
 	for _, k := range slices.SortedFunc(maps.Keys(x.notices), func(a, b NoticeKey) int {
 		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
@@ -195,6 +203,12 @@ func decode(t testing.TB, doc string) any {
 		obj = &networkingv1.DestinationRule{}
 	case "Gateway":
 		obj = &gatewayv1.Gateway{}
+	case "HTTPRoute":
+		obj = &gatewayv1.HTTPRoute{}
+	case "GRPCRoute":
+		obj = &gatewayv1.GRPCRoute{}
+	case "ReferenceGrant":
+		obj = &gatewayv1beta1.ReferenceGrant{}
 	default:
 		t.Fatalf("kind %q", meta.Kind)
 	}
@@ -265,7 +279,7 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 			t.Fatal(err)
 		}
 		objects := world{}
-		seen := seenUpdates{map[string]*LocalPod{}, map[string]*NamespaceState{}, map[PolicyKey]*PolicyState{}, map[NoticeKey]*Notice{}}
+		seen := seenUpdates{map[string]*LocalPod{}, map[string]*NamespaceState{}, map[PolicyKey]*PolicyState{}, map[RouteKey]*RouteState{}, map[NoticeKey]*Notice{}}
 		known := rapid.IntRange(0, 45).Draw(t, "NetworkPolicies are read")
 		for i := range rapid.IntRange(1, 40).Draw(t, "events") {
 			if i == known {
@@ -308,6 +322,9 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 		if d := gocmp.Diff(x.states, seen.policies); d != "" {
 			t.Fatalf("the Updates do not add up to the states of policies: %s", d)
 		}
+		if d := gocmp.Diff(x.routeStates, seen.routes); d != "" {
+			t.Fatalf("the Updates do not add up to the states of routes: %s", d)
+		}
 		if d := gocmp.Diff(x.notices, seen.notices); d != "" {
 			t.Fatalf("the Updates do not add up to the notices: %s", d)
 		}
@@ -318,6 +335,7 @@ type seenUpdates struct {
 	pods       map[string]*LocalPod
 	namespaces map[string]*NamespaceState
 	policies   map[PolicyKey]*PolicyState
+	routes     map[RouteKey]*RouteState
 	notices    map[NoticeKey]*Notice
 }
 
@@ -325,6 +343,7 @@ func (s *seenUpdates) take(u *Update) {
 	overlay(s.pods, u.LocalPods)
 	overlay(s.namespaces, u.Namespaces)
 	overlay(s.policies, u.Policies)
+	overlay(s.routes, u.Routes)
 	overlay(s.notices, u.Notices)
 }
 
@@ -360,9 +379,24 @@ var podLabels = []map[string]string{
 	{"app": "z", labelWaypoint: "w", labelWaypointNamespace: "b"}, {labelWaypoint: "none"},
 }
 
+func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
+	core, service := gatewayv1.Group(""), gatewayv1.Kind("Service")
+	for range rapid.IntRange(1, 2).Draw(t, "parents") {
+		p := gatewayv1.ParentReference{Group: &core, Kind: &service, Name: pick(t, "parent", gatewayv1.ObjectName("s0"), "s1")}
+		if ns := pick(t, "parent's namespace", gatewayv1.Namespace(""), "b"); ns != "" {
+			p.Namespace = &ns
+		}
+		if port := pick(t, "port", gatewayv1.PortNumber(0), 80, 443); port != 0 {
+			p.Port = &port
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+3).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+6).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -381,6 +415,23 @@ func drawObject(t *rapid.T) (ref, any) {
 		g := &gatewayv1.Gateway{ObjectMeta: drawMeta(t, "name", "w", "w1")}
 		g.Labels = pick(t, "labels", nil, map[string]string{labelWaypointFor: "none"}, map[string]string{labelWaypointFor: "all"})
 		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(waypointClass), "istio")
+		return ref{kind, keyOf(g)}, g
+	case HTTPRoute:
+		r := &gatewayv1.HTTPRoute{ObjectMeta: drawMeta(t, "name", "r0", "r1")}
+		r.Spec.ParentRefs = drawParents(t)
+		mustYAML(t, pick(t, "rules", `{rules: [{matches: [{path: {value: /a}}], backendRefs: [{name: s0, port: 80}]}, {}]}`,
+			`{rules: [{backendRefs: [{name: s1, namespace: b, port: 80, weight: 3}, {name: s0, port: 443}]}]}`,
+			`{rules: [{matches: [{path: {type: RegularExpression, value: "("}}], filters: [{type: RequestMirror, requestMirror: {backendRef: {name: s1, port: 80}}}]}]}`), &r.Spec)
+		return ref{kind, keyOf(r)}, r
+	case GRPCRoute:
+		r := &gatewayv1.GRPCRoute{ObjectMeta: drawMeta(t, "name", "r0", "r1")}
+		r.Spec.ParentRefs = drawParents(t)
+		mustYAML(t, `{rules: [{matches: [{method: {service: x}}], backendRefs: [{name: s1, port: 80}]}]}`, &r.Spec)
+		return ref{kind, keyOf(r)}, r
+	case ReferenceGrant:
+		g := &gatewayv1beta1.ReferenceGrant{ObjectMeta: drawMeta(t, "name", "g0", "g1")}
+		mustYAML(t, pick(t, "grant", `{from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: a}], to: [{group: "", kind: Service}]}`,
+			`{from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: istio-system}], to: [{group: "", kind: Service, name: s1}]}`), &g.Spec)
 		return ref{kind, keyOf(g)}, g
 	case RequestAuthentication:
 		r := &securityv1.RequestAuthentication{ObjectMeta: drawMeta(t, "name", "ra0", "ra1")}

@@ -154,9 +154,15 @@ func oldest(all map[string]map[string]*routeFact, name mesh.ServiceName) *routeF
 
 // route adds to a service what is written about its requests.
 func (x *Index) route(s *mesh.Service) {
-	if v := oldest(x.virtuals, s.Name); v != nil {
-		s.HTTP = v.rules
+	rules, open := x.gatewayRules(s.Name)
+	if v := oldest(x.virtuals, s.Name); v != nil && open && v.rules != nil {
+		if rules = append(rules, v.rules...); len(rules) == 0 {
+			rules = []mesh.HTTPRule{} // nothing of it can be followed: no request matches
+		} else if len(v.rules) == 0 {
+			rules = append(rules, mesh.HTTPRule{Name: v.Namespace + "/" + v.Name, Direct: &mesh.HTTPDirect{Status: 404}})
+		}
 	}
+	s.HTTP = rules
 	if d := oldest(x.destinations, s.Name); d != nil {
 		s.Subsets, s.Traffic = d.subsets, d.traffic
 	}
@@ -181,6 +187,10 @@ func (x *Index) commitRoutes(u *Update) {
 				problems = append(problems, h.Hostname+" is of another namespace, where this holds for nobody; write it in the namespace "+h.Namespace)
 			} else if first := oldest(all, h); first != f {
 				problems = append(problems, "for "+h.Hostname+" "+first.Name+" holds, which is older")
+			} else if r.kind == VirtualService && f.rules != nil {
+				if route := x.overridden(h); route != "" {
+					problems = append(problems, "for "+h.Hostname+" "+route+" holds, which is of the Gateway API")
+				}
 			}
 		}
 		if len(problems) == 0 {

@@ -24,6 +24,7 @@ import (
 	"k8s.io/client-go/kubernetes"
 	"k8s.io/client-go/tools/cache"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	gatewayv1beta1 "sigs.k8s.io/gateway-api/apis/v1beta1"
 	gatewayclient "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
 	gatewayinformers "sigs.k8s.io/gateway-api/pkg/client/informers/externalversions"
 
@@ -120,6 +121,15 @@ var crds = []struct {
 		func(f factories) cache.SharedIndexInformer { return f.Networking().V1().DestinationRules().Informer() }},
 	{Gateway, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "gateways"},
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().Gateways().Informer() }},
+	{HTTPRoute, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "httproutes"},
+		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().HTTPRoutes().Informer() }},
+	{GRPCRoute, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "grpcroutes"},
+		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().GRPCRoutes().Informer() }},
+	// v1beta1 is what clusters with older definitions have too.
+	{ReferenceGrant, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1beta1", Resource: "referencegrants"},
+		func(f factories) cache.SharedIndexInformer {
+			return f.gateways.Gateway().V1beta1().ReferenceGrants().Informer()
+		}},
 }
 
 // selectorsWait is how long the first Update waits for the NetworkPolicies.
@@ -183,7 +193,7 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 	}
 	missing := map[Kind]bool{}
 	for _, c := range crds {
-		if c.kind != Gateway || inf.gateways != nil {
+		if c.resource.Group != gatewayv1.GroupName || inf.gateways != nil {
 			missing[c.kind] = true
 		}
 	}
@@ -411,6 +421,12 @@ func strip(obj any) (any, error) {
 	case *networkingv1.DestinationRule:
 		o.ManagedFields = nil
 	case *gatewayv1.Gateway:
+		o.ManagedFields = nil
+	case *gatewayv1.HTTPRoute:
+		o.ManagedFields = nil
+	case *gatewayv1.GRPCRoute:
+		o.ManagedFields = nil
+	case *gatewayv1beta1.ReferenceGrant:
 		o.ManagedFields = nil
 	case *kubenetworkingv1.NetworkPolicy:
 		o.ManagedFields, o.Spec = nil, kubenetworkingv1.NetworkPolicySpec{PodSelector: o.Spec.PodSelector}

@@ -10,6 +10,11 @@ import (
 type HTTPRule struct {
 	Name    string      // for logs: who wrote it, and the rule's own name
 	Matches []HTTPMatch // one of them has to match; empty: every request does
+	Port    uint16      // of the service: the rule is there for requests to it alone; 0: for all ports
+	// From is the namespace of the clients that the rule is there for. They meet no rule without one, as long as their
+	// namespace has any for the port. "": for all others.
+	From string
+	GRPC bool // it is about calls of gRPC: those that fail are answered in its words
 
 	// What becomes of a request: exactly one of these.
 	Backends []HTTPBackend
@@ -74,6 +79,7 @@ type HTTPBackend struct {
 	Weight   uint32
 	Request  HTTPHeaders
 	Response HTTPHeaders
+	Invalid  string // why nothing can be sent there: its share is answered with 500
 }
 
 // HTTPHeader is a header and its value.
@@ -91,6 +97,9 @@ type HTTPRedirect struct {
 	Prefix             *string // replaces what was matched of the path
 	Port               uint16
 	Code               uint32
+	// OwnPort has a redirect without Port lead to that of its Scheme, or else to the one that was asked, whatever the
+	// request says of it.
+	OwnPort bool
 }
 
 // HTTPDirect answers without a backend.
@@ -112,7 +121,8 @@ type HTTPRewrite struct {
 type HTTPRetries struct {
 	Attempts    uint32 // beside the first; 0: none
 	PerTry      time.Duration
-	On          string // Envoy's words; "": the default
+	Backoff     time.Duration // the least time between two; 0: the default
+	On          string        // Envoy's words; "": the default
 	StatusCodes []uint32
 }
 
@@ -142,6 +152,7 @@ type HTTPCORS struct {
 	ExposeHeaders []string
 	MaxAge        time.Duration
 	Credentials   bool
+	Answer        bool // preflights of other origins are answered, without leave, rather than forwarded
 }
 
 // Million is all requests, where a share is given in millionths.

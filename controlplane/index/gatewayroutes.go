@@ -1,0 +1,492 @@
+package index
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/controlplane/routing"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Routes of the Gateway API that are attached to Services. A route of the Service's own namespace is for all its clients, one
+// of another namespace for the clients of that namespace alone, who then meet no other. What a route says is followed by the
+// Service's waypoint; without one it has no effect, which its conditions say.
+
+// RouteKey names an HTTPRoute or a GRPCRoute.
+type RouteKey struct {
+	Kind            Kind
+	Namespace, Name string
+}
+
+// RouteState is what has become of a route at each Service that it is attached to.
+type RouteState struct {
+	UID     string
+	Parents []RouteParent
+}
+
+// RouteParent is one of them.
+type RouteParent struct {
+	Ref                        gatewayv1.ParentReference
+	Accepted, Resolved, Partly routing.Verdict
+}
+
+// Reasons of the condition Accepted that the Gateway API's Go types have no word for.
+const (
+	// ReasonConflicted says that routes of another kind hold for the same port.
+	ReasonConflicted = "Conflicted"
+	reasonNoWaypoint = policy.ReasonNoWaypoint
+)
+
+// gatewayRouteFact is an HTTPRoute or a GRPCRoute.
+type gatewayRouteFact struct {
+	ref
+	uid        string
+	generation int64
+	created    metav1.Time
+	parents    []gatewayv1.ParentReference // Services
+	convert    func(routing.Backends) routing.Route
+	mentions   []mesh.ServiceName // what it is attached to and what it sends to
+}
+
+func (f *gatewayRouteFact) older(o *gatewayRouteFact) int {
+	if !f.created.Equal(&o.created) {
+		if f.created.Before(&o.created) {
+			return -1
+		}
+		return 1
+	}
+	return cmp.Or(compareKeys(f.key, o.key), cmp.Compare(f.kind, o.kind))
+}
+
+// gatewayAPI is what the index has of it.
+type gatewayAPI struct {
+	gatewayRoutes      map[ref]*gatewayRouteFact
+	grants             map[string]map[string]*grantFact      // ReferenceGrants
+	routesOn           map[mesh.ServiceName]map[ref]struct{} // by what they mention
+	dirtyGatewayRoutes map[ref]struct{}
+
+	// What was derived at the last Commit.
+	routeStates map[RouteKey]*RouteState
+	routesBound map[ref][]*boundRoute                         // by route
+	routesAt    map[mesh.ServiceName]map[*boundRoute]struct{} // by parent
+}
+
+func newGatewayAPI() gatewayAPI {
+	return gatewayAPI{
+		gatewayRoutes: map[ref]*gatewayRouteFact{}, grants: map[string]map[string]*grantFact{}, routesOn: map[mesh.ServiceName]map[ref]struct{}{},
+		dirtyGatewayRoutes: map[ref]struct{}{}, routeStates: map[RouteKey]*RouteState{}, routesBound: map[ref][]*boundRoute{},
+		routesAt: map[mesh.ServiceName]map[*boundRoute]struct{}{},
+	}
+}
+
+// boundRoute is a route at one of its parents.
+type boundRoute struct {
+	fact   *gatewayRouteFact
+	parent RouteParent
+	name   mesh.ServiceName
+	ports  []uint16 // of the service that it is for, sorted; empty where it is not followed at all
+	every  bool     // for all ports
+	from   string   // namespace of the clients; "" for all
+	rules  []routing.Rule
+}
+
+func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
+	f := c.gatewayRouteFactOf(HTTPRoute, r, r.Spec.ParentRefs)
+	for i := range r.Spec.Rules {
+		rule := &r.Spec.Rules[i]
+		for _, b := range rule.BackendRefs {
+			c.mention(f, b.BackendObjectReference)
+		}
+		for _, l := range rule.Filters {
+			if l.RequestMirror != nil {
+				c.mention(f, l.RequestMirror.BackendRef)
+			}
+		}
+	}
+	f.convert = func(find routing.Backends) routing.Route {
+		return routing.HTTPRoute(r.Namespace, r.Name, &r.Spec, find)
+	}
+	return f
+}
+
+func (c *compiled) grpcRouteFactOf(r *gatewayv1.GRPCRoute) *gatewayRouteFact {
+	f := c.gatewayRouteFactOf(GRPCRoute, r, r.Spec.ParentRefs)
+	for i := range r.Spec.Rules {
+		rule := &r.Spec.Rules[i]
+		for _, b := range rule.BackendRefs {
+			c.mention(f, b.BackendObjectReference)
+		}
+		for _, l := range rule.Filters {
+			if l.RequestMirror != nil {
+				c.mention(f, l.RequestMirror.BackendRef)
+			}
+		}
+	}
+	f.convert = func(find routing.Backends) routing.Route {
+		return routing.GRPCRoute(r.Namespace, r.Name, &r.Spec, find)
+	}
+	return f
+}
+
+func (c *compiled) gatewayRouteFactOf(kind Kind, r metav1.Object, parents []gatewayv1.ParentReference) *gatewayRouteFact {
+	f := &gatewayRouteFact{ref: ref{kind, keyOf(r)}, uid: string(r.GetUID()), generation: r.GetGeneration(), created: r.GetCreationTimestamp()}
+	for _, p := range parents {
+		if deref(p.Group, gatewayv1.GroupName) == "" && deref(p.Kind, "Gateway") == "Service" {
+			f.parents = append(f.parents, p)
+			f.mentions = append(f.mentions, c.serviceName(parentKey(f, p)))
+		}
+	}
+	return f
+}
+
+func deref[T ~string](p *T, otherwise T) T {
+	if p == nil {
+		return otherwise
+	}
+	return *p
+}
+
+func parentKey(f *gatewayRouteFact, p gatewayv1.ParentReference) key {
+	return key{string(deref(p.Namespace, gatewayv1.Namespace(f.Namespace))), string(p.Name)}
+}
+
+// hostnameGroup is that of the kind Hostname, with which routes name what ServiceEntries declare.
+const hostnameGroup = "networking.istio.io"
+
+// backendName is the service that a reference names; false for other kinds.
+func (c *compiled) backendName(f *gatewayRouteFact, b gatewayv1.BackendObjectReference) (mesh.ServiceName, bool) {
+	switch group, kind := deref(b.Group, ""), deref(b.Kind, "Service"); {
+	case group == "" && kind == "Service":
+		return c.serviceName(key{string(deref(b.Namespace, gatewayv1.Namespace(f.Namespace))), string(b.Name)}), true
+	case group == hostnameGroup && kind == "Hostname" && strings.Contains(string(b.Name), "."):
+		return c.resolveHost(f.Namespace, string(b.Name)), true
+	}
+	return mesh.ServiceName{}, false
+}
+
+func (c *compiled) mention(f *gatewayRouteFact, b gatewayv1.BackendObjectReference) {
+	if name, ok := c.backendName(f, b); ok && !slices.Contains(f.mentions, name) {
+		f.mentions = append(f.mentions, name)
+	}
+}
+
+func (x *Index) setGatewayRoute(kind Kind, k key, f *gatewayRouteFact) {
+	r := ref{kind, k}
+	old := x.gatewayRoutes[r]
+	if old == nil && f == nil || old != nil && f != nil && f.generation != 0 && old.generation == f.generation && old.uid == f.uid {
+		return // none, or only its status has changed
+	}
+	if old != nil {
+		for _, name := range old.mentions {
+			delete(x.routesOn[name], r)
+			if len(x.routesOn[name]) == 0 {
+				delete(x.routesOn, name)
+			}
+		}
+		delete(x.gatewayRoutes, r)
+	}
+	if f != nil {
+		x.gatewayRoutes[r] = f
+		for _, name := range f.mentions {
+			if x.routesOn[name] == nil {
+				x.routesOn[name] = map[ref]struct{}{}
+			}
+			x.routesOn[name][r] = struct{}{}
+		}
+	}
+	x.dirtyGatewayRoutes[r] = struct{}{}
+}
+
+// grantFact is a ReferenceGrant.
+type grantFact struct {
+	key
+	from []gatewayv1.ReferenceGrantFrom
+	to   []gatewayv1.ReferenceGrantTo
+}
+
+func (x *Index) setGrant(k key, f *grantFact) {
+	put(x.grants, k, f)
+	for name, routes := range x.routesOn {
+		if name.Namespace == k.Namespace {
+			for r := range routes {
+				x.dirtyGatewayRoutes[r] = struct{}{}
+			}
+		}
+	}
+}
+
+// granted reports whether a route may send to a Service of another namespace.
+func (x *Index) granted(f *gatewayRouteFact, k key) bool {
+	for _, g := range x.grants[k.Namespace] {
+		from := slices.ContainsFunc(g.from, func(r gatewayv1.ReferenceGrantFrom) bool {
+			return r.Group == gatewayv1.GroupName && string(r.Kind) == f.kind.String() && string(r.Namespace) == f.Namespace
+		})
+		if from && slices.ContainsFunc(g.to, func(r gatewayv1.ReferenceGrantTo) bool {
+			return r.Group == "" && r.Kind == "Service" && (deref(r.Name, "") == "" || string(*r.Name) == k.Name)
+		}) {
+			return true
+		}
+	}
+	return false
+}
+
+// backends finds what a route sends to from a parent. To what is in other namespaces somebody there has to grant it: the
+// waypoint comes there under its own name, and past what would be decided about the client. What was asked for needs none.
+func (x *Index) backends(f *gatewayRouteFact, parent mesh.ServiceName) routing.Backends {
+	not := func(reason gatewayv1.RouteConditionReason, message string) (mesh.HTTPBackend, routing.Verdict) {
+		return mesh.HTTPBackend{}, routing.Verdict{Reason: string(reason), Message: message}
+	}
+	return func(b gatewayv1.BackendObjectReference) (mesh.HTTPBackend, routing.Verdict) {
+		name, ok := x.c.backendName(f, b)
+		if !ok {
+			return not(gatewayv1.RouteReasonInvalidKind, "backendRef "+string(b.Name)+" is of kind "+string(deref(b.Kind, "Service"))+", which requests cannot be sent to")
+		}
+		at := name.Namespace + "/" + string(b.Name)
+		if name.Namespace != f.Namespace && name != parent && !x.granted(f, key{name.Namespace, string(b.Name)}) {
+			return not(gatewayv1.RouteReasonRefNotPermitted, "no ReferenceGrant in "+name.Namespace+" lets a "+f.kind.String()+" of "+f.Namespace+" send to Service "+at)
+		}
+		s := winner(x.candidates[name])
+		if s == nil {
+			return not(gatewayv1.RouteReasonBackendNotFound, "Service "+at+" was not found")
+		}
+		if b.Port == nil {
+			return not(gatewayv1.RouteReasonUnsupportedValue, "the backendRef to Service "+at+" has no port")
+		}
+		port := uint16(*b.Port)
+		i := slices.IndexFunc(s.service.Ports, func(p mesh.ServicePort) bool { return p.Port == port })
+		switch {
+		case i < 0:
+			return not(gatewayv1.RouteReasonBackendNotFound, "Service "+at+" has no port "+strconv.Itoa(int(port)))
+		case s.service.Ports[i].App == mesh.AppTLS:
+			return not(gatewayv1.RouteReasonUnsupportedProtocol, "port "+strconv.Itoa(int(port))+" of Service "+at+" is declared as TLS")
+		}
+		return mesh.HTTPBackend{Service: name, Port: port}, routing.Verdict{}
+	}
+}
+
+// bind finds what a route means at one of its parents.
+func (x *Index) bind(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundRoute {
+	k := parentKey(f, p)
+	b := &boundRoute{fact: f, name: x.c.serviceName(k), parent: RouteParent{Ref: p}, every: p.Port == nil && p.SectionName == nil}
+	if k.Namespace != f.Namespace {
+		b.from = f.Namespace
+	}
+	r := f.convert(x.backends(f, b.name))
+	b.parent.Resolved, b.parent.Partly = r.Resolved, r.Partly
+	refuse := func(reason, message string) *boundRoute {
+		b.parent.Accepted, b.parent.Partly = routing.Verdict{Reason: reason, Message: message}, routing.Verdict{}
+		b.ports = nil
+		return b
+	}
+	at := "Service " + k.Namespace + "/" + k.Name
+	s := x.services[k.Namespace][k.Name]
+	switch {
+	case s == nil:
+		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" was not found")
+	case len(s.service.VIPs) == 0:
+		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" is headless: without an address of its own nothing can be routed")
+	}
+	var opaque []string
+	for i, port := range s.service.Ports {
+		if p.Port != nil && uint16(*p.Port) != port.Port || p.SectionName != nil && string(*p.SectionName) != s.ports[i].name {
+			continue
+		}
+		switch port.App {
+		case mesh.AppTCP, mesh.AppTLS:
+			opaque = append(opaque, strconv.Itoa(int(port.Port)))
+		default:
+			b.ports = append(b.ports, port.Port)
+		}
+	}
+	slices.Sort(b.ports)
+	switch {
+	case len(b.ports) == 0 && len(opaque) == 0:
+		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" has no such port")
+	case len(b.ports) == 0:
+		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "port "+strings.Join(opaque, ", ")+" of "+at+" is declared as other than HTTP")
+	case x.waypointFor(s) == nil:
+		return refuse(reasonNoWaypoint, "it has no effect: "+at+" is not behind a waypoint for Services (label istio.io/use-waypoint)")
+	case !r.Accepted.OK():
+		b.parent.Accepted = r.Accepted // its rules are there, and fail what they match
+	}
+	b.rules = r.Rules
+	return b
+}
+
+// commitGatewayRoutes binds routes anew that have changed, or whose Services have. It comes before the services.
+func (x *Index) commitGatewayRoutes(u *Update) {
+	for name := range x.dirtyHosts {
+		for r := range x.routesOn[name] {
+			x.dirtyGatewayRoutes[r] = struct{}{}
+		}
+	}
+	touched := map[mesh.ServiceName]struct{}{}
+	for r := range x.dirtyGatewayRoutes {
+		for _, b := range x.routesBound[r] {
+			delete(x.routesAt[b.name], b)
+			if len(x.routesAt[b.name]) == 0 {
+				delete(x.routesAt, b.name)
+			}
+			touched[b.name] = struct{}{}
+		}
+		delete(x.routesBound, r)
+		f := x.gatewayRoutes[r]
+		if f == nil {
+			continue
+		}
+		for _, p := range f.parents {
+			b := x.bind(f, p)
+			x.routesBound[r] = append(x.routesBound[r], b)
+			if x.routesAt[b.name] == nil {
+				x.routesAt[b.name] = map[*boundRoute]struct{}{}
+			}
+			x.routesAt[b.name][b] = struct{}{}
+			touched[b.name] = struct{}{}
+		}
+	}
+	again := x.dirtyGatewayRoutes // whose state has to be looked at: also that of those which others are in the way of
+	for name := range touched {
+		x.dirtyHosts[name] = struct{}{}
+		for b := range x.routesAt[name] {
+			again[b.fact.ref] = struct{}{}
+		}
+		for _, v := range x.virtuals[name.Namespace] {
+			if slices.Contains(v.hosts, name) {
+				x.dirtyRoutes[ref{VirtualService, v.key}] = struct{}{}
+			}
+		}
+	}
+	for r := range again {
+		x.stateRoute(u, r)
+	}
+	x.dirtyGatewayRoutes = emptied(x.dirtyGatewayRoutes)
+}
+
+// stateRoute notes what has become of a route.
+func (x *Index) stateRoute(u *Update, r ref) {
+	k, nk := RouteKey{r.kind, r.Namespace, r.Name}, NoticeKey{Kind: r.kind, Namespace: r.Namespace, Name: r.Name}
+	f := x.gatewayRoutes[r]
+	if f == nil {
+		if x.routeStates[k] != nil {
+			delete(x.routeStates, k)
+			u.Routes[k] = nil
+		}
+		x.notice(u, nk, "", "", "")
+		return
+	}
+	next := &RouteState{UID: f.uid}
+	var worst routing.Verdict
+	for _, b := range x.routesBound[r] {
+		p := b.parent
+		if p.Accepted.OK() && len(x.portsOf(b)) == 0 {
+			p.Accepted = routing.Verdict{Reason: ReasonConflicted, Message: "GRPCRoutes are attached to the same ports of the Service, and hold there"}
+			p.Partly = routing.Verdict{}
+		}
+		next.Parents = append(next.Parents, p)
+		for _, v := range []routing.Verdict{p.Accepted, p.Resolved, p.Partly} {
+			if worst.OK() && !v.OK() {
+				worst = v
+			}
+		}
+	}
+	x.notice(u, nk, f.uid, worst.Reason, worst.Message)
+	if old := x.routeStates[k]; old == nil || !sameState(old, next) {
+		x.routeStates[k] = next
+		u.Routes[k] = next
+	}
+}
+
+func sameState(a, b *RouteState) bool {
+	return a.UID == b.UID && slices.EqualFunc(a.Parents, b.Parents, func(p, q RouteParent) bool {
+		return SameParent(p.Ref, q.Ref) && p.Accepted == q.Accepted && p.Resolved == q.Resolved && p.Partly == q.Partly
+	})
+}
+
+// SameParent reports whether two references of a route are the same.
+func SameParent(a, b gatewayv1.ParentReference) bool {
+	same := func(p, q *gatewayv1.PortNumber) bool { return p == nil && q == nil || p != nil && q != nil && *p == *q }
+	return deref(a.Group, gatewayv1.GroupName) == deref(b.Group, gatewayv1.GroupName) && deref(a.Kind, "Gateway") == deref(b.Kind, "Gateway") &&
+		deref(a.Namespace, "") == deref(b.Namespace, "") && a.Name == b.Name && deref(a.SectionName, "") == deref(b.SectionName, "") && same(a.Port, b.Port)
+}
+
+// portsOf are the ports where a route holds: those where the routes of its clients are of its kind. GRPCRoutes come first.
+func (x *Index) portsOf(b *boundRoute) []uint16 {
+	if b.fact.kind == GRPCRoute {
+		return b.ports
+	}
+	var taken []uint16
+	for o := range x.routesAt[b.name] {
+		if o.fact.kind == GRPCRoute && o.from == b.from && len(o.rules) > 0 {
+			taken = append(taken, o.ports...)
+		}
+	}
+	if len(taken) == 0 {
+		return b.ports
+	}
+	return slices.DeleteFunc(slices.Clone(b.ports), func(p uint16) bool { return slices.Contains(taken, p) })
+}
+
+// gatewayRules are the rules of a service's routes, those for the clients of a namespace first; open says that there are none
+// for all others.
+func (x *Index) gatewayRules(name mesh.ServiceName) (rules []mesh.HTTPRule, open bool) {
+	groups := map[string][]*boundRoute{}
+	for b := range x.routesAt[name] {
+		if len(b.rules) > 0 {
+			groups[b.from] = append(groups[b.from], b)
+		}
+	}
+	others := groups[""]
+	delete(groups, "")
+	for _, from := range slices.Sorted(maps.Keys(groups)) {
+		rules = append(rules, x.ordered(groups[from])...)
+	}
+	all := x.ordered(others)
+	return append(rules, all...), len(all) == 0
+}
+
+// overridden names the route that holds for a service in place of its VirtualService; "" where none does.
+func (x *Index) overridden(name mesh.ServiceName) string {
+	var first *gatewayRouteFact
+	for b := range x.routesAt[name] {
+		if b.from == "" && len(b.rules) > 0 && (first == nil || b.fact.older(first) < 0) {
+			first = b.fact
+		}
+	}
+	if first == nil {
+		return ""
+	}
+	return first.kind.String() + " " + first.Name
+}
+
+// ordered are the rules of routes for the same clients, in the order in which they are asked.
+func (x *Index) ordered(routes []*boundRoute) []mesh.HTTPRule {
+	slices.SortFunc(routes, func(a, b *boundRoute) int {
+		return cmp.Or(a.fact.older(b.fact), slices.Compare(a.ports, b.ports))
+	})
+	var all []routing.Rule
+	for _, b := range routes {
+		ports := x.portsOf(b)
+		if b.every && len(ports) == len(b.ports) {
+			ports = []uint16{0}
+		}
+		for _, port := range ports {
+			for _, r := range b.rules {
+				r.Port, r.From = port, b.from
+				all = append(all, r)
+			}
+		}
+	}
+	slices.SortStableFunc(all, routing.Rule.Compare)
+	out := make([]mesh.HTTPRule, 0, len(all))
+	for i := range all {
+		out = append(out, all[i].HTTPRule)
+	}
+	return out
+}
