@@ -90,6 +90,7 @@ func newGatewayAPI() gatewayAPI {
 type boundRoute struct {
 	fact   *gatewayRouteFact
 	parent RouteParent
+	nth    int // of the route's parents
 	name   mesh.ServiceName
 	ports  []uint16 // of the service that it is for, sorted; empty where it is not followed at all
 	every  bool     // for all ports
@@ -341,8 +342,9 @@ func (x *Index) commitGatewayRoutes(u *Update) {
 		if f == nil {
 			continue
 		}
-		for _, p := range f.parents {
+		for nth, p := range f.parents {
 			b := x.bind(f, p)
+			b.nth = nth
 			x.routesBound[r] = append(x.routesBound[r], b)
 			if x.routesAt[b.name] == nil {
 				x.routesAt[b.name] = map[*boundRoute]struct{}{}
@@ -468,7 +470,7 @@ func (x *Index) overridden(name mesh.ServiceName) string {
 // ordered are the rules of routes for the same clients, in the order in which they are asked.
 func (x *Index) ordered(routes []*boundRoute) []mesh.HTTPRule {
 	slices.SortFunc(routes, func(a, b *boundRoute) int {
-		return cmp.Or(a.fact.older(b.fact), slices.Compare(a.ports, b.ports))
+		return cmp.Or(a.fact.older(b.fact), cmp.Compare(a.nth, b.nth))
 	})
 	var all []routing.Rule
 	for _, b := range routes {
