@@ -8,7 +8,7 @@ ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))
 endif
 
-.PHONY: bench bench-netns fuzz demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
+.PHONY: conformance bench bench-netns fuzz demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
 
 demo: deps
 	@cd test/e2e && go run ./cmd/demo $(ON)
@@ -40,6 +40,9 @@ soak: deps                      # the suites with the numbers of a long run
 	@go test -count=1 -v -timeout 30m -run 'ShortWay|TestShortConnections|TestBytesAreExact' ./node-agent/datapath -long
 	@go test -count=1 -v -timeout 3h ./node-agent/proxy -long
 	@cd test/e2e && go test -count=1 -v -timeout 6h . -long
+
+conformance: deps               # the Gateway API's conformance suite on the cluster, or with KUBECONFIG=file on that; report in test/conformance
+	@cd test/conformance && WARREN_E2E_KUBECONFIG=$(if $(ON),$(abspath $(KUBECONFIG))) go test -count=1 -v -timeout 1h .
 
 bench: deps                     # what the mesh costs against none and against sidecars; report in bench/results; BENCH='--rounds 9 --workloads http-c16'
 	@cd test/e2e && WARREN_E2E_KUBECONFIG=$(if $(ON),$(abspath $(KUBECONFIG))) go run ./cmd/bench --results $(CURDIR)/bench/results $(BENCH)

@@ -158,6 +158,31 @@ var cases = map[string]func(*mesh.Service){
 			{Name: mesh.PolicyName{Namespace: "shop", Name: "noted"}, Action: mesh.Audit, Rules: []mesh.AccessRule{{}}},
 		}
 	},
+	// What routes of the Gateway API add: rules for a port, for the clients of a namespace, and shares that fail.
+	"consumer": rules(
+		mesh.HTTPRule{Name: "blog/theirs/0", From: "blog", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/")}}, Backends: []mesh.HTTPBackend{to("v2", 1)}},
+		mesh.HTTPRule{Name: "news/theirs/0", From: "news", Port: 80, Matches: []mesh.HTTPMatch{{Path: text(mesh.TextExact, "/a")}}, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+	),
+	"port": rules(
+		mesh.HTTPRule{Name: "other", Port: 81, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+		mesh.HTTPRule{Name: "one", Port: 80, Backends: []mesh.HTTPBackend{to("v2", 1)}},
+	),
+	"share": rules(
+		mesh.HTTPRule{Name: "partly", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/a")}}, Backends: []mesh.HTTPBackend{to("v1", 3), {Weight: 1, Invalid: "it was not found"}}},
+		mesh.HTTPRule{Name: "calls", GRPC: true, Matches: []mesh.HTTPMatch{{Path: text(mesh.TextExact, "/a.B/C")}}, Backends: []mesh.HTTPBackend{to("v1", 3), {Weight: 1, Invalid: "it was not found"}}},
+		mesh.HTTPRule{Name: "no-calls", GRPC: true, Invalid: "it was not found"},
+	),
+	"redirects": rules(
+		mesh.HTTPRule{Name: "prefix", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/a")}}, Redirect: &mesh.HTTPRedirect{Prefix: ptr("/b"), Code: 302, OwnPort: true}},
+		mesh.HTTPRule{Name: "slash", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/c")}}, Redirect: &mesh.HTTPRedirect{Prefix: ptr("/"), Host: "other.example", Code: 307, OwnPort: true}},
+		mesh.HTTPRule{Name: "scheme", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/d")}}, Redirect: &mesh.HTTPRedirect{Scheme: "https", Host: "other.example", Code: 303, OwnPort: true}},
+		mesh.HTTPRule{Name: "port", Redirect: &mesh.HTTPRedirect{Port: 8083, Code: 308, OwnPort: true}},
+	),
+	"route": one(mesh.HTTPRule{
+		Retries: &mesh.HTTPRetries{Attempts: 4, PerTry: 2 * time.Second, Backoff: 100 * time.Millisecond, StatusCodes: []uint32{500}},
+		Mirrors: []mesh.HTTPMirror{{Backend: to("v1", 0), Millionths: mesh.Million}, {Backend: to("v2", 0), Millionths: 333_333}},
+		CORS:    &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextRegex, ".*")}, Methods: []string{"*"}, MaxAge: 5 * time.Second, Answer: true},
+	}),
 	"invalid": rules(mesh.HTTPRule{Name: "bad", Invalid: "there is nothing to do"}, mesh.HTTPRule{Name: "nowhere", Backends: []mesh.HTTPBackend{{Service: mesh.ServiceName{Namespace: "shop", Hostname: "absent"}, Weight: 1}}}),
 }
 
@@ -235,6 +260,32 @@ func TestGoldens(t *testing.T) {
 				t.Errorf("%s (-want +got); go test ./waypoint -update writes it:\n%s", file, d)
 			}
 		})
+	}
+}
+
+// TestRedirectPort is the port that a redirect of the Gateway API leads to: that of its scheme, or the one that was asked.
+func TestRedirectPort(t *testing.T) {
+	for _, c := range []struct {
+		asked uint16
+		r     mesh.HTTPRedirect
+		want  uint32
+	}{
+		{80, mesh.HTTPRedirect{}, 0},
+		{8080, mesh.HTTPRedirect{}, 0}, // in the request's host
+		{8080, mesh.HTTPRedirect{Host: "h"}, 8080},
+		{80, mesh.HTTPRedirect{Host: "h"}, 0},
+		{8080, mesh.HTTPRedirect{Scheme: "https", Host: "h"}, 0},
+		{8080, mesh.HTTPRedirect{Scheme: "https"}, 443},
+		{80, mesh.HTTPRedirect{Scheme: "https"}, 0},
+		{80, mesh.HTTPRedirect{Scheme: "https", Port: 443}, 0},
+		{80, mesh.HTTPRedirect{Port: 8083}, 8083},
+		{8080, mesh.HTTPRedirect{Port: 80}, 80},
+		{8080, mesh.HTTPRedirect{Port: 80, Host: "h"}, 0},
+	} {
+		c.r.OwnPort = true
+		if got := redirectPort(chain{port: mesh.ServicePort{Port: c.asked}}, &c.r); got != c.want {
+			t.Errorf("asked at %d for %+v: port %d, want %d", c.asked, c.r, got, c.want)
+		}
 	}
 }
 

@@ -51,6 +51,7 @@ type gatewayRouteFact struct {
 	generation int64
 	created    metav1.Time
 	parents    []gatewayv1.ParentReference // Services
+	hostnames  bool                        // it has some, which mean nothing there
 	convert    func(routing.Backends) routing.Route
 	mentions   []mesh.ServiceName // what it is attached to and what it sends to
 }
@@ -111,6 +112,7 @@ func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
 			}
 		}
 	}
+	f.hostnames = len(r.Spec.Hostnames) > 0
 	f.convert = func(find routing.Backends) routing.Route {
 		return routing.HTTPRoute(r.Namespace, r.Name, &r.Spec, find)
 	}
@@ -130,6 +132,7 @@ func (c *compiled) grpcRouteFactOf(r *gatewayv1.GRPCRoute) *gatewayRouteFact {
 			}
 		}
 	}
+	f.hostnames = len(r.Spec.Hostnames) > 0
 	f.convert = func(find routing.Backends) routing.Route {
 		return routing.GRPCRoute(r.Namespace, r.Name, &r.Spec, find)
 	}
@@ -251,7 +254,7 @@ func (x *Index) backends(f *gatewayRouteFact, parent mesh.ServiceName) routing.B
 		}
 		at := name.Namespace + "/" + string(b.Name)
 		if name.Namespace != f.Namespace && name != parent && !x.granted(f, key{name.Namespace, string(b.Name)}) {
-			return not(gatewayv1.RouteReasonRefNotPermitted, "no ReferenceGrant in "+name.Namespace+" lets a "+f.kind.String()+" of "+f.Namespace+" send to Service "+at)
+			return not(gatewayv1.RouteReasonRefNotPermitted, "no ReferenceGrant in "+name.Namespace+" lets "+f.kind.String()+"s of "+f.Namespace+" send to Service "+at)
 		}
 		s := winner(x.candidates[name])
 		if s == nil {
@@ -397,6 +400,9 @@ func (x *Index) stateRoute(u *Update, r ref) {
 				worst = v
 			}
 		}
+	}
+	if worst.OK() && f.hostnames && len(f.parents) > 0 {
+		worst = routing.Verdict{Reason: "PartlyIgnored", Message: "hostnames mean nothing at a Service, which is known by its address; match the header Host instead"}
 	}
 	x.notice(u, nk, f.uid, worst.Reason, worst.Message)
 	if old := x.routeStates[k]; old == nil || !sameState(old, next) {

@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ import (
 	"sigs.k8s.io/gateway-api/conformance/utils/suite"
 	"sigs.k8s.io/gateway-api/pkg/features"
 
+	"github.com/warrenmesh/warren/results"
 	"github.com/warrenmesh/warren/test/cluster"
 	"github.com/warrenmesh/warren/test/cluster/image"
 	"github.com/warrenmesh/warren/test/e2e/lab"
@@ -116,6 +118,25 @@ spec:
 	if *only == "" {
 		_, here, _, _ := runtime.Caller(0)
 		opts.ReportOutputPath = filepath.Join(filepath.Dir(here), "mesh-report.yaml")
+	}
+	ran, failed := 0, 0
+	opts.Hook = func(t *testing.T, test suite.ConformanceTest, s *suite.ConformanceTestSuite) {
+		if !slices.Contains(test.Features, features.SupportMesh) || *only != "" && test.ShortName != *only {
+			return
+		}
+		ran++
+		if t.Failed() {
+			failed++
+		}
+		if t.Skipped() { // there is nothing about meshes that is not claimed
+			failed++
+			t.Errorf("%s was left out, which needs %v", test.ShortName, test.Features)
+		}
+	}
+	if *only == "" {
+		t.Cleanup(func() {
+			must(t, results.Record("gateway-api-conformance", results.Row{Name: "mesh", Inputs: ran, Failures: failed, Figure: float64(ran - failed), Unit: "tests passed"}))
+		})
 	}
 	start := time.Now()
 	conformance.RunConformanceWithOptions(t, opts)

@@ -3,6 +3,7 @@ module github.com/warrenmesh/warren/test/conformance
 go 1.26.0
 
 require (
+	github.com/warrenmesh/warren v0.0.0
 	github.com/warrenmesh/warren/test/cluster v0.0.0
 	github.com/warrenmesh/warren/test/e2e v0.0.0
 	sigs.k8s.io/gateway-api v1.6.3
@@ -40,7 +41,6 @@ require (
 	github.com/modern-go/reflect2 v1.0.3-0.20250322232337-35a7c28c31ee // indirect
 	github.com/munnerz/goautoneg v0.0.0-20191010083416-a7dc8b61c822 // indirect
 	github.com/pmezard/go-difflib v1.0.1-0.20181226105442-5d4384ee4fb2 // indirect
-	github.com/prometheus/client_golang v1.25.0 // indirect
 	github.com/spf13/pflag v1.0.10 // indirect
 	github.com/stretchr/testify v1.11.1 // indirect
 	github.com/vishvananda/netlink v1.3.1 // indirect
