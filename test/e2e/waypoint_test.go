@@ -100,8 +100,8 @@ spec:
 		must(t, err)
 		return strings.Count(out, `"msg":"request"`)
 	}
-	for _, v1 := range []int{100, 80} {
-		apply(split(v1))
+	shared := func(v1 int) {
+		t.Helper()
 		const n = 500
 		must(t, lab.Eventually(ctx, 2*time.Minute, func() error {
 			before1, before2 := requests("inventory-1"), requests("inventory-2")
@@ -115,6 +115,57 @@ spec:
 			t.Logf("weights %d and %d: %d and %d of %d requests", v1, 100-v1, got1, got2, n)
 			return nil
 		}))
+	}
+	for _, v1 := range []int{100, 80} {
+		apply(split(v1))
+		shared(v1)
+	}
+
+	// The same canary as an HTTPRoute, which comes before the VirtualService, and says what it lacks.
+	apply(`
+apiVersion: v1
+kind: Service
+metadata: {name: inventory-v1, namespace: NS}
+spec: {selector: {app: inventory, version: v1}, ports: [{name: http, port: 80, targetPort: 8080}]}
+`)
+	canary := func(v1 int) {
+		apply(fmt.Sprintf(`
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: canary, namespace: NS}
+spec:
+  parentRefs: [{group: "", kind: Service, name: inventory}]
+  rules: [{backendRefs: [{name: inventory-v1, port: 80, weight: %d}, {name: inventory-v2, port: 80, weight: %d}]}]
+`, v1, 100-v1))
+	}
+	says := func(condition string) {
+		t.Helper()
+		must(t, lab.Eventually(ctx, time.Minute, func() error {
+			kind, want, _ := strings.Cut(condition, "=")
+			out, err := mesh.Kubectl(ctx, "-n", ns, "get", "httproute", "canary", "-o",
+				`jsonpath={.status.parents[?(@.controllerName=="istio.io/gateway-controller")].conditions[?(@.type=="`+kind+`")].reason}`)
+			if err == nil && out != want {
+				err = fmt.Errorf("%s is %q, want %q", kind, out, want)
+			}
+			return err
+		}))
+	}
+	canary(100)
+	says("Accepted=Accepted")
+	says("ResolvedRefs=BackendNotFound")
+	apply(`
+apiVersion: v1
+kind: Service
+metadata: {name: inventory-v2, namespace: NS}
+spec: {selector: {app: inventory, version: v2}, ports: [{name: http, port: 80, targetPort: 8080}]}
+`)
+	says("ResolvedRefs=ResolvedRefs")
+	for _, v1 := range []int{100, 50} {
+		canary(v1)
+		shared(v1)
+	}
+	if _, err := mesh.Kubectl(ctx, "-n", ns, "delete", "httproute", "canary"); err != nil {
+		t.Fatal(err)
 	}
 	apply(`
 apiVersion: networking.istio.io/v1beta1

@@ -18,7 +18,7 @@ import (
 )
 
 // modules are the modules of this repository, the root first.
-var modules = []string{".", "test/cluster", "test/e2e"}
+var modules = []string{".", "test/cluster", "test/e2e", "test/conformance"}
 
 func stages() []stage {
 	house := stage{name: "house", about: "format, vet, staticcheck, generated files, chart"}
