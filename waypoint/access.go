@@ -283,8 +283,10 @@ func pathMatcher(v mesh.TextMatch, anySlash bool) *matcherv3.StringMatcher {
 	switch {
 	case v.Kind == mesh.TextAny:
 		return regexMatcher("(?s).+")
-	case !anySlash || v.Kind == mesh.TextRegex:
+	case !anySlash:
 		return stringMatcher(v)
+	case v.Kind == mesh.TextRegex: // of a template, where a slash between brackets is one of what a part may have
+		r = anySlashOutside(v.Value)
 	case v.Kind == mesh.TextPrefix:
 		r += ".*"
 	case v.Kind == mesh.TextSuffix:
@@ -293,14 +295,32 @@ func pathMatcher(v mesh.TextMatch, anySlash bool) *matcherv3.StringMatcher {
 	return regexMatcher("(?s)" + r)
 }
 
+// anySlashOutside replaces the slashes of a regular expression but for those in brackets.
+func anySlashOutside(r string) string {
+	var b strings.Builder
+	inside := false
+	for _, c := range r {
+		switch {
+		case c == '[':
+			inside = true
+		case c == ']':
+			inside = false
+		case c == '/' && !inside:
+			b.WriteString(slashes)
+			continue
+		}
+		b.WriteRune(c)
+	}
+	return b.String()
+}
+
 // principal is a test of who asks.
 func principal(t mesh.AccessTest) *rbacv3.Principal {
 	var any []*rbacv3.Principal
 	for _, n := range t.Nets {
-		p := &rbacv3.Principal{Identifier: &rbacv3.Principal_DirectRemoteIp{DirectRemoteIp: cidr(n)}}
-		if t.On == mesh.AccessRemoteIP {
-			p = &rbacv3.Principal{Identifier: &rbacv3.Principal_RemoteIp{RemoteIp: cidr(n)}}
-		}
+		// Nobody's word about an address is taken, so that both are the client's. Envoy's "direct" address would be that of
+		// the listener before.
+		p := &rbacv3.Principal{Identifier: &rbacv3.Principal_RemoteIp{RemoteIp: cidr(n)}}
 		any = append(any, p)
 	}
 	for _, v := range t.Text {

@@ -110,7 +110,12 @@ func pemBlock(typ string, der []byte) []byte {
 // issue makes a certificate for the service account sa of namespace shop, and leaves sa.crt and sa.key in dir.
 func (a *authority) issue(t *testing.T, sa string) *identity.Bundle {
 	t.Helper()
-	id := mesh.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: sa}
+	return a.issueTo(t, mesh.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: sa}, sa)
+}
+
+// issueTo does so for any identity, and leaves name.crt and name.key.
+func (a *authority) issueTo(t *testing.T, id mesh.Identity, sa string) *identity.Bundle {
+	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)

@@ -43,6 +43,12 @@ func inPlace(t *testing.T, file string) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return placed(t, b)
+}
+
+// placed makes a bootstrap of resources by kind.
+func placed(t *testing.T, b []byte) []byte {
+	t.Helper()
 	var g struct{ Listeners, Routes, Clusters, Endpoints, Extensions []object }
 	if err := yaml.Unmarshal(b, &g); err != nil {
 		t.Fatal(err)
