@@ -220,12 +220,11 @@ func endpoint(w *mesh.Workload, at netip.AddrPort, unreadyToo bool) *endpointv3.
 		e.HealthStatus = corev3.HealthStatus_UNHEALTHY
 	}
 	address := socket(at.Addr().String(), uint32(at.Port()))
+	e.Metadata = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metaPeer: describe(w)}}
 	if w.Tunnel == mesh.TunnelHBONE {
 		address = internalAddress(connectOriginate, at.String())
-		e.Metadata = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{
-			metaOriginalDst: {Fields: map[string]*structpb.Value{"local": structpb.NewStringValue(at.String())}},
-			metaTransport:   tunnelled(),
-		}}
+		e.Metadata.FilterMetadata[metaOriginalDst] = &structpb.Struct{Fields: map[string]*structpb.Value{"local": structpb.NewStringValue(at.String())}}
+		e.Metadata.FilterMetadata[metaTransport] = tunnelled()
 	}
 	e.HostIdentifier = &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: address}}
 	return e

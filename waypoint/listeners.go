@@ -13,6 +13,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	datav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	streamlogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	sfsvaluev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	corsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
@@ -58,7 +59,7 @@ func (b *builder) terminate() *listenerv3.Listener {
 		UpgradeConfigs:               []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "CONNECT"}},
 		CommonHttpProtocolOptions:    &corev3.HttpProtocolOptions{IdleTimeout: durationpb.New(0)},
 		RouteSpecifier:               &hcmv3.HttpConnectionManager_RouteConfig{RouteConfig: connectRoute()},
-		HttpFilters:                  []*hcmv3.HttpFilter{b.httpFilter("envoy.filters.http.set_filter_state", b.tunnelState()), b.router()},
+		HttpFilters:                  []*hcmv3.HttpFilter{b.readBaggage(), b.httpFilter("envoy.filters.http.set_filter_state", b.tunnelState()), b.router()},
 		DelayedCloseTimeout:          durationpb.New(time.Second),
 		GenerateRequestId:            wrapperspb.Bool(false),
 		AlwaysSetRequestIdInResponse: false,
@@ -126,11 +127,11 @@ func (b *builder) tunnelState() proto.Message {
 			SharedWithUpstream: sfsvaluev3.FilterStateValue_ONCE,
 		}
 	}
-	return &sfsv3.Config{OnRequestHeaders: []*sfsvaluev3.FilterStateValue{
+	return &sfsv3.Config{OnRequestHeaders: append([]*sfsvaluev3.FilterStateValue{
 		value(stateLocal, "", "%REQ(:AUTHORITY)%"),
 		value(stateRemote, "", "%DOWNSTREAM_REMOTE_ADDRESS%"),
 		value(statePrincipal, "envoy.string", "%DOWNSTREAM_PEER_URI_SAN%"),
-	}}
+	}, peerState(value)...)}
 }
 
 // main has a filter chain for each port of each service.
@@ -287,7 +288,7 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 		StreamIdleTimeout:             durationpb.New(0),
 		HttpProtocolOptions:           &corev3.Http1ProtocolOptions{AcceptHttp_10: true},
 		UpgradeConfigs:                []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
-		AccessLog:                     []*accesslogv3.AccessLog{b.accessLog(c, true)},
+		AccessLog:                     append(b.metrics(c, true), b.accessLog(c, true)),
 	})
 }
 
@@ -316,7 +317,8 @@ func (b *builder) serveTCP(c chain) *listenerv3.Filter {
 		StatPrefix:       c.name("tcp"),
 		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: target{c.svc.Name, c.port.Port, "", false}.name()},
 		IdleTimeout:      durationpb.New(0),
-		AccessLog:        []*accesslogv3.AccessLog{b.accessLog(c, false)},
+		AccessLog:        append(b.metrics(c, false), b.accessLog(c, false)),
+		AccessLogOptions: &tcpproxyv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
 	})
 }
 
@@ -331,6 +333,7 @@ func (b *builder) accessLog(c chain, http bool) *accesslogv3.AccessLog {
 		"source_principal":                  "%FILTER_STATE(" + statePrincipal + ":PLAIN)%",
 		"destination_service":               c.svc.Name.Hostname,
 	}
+	whoAndWhom(fields)
 	if http {
 		for k, v := range map[string]string{
 			"method": "%REQ(:METHOD)%", "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "protocol": "%PROTOCOL%", "authority": "%REQ(:AUTHORITY)%",
@@ -348,13 +351,24 @@ func (b *builder) accessLog(c chain, http bool) *accesslogv3.AccessLog {
 		format.Fields[k] = structpb.NewStringValue(v)
 	}
 	return &accesslogv3.AccessLog{
-		Name: "envoy.access_loggers.stdout",
+		Filter: atEnd(http),
+		Name:   "envoy.access_loggers.stdout",
 		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: b.config(&streamlogv3.StdoutAccessLog{
 			AccessLogFormat: &streamlogv3.StdoutAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
 				Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: format},
 			}},
 		})},
 	}
+}
+
+// atEnd has a connection written about when it is over.
+func atEnd(http bool) *accesslogv3.AccessLogFilter {
+	if http {
+		return nil
+	}
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_LogTypeFilter{
+		LogTypeFilter: &accesslogv3.LogTypeFilter{Types: []datav3.AccessLogType{datav3.AccessLogType_TcpConnectionEnd}},
+	}}
 }
 
 // originate puts one connection to an endpoint into the endpoint's tunnel.

@@ -182,6 +182,35 @@ spec:
 	apply(split(80))
 	becomes("calls are answered again", answered)
 
+	// The waypoint tells of what passes under Istio's names, with both workloads.
+	way, err := mesh.Kubectl(ctx, "-n", ns, "get", "pods", "-l", "gateway.networking.k8s.io/gateway-name=way", "-o", "jsonpath={.items[0].metadata.name}")
+	must(t, err)
+	must(t, lab.Eventually(ctx, time.Minute, func() error {
+		text, err := mesh.Kubectl(ctx, "get", "--raw", "/api/v1/namespaces/"+ns+"/pods/"+strings.TrimSpace(way)+":15020/proxy/stats/prometheus")
+		if err != nil {
+			return err
+		}
+		for _, metric := range []string{"istio_requests_total{", "istio_request_duration_milliseconds_count{", "istio_request_bytes_sum{", "istio_response_bytes_sum{"} {
+			found := false
+			for line := range strings.Lines(text) {
+				all := strings.HasPrefix(line, metric)
+				for _, label := range []string{
+					`reporter="waypoint"`, `response_code="200"`, `request_protocol="http"`, `connection_security_policy="mutual_tls"`,
+					`source_workload="client"`, `source_workload_namespace="` + ns + `"`, `source_principal="spiffe://cluster.local/ns/` + ns + `/sa/client"`,
+					`destination_service="inventory.` + ns + `.svc.cluster.local"`, `destination_service_name="inventory"`, `destination_workload_namespace="` + ns + `"`,
+					`destination_principal="spiffe://cluster.local/ns/` + ns + `/sa/inventory"`, `destination_canonical_service="inventory"`, `destination_version="v2"`,
+				} {
+					all = all && strings.Contains(line, label)
+				}
+				found = found || all
+			}
+			if !found {
+				return fmt.Errorf("no %s...} with the labels of both workloads", metric)
+			}
+		}
+		return nil
+	}))
+
 	// Who may ask for what: the waypoint decides, and the pods admit nobody past it.
 	apply(`
 apiVersion: security.istio.io/v1

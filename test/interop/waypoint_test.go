@@ -102,6 +102,7 @@ func inline(t *testing.T, v any, routes, extensions object) {
 			inline(t, e, routes, extensions)
 		}
 	case object:
+		delete(v, "sharingName") // an Envoy 1.40 that only validates crashes by it when it ends, after it has said that all is well
 		if rds, ok := v["rds"].(object); ok {
 			table := routes[rds["routeConfigName"].(string)]
 			if table == nil {

@@ -126,7 +126,8 @@ func TestWaypointServes(t *testing.T) {
 	}})
 	defer tunnels.Close()
 	get := func(authority, path string, headers ...string) (int, string, error) {
-		st, _, err := tunnels.Open(ctx, hbone.Key{Src: me.ID, Want: hbone.WantKey([]string{want}), Addr: netip.MustParseAddrPort("127.0.0.1:15008")}, hbone.Request{Authority: authority})
+		st, _, err := tunnels.Open(ctx, hbone.Key{Src: me.ID, Want: hbone.WantKey([]string{want}), Addr: netip.MustParseAddrPort("127.0.0.1:15008")}, hbone.Request{Authority: authority,
+			Header: hbone.Header{{Name: hbone.HeaderBaggage, Value: "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.deployment.name=client-v7,service.name=client,service.version=v7"}}})
 		if err != nil {
 			return 0, "", err
 		}
@@ -223,6 +224,7 @@ func TestWaypointServes(t *testing.T) {
 		return err
 	})
 
+	t.Run("metrics", func(t *testing.T) { waypointMetrics(t, get) })
 	t.Run("tokens", func(t *testing.T) { waypointTokens(t, istio, guarded, get) })
 
 	// A change reaches the next request.

@@ -69,6 +69,8 @@ func (c Config) envoy() ([]byte, error) {
 			"metadata": object{"NAMESPACE": c.PodNamespace, "NAME": c.PodName, "CLUSTER_ID": c.ClusterID},
 		},
 		"admin": object{"address": address(c.AdminPort)},
+		// Series of the mesh's metrics that nothing was added to for so long are dropped.
+		"stats_flush_interval": "5s", "stats_eviction_interval": "3600s",
 		"dynamic_resources": object{
 			"ads_config": object{
 				"api_type": "DELTA_GRPC", "transport_api_version": "V3", "set_node_on_first_message_only": true,

@@ -1,6 +1,8 @@
 package bootstrap
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -243,7 +245,7 @@ func (p *waypointProcess) status() http.Handler {
 			http.Error(w, "draining", http.StatusServiceUnavailable)
 			return
 		}
-		p.pass(w, r, "/ready")
+		p.pass(w, r, "/ready", copyAll)
 	})
 	return mux
 }
@@ -252,13 +254,44 @@ func (p *waypointProcess) status() http.Handler {
 func (p *waypointProcess) telemetry() http.Handler {
 	mux := http.NewServeMux()
 	for _, path := range []string{"/stats/prometheus", "/metrics"} {
-		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) { p.pass(w, r, "/stats/prometheus") })
+		mux.HandleFunc("GET "+path, func(w http.ResponseWriter, r *http.Request) { p.pass(w, r, "/stats/prometheus", istioNames) })
 	}
 	return mux
 }
 
+// istioNames copies metrics, and gives back their names to those of the mesh, before which Envoy puts its own.
+func istioNames(w io.Writer, r io.Reader) error {
+	in := bufio.NewReaderSize(r, 64<<10)
+	for {
+		line, err := in.ReadSlice('\n')
+		for _, prefix := range []string{"", "# TYPE ", "# HELP "} {
+			if rest, ok := bytes.CutPrefix(line, []byte(prefix+"envoy_istio_")); ok {
+				if _, err := io.WriteString(w, prefix+"istio_"); err != nil {
+					return err
+				}
+				line = rest
+				break
+			}
+		}
+		if _, err := w.Write(line); err != nil {
+			return err
+		}
+		switch {
+		case errors.Is(err, io.EOF):
+			return nil
+		case err != nil && !errors.Is(err, bufio.ErrBufferFull): // of a long line the rest follows
+			return err
+		}
+	}
+}
+
+func copyAll(w io.Writer, r io.Reader) error {
+	_, err := io.Copy(w, r)
+	return err
+}
+
 // pass answers with what Envoy's admin endpoint says.
-func (p *waypointProcess) pass(w http.ResponseWriter, r *http.Request, path string) {
+func (p *waypointProcess) pass(w http.ResponseWriter, r *http.Request, path string, copy func(io.Writer, io.Reader) error) {
 	res, err := p.get(r.Context(), path)
 	if err != nil {
 		http.Error(w, "Envoy does not answer: "+err.Error(), http.StatusServiceUnavailable)
@@ -267,5 +300,5 @@ func (p *waypointProcess) pass(w http.ResponseWriter, r *http.Request, path stri
 	defer res.Body.Close()
 	w.Header().Set("Content-Type", res.Header.Get("Content-Type"))
 	w.WriteHeader(res.StatusCode)
-	_, _ = io.Copy(w, res.Body) // the client may have left
+	_ = copy(w, res.Body) // the client may have left
 }
