@@ -1,8 +1,8 @@
-// Package cli is the command line of Warren: install, upgrade, uninstall, manifest, profile, check, status, why,
-// node-config, bench, version.
+// Package cli is the command line of Warren: install, upgrade, uninstall, manifest, profile, check, status, why, describe,
+// authz, waypoint, node-config, proxy-config, sysdump, bench, version.
 //
 // It owns what an operator reads: tables, JSON and YAML of the same values, and errors that say what to do. It
-// talks to the Kubernetes API and, through a port forward, to the admin port of node agents; it must not
+// talks to the Kubernetes API and, through a port forward, to the admin port of node agents and waypoints; it must not
 // import what runs in the cluster.
 package cli
 
@@ -111,7 +111,8 @@ func (a *app) root() *cobra.Command {
 	f.StringVarP(&a.output, "output", "o", "table", "table, json or yaml")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(a.installCommand(), a.upgradeCommand(), a.uninstallCommand(), a.manifestCommand(), a.profileCommand(),
-		a.checkCommand(), a.statusCommand(), a.whyCommand(), a.nodeConfigCommand(), a.versionCommand(), a.benchCommand(), a.cleanCommand())
+		a.checkCommand(), a.statusCommand(), a.whyCommand(), a.describeCommand(), a.waypointCommand(), a.nodeConfigCommand(), a.proxyConfigCommand(), a.sysdumpCommand(), a.authzCommand(),
+		a.versionCommand(), a.benchCommand(), a.cleanCommand())
 	return root
 }
 

@@ -45,6 +45,8 @@ type conn struct {
 	kubernetes.Interface
 	istio istio.Interface
 	rest  *rest.Config
+	// namespace is the context's, for what is not the control plane's.
+	namespace string
 	// objects applies and deletes what the chart yields.
 	objects release.Cluster
 	// ask asks a port of a pod over HTTP; a seam for tests.
@@ -54,7 +56,8 @@ type conn struct {
 func dialCluster(a *app) (*conn, error) {
 	rules := clientcmd.NewDefaultClientConfigLoadingRules()
 	rules.ExplicitPath = a.file
-	cfg, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: a.context}).ClientConfig()
+	loader := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: a.context})
+	cfg, err := loader.ClientConfig()
 	if err != nil {
 		return nil, fmt.Errorf("reading the kubeconfig: %w; name one with --kubeconfig or KUBECONFIG", err)
 	}
@@ -75,7 +78,11 @@ func dialCluster(a *app) (*conn, error) {
 		return nil, err
 	}
 	mapper := restmapper.NewDeferredDiscoveryRESTMapper(memory.NewMemCacheClient(k.Discovery()))
-	c := &conn{Interface: k, istio: i, rest: cfg, objects: release.Cluster{Client: d, Mapper: mapper}}
+	namespace, _, err := loader.Namespace()
+	if err != nil {
+		return nil, fmt.Errorf("reading the kubeconfig: %w", err)
+	}
+	c := &conn{Interface: k, istio: i, rest: cfg, namespace: namespace, objects: release.Cluster{Client: d, Mapper: mapper}}
 	c.ask = c.forward
 	return c, nil
 }

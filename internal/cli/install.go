@@ -123,8 +123,8 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 		p.done("revision %d is ready after %s", rec.Version, time.Since(start).Round(100*time.Millisecond))
 		return nil
 	}
-	// Whatever ended it, what is there is written down.
-	after, cancelAfter := context.WithTimeout(context.WithoutCancel(ctx), ch.limit)
+	// Whatever ended it, what is there is written down. The way back has its time even where there was little for the way there.
+	after, cancelAfter := context.WithTimeout(context.WithoutCancel(ctx), max(ch.limit, 3*time.Minute))
 	defer cancelAfter()
 	err = errors.Join(err, records.Failed(after, rec, err.Error()))
 	if !ch.upgrade || !ch.rollback {
@@ -132,7 +132,7 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	}
 	p.done("revision %d does not become ready; going back to revision %d", rec.Version, before.Version)
 	if e := a.back(after, c, p, ch, records, append(history, rec), before); e != nil {
-		return errors.Join(err, fmt.Errorf("going back: %w", e))
+		return errors.Join(err, fmt.Errorf("going back: %w\nrun it again to go on, or with what was set before to go back", e))
 	}
 	return fmt.Errorf("%w\nrolled back to revision %d", err, before.Version)
 }

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,6 +39,7 @@ type site struct {
 	mapper  *meta.DefaultRESTMapper
 	broken  string
 	refuse  string // kind whose objects are refused
+	ask     func(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error)
 }
 
 var everything = sync.OnceValues(func() (*release.Rendered, error) {
@@ -62,12 +64,18 @@ func newSite(t *testing.T, objects ...runtime.Object) *site {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, o := range append(slices.Clone(all.Objects), release.NamespaceObject("istio-system")) {
+	gateway := &unstructured.Unstructured{Object: map[string]any{"apiVersion": "gateway.networking.k8s.io/v1", "kind": "Gateway", "metadata": map[string]any{"namespace": "any"}}}
+	for _, o := range append(slices.Clone(all.Objects), release.NamespaceObject("istio-system"), gateway) {
 		scope := meta.RESTScope(meta.RESTScopeNamespace)
 		if o.GetNamespace() == "" {
 			scope = meta.RESTScopeRoot
 		}
-		s.mapper.Add(o.GroupVersionKind(), scope)
+		gvk := o.GroupVersionKind()
+		if gvk.Kind == "Gateway" { // whose plural is not guessed
+			s.mapper.AddSpecific(gvk, gatewayResource, gatewayResource.GroupVersion().WithResource("gateway"), scope)
+		} else {
+			s.mapper.Add(gvk, scope)
+		}
 		m, err := s.mapper.RESTMapping(o.GroupVersionKind().GroupKind(), o.GroupVersionKind().Version)
 		if err != nil {
 			t.Fatal(err)
@@ -138,7 +146,7 @@ func (s *site) run(t *testing.T, args ...string) (code int, stdout, stderr strin
 	var out, errs bytes.Buffer
 	a := &app{env: Env{Program: "warren", Args: args, Version: "test", Out: &out, Err: &errs}}
 	a.connect = func(*app) (*conn, error) {
-		return &conn{Interface: s.kube, objects: release.Cluster{Client: s.dynamic, Mapper: s.mapper}}, nil
+		return &conn{Interface: s.kube, objects: release.Cluster{Client: s.dynamic, Mapper: s.mapper}, ask: s.ask}, nil
 	}
 	code = a.main(t.Context())
 	return code, out.String(), errs.String()

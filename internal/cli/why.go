@@ -3,6 +3,7 @@ package cli
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/netip"
@@ -14,28 +15,65 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"github.com/warrenmesh/warren/internal/cli/envoy"
 	"github.com/warrenmesh/warren/internal/cli/why"
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/internal/wds"
 )
 
+// request are the flags that say what is asked of a waypoint.
+type request struct {
+	method, path, host string
+	headers            []string
+}
+
+func (r *request) add(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&r.method, "method", "GET", "of the request, where a waypoint looks at requests")
+	f.StringVar(&r.path, "path", "/", "of the request, with its query")
+	f.StringVar(&r.host, "host", "", "that the request names (default the service's)")
+	f.StringArrayVar(&r.headers, "header", nil, "NAME=VALUE of the request; may be repeated")
+}
+
+func (r *request) read() (envoy.Request, error) {
+	out := envoy.Request{Method: strings.ToUpper(r.method), Path: r.path, Host: r.host, Headers: map[string]string{}}
+	if out.Method == "" || !strings.HasPrefix(r.path, "/") {
+		return out, usageError{errors.New("a request has a --method, and a --path that begins with /")}
+	}
+	for _, h := range r.headers {
+		k, v, ok := strings.Cut(h, "=")
+		if !ok || k == "" {
+			return out, usageError{fmt.Errorf("--header %s is not NAME=VALUE", h)}
+		}
+		out.Headers[strings.ToLower(k)] = v
+	}
+	return out, nil
+}
+
 func (a *app) whyCommand() *cobra.Command {
-	return &cobra.Command{
+	req := &request{}
+	cmd := &cobra.Command{
 		Use: "why SOURCE DESTINATION[:PORT]", Short: "Explain what becomes of a connection, and what decides",
 		Long: "Explain what becomes of a connection: whether the client is captured, where its node sends the connection, whether the two ends\n" +
 			"trust each other, and which policy decides at the other end. Both nodes are asked for what they hold, and the same functions\n" +
-			"decide here as there.\n\n" +
+			"decide here as there. Where a waypoint is on the way, its Envoy is asked for its configuration, and a request is followed through it.\n\n" +
 			"SOURCE is a pod, as NAMESPACE/POD or POD.NAMESPACE. DESTINATION is a pod likewise, a service as SERVICE.NAMESPACE or by its full\n" +
 			"name, or an address. The port may be left out where there is only one. Exit code 3: the connection is refused, or some are.",
-		Example: "  warren why shop/ui-7d9 catalog.shop:8080\n  warren why shop/ui-7d9 10.96.0.7:8080 -o json",
-		Args:    args(cobra.ExactArgs(2)),
+		Example: "  warren why shop/ui-7d9 catalog.shop:8080\n  warren why shop/ui-7d9 catalog.shop --method POST --path /items --header x-user=anna\n" +
+			"  warren why shop/ui-7d9 10.96.0.7:8080 -o json",
+		Args: args(cobra.ExactArgs(2)),
 		RunE: func(cmd *cobra.Command, ends []string) error {
+			ask, err := req.read()
+			if err != nil {
+				return err
+			}
 			c, err := a.connect(a)
 			if err != nil {
 				return err
 			}
-			answer, err := a.why(cmd.Context(), c, ends[0], ends[1])
+			answer, err := a.why(cmd.Context(), c, ends[0], ends[1], ask)
 			if err != nil {
 				return err
 			}
@@ -48,6 +86,8 @@ func (a *app) whyCommand() *cobra.Command {
 			return nil
 		},
 	}
+	req.add(cmd)
+	return cmd
 }
 
 // explanation is what why prints.
@@ -57,7 +97,7 @@ type explanation struct {
 	why.Answer
 }
 
-func (a *app) why(ctx context.Context, c *conn, source, destination string) (*explanation, error) {
+func (a *app) why(ctx context.Context, c *conn, source, destination string, ask envoy.Request) (*explanation, error) {
 	agents, err := a.agents(ctx, c)
 	if err != nil {
 		return nil, err
@@ -86,40 +126,113 @@ func (a *app) why(ctx context.Context, c *conn, source, destination string) (*ex
 	if err != nil {
 		return nil, usageError{err}
 	}
-	nodes := map[string]*why.Node{near.Name: near}
-	ask := func(n string) *why.Node { return nodes[n] }
-	// The first pass tells which nodes there are to ask.
-	first := why.Explain(why.Question{Source: src.UID, Dst: dst, Client: near, Node: ask})
-	var mu sync.Mutex
-	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(8)
-	for i := range agents {
-		node := agents[i].Spec.NodeName
-		if node == near.Name || !slices.ContainsFunc(first.Ends, func(e why.End) bool { return e.Node == node }) {
-			continue
+	k := &known{app: a, c: c, agents: agents, nodes: map[string]*why.Node{near.Name: near}, waypoints: map[string]*envoy.Config{}}
+	for {
+		answer := why.Explain(why.Question{Source: src.UID, Dst: dst, Client: near, Node: k.node, Waypoint: k.waypoint, Request: ask})
+		if !k.learn(ctx) {
+			return &explanation{Source: ns + "/" + name, Destination: dst.String(), Answer: answer}, nil
 		}
+	}
+}
+
+// known is what has been asked so far. An explanation says by what it looks for whom there is to ask yet.
+type known struct {
+	app       *app
+	c         *conn
+	agents    []corev1.Pod
+	nodes     map[string]*why.Node     // nil: it has been asked in vain
+	waypoints map[string]*envoy.Config // by UID
+	missing   []func(context.Context)  // that ask for what was looked for
+	mu        sync.Mutex               // guards the maps while they do
+}
+
+func (k *known) node(name string) *why.Node {
+	n, asked := k.nodes[name]
+	if asked {
+		return n
+	}
+	k.nodes[name] = nil
+	i := slices.IndexFunc(k.agents, func(p corev1.Pod) bool { return p.Spec.NodeName == name })
+	if i < 0 {
+		return nil
+	}
+	k.missing = append(k.missing, func(ctx context.Context) {
+		n, err := fetchNode(ctx, k.c, &k.agents[i])
+		if err != nil {
+			fmt.Fprintf(k.app.env.Err, "node %s: %v\n", name, err) // said as unknown
+			return
+		}
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.nodes[name] = n
+	})
+	return nil
+}
+
+func (k *known) waypoint(pod *mesh.Workload) *envoy.Config {
+	held, asked := k.waypoints[pod.UID]
+	if asked {
+		return held
+	}
+	k.waypoints[pod.UID] = nil
+	k.missing = append(k.missing, func(ctx context.Context) {
+		at := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: pod.Namespace, Name: pod.Name}, Spec: corev1.PodSpec{NodeName: pod.Node}}
+		held, err := fetchEnvoy(ctx, k.c, at)
+		if err != nil {
+			fmt.Fprintf(k.app.env.Err, "waypoint %s/%s: %v\n", pod.Namespace, pod.Name, err)
+			return
+		}
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		k.waypoints[pod.UID] = held
+	})
+	return nil
+}
+
+// learn asks for what was looked for; false says that there was nothing.
+func (k *known) learn(ctx context.Context) bool {
+	if len(k.missing) == 0 {
+		return false
+	}
+	var g errgroup.Group
+	g.SetLimit(8)
+	for _, ask := range k.missing {
+		g.Go(func() error { ask(ctx); return nil })
+	}
+	k.missing = nil
+	_ = g.Wait()
+	return true
+}
+
+// fetchEnvoy asks a waypoint's pod for what its Envoy holds.
+func fetchEnvoy(ctx context.Context, c *conn, pod *corev1.Pod) (*envoy.Config, error) {
+	held := &envoy.Config{}
+	g, ctx := errgroup.WithContext(ctx)
+	for path, into := range map[string]*envoy.Value{
+		"/config_dump?resource=dynamic_listeners":     &held.Listeners,
+		"/config_dump?resource=dynamic_route_configs": &held.Routes,
+		"/clusters?format=json":                       &held.Clusters,
+	} {
 		g.Go(func() error {
-			far, err := fetchNode(gctx, c, &agents[i])
-			if err != nil {
-				fmt.Fprintf(a.env.Err, "node %s: %v\n", node, err) // said as unknown
-				return nil
+			b, err := c.ask(ctx, pod, adminPort, path)
+			if err == nil {
+				*into, err = envoy.Parse(b)
 			}
-			mu.Lock()
-			defer mu.Unlock()
-			nodes[node] = far
-			return nil
+			return err
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	return &explanation{Source: ns + "/" + name, Destination: dst.String(),
-		Answer: why.Explain(why.Question{Source: src.UID, Dst: dst, Client: near, Node: ask})}, nil
+	return held, g.Wait()
 }
 
 // fetchNode asks an agent for what it holds.
 func fetchNode(ctx context.Context, c *conn, agent *corev1.Pod) (*why.Node, error) {
 	n := &why.Node{Name: agent.Spec.NodeName, Captured: map[string]bool{}, Certificates: map[string]string{}}
+	var d struct {
+		WorkloadState map[string]struct { // by the pod's UID, which is not the workload's
+			Info struct{ Namespace, Name string }
+		}
+		Certificates []struct{ Identity, State string }
+	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error {
 		b, err := c.ask(ctx, agent, adminPort, "/debug/mesh")
@@ -134,23 +247,30 @@ func fetchNode(ctx context.Context, c *conn, agent *corev1.Pod) (*why.Node, erro
 		if err != nil {
 			return err
 		}
-		var d struct {
-			WorkloadState map[string]json.RawMessage
-			Certificates  []struct{ Identity, State string }
-		}
 		if err := json.Unmarshal(b, &d); err != nil {
 			return fmt.Errorf("reading the dump of %s: %w", agent.Spec.NodeName, err)
 		}
-		for uid := range d.WorkloadState {
-			n.Captured[uid] = true
-		}
-		for _, x := range d.Certificates {
-			n.Certificates[x.Identity] = x.State
-		}
 		return nil
 	})
-	return n, g.Wait()
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	carried := map[string]bool{}
+	for _, p := range d.WorkloadState {
+		carried[p.Info.Namespace+"/"+p.Info.Name] = true
+	}
+	for w := range n.Mesh.WorkloadsOn(n.Name) {
+		if carried[w.Namespace+"/"+w.Name] && isPod(w) {
+			n.Captured[w.UID] = true
+		}
+	}
+	for _, x := range d.Certificates {
+		n.Certificates[x.Identity] = x.State
+	}
+	return n, nil
 }
+
+func isPod(w *mesh.Workload) bool { return strings.Contains(w.UID, "/Pod/") }
 
 // podName reads NAMESPACE/POD, POD.NAMESPACE or POD.
 func podName(s string) (namespace, name string) {
@@ -165,7 +285,7 @@ func podName(s string) (namespace, name string) {
 
 func podAt(s *mesh.Snapshot, namespace, name string) *mesh.Workload {
 	for w := range s.Workloads() {
-		if w.Namespace == namespace && w.Name == name && strings.Contains(w.UID, "/Pod/") {
+		if w.Namespace == namespace && w.Name == name && isPod(w) {
 			return w
 		}
 	}

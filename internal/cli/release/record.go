@@ -161,7 +161,7 @@ func encode(rec *Record) (*corev1.Secret, error) {
 		return nil, fmt.Errorf("encoding the record of the release: %w", err)
 	}
 	var buf bytes.Buffer
-	z, _ := gzip.NewWriterLevel(&buf, gzip.BestCompression)
+	z := gzip.NewWriter(&buf)
 	if _, err := z.Write(b); err != nil {
 		return nil, err
 	}

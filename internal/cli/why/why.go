@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/warrenmesh/warren/internal/cli/envoy"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
@@ -23,6 +24,10 @@ type Question struct {
 	Dst    netip.AddrPort
 	Client *Node                   // where the client runs
 	Node   func(name string) *Node // nil where it cannot be asked
+	// Waypoint is what the Envoy of a waypoint's pod holds; nil where it cannot be asked.
+	Waypoint func(pod *mesh.Workload) *envoy.Config
+	// Request is what is asked of a waypoint; its addresses and its client are filled in.
+	Request envoy.Request
 }
 
 // Outcome is what becomes of the connection.
@@ -38,7 +43,7 @@ const (
 
 // Step is one thing that was looked at.
 type Step struct {
-	Stage  string `json:"stage"`  // capture, resolution, tunnel, policy, waypoint, agreement
+	Stage  string `json:"stage"`  // capture, resolution, tunnel, policy, waypoint, route, agreement
 	Node   string `json:"node"`   // whose state says so
 	Result string `json:"result"` // ok, warning, refused
 	What   string `json:"what"`
@@ -199,7 +204,7 @@ func (q *Question) end(src *mesh.Workload, r mesh.Route, captured bool) End {
 		e.Way = "waypoint"
 		add(Step{Stage: "resolution", Node: here, Result: "ok", What: say(r.Why) + ", at " + r.Dial.String(), Object: object})
 		q.tunnel(src, r, add)
-		add(Step{Stage: "waypoint", Node: r.Workload.Node, Result: "ok", What: "the waypoint " + name(r.Workload) + " takes the connection; its routes and policies decide about each request"})
+		q.waypoint(src, r, &e, add)
 		return e
 	}
 	app := r.Dial
