@@ -18,7 +18,8 @@ const (
 	soonAfter         = time.Millisecond
 	closeGrace        = 250 * time.Millisecond
 	lingerWait        = 3 * time.Second
-	discardMax        = 2 << 20 // read after a fatal error
+	discardMax        = 2 << 20  // read after a fatal error
+	discardFlood      = 64 << 10 // after a flood
 	handshakeWait     = 10 * time.Second
 	defaultPingEvery  = 2500 * time.Millisecond
 	defaultPingWait   = 4 * time.Second

@@ -57,6 +57,9 @@ func (c *conn) ready(l *loop, _ uint32) (again bool) {
 		if c.used, _, e = c.process(p); e != nil {
 			c.fail(e)
 			c.discard = discardMax
+			if e.Code == CodeEnhanceYourCalm {
+				c.discard = discardFlood
+			}
 			c.used = len(p)
 		}
 	}
