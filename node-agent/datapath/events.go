@@ -83,8 +83,12 @@ func newEventIndex(d *Datapath, g *gatekeeper) *eventIndex {
 }
 
 // eventsEvery is how often events are read for which the kernel wakes nobody: beginnings and ends of direct
-// connections, which at thousands a second would cost more to hear of than to make.
-const eventsEvery = 100 * time.Millisecond
+// connections, which at thousands a second would cost more to hear of than to make. Where none come that grows to
+// eventsIdle: to look ten times a second would be most of what an agent at rest does. When many wait, the kernel wakes.
+const (
+	eventsEvery = 100 * time.Millisecond
+	eventsIdle  = time.Second
+)
 
 // Events yields what the kernel decides without the agent, as it happens, until ctx ends or another process is the
 // writer. One caller at a time. Denials are told up to 100 a second and pod; how many were left out, and how many
@@ -114,10 +118,14 @@ func (d *Datapath) Events(ctx context.Context) iter.Seq2[Event, error] {
 		r.SetDeadline(time.Now())
 		boot := bootTime()
 		var late uint64
+		every, came := eventsEvery, false
 		for {
 			err := r.ReadInto(&rec)
 			if errors.Is(err, os.ErrDeadlineExceeded) {
-				r.SetDeadline(time.Now().Add(eventsEvery))
+				if every = min(2*every, eventsIdle); came {
+					every, came = eventsEvery, false
+				}
+				r.SetDeadline(time.Now().Add(every))
 				boot = bootTime() // the clock may have been set
 				if n, err := d.counter(uint32(bpf.MeshOutcomeEVENT_LATE)); err == nil && n != late {
 					late = n
@@ -135,6 +143,7 @@ func (d *Datapath) Events(ctx context.Context) iter.Seq2[Event, error] {
 				yield(Event{}, fmt.Errorf("read the kernel's events: %w", err))
 				return
 			}
+			came = true
 			if len(rec.RawSample) < int(unsafe.Sizeof(bpf.MeshEvent{})) {
 				continue
 			}

@@ -63,6 +63,10 @@ type linkSeen struct {
 	name    string
 	master  int
 	foreign string // what is attached that is not ours
+	// uid is the pod's, and revisions are those of what is attached to tcx, ingress and egress, where it was found to be
+	// the pod's own. The kernel counts them up with each change.
+	uid       string
+	revisions [2]uint64
 }
 
 // lookAround runs in the node's namespace. all: else only what may come any second and is cheap to see.
@@ -106,7 +110,7 @@ func (d *Datapath) lookAround(all bool) (s surroundings, err error) {
 			continue
 		}
 		a := l.Attrs()
-		seen := linkSeen{name: a.Name, master: a.MasterIndex}
+		seen := linkSeen{name: a.Name, master: a.MasterIndex, uid: uid}
 		if a.Xdp != nil && a.Xdp.Attached {
 			seen.foreign = "an XDP program"
 		}
@@ -114,7 +118,7 @@ func (d *Datapath) lookAround(all bool) (s surroundings, err error) {
 			seen.master = -1
 		}
 		if seen.foreign == "" {
-			if seen.foreign, err = d.foreignPrograms(uid, l, filtered[index]); err != nil {
+			if err := d.lookAt(&seen, l, filtered[index]); err != nil {
 				return s, err
 			}
 		}
@@ -123,8 +127,43 @@ func (d *Datapath) lookAround(all bool) (s surroundings, err error) {
 	return s, nil
 }
 
-// foreignPrograms names what is attached to a pod's veth that is not pinned for the pod.
-func (d *Datapath) foreignPrograms(uid string, l netlink.Link, filtered bool) (string, error) {
+// lookAt notes what is attached to a pod's veth that is not pinned for the pod.
+func (d *Datapath) lookAt(seen *linkSeen, l netlink.Link, filtered bool) error {
+	seen.foreign, seen.revisions = d.foreignPrograms(seen.uid, l.Attrs().Index)
+	if seen.foreign != "" || !filtered {
+		return nil
+	}
+	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS, netlink.MakeHandle(0xffff, 0)} {
+		list, err := netlink.FilterList(l, parent)
+		if err != nil {
+			return fmt.Errorf("list the filters of %s: %w", l.Attrs().Name, err)
+		}
+		for _, f := range list {
+			if b, ok := f.(*netlink.BpfFilter); ok && (b.Name == guardHook.filter || b.Name == udpHook.filter) {
+				continue
+			}
+			seen.foreign = "a filter of type " + f.Type()
+			return nil
+		}
+	}
+	return nil
+}
+
+// foreignPrograms names one at tcx that is not pinned for the pod. Where there is none it returns the revisions at which
+// that was so; on a kernel before 6.6, which has no tcx, zeros.
+func (d *Datapath) foreignPrograms(uid string, index int) (foreign string, at [2]uint64) {
+	var attached []link.AttachedProgram
+	for i, hook := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
+		q, err := link.QueryPrograms(link.QueryOptions{Target: index, Attach: hook})
+		if err != nil {
+			return "", at
+		}
+		attached = append(attached, q.Programs...)
+		at[i] = q.Revision
+	}
+	if before := d.near.found.links[index]; before.uid == uid && before.revisions == at && at != ([2]uint64{}) {
+		return "", at
+	}
 	own := map[ebpf.ProgramID]bool{}
 	pins, _ := os.ReadDir(d.podDir(uid))
 	for _, p := range pins {
@@ -135,33 +174,12 @@ func (d *Datapath) foreignPrograms(uid string, l netlink.Link, filtered bool) (s
 			k.Close()
 		}
 	}
-	for _, at := range []ebpf.AttachType{ebpf.AttachTCXIngress, ebpf.AttachTCXEgress} {
-		q, err := link.QueryPrograms(link.QueryOptions{Target: l.Attrs().Index, Attach: at})
-		if err != nil { // a kernel before 6.6
-			break
-		}
-		for _, p := range q.Programs {
-			if !own[p.ID] {
-				return fmt.Sprintf("BPF program %d", p.ID), nil
-			}
+	for _, p := range attached {
+		if !own[p.ID] {
+			return fmt.Sprintf("BPF program %d", p.ID), [2]uint64{}
 		}
 	}
-	if !filtered {
-		return "", nil
-	}
-	for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS, netlink.MakeHandle(0xffff, 0)} {
-		list, err := netlink.FilterList(l, parent)
-		if err != nil {
-			return "", fmt.Errorf("list the filters of %s: %w", l.Attrs().Name, err)
-		}
-		for _, f := range list {
-			if b, ok := f.(*netlink.BpfFilter); ok && (b.Name == guardHook.filter || b.Name == udpHook.filter) {
-				continue
-			}
-			return "a filter of type " + f.Type(), nil
-		}
-	}
-	return "", nil
+	return "", at
 }
 
 // packetSockets reads which interfaces somebody captures packets on.
