@@ -36,24 +36,15 @@ func TestEnvoyLoadsGoldens(t *testing.T) {
 
 type object = map[string]any
 
-// inPlace makes a bootstrap of a golden file.
-func inPlace(t *testing.T, file string) []byte {
-	t.Helper()
-	b, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return placed(t, b)
-}
+// goldenFile is a waypoint's resources.
+type goldenFile struct{ Listeners, Routes, Clusters, Endpoints, Extensions []object }
 
-// placed makes a bootstrap of resources by kind.
-func placed(t *testing.T, b []byte) []byte {
+// static puts what is fetched where Envoy has it from the beginning: endpoints in the clusters, and route tables and filters
+// by name.
+func static(t *testing.T, g goldenFile) (clusters []object, routes, extensions object) {
 	t.Helper()
-	var g struct{ Listeners, Routes, Clusters, Endpoints, Extensions []object }
-	if err := yaml.Unmarshal(b, &g); err != nil {
-		t.Fatal(err)
-	}
-	routes, endpoints, extensions := object{}, object{}, object{}
+	endpoints := object{}
+	routes, extensions = object{}, object{}
 	for _, r := range g.Routes {
 		// Envoy checks clusters that a table in its place names, and those of another listener come later.
 		routes[r["name"].(string)] = r
@@ -74,15 +65,36 @@ func placed(t *testing.T, b []byte) []byte {
 	for _, e := range g.Extensions {
 		extensions[e["name"].(string)] = e["typedConfig"]
 	}
-	inline(t, g.Listeners, routes, extensions)
 	agent := object{"name": "agent", "type": "STATIC", "load_assignment": object{"cluster_name": "agent", "endpoints": []any{
 		object{"lb_endpoints": []any{object{"endpoint": object{"address": object{"pipe": object{"path": "/nowhere"}}}}}},
 	}}}
+	return append(g.Clusters, agent), routes, extensions
+}
+
+// inPlace makes a bootstrap of a golden file.
+func inPlace(t *testing.T, file string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return placed(t, b)
+}
+
+// placed makes a bootstrap of resources by kind.
+func placed(t *testing.T, b []byte) []byte {
+	t.Helper()
+	var g goldenFile
+	if err := yaml.Unmarshal(b, &g); err != nil {
+		t.Fatal(err)
+	}
+	clusters, routes, extensions := static(t, g)
+	inline(t, g.Listeners, routes, extensions)
 	out, err := json.Marshal(object{
 		"node": object{"id": "test", "cluster": "test"},
 		"bootstrap_extensions": []any{object{"name": "envoy.bootstrap.internal_listener", "typed_config": object{
 			"@type": "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener"}}},
-		"static_resources": object{"listeners": g.Listeners, "clusters": append(g.Clusters, agent)},
+		"static_resources": object{"listeners": g.Listeners, "clusters": clusters},
 	})
 	if err != nil {
 		t.Fatal(err)
