@@ -129,6 +129,8 @@ type meshFile struct {
 	TrustDomain        string   `json:"trustDomain"`
 	TrustDomainAliases []string `json:"trustDomainAliases"`
 	CAAddress          string   `json:"caAddress"`
+
+	ExtensionProviders []extensionProvider `json:"extensionProviders"`
 }
 
 // warrenFile is what only Warren knows (key warren of the same ConfigMap).
@@ -208,6 +210,19 @@ func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
 	set(&c.Mesh.Network, w.Network)
 	if len(m.TrustDomainAliases) > 0 {
 		c.Mesh.TrustDomainAliases = m.TrustDomainAliases
+	}
+	for _, p := range m.ExtensionProviders {
+		provider, err := p.provider(c.Mesh.ClusterDomain)
+		if err != nil {
+			return c, fmt.Errorf("ConfigMap %s/%s: extensionProviders: %w", c.Namespace, name, err)
+		}
+		if provider == nil {
+			continue
+		}
+		if c.Mesh.Providers == nil {
+			c.Mesh.Providers = map[string]*mesh.AuthProvider{}
+		}
+		c.Mesh.Providers[p.Name] = provider
 	}
 	switch w.SameNode {
 	case "", "auto":

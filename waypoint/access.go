@@ -24,9 +24,11 @@ import (
 // The two decisions, in this order, and what only takes note. They are in the table of routes, so that a change reaches the
 // next request of connections that are open; what no route of the table has is what the filters themselves say: nobody.
 const (
-	auditFilter = "warren.audit"
-	denyFilter  = "warren.deny"
-	allowFilter = "warren.allow"
+	auditFilter  = "warren.audit"
+	customFilter = "warren.custom" // whether a provider has to be asked
+	askFilter    = "envoy.filters.http.ext_authz"
+	denyFilter   = "warren.deny"
+	allowFilter  = "warren.allow"
 )
 
 // accessFilters decide about requests.
@@ -35,7 +37,7 @@ func (b *builder) accessFilters() []*hcmv3.HttpFilter {
 	filter := func(name string) *hcmv3.HttpFilter {
 		return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: nobody}}
 	}
-	return []*hcmv3.HttpFilter{b.httpFilter(auditFilter, &httprbacv3.RBAC{}), filter(denyFilter), filter(allowFilter)}
+	return []*hcmv3.HttpFilter{b.httpFilter(auditFilter, &httprbacv3.RBAC{}), b.httpFilter(customFilter, &httprbacv3.RBAC{}), b.askFilter(), filter(denyFilter), filter(allowFilter)}
 }
 
 // accessOf is what a table of routes says about who may ask for what.
@@ -54,6 +56,10 @@ func (b *builder) accessOf(c chain) map[string]*anypb.Any {
 	out := map[string]*anypb.Any{denyFilter: put(d.deny, d.dryDeny, dryRun(true)), allowFilter: put(d.allow, d.dryAllow, dryRun(false))}
 	if d.audit != nil {
 		out[auditFilter] = put(d.audit, nil, "")
+	}
+	if d.custom != nil {
+		out[customFilter] = put(nil, d.custom, askPrefix)
+		out[askFilter] = b.ask(d.ask)
 	}
 	if len(c.svc.Tokens) > 0 {
 		out[tokenFilter] = b.noteToken()
@@ -90,7 +96,9 @@ func catchAll() *routev3.Route {
 
 // decisions are the filters' rules; nil are those that need not be made.
 type decisions struct {
-	audit, deny, allow, dryDeny, dryAllow *rbacv3.RBAC
+	audit, custom, deny, allow, dryDeny, dryAllow *rbacv3.RBAC
+
+	ask *mesh.AuthProvider // about what custom matches
 }
 
 // decide makes rules of policies. Without a request what is about requests matches nothing in an Allow policy, and is left
@@ -99,7 +107,12 @@ func decide(policies []mesh.AccessPolicy, http bool) decisions {
 	var out decisions
 	for _, p := range policies {
 		into, action := &out.audit, rbacv3.RBAC_LOG
+		if p.Action == mesh.Custom && (!http || out.ask != nil && out.ask != p.Ask) {
+			p.Action = mesh.Deny // there is no request to ask about, or somebody else to be asked
+		}
 		switch p.Action {
+		case mesh.Custom:
+			into, action, out.ask = &out.custom, rbacv3.RBAC_DENY, p.Ask
 		case mesh.Deny:
 			into, action = &out.deny, rbacv3.RBAC_DENY
 			if p.DryRun {
@@ -118,7 +131,7 @@ func decide(policies []mesh.AccessPolicy, http bool) decisions {
 			}
 		}
 		for i, r := range p.Rules {
-			if out, ok := rule(r, p.Action == mesh.Deny, http); ok {
+			if out, ok := rule(r, p.Action == mesh.Deny || p.Action == mesh.Custom, http); ok {
 				(*into).Policies["ns["+p.Name.Namespace+"]-policy["+p.Name.Name+"]-rule["+strconv.Itoa(i)+"]"] = out
 			}
 		}

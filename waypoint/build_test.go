@@ -141,6 +141,16 @@ var cases = map[string]func(*mesh.Service){
 			}}}},
 		}
 	},
+	"custom": func(s *mesh.Service) {
+		byHTTP := &mesh.AuthProvider{Service: stock, Port: 9000, Timeout: time.Second, PathPrefix: "/check",
+			Add: []mesh.HTTPHeader{{Name: "x-from", Value: "mesh"}}, ToApplication: []mesh.TextMatch{text(mesh.TextExact, "x-user")}, ToClientOnDeny: []mesh.TextMatch{text(mesh.TextExact, "location")}, MaxBody: 1024}
+		byGRPC := &mesh.AuthProvider{Service: stock, Port: 50051, GRPC: true}
+		rule := []mesh.AccessRule{{Clauses: []mesh.AccessClause{{Any: [][]mesh.AccessTest{{{On: mesh.AccessPath, Text: []mesh.TextMatch{text(mesh.TextPrefix, "/admin")}}}}}}}}
+		s.Access = []mesh.AccessPolicy{
+			{Name: mesh.PolicyName{Namespace: "shop", Name: "asks"}, Action: mesh.Custom, Ask: byHTTP, Rules: rule},
+			{Name: mesh.PolicyName{Namespace: "shop", Name: "asks-others"}, Action: mesh.Custom, Ask: byGRPC, Rules: rule},
+		}
+	},
 	"tokens": func(s *mesh.Service) {
 		s.Tokens = []mesh.TokenRule{
 			{Issuer: "https://issuer.example/", Audiences: []string{"shop"}, Keys: `{"keys":[{"kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"}]}`,

@@ -27,6 +27,9 @@ type Config struct {
 	// under which the cluster knows it (a managed control plane behind tunnels or NAT).
 	APIServerSources []netip.Prefix
 
+	// Providers are the extension providers that CUSTOM policies may name.
+	Providers map[string]*mesh.AuthProvider
+
 	// Enablement enrols pods beyond the istio.io/dataplane-mode labels, as istio-cni's enablementSelectors do.
 	Enablement []EnablementSelector
 }

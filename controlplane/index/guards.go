@@ -145,7 +145,7 @@ func (x *Index) accessOf(s *serviceFact) (access []mesh.AccessPolicy, tokens []m
 	for _, ns := range namespaces {
 		for _, f := range x.authz[ns] {
 			if f.Attached != nil && x.anyTargets(ns, f.Targets, s) {
-				access = append(access, mesh.AccessPolicy{Name: f.Policy.Name, Action: f.Attached.Action, DryRun: f.Attached.DryRun, Rules: f.Attached.Rules})
+				access = append(access, mesh.AccessPolicy{Name: f.Policy.Name, Action: f.Attached.Action, DryRun: f.Attached.DryRun, Ask: f.Attached.Ask, Rules: f.Attached.Rules})
 			}
 		}
 		for _, f := range x.requests[ns] {

@@ -48,6 +48,7 @@ type Compiled struct {
 type Attached struct {
 	Action          mesh.Action
 	DryRun          bool
+	Ask             *mesh.AuthProvider
 	Rules           []mesh.AccessRule
 	Reason, Message string
 }
@@ -196,7 +197,11 @@ func (m Mesh) attached(p *securityv1.AuthorizationPolicy, out *mesh.Policy) *Att
 		texts = append(texts, fmt.Sprintf("waypoints do not look at %s: %s", some(unseen, 8), effect))
 	}
 	if p.Spec.Action == securityv1beta1.AuthorizationPolicy_CUSTOM {
-		texts = append(texts, fmt.Sprintf("nobody asks the provider %q: what the rules match is denied", p.Spec.GetProvider().GetName()))
+		if name := p.Spec.GetProvider().GetName(); m.Providers[name] != nil {
+			a.Action, a.Ask = mesh.Custom, m.Providers[name]
+		} else {
+			texts = append(texts, fmt.Sprintf("the mesh's configuration has no extension provider %q: what the rules match is denied", name))
+		}
 	}
 	if len(texts) > 0 {
 		a.Reason, a.Message = ReasonUnsupported, strings.Join(texts, ". Also ")

@@ -10,11 +10,15 @@
 // or a dry run decides nothing and so never refuses anything.
 package policy
 
+import "github.com/warrenmesh/warren/internal/mesh"
+
 // Mesh is what a policy's meaning depends on beside the policy.
 type Mesh struct {
 	RootNamespace      string // its policies hold for the whole mesh
 	TrustDomain        string
 	TrustDomainAliases []string
+	// Providers are those that CUSTOM policies may name.
+	Providers map[string]*mesh.AuthProvider
 }
 
 // Why a policy is not enforced as it is written. The words are for conditions: CamelCase and stable.

@@ -1,6 +1,9 @@
 package mesh
 
-import "net/netip"
+import (
+	"net/netip"
+	"time"
+)
 
 // AccessPolicy is an authorization policy of a service as its waypoint decides it, request by request: what a Deny policy
 // matches is denied; where there is an Allow policy, one of them has to match. What an Audit policy matches is noted, and
@@ -8,7 +11,8 @@ import "net/netip"
 type AccessPolicy struct {
 	Name   PolicyName
 	Action Action
-	DryRun bool // what it would do is noted, and not done
+	DryRun bool          // what it would do is noted, and not done
+	Ask    *AuthProvider // of a Custom policy: decides about what it matches, before the others
 	Rules  []AccessRule
 }
 
@@ -59,6 +63,22 @@ type AccessTest struct {
 	Text   []TextMatch
 	Nets   []netip.Prefix
 	Ports  []uint16
+}
+
+// AuthProvider is a service that decides about requests. What it does not answer is denied.
+type AuthProvider struct {
+	Service    ServiceName
+	Port       uint16
+	GRPC       bool
+	Timeout    time.Duration
+	PathPrefix string // of what is asked by HTTP
+
+	Add               []HTTPHeader // that it gets by HTTP, beside those of the request
+	ToApplication     []TextMatch  // headers of its answer that the application gets
+	ToClientOnAllow   []TextMatch
+	ToClientOnDeny    []TextMatch
+	MaxBody           uint32 // that it gets; 0: none
+	PartOfBody, Bytes bool
 }
 
 // TokenRule says how the tokens of one issuer are verified. A request whose token is not valid is refused; one without a

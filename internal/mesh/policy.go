@@ -22,6 +22,7 @@ const (
 	Allow Action = iota
 	Deny
 	Audit
+	Custom // a provider decides; of an AccessPolicy alone
 )
 
 // Scope is what a policy binds to.

@@ -225,6 +225,7 @@ func TestWaypointServes(t *testing.T) {
 	})
 
 	t.Run("metrics", func(t *testing.T) { waypointMetrics(t, get) })
+	t.Run("provider", func(t *testing.T) { waypointAsks(t, istio, guarded, get) })
 	t.Run("tokens", func(t *testing.T) { waypointTokens(t, istio, guarded, get) })
 
 	// A change reaches the next request.
@@ -354,7 +355,22 @@ func waypointCluster(t *testing.T) (*fake.Clientset, *istiofake.Clientset, *gate
 		go func() { _ = srv.Serve(l) }()
 		t.Cleanup(func() { _ = srv.Close() })
 	}
+	authorizes(t, "127.0.1.3:9001")
 	kube := fake.NewClientset(
+		&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "istio"}, Data: map[string]string{"mesh": `
+extensionProviders:
+- name: zipkin
+  zipkin: {service: zipkin.shop.svc.cluster.local, port: 9411}
+- name: asked
+  envoyExtAuthzHttp: {service: authz.shop.svc.cluster.local, port: 9001, timeout: 2s, includeRequestHeadersInCheck: [x-ask], headersToUpstreamOnAllow: [x-said], headersToDownstreamOnDeny: [x-why]}
+- name: absent
+  envoyExtAuthzGrpc: {service: nobody.shop.svc.cluster.local, port: 9002}
+`}},
+		pod("authz-1", "authz", "127.0.1.3", map[string]string{"app": "authz"}),
+		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "authz", Labels: map[string]string{"istio.io/use-waypoint": "none"}}, Spec: corev1.ServiceSpec{
+			ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"}, Selector: map[string]string{"app": "authz"},
+			Ports: []corev1.ServicePort{{Name: "http", Port: 9001, TargetPort: intstr.FromInt32(9001), Protocol: corev1.ProtocolTCP}},
+		}},
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"istio.io/use-waypoint": "way"}}},
 		pod("way-1", "way", "127.0.0.9", nil), pod("client", "client", "127.0.0.8", nil),
 		pod("inventory-1", "inventory", "127.0.1.1", map[string]string{"app": "inventory", "version": "v1"}),

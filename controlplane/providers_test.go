@@ -1,0 +1,39 @@
+package controlplane
+
+import (
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+func TestExtensionProviders(t *testing.T) {
+	read := func(text string) (Config, error) {
+		return Config{}.Defaults().configured(&corev1.ConfigMap{Data: map[string]string{"mesh": "extensionProviders:\n" + text}})
+	}
+	c, err := read(`
+- {name: zipkin, zipkin: {service: zipkin.x.svc.cluster.local, port: 1}}
+- {name: h, envoyExtAuthzHttp: {service: a.b.svc.cluster.local, port: 8000, timeout: 1s, headersToUpstreamOnAllow: [x-a, "x-b*"], includeRequestBodyInCheck: {maxRequestBytes: 10}}}
+- {name: g, envoyExtAuthzGrpc: {service: b/authz.example, port: 9000}}
+`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, g := c.Mesh.Providers["h"], c.Mesh.Providers["g"]
+	if len(c.Mesh.Providers) != 2 || h.GRPC || h.Service.String() != "b/a.b.svc.cluster.local" || h.Timeout.String() != "1s" || len(h.ToApplication) != 2 || h.MaxBody != 10 ||
+		!g.GRPC || g.Service.String() != "b/authz.example" || g.Port != 9000 {
+		t.Errorf("%+v %+v", h, g)
+	}
+	for text, want := range map[string]string{
+		`- {name: x, envoyExtAuthzHttp: {service: a.b.svc.cluster.local}}`:                              "port",
+		`- {name: x, envoyExtAuthzHttp: {service: a, port: 1}}`:                                         "service",
+		`- {name: x, envoyExtAuthzHttp: {service: a.b.svc.cluster.local, port: 1, failOpen: true}}`:     "failOpen",
+		`- {name: x, envoyExtAuthzGrpc: {service: a.b.svc.cluster.local, port: 1, timeout: "-1s"}}`:     "timeout",
+		`- {envoyExtAuthzGrpc: {service: a.b.svc.cluster.local, port: 1}}`:                              "name",
+		`- {name: x, envoyExtAuthzGrpc: {service: a.b.svc.cluster.local, port: 70000, timeout: "10s"}}`: "port",
+	} {
+		if _, err := read(text); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
+}

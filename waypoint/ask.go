@@ -1,0 +1,89 @@
+package waypoint
+
+import (
+	"time"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	extauthzv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_authz/v3"
+	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
+	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// What a provider is asked about is what a policy matches: the filter before notes which rule did.
+const (
+	askPrefix   = "istio_ext_authz_"
+	askWithin   = 10 * time.Minute // as long as Istio waits where nobody says
+	rbacResults = "envoy.filters.http.rbac"
+)
+
+// askFilter asks nobody where no table of routes says whom. A provider that does not answer denies.
+func (b *builder) askFilter() *hcmv3.HttpFilter {
+	f := b.httpFilter(askFilter, &extauthzv3.ExtAuthz{
+		TransportApiVersion: corev3.ApiVersion_V3,
+		Services:            &extauthzv3.ExtAuthz_GrpcService{GrpcService: grpcService(blackHole, time.Second)},
+		FilterEnabledMetadata: &matcherv3.MetadataMatcher{
+			Filter: rbacResults, Path: []*matcherv3.MetadataMatcher_PathSegment{{Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: askPrefix + "shadow_effective_policy_id"}}},
+			Value: &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_StringMatch{StringMatch: somebody()}},
+		},
+	})
+	f.Disabled = true
+	return f
+}
+
+func grpcService(cluster string, timeout time.Duration) *corev3.GrpcService {
+	return &corev3.GrpcService{Timeout: durationpb.New(timeout), TargetSpecifier: &corev3.GrpcService_EnvoyGrpc_{
+		EnvoyGrpc: &corev3.GrpcService_EnvoyGrpc{ClusterName: cluster},
+	}}
+}
+
+// ask says whom, and how.
+func (b *builder) ask(p *mesh.AuthProvider) *anypb.Any {
+	cluster, timeout := blackHole, p.Timeout
+	if timeout == 0 {
+		timeout = askWithin
+	}
+	if b.s.Service(p.Service) != nil {
+		t := target{p.Service, p.Port, "", true}
+		b.targets[t] = true
+		cluster = t.name()
+	}
+	s := &extauthzv3.CheckSettings{}
+	if p.MaxBody > 0 {
+		s.WithRequestBody = &extauthzv3.BufferSettings{MaxRequestBytes: p.MaxBody, AllowPartialMessage: p.PartOfBody, PackAsBytes: p.Bytes}
+	}
+	if p.GRPC {
+		s.ServiceOverride = &extauthzv3.CheckSettings_GrpcService{GrpcService: grpcService(cluster, timeout)}
+	} else {
+		h := &extauthzv3.HttpService{
+			ServerUri: &corev3.HttpUri{
+				Uri: "http://" + p.Service.Hostname, Timeout: durationpb.New(timeout), HttpUpstreamType: &corev3.HttpUri_Cluster{Cluster: cluster},
+			},
+			PathPrefix:            p.PathPrefix,
+			AuthorizationRequest:  &extauthzv3.AuthorizationRequest{},
+			AuthorizationResponse: &extauthzv3.AuthorizationResponse{AllowedUpstreamHeaders: patterns(p.ToApplication), AllowedClientHeaders: patterns(p.ToClientOnDeny), AllowedClientHeadersOnSuccess: patterns(p.ToClientOnAllow)},
+		}
+		for _, v := range p.Add {
+			h.AuthorizationRequest.HeadersToAdd = append(h.AuthorizationRequest.HeadersToAdd, &corev3.HeaderValue{Key: v.Name, Value: v.Value})
+		}
+		s.ServiceOverride = &extauthzv3.CheckSettings_HttpService{HttpService: h}
+	}
+	return b.config(&extauthzv3.ExtAuthzPerRoute{Override: &extauthzv3.ExtAuthzPerRoute_CheckSettings{CheckSettings: s}})
+}
+
+func patterns(l []mesh.TextMatch) *matcherv3.ListStringMatcher {
+	out := &matcherv3.ListStringMatcher{}
+	for _, v := range l {
+		if m := stringMatcher(v); m != nil {
+			m.IgnoreCase = true
+			out.Patterns = append(out.Patterns, m)
+		}
+	}
+	if len(out.Patterns) == 0 {
+		return nil
+	}
+	return out
+}
