@@ -17,7 +17,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/flowcontrol"
-	"k8s.io/client-go/util/workqueue"
 
 	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/controlplane/xds"
@@ -88,7 +87,7 @@ type Policies struct {
 	byCompiled  map[mesh.PolicyName]map[index.PolicyKey]struct{}
 	waiting     map[index.PolicyKey]struct{} // some nodes do not enforce it yet
 	refused     map[string]map[string]string // by node, as of the last look
-	queue       workqueue.TypedRateLimitingInterface[index.PolicyKey]
+	queue       toWrite[index.PolicyKey]
 }
 
 // entry is what is known about one object.
@@ -203,48 +202,17 @@ func (p *Policies) Progress() {
 
 // Run writes until ctx ends, beginning with everything. It is the leader's.
 func (p *Policies) Run(ctx context.Context) {
-	queue := workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[index.PolicyKey](retryAtFirst, retryAtMost))
-	limit := flowcontrol.NewTokenBucketRateLimiter(writesPerS, burst)
-	p.mu.Lock()
-	p.queue = queue
-	p.mu.Unlock()
-	all := func() {
+	write(ctx, p.reconcile, func(q toWrite[index.PolicyKey]) {
 		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.queue = q
 		for k := range p.entries {
-			queue.Add(k)
+			q.Add(k)
 		}
-		p.mu.Unlock()
-	}
-	all()
-	var work sync.WaitGroup
-	for range writers {
-		work.Go(func() {
-			for {
-				k, ended := queue.Get()
-				if ended {
-					return
-				}
-				p.reconcile(ctx, queue, limit, k)
-				queue.Done(k)
-			}
-		})
-	}
-	tick := time.NewTicker(resync)
-	defer tick.Stop()
-	for ctx.Err() == nil {
-		select {
-		case <-ctx.Done():
-		case <-tick.C:
-			all()
-		case <-p.moved:
-			p.advanced()
-		}
-	}
+	}, p.moved, p.advanced)
 	p.mu.Lock()
+	defer p.mu.Unlock()
 	p.queue = nil
-	p.mu.Unlock()
-	queue.ShutDown()
-	work.Wait()
 }
 
 // advanced has everything looked at that the nodes' progress may have changed.
@@ -280,7 +248,7 @@ func (p *Policies) advanced() {
 }
 
 // reconcile looks at one object and writes what it has to say, if it does not say so already.
-func (p *Policies) reconcile(ctx context.Context, queue workqueue.TypedRateLimitingInterface[index.PolicyKey], limit flowcontrol.RateLimiter, k index.PolicyKey) {
+func (p *Policies) reconcile(ctx context.Context, queue toWrite[index.PolicyKey], limit flowcontrol.RateLimiter, k index.PolicyKey) {
 	o, ok := p.cfg.Object(k)
 	if !ok {
 		queue.Forget(k)

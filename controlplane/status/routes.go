@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -14,7 +13,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/flowcontrol"
-	"k8s.io/client-go/util/workqueue"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 	gatewayclient "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
 
@@ -53,7 +51,7 @@ type Routes struct {
 	mu     sync.Mutex
 	states map[index.RouteKey]*index.RouteState
 	wrote  map[index.RouteKey]string // resourceVersion of the object that was last written over, until the watch has another
-	queue  workqueue.TypedRateLimitingInterface[index.RouteKey]
+	queue  toWrite[index.RouteKey]   // nil where somebody else writes
 }
 
 // NewRoutes returns Routes that know none.
@@ -87,48 +85,21 @@ func (r *Routes) Take(changed map[index.RouteKey]*index.RouteState) {
 
 // Run writes until ctx ends, beginning with everything. It is the leader's.
 func (r *Routes) Run(ctx context.Context) {
-	queue := workqueue.NewTypedRateLimitingQueue(workqueue.NewTypedItemExponentialFailureRateLimiter[index.RouteKey](retryAtFirst, retryAtMost))
-	limit := flowcontrol.NewTokenBucketRateLimiter(writesPerS, burst)
-	all := func() {
+	write(ctx, r.reconcile, func(q toWrite[index.RouteKey]) {
 		r.mu.Lock()
-		r.queue = queue
+		defer r.mu.Unlock()
+		r.queue = q
 		for k := range r.states {
-			queue.Add(k)
+			q.Add(k)
 		}
-		r.mu.Unlock()
-	}
-	all()
-	var work sync.WaitGroup
-	for range writers {
-		work.Go(func() {
-			for {
-				k, ended := queue.Get()
-				if ended {
-					return
-				}
-				r.reconcile(ctx, queue, limit, k)
-				queue.Done(k)
-			}
-		})
-	}
-	tick := time.NewTicker(resync)
-	defer tick.Stop()
-	for ctx.Err() == nil {
-		select {
-		case <-ctx.Done():
-		case <-tick.C:
-			all()
-		}
-	}
+	}, nil, nil)
 	r.mu.Lock()
+	defer r.mu.Unlock()
 	r.queue = nil
-	r.mu.Unlock()
-	queue.ShutDown()
-	work.Wait()
 }
 
 // reconcile writes what a route does not say yet.
-func (r *Routes) reconcile(ctx context.Context, queue workqueue.TypedRateLimitingInterface[index.RouteKey], limit flowcontrol.RateLimiter, k index.RouteKey) {
+func (r *Routes) reconcile(ctx context.Context, queue toWrite[index.RouteKey], limit flowcontrol.RateLimiter, k index.RouteKey) {
 	o, ok := r.cfg.Object(k)
 	r.mu.Lock()
 	s, wrote := r.states[k], r.wrote[k]
