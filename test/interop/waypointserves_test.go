@@ -101,6 +101,11 @@ func TestWaypointServes(t *testing.T) {
 		}
 	})
 	eventually(t, "readiness", time.Minute, func() error { return fetch("http://127.0.0.1:15021/healthz/ready") })
+	// Nobody has asked for the waypoint until now.
+	ns := &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"istio.io/use-waypoint": "way"}}}
+	if _, err := kube.CoreV1().Namespaces().Update(ctx, ns, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
 
 	// The client is a pod that the CA knows.
 	ca, err := identity.NewOwnCA(identity.CAConfig{Address: cfg.ControlAddress, ServerName: cfg.ControlName, Roots: identity.ControlPlaneRoots{File: cfg.RootFile}, TokenFile: write("client", []byte("client"))})
@@ -371,7 +376,7 @@ extensionProviders:
 			ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"}, Selector: map[string]string{"app": "authz"},
 			Ports: []corev1.ServicePort{{Name: "http", Port: 9001, TargetPort: intstr.FromInt32(9001), Protocol: corev1.ProtocolTCP}},
 		}},
-		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop", Labels: map[string]string{"istio.io/use-waypoint": "way"}}},
+		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}},
 		pod("way-1", "way", "127.0.0.9", nil), pod("client", "client", "127.0.0.8", nil),
 		pod("inventory-1", "inventory", "127.0.1.1", map[string]string{"app": "inventory", "version": "v1"}),
 		pod("inventory-2", "inventory", "127.0.1.2", map[string]string{"app": "inventory", "version": "v2"}),

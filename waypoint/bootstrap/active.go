@@ -39,7 +39,17 @@ type readBack struct {
 }
 
 // passed is a resource that Envoy was given.
-type passed struct{ kind, name, version string }
+type passed struct {
+	kind, name, version string
+	nonce               string // of the response
+	taken               bool   // Envoy has acknowledged that
+}
+
+// found is what Envoy says that it has.
+type found struct {
+	version string
+	settled bool // a listener of which no other version is about to become active
+}
 
 func newReadBack(get func(context.Context, string) (*http.Response, error), log *slog.Logger) *readBack {
 	return &readBack{get: get, log: log, waiting: map[string]passed{}, active: map[string]string{}, news: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
@@ -53,7 +63,7 @@ func (r *readBack) note(res *discovery.DeltaDiscoveryResponse) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for _, x := range res.Resources {
-		r.waiting[waypoint.ActiveKey(res.TypeUrl, x.Name)] = passed{res.TypeUrl, x.Name, x.Version}
+		r.waiting[waypoint.ActiveKey(res.TypeUrl, x.Name)] = passed{kind: res.TypeUrl, name: x.Name, version: x.Version, nonce: res.Nonce}
 	}
 	for _, name := range res.RemovedResources {
 		k := waypoint.ActiveKey(res.TypeUrl, name)
@@ -61,6 +71,29 @@ func (r *readBack) note(res *discovery.DeltaDiscoveryResponse) {
 		delete(r.active, k)
 	}
 	token(r.news)
+}
+
+// acknowledged remembers which responses Envoy has taken.
+func (r *readBack) acknowledged(req *discovery.DeltaDiscoveryRequest) {
+	if req.ResponseNonce == "" || req.ErrorDetail != nil || !slices.Contains(waypoint.ActiveTypes, req.TypeUrl) {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for k, p := range r.waiting {
+		if p.kind == req.TypeUrl && p.nonce == req.ResponseNonce {
+			p.taken = true
+			r.waiting[k] = p
+			token(r.news)
+		}
+	}
+}
+
+// is reports whether f, which was read after Envoy had or had not acknowledged p, is p. A listener of which only filter
+// chains were exchanged keeps the version that it had (Envoy 1.40): of listeners it counts that Envoy has taken the
+// response and that nothing is left of it to come.
+func (f found) is(p passed) bool {
+	return f.version == p.version || p.taken && f.settled
 }
 
 func token(c chan struct{}) {
@@ -106,7 +139,7 @@ func (r *readBack) read(ctx context.Context) (more bool) {
 	for _, p := range want {
 		byKind[p.kind] = append(byKind[p.kind], regexp.QuoteMeta(p.name))
 	}
-	have := map[string]string{}
+	have := map[string]found{}
 	for kind, names := range byKind {
 		if err := r.dump(ctx, kind, names, have); err != nil {
 			r.log.Debug("Envoy not read", "error", err)
@@ -115,7 +148,7 @@ func (r *readBack) read(ctx context.Context) (more bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for k, p := range want {
-		if have[k] == p.version && r.waiting[k] == p {
+		if r.waiting[k] == p && have[k].is(p) {
 			delete(r.waiting, k)
 			r.active[k] = p.version
 			token(r.changed)
@@ -125,7 +158,7 @@ func (r *readBack) read(ctx context.Context) (more bool) {
 }
 
 // dump reads the versions of a type's resources into have.
-func (r *readBack) dump(ctx context.Context, kind string, names []string, have map[string]string) error {
+func (r *readBack) dump(ctx context.Context, kind string, names []string, have map[string]found) error {
 	what := map[string]string{resource.ListenerType: "dynamic_listeners", resource.RouteType: "dynamic_route_configs", resource.ExtensionConfigType: "ecds_filters"}[kind]
 	q := url.Values{"resource": {what}}
 	if len(names) <= 20 { // a request has to fit into Envoy's limit of headers
@@ -142,10 +175,11 @@ func (r *readBack) dump(ctx context.Context, kind string, names []string, have m
 	var dump struct {
 		Configs []struct {
 			Name        string `json:"name"`
-			ActiveState struct {
+			ActiveState *struct {
 				Version string `json:"version_info"`
 			} `json:"active_state"`
-			Version     string `json:"version_info"`
+			Warming     *struct{} `json:"warming_state"`
+			Version     string    `json:"version_info"`
 			RouteConfig struct {
 				Name string `json:"name"`
 			} `json:"route_config"`
@@ -160,11 +194,13 @@ func (r *readBack) dump(ctx context.Context, kind string, names []string, have m
 	for _, c := range dump.Configs {
 		switch kind {
 		case resource.ListenerType:
-			have[waypoint.ActiveKey(kind, c.Name)] = c.ActiveState.Version
+			if c.ActiveState != nil {
+				have[waypoint.ActiveKey(kind, c.Name)] = found{c.ActiveState.Version, c.Warming == nil}
+			}
 		case resource.ExtensionConfigType:
-			have[waypoint.ActiveKey(kind, c.Extension.Name)] = c.Version
+			have[waypoint.ActiveKey(kind, c.Extension.Name)] = found{version: c.Version}
 		default:
-			have[waypoint.ActiveKey(kind, c.RouteConfig.Name)] = c.Version
+			have[waypoint.ActiveKey(kind, c.RouteConfig.Name)] = found{version: c.Version}
 		}
 	}
 	return nil

@@ -100,6 +100,7 @@ func (r *relay) DeltaAggregatedResources(down grpc.BidiStreamingServer[discovery
 		for {
 			req, err := down.Recv()
 			if err == nil {
+				r.read.acknowledged(req)
 				err = send(req)
 			}
 			if err != nil {

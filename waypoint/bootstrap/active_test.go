@@ -1,0 +1,44 @@
+package bootstrap
+
+import (
+	"context"
+	"io"
+	"log/slog"
+	"net/http"
+	"strings"
+	"testing"
+
+	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
+	"google.golang.org/genproto/googleapis/rpc/status"
+)
+
+// A listener whose filter chains Envoy exchanges in its place keeps the version that it had. It is active once Envoy has
+// taken it and none is warming.
+func TestAListenerThatKeepsItsVersion(t *testing.T) {
+	dump := ""
+	r := newReadBack(func(context.Context, string) (*http.Response, error) {
+		return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(`{"configs":[{"name":"main",` + dump + `}]}`))}, nil
+	}, slog.New(slog.DiscardHandler))
+	r.note(&discovery.DeltaDiscoveryResponse{TypeUrl: resource.ListenerType, Nonce: "7", Resources: []*discovery.Resource{{Name: "main", Version: "new"}}})
+	for _, step := range []struct {
+		name, dump string
+		answer     *discovery.DeltaDiscoveryRequest
+		active     bool
+	}{
+		{"before it has answered", `"active_state":{"version_info":"old"}`, nil, false},
+		{"another answer", `"active_state":{"version_info":"old"}`, &discovery.DeltaDiscoveryRequest{TypeUrl: resource.ListenerType, ResponseNonce: "6"}, false},
+		{"a refusal", `"active_state":{"version_info":"old"}`, &discovery.DeltaDiscoveryRequest{TypeUrl: resource.ListenerType, ResponseNonce: "7", ErrorDetail: &status.Status{}}, false},
+		{"taken, and warming", `"active_state":{"version_info":"old"},"warming_state":{"version_info":"new"}`, &discovery.DeltaDiscoveryRequest{TypeUrl: resource.ListenerType, ResponseNonce: "7"}, false},
+		{"taken, and nothing there", `"warming_state":{"version_info":"new"}`, nil, false},
+		{"taken, and nothing warming", `"active_state":{"version_info":"old"}`, nil, true},
+	} {
+		if dump = step.dump; step.answer != nil {
+			r.acknowledged(step.answer)
+		}
+		r.read(t.Context())
+		if got := r.report().InitialResourceVersions["listener/main"] == "new"; got != step.active {
+			t.Errorf("%s: active is %v", step.name, got)
+		}
+	}
+}
