@@ -13,12 +13,14 @@ const (
 	mainListener   = "main_internal"
 	peerPrincipal  = "io.istio.peer_principal"
 	tokenPrincipal = "warren.token_principal"
-	tokenFilter    = "warren.token" // is told what to do where tokens are verified
-	tokenChain     = "|tokens|"     // in the name of the filter that verifies them
+	tokenFilter    = "warren.token"  // is told what to do where tokens are verified
+	customFilter   = "warren.custom" // notes whether a provider is to be asked
+	askFilter      = "envoy.filters.http.ext_authz"
+	tokenChain     = "|tokens|" // in the name of the filter that verifies them
 )
 
 // followed are the HTTP filters whose doing is followed, or that let everything pass.
-var followed = []string{"warren.audit", "warren.deny", "warren.allow", tokenFilter, "envoy.filters.http.cors", "envoy.filters.http.fault", "envoy.filters.http.router", "envoy.filters.http.set_filter_state"}
+var followed = []string{"warren.audit", customFilter, "warren.deny", "warren.allow", tokenFilter, "envoy.filters.http.cors", "envoy.filters.http.fault", "envoy.filters.http.router", "envoy.filters.http.set_filter_state"}
 
 // Config is what a waypoint's Envoy holds.
 type Config struct {
@@ -183,12 +185,24 @@ func (c Config) http(hcm Value, q Request) Outcome {
 		}
 	}
 	out.Route = route.At("name").Text()
-	allowedBy := ""
+	allowedBy, asked := "", false
 	for _, f := range hcm.At("http_filters").List() {
 		name := f.At("name").Text()
 		if strings.Contains(name, tokenChain) {
 			if q.mayHaveToken() {
 				out.Unknown = append(out.Unknown, "whether a token in the request is valid is not followed here")
+			}
+			continue
+		}
+		own := Value{}
+		for _, at := range []Value{route, host, table} { // the closest says it
+			if own = at.At("typed_per_filter_config", name); own.Is() {
+				break
+			}
+		}
+		if name == askFilter {
+			if asked && own.Is() {
+				out.Unknown = append(out.Unknown, "what the provider of a CUSTOM policy answers is not followed here")
 			}
 			continue
 		}
@@ -198,10 +212,11 @@ func (c Config) http(hcm Value, q Request) Outcome {
 		}
 		rules := f.At("typed_config", "rules")
 		decides := strings.HasSuffix(f.At("typed_config", "@type").Text(), ".rbac.v3.RBAC")
-		for _, at := range []Value{route, host, table} { // the closest says it
-			if own := at.At("typed_per_filter_config", name); own.Is() && strings.HasSuffix(own.At("@type").Text(), ".RBACPerRoute") {
-				rules = own.At("rbac", "rules")
-				break
+		if strings.HasSuffix(own.At("@type").Text(), ".RBACPerRoute") {
+			rules = own.At("rbac", "rules")
+			if shadow := own.At("rbac", "shadow_rules"); name == customFilter && shadow.Is() {
+				_, by, err := q.rbac(shadow)
+				asked = err != nil || by != ""
 			}
 		}
 		if !decides || !rules.Is() {
