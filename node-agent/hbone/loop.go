@@ -64,7 +64,7 @@ func (ls *Loops) take() *loop {
 
 // loop waits for sockets with epoll, edge-triggered, and calls their owners. It never waits for anything else.
 //
-// Go's own poller waits for the epoll descriptor. To block in epoll_wait(2) costs a fifth more for a new connection: where
+// Go's own poller waits for the epoll descriptor. To block in epoll_wait(2) costs a tenth more for a new connection: where
 // goroutines come and go beside it, the scheduler keeps taking the processor from the thread that sleeps and giving it
 // back.
 type loop struct {
