@@ -1,6 +1,7 @@
 package waypoint
 
 import (
+	"maps"
 	"slices"
 
 	xdscore "github.com/cncf/xds/go/xds/core/v3"
@@ -149,14 +150,14 @@ func (b *builder) metrics(c chain, http bool) []*accesslogv3.AccessLog {
 		cfg := &statsv3.Config{StatsScope: &typev3.Scope{
 			SharingName: "istio", EnableEviction: true, MaxCounters: wrapperspb.UInt32(maxSeries), MaxHistograms: wrapperspb.UInt32(maxSeries / 2),
 		}}
-		for _, name := range sortedKeys(counters) {
+		for _, name := range slices.Sorted(maps.Keys(counters)) {
 			counter := &statsv3.Config_Counter{Stat: &statsv3.Config_Stat{Name: name, Tags: labels}, ValueFormat: counters[name]}
 			if counter.ValueFormat == "" {
 				counter.ValueFixed = wrapperspb.UInt64(1)
 			}
 			cfg.Counters = append(cfg.Counters, counter)
 		}
-		for _, name := range sortedKeys(values) {
+		for _, name := range slices.Sorted(maps.Keys(values)) {
 			cfg.Histograms = append(cfg.Histograms, &statsv3.Config_Histogram{Stat: &statsv3.Config_Stat{Name: name, Tags: labels}, Unit: histograms[name], ValueFormat: values[name]})
 		}
 		out := &accesslogv3.AccessLog{Name: "envoy.access_loggers.stats", ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: b.config(cfg)}}
@@ -185,15 +186,6 @@ func (b *builder) metrics(c chain, http bool) []*accesslogv3.AccessLog {
 			"istio_tcp_sent_bytes_total":         "%BYTES_SENT%",
 		}, nil, nil, datav3.AccessLogType_TcpConnectionEnd),
 	}
-}
-
-func sortedKeys[V any](m map[string]V) []string {
-	out := make([]string, 0, len(m))
-	for k := range m {
-		out = append(out, k)
-	}
-	slices.Sort(out)
-	return out
 }
 
 // whoAndWhom are the fields of an access log that name both workloads.

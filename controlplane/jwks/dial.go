@@ -18,6 +18,7 @@ var forbidden = []netip.Prefix{
 	netip.MustParsePrefix("224.0.0.0/3"),                                                   // multicast, reserved, broadcast
 	netip.MustParsePrefix("100.100.100.200/32"), netip.MustParsePrefix("168.63.129.16/32"), // metadata at Alibaba and Azure
 	netip.MustParsePrefix("::/127"), netip.MustParsePrefix("fe80::/10"), netip.MustParsePrefix("fec0::/10"), netip.MustParsePrefix("ff00::/8"),
+	netip.MustParsePrefix("64:ff9b:1::/48"), netip.MustParsePrefix("2001::/32"), // local NAT64 and Teredo, which mean IPv4 addresses too
 	netip.MustParsePrefix("fd00:ec2::/32"), netip.MustParsePrefix("fd20:ce::254/128"), // metadata at AWS and Google
 }
 
@@ -43,8 +44,7 @@ func judge(a netip.Addr) error {
 			}
 		}
 	}
-	if netip.MustParsePrefix("64:ff9b:1::/48").Contains(a) || netip.MustParsePrefix("2001::/32").Contains(a) ||
-		slices.ContainsFunc(forbidden, func(p netip.Prefix) bool { return p.Contains(a) }) {
+	if slices.ContainsFunc(forbidden, func(p netip.Prefix) bool { return p.Contains(a) }) {
 		return fmt.Errorf("%w: %s", errForbidden, a)
 	}
 	return nil
@@ -60,7 +60,7 @@ type dialer struct {
 }
 
 func newDialer() dialer {
-	d := net.Dialer{Timeout: 5 * time.Second, Control: nil}
+	d := net.Dialer{Timeout: 5 * time.Second}
 	return dialer{
 		lookup: func(ctx context.Context, host string) ([]netip.Addr, error) {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)

@@ -67,6 +67,16 @@ func (d drawer) someAccounts(chance int) []string {
 	return d.some(chance, 2, "x", "y", "a/x", "b/y", "istio-system/x")
 }
 
+// identities says who a source is: by account, or by all else, since the API takes only one of both.
+func (d drawer) identities(s *securityapi.Source) {
+	if d.one(3) {
+		s.ServiceAccounts, s.NotServiceAccounts = d.someAccounts(2), d.someAccounts(3)
+		return
+	}
+	s.Principals, s.NotPrincipals = d.somePrincipals(3), d.somePrincipals(5)
+	s.Namespaces, s.NotNamespaces = d.some(3, 2, nsPatterns...), d.some(5, 2, nsPatterns...)
+}
+
 // source is never empty, as the API has it.
 func (d drawer) source() *securityapi.Source {
 	for {
@@ -75,12 +85,7 @@ func (d drawer) source() *securityapi.Source {
 			TrustDomains: d.some(9, 2, tdPatterns...), NotTrustDomains: d.some(12, 2, tdPatterns...),
 			RemoteIpBlocks: d.some(30, 1, nets...), NotRequestPrincipals: d.some(40, 1, "*"), RequestPrincipals: d.some(30, 1, "me/*"),
 		}
-		if d.one(3) {
-			s.ServiceAccounts, s.NotServiceAccounts = d.someAccounts(2), d.someAccounts(3)
-		} else {
-			s.Principals, s.NotPrincipals = d.somePrincipals(3), d.somePrincipals(5)
-			s.Namespaces, s.NotNamespaces = d.some(3, 2, nsPatterns...), d.some(5, 2, nsPatterns...)
-		}
+		d.identities(s)
 		if len(s.String()) > 0 {
 			return s
 		}

@@ -38,12 +38,7 @@ func (d drawer) requestSource() *securityapi.Source {
 			TrustDomains: d.some(9, 2, tdPatterns...), NotTrustDomains: d.some(12, 2, tdPatterns...),
 			RequestPrincipals: d.some(4, 2, tokens...), NotRequestPrincipals: d.some(8, 2, tokens...),
 		}
-		if d.one(3) {
-			s.ServiceAccounts, s.NotServiceAccounts = d.someAccounts(2), d.someAccounts(3)
-		} else {
-			s.Principals, s.NotPrincipals = d.somePrincipals(3), d.somePrincipals(5)
-			s.Namespaces, s.NotNamespaces = d.some(3, 2, nsPatterns...), d.some(5, 2, nsPatterns...)
-		}
+		d.identities(s)
 		if len(s.String()) > 0 {
 			return s
 		}
