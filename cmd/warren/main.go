@@ -8,6 +8,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/warrenmesh/warren/controlplane/analysis"
 	"github.com/warrenmesh/warren/internal/cli"
 )
 
@@ -20,5 +21,27 @@ func main() {
 	os.Exit(cli.Main(ctx, cli.Env{
 		Program: os.Args[0], Args: os.Args[1:], Version: version,
 		Out: os.Stdout, Err: os.Stderr, NoColor: os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb",
+		Analyze: analyze,
 	}))
+}
+
+// analyze lets the command line judge as the control plane does.
+func analyze(rootNamespace string, mesh map[string]string, objects []cli.Analyzed, whole bool) ([]cli.Finding, error) {
+	cfg, err := analysis.ConfigOf(rootNamespace, mesh["mesh"], mesh["warren"])
+	if err != nil {
+		return nil, err
+	}
+	in := analysis.Input{Config: cfg, Cluster: whole}
+	for _, o := range objects {
+		in.Objects = append(in.Objects, analysis.Object{Unstructured: o.Unstructured, From: o.File})
+	}
+	found, err := analysis.Run(in)
+	if err != nil {
+		return nil, err
+	}
+	out := make([]cli.Finding, 0, len(found))
+	for _, f := range found {
+		out = append(out, cli.Finding{Severity: f.Severity, Code: f.Code, Kind: f.Kind, Namespace: f.Namespace, Name: f.Name, Field: f.Field, Message: f.Message, File: f.From})
+	}
+	return out, nil
 }

@@ -268,7 +268,7 @@ func (s *surroundings) namespace(at, name string) bool {
 		return true
 	}
 	hint := "make it, or correct the name"
-	if near := nearest(name, s.cluster.Namespaces()); near != "" {
+	if near := Nearest(name, s.cluster.Namespaces()); near != "" {
 		hint = "is " + near + " meant?"
 	}
 	s.warn(policy.UnknownNamespace, at, "there is no namespace %s now, so that no connection comes from it; %s", short(name), hint)
@@ -309,7 +309,7 @@ func (s *surroundings) account(at, namespace, name string) {
 		return
 	}
 	hint := "check the name with: kubectl get serviceaccounts -n " + short(namespace)
-	if near := nearest(name, slices.Sorted(maps.Keys(run))); near != "" {
+	if near := Nearest(name, slices.Sorted(maps.Keys(run))); near != "" {
 		hint = "is " + near + " meant?"
 	}
 	s.warn(policy.UnusedServiceAccount, at, "no pod in namespace %s runs as service account %s now; %s", short(namespace), short(name), hint)
@@ -364,8 +364,8 @@ func matches(pattern, s string) bool {
 	return strings.HasPrefix(s, strings.TrimSuffix(pattern, "*"))
 }
 
-// nearest is the name that a typing mistake may have made of another, "" for none.
-func nearest(name string, all []string) string {
+// Nearest is the name that a typing mistake may have made of another, "" for none.
+func Nearest(name string, all []string) string {
 	if len(name) > 63 || len(all) > maxSuggestFrom {
 		return ""
 	}

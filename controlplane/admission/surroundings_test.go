@@ -15,11 +15,11 @@ func TestNearest(t *testing.T) {
 	for name, want := range map[string]string{
 		"shpo": "shoe", "shap": "shop", "e2e-admision": "e2e-admission", "bnak": "bank", "nothing": "", "": "", strings.Repeat("a", 500): "",
 	} {
-		if got := nearest(name, all); got != want {
+		if got := Nearest(name, all); got != want {
 			t.Errorf("%.20q: %q, want %q", name, got, want)
 		}
 		// The order in which names come does not matter.
-		if got := nearest(name, []string{"bank", "e2e-admission", "default", "shoe", "shop"}); got != want {
+		if got := Nearest(name, []string{"bank", "e2e-admission", "default", "shoe", "shop"}); got != want {
 			t.Errorf("%.20q backwards: %q, want %q", name, got, want)
 		}
 	}

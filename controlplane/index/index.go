@@ -54,6 +54,11 @@ var kindNames = [...]string{
 
 func (k Kind) String() string { return kindNames[k] }
 
+// Follows reports whether objects of a kind of Istio's or the Gateway API's mean anything to the mesh.
+func Follows(group, kind string) bool {
+	return slices.ContainsFunc(crds, func(c crd) bool { return c.resource.Group == group && c.kind.String() == kind })
+}
+
 // LocalPod is what the node that runs a pod has to know about it, enrolled or not.
 type LocalPod struct {
 	UID            string // metadata.uid

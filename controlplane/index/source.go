@@ -89,12 +89,15 @@ type factories struct {
 	gateways gatewayinformers.SharedInformerFactory // nil without a client
 }
 
-// crds are the custom resources that are read, which a cluster may not have (yet).
-var crds = []struct {
+// crd is a custom resource that is read.
+type crd struct {
 	kind     Kind
 	resource schema.GroupVersionResource
 	informer func(factories) cache.SharedIndexInformer
-}{
+}
+
+// crds are those that are read, which a cluster may not have (yet).
+var crds = []crd{
 	{AuthorizationPolicy, schema.GroupVersionResource{Group: "security.istio.io", Version: "v1", Resource: "authorizationpolicies"},
 		func(f factories) cache.SharedIndexInformer {
 			return f.Security().V1().AuthorizationPolicies().Informer()

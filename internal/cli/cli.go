@@ -1,4 +1,4 @@
-// Package cli is the command line of Warren: install, upgrade, uninstall, manifest, profile, check, status, why, describe,
+// Package cli is the command line of Warren: install, upgrade, uninstall, manifest, profile, check, status, analyze, why, describe,
 // authz, waypoint, node-config, proxy-config, sysdump, bench, version.
 //
 // It owns what an operator reads: tables, JSON and YAML of the same values, and errors that say what to do. It
@@ -32,6 +32,8 @@ type Env struct {
 	Version  string
 	Out, Err io.Writer
 	NoColor  bool
+	// Analyze judges objects as the control plane does, of which this package knows nothing.
+	Analyze Analyzer
 }
 
 // errFound is returned by commands that have printed what is not in order.
@@ -111,7 +113,7 @@ func (a *app) root() *cobra.Command {
 	f.StringVarP(&a.output, "output", "o", "table", "table, json or yaml")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(a.installCommand(), a.upgradeCommand(), a.uninstallCommand(), a.manifestCommand(), a.profileCommand(),
-		a.checkCommand(), a.statusCommand(), a.whyCommand(), a.describeCommand(), a.waypointCommand(), a.nodeConfigCommand(), a.proxyConfigCommand(), a.sysdumpCommand(), a.authzCommand(),
+		a.checkCommand(), a.statusCommand(), a.analyzeCommand(), a.whyCommand(), a.describeCommand(), a.waypointCommand(), a.nodeConfigCommand(), a.proxyConfigCommand(), a.sysdumpCommand(), a.authzCommand(),
 		a.versionCommand(), a.benchCommand(), a.cleanCommand())
 	return root
 }

@@ -32,9 +32,14 @@ func (p *progress) now(format string, args ...any) {
 
 // done says what has been reached.
 func (p *progress) done(format string, args ...any) {
+	p.clear()
+	fmt.Fprintf(p.out, format+"\n", args...)
+}
+
+// clear takes the line of the moment away: what follows is the result itself.
+func (p *progress) clear() {
 	if p.terminal && p.last != "" {
 		fmt.Fprint(p.out, "\r\x1b[K")
 	}
 	p.last = ""
-	fmt.Fprintf(p.out, format+"\n", args...)
 }

@@ -1,0 +1,261 @@
+package analysis
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"unicode"
+
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	gatewayv1beta1 "sigs.k8s.io/gateway-api/apis/v1beta1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/warrenmesh/warren/controlplane/admission"
+	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Severities of findings, the worst first.
+const (
+	Error   = "error"   // it does not do what it says
+	Warning = "warning" // it may not do what is expected
+)
+
+// Finding is one thing that is wrong.
+type Finding struct {
+	Code      string
+	Severity  string
+	Kind      string
+	Namespace string
+	Name      string
+	Field     string // "" where it is of the whole object
+	Message   string
+	From      string // the object's
+}
+
+// Object is one that is looked at.
+type Object struct {
+	*unstructured.Unstructured
+	From string // where it stands, for whoever reads the finding; "" is the cluster
+}
+
+// Input is what is analyzed.
+type Input struct {
+	Objects []Object
+	Config  index.Config
+	// Cluster says that Objects are all that there is. Without it, what they name may be elsewhere, and only what is wrong
+	// by itself is found.
+	Cluster bool
+}
+
+// run is one analysis.
+type run struct {
+	Input
+	found   []Finding
+	typed   map[id]any
+	source  map[id]string
+	objects map[string][]*unstructured.Unstructured // by kind
+
+	snapshot *mesh.Snapshot // what the mesh makes of them
+}
+
+// id names an object.
+type id struct{ kind, namespace, name string }
+
+func idOf(o *unstructured.Unstructured) id { return id{o.GetKind(), o.GetNamespace(), o.GetName()} }
+
+// Run returns what is wrong, the worst first. It fails only where the configuration cannot be used.
+func Run(in Input) ([]Finding, error) {
+	x, err := index.New(in.Config)
+	if err != nil {
+		return nil, err
+	}
+	r := &run{Input: in, typed: map[id]any{}, source: map[id]string{}, objects: map[string][]*unstructured.Unstructured{}}
+	for _, o := range in.Objects {
+		if o.From != "" && r.unknownFields(o) {
+			continue // what else is said of it would follow from that
+		}
+		k := idOf(o.Unstructured)
+		obj, err := typed(o.Unstructured)
+		if err != nil {
+			r.source[k] = o.From
+			r.add(k, Error, string(policy.Unreadable), "", err.Error())
+			continue
+		}
+		r.source[k] = o.From
+		if obj == nil {
+			r.notFollowed(o.Unstructured)
+			continue
+		}
+		r.objects[k.kind] = append(r.objects[k.kind], o.Unstructured)
+		r.typed[k] = obj
+		x.Set(obj)
+	}
+	update := x.Commit()
+	r.snapshot = update.Snapshot
+	judged := r.policies()
+	for k, n := range update.Notices {
+		of := id{k.Kind.String(), k.Namespace, k.Name}
+		if n == nil || judged[of] || !r.Cluster && !alone(n.Reason) {
+			continue
+		}
+		r.add(of, severityOf(n.Reason), kebab(n.Reason), "", n.Message)
+	}
+	if r.Cluster {
+		r.references()
+	}
+	slices.SortFunc(r.found, func(a, b Finding) int {
+		return cmp.Or(cmp.Compare(a.Severity, b.Severity), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Name, b.Name),
+			cmp.Compare(a.Code, b.Code), cmp.Compare(a.Field, b.Field), cmp.Compare(a.Message, b.Message))
+	})
+	return slices.Compact(r.found), nil
+}
+
+func (r *run) add(of id, severity, code, field, message string) {
+	r.found = append(r.found, Finding{Code: code, Severity: severity, Kind: of.kind, Namespace: of.namespace, Name: of.name, Field: field, Message: message, From: r.source[of]})
+}
+
+// policies judges as the webhook does, and reports of which objects the index need not speak again.
+func (r *run) policies() map[id]bool {
+	j := admission.Judge{Mesh: r.Config.PolicyMesh(), Cluster: surroundings{r}}
+	said := map[id]bool{}
+	for _, kind := range []string{"AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication"} {
+		for _, o := range r.objects[kind] {
+			raw, err := o.MarshalJSON()
+			if err != nil {
+				continue // it came from JSON
+			}
+			parsed, err := admission.Parse(raw)
+			if err != nil {
+				continue
+			}
+			for _, p := range j.Judge(parsed, r.Cluster) {
+				severity := Warning
+				if p.Severity == policy.Error {
+					severity = Error
+				}
+				r.add(idOf(o), severity, string(p.Code), p.Field, p.Message)
+				switch p.Code {
+				case policy.UnusedServiceAccount, policy.UnknownNamespace, policy.NotCaptured, policy.SelectsNothing:
+				default:
+					said[idOf(o)] = true
+				}
+			}
+		}
+	}
+	return said
+}
+
+// severityOf is how bad it is what the index says of an object.
+func severityOf(reason string) string {
+	switch reason {
+	case "PartlyIgnored", "InjectionLabelIgnored", index.ReasonConflicted:
+		return Warning
+	}
+	return Error
+}
+
+// alone reports whether what the index says does not depend on what else there is.
+func alone(reason string) bool {
+	switch reason {
+	case "PartlyIgnored", "InjectionLabelIgnored", "UnknownUDPPolicy", "UnknownDataplaneMode", policy.ReasonUnsupported, policy.ReasonTooLarge, policy.ReasonIgnored:
+		return true
+	}
+	return false
+}
+
+// kebab writes a reason as a code.
+func kebab(reason string) string {
+	var b strings.Builder
+	runes := []rune(reason)
+	for i, c := range runes {
+		if i > 0 && unicode.IsUpper(c) && (unicode.IsLower(runes[i-1]) || i+1 < len(runes) && unicode.IsLower(runes[i+1])) {
+			b.WriteByte('-')
+		}
+		b.WriteRune(unicode.ToLower(c))
+	}
+	return b.String()
+}
+
+// typed returns an object as the index takes it; nil for a kind that it does not.
+func typed(o *unstructured.Unstructured) (any, error) {
+	var out any
+	group, _, _ := strings.Cut(o.GetAPIVersion(), "/")
+	switch group + "/" + o.GetKind() {
+	case "v1/Pod":
+		out = &corev1.Pod{}
+	case "v1/Namespace":
+		out = &corev1.Namespace{}
+	case "v1/Service":
+		out = &corev1.Service{}
+	case "v1/Node":
+		out = &corev1.Node{}
+	case "discovery.k8s.io/EndpointSlice":
+		out = &discoveryv1.EndpointSlice{}
+	case "security.istio.io/AuthorizationPolicy":
+		out = &securityv1.AuthorizationPolicy{}
+	case "security.istio.io/PeerAuthentication":
+		out = &securityv1.PeerAuthentication{}
+	case "security.istio.io/RequestAuthentication":
+		out = &securityv1.RequestAuthentication{}
+	case "networking.istio.io/ServiceEntry":
+		out = &networkingv1.ServiceEntry{}
+	case "networking.istio.io/WorkloadEntry":
+		out = &networkingv1.WorkloadEntry{}
+	case "networking.istio.io/VirtualService":
+		out = &networkingv1.VirtualService{}
+	case "networking.istio.io/DestinationRule":
+		out = &networkingv1.DestinationRule{}
+	case gatewayv1.GroupName + "/Gateway":
+		out = &gatewayv1.Gateway{}
+	case gatewayv1.GroupName + "/HTTPRoute":
+		out = &gatewayv1.HTTPRoute{}
+	case gatewayv1.GroupName + "/GRPCRoute":
+		out = &gatewayv1.GRPCRoute{}
+	case gatewayv1.GroupName + "/ReferenceGrant":
+		out = &gatewayv1beta1.ReferenceGrant{}
+	default:
+		return nil, nil
+	}
+	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(o.Object, out); err != nil {
+		return nil, fmt.Errorf("it cannot be read: %w", err)
+	}
+	return out, nil
+}
+
+// ConfigOf reads what the ConfigMap of the mesh says as far as it decides about objects: its keys mesh and warren, which may be empty.
+func ConfigOf(rootNamespace, meshKey, warrenKey string) (index.Config, error) {
+	c := index.Config{ClusterID: "Kubernetes", ClusterDomain: "cluster.local", TrustDomain: "cluster.local", Revision: "default", RootNamespace: rootNamespace}
+	var m struct {
+		RootNamespace      string                  `json:"rootNamespace"`
+		TrustDomain        string                  `json:"trustDomain"`
+		TrustDomainAliases []string                `json:"trustDomainAliases"`
+		ExtensionProviders []struct{ Name string } `json:"extensionProviders"`
+	}
+	var w struct {
+		ClusterID     string `json:"clusterID"`
+		ClusterDomain string `json:"clusterDomain"`
+	}
+	if err := yaml.Unmarshal([]byte(meshKey), &m); err != nil {
+		return c, fmt.Errorf("reading the mesh configuration: %w", err)
+	}
+	if err := yaml.Unmarshal([]byte(warrenKey), &w); err != nil {
+		return c, fmt.Errorf("reading the mesh configuration: %w", err)
+	}
+	c.RootNamespace, c.TrustDomain = cmp.Or(m.RootNamespace, c.RootNamespace), cmp.Or(m.TrustDomain, c.TrustDomain)
+	c.ClusterID, c.ClusterDomain = cmp.Or(w.ClusterID, c.ClusterID), cmp.Or(w.ClusterDomain, c.ClusterDomain)
+	c.TrustDomainAliases = m.TrustDomainAliases
+	c.Providers = map[string]*mesh.AuthProvider{}
+	for _, p := range m.ExtensionProviders {
+		c.Providers[p.Name] = &mesh.AuthProvider{} // that there is one decides
+	}
+	return c, nil
+}

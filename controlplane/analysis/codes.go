@@ -1,0 +1,52 @@
+package analysis
+
+import (
+	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/policy"
+)
+
+// Code names a kind of finding beside those of policies: stable, and where docs/analyze.md explains it.
+type Code string
+
+// What is found beside what policies have.
+const (
+	NotAWaypoint         Code = "not-a-waypoint"
+	NotFollowed          Code = "not-followed"
+	SubsetSelectsNothing Code = "subset-selects-nothing"
+	UnknownField         Code = "unknown-field"
+	UnknownHost          Code = "unknown-host"
+	UnknownPort          Code = "unknown-port"
+	UnknownSubset        Code = "unknown-subset"
+	UnknownWaypoint      Code = "unknown-waypoint"
+)
+
+// Explanation is what is said of a kind of finding once and for all.
+type Explanation struct {
+	Code     string
+	Severity string
+	About    string
+}
+
+// Explanations has every code but those of policies, in the order in which they are documented.
+var Explanations = []Explanation{
+	{string(UnknownField), Error, "A field that the kind does not have, in a file. The API server drops it or refuses the object."},
+	{string(policy.Unreadable), Error, "The object is not of the form that its kind has."},
+	{string(UnknownWaypoint), Error, "The label `istio.io/use-waypoint` names a Gateway that is not there. Connections to what asks for it are refused."},
+	{string(NotAWaypoint), Error, "The label names a Gateway of another class than `istio-waypoint`."},
+	{string(UnknownHost), Error, "A host of a VirtualService or DestinationRule that no Service and no ServiceEntry has."},
+	{string(UnknownPort), Error, "A route's destination names a port that the Service does not have."},
+	{string(UnknownSubset), Error, "A route's destination names a subset that no DestinationRule of the Service declares."},
+	{string(SubsetSelectsNothing), Warning, "No pod of the Service has a subset's labels."},
+	{string(NotFollowed), Warning, "A kind of Istio's that Warren does not follow."},
+	{"partly-ignored", Warning, "What an object asks for and is not followed, or is another object's to decide."},
+	{"conflicted", Warning, "Another object holds in the place of this one."},
+	{"unknown-dataplane-mode", Error, "The value of `istio.io/dataplane-mode` is neither `ambient` nor `none`."},
+	{"unknown-udp-policy", Error, "The value of `warren.io/udp-policy` is neither `enforce` nor `none`."},
+	{"injection-label-ignored", Warning, "A namespace asks for sidecars, and is not in the mesh."},
+	{kebab(policy.ReasonNoWaypoint), Error, "What can be decided or routed by a waypoint alone, where none is in front of the Service. For policies, [it is refused meanwhile](policies.md#for-a-waypoint)."},
+	{kebab(index.ReasonTargetNotFound), Error, "A `targetRef` names what is not there."},
+	{kebab(policy.ReasonUnsupported), Error, "Values that mean nothing. What is enforced instead is stricter."},
+	{kebab(policy.ReasonIgnored), Error, "The object cannot apply to anything where it is."},
+	{"no-matching-parent, not-allowed-by-parent", Error, "A route is attached to a Service or a port that is not there."},
+	{"backend-not-found, invalid-kind, ref-not-permitted", Error, "A route sends to what is not there, cannot be sent to, or needs a ReferenceGrant. Such requests are answered with 500."},
+}
