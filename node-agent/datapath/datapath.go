@@ -107,6 +107,9 @@ type Datapath struct {
 	drift map[string]uint64 // rows that an audit found wrong, by map
 	near  nearby
 
+	watches   map[string]*podWatch // of given
+	nodeWatch *watch               // of the node's interfaces; nil before the first audit
+
 	stopEvents  context.CancelFunc // nil before Events
 	eventsEnded chan struct{}      // closed when Events reads nothing more from the kernel
 }
@@ -125,7 +128,7 @@ type record struct {
 // link is pointed at its new program, which is one atomic exchange. Were the links made anew instead, a
 // connection between the old link's end and the new one's beginning would pass uncaptured.
 func Open(ctx context.Context, cfg Config) (*Datapath, error) {
-	d := &Datapath{cfg: cfg.withDefaults(), pods: map[string]record{}, given: map[string]Pod{}, drift: map[string]uint64{}}
+	d := &Datapath{cfg: cfg.withDefaults(), pods: map[string]record{}, given: map[string]Pod{}, watches: map[string]*podWatch{}, drift: map[string]uint64{}}
 	d.dir = filepath.Join(d.cfg.Dir, bpf.Schema)
 	d.schemas.dir, d.schemas.own = d.cfg.Dir, bpf.Schema
 	d.spares.want = d.cfg.Spares
@@ -250,6 +253,7 @@ func (d *Datapath) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.spares.close()
+	d.unwatchAll()
 	err := errors.Join(d.kernel.Close(), d.schemas.close())
 	if d.ownsNode && d.node != nil {
 		err = errors.Join(err, d.node.Close())
@@ -278,6 +282,7 @@ func (d *Datapath) Yield() error {
 	if d.stopEvents != nil {
 		d.stopEvents()
 	}
+	d.unwatchAll()
 	d.schemas.yielded.Store(true)
 	err := d.lock.Close()
 	d.lock = nil

@@ -61,6 +61,9 @@ func (d *Datapath) Enroll(p Pod) error {
 		return err
 	}
 	d.given[p.UID] = p
+	if w := d.watches[p.UID]; w != nil {
+		w.right = false
+	}
 	d.near.looked = false // CheckWays chooses its way
 	d.spares.fill(d.loadSpare)
 	if err := d.applyPolicies(); err != nil { // the pod is captured: what the kernel does not decide, the agent does
@@ -336,6 +339,7 @@ func (d *Datapath) release(uid string) error {
 	}
 	delete(d.pods, uid)
 	delete(d.given, uid)
+	d.unwatch(uid)
 	return nil
 }
 

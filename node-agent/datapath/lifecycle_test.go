@@ -315,6 +315,36 @@ func TestAuditRepairs(t *testing.T) {
 		{"tcp_fwmark_accept is off", func() error {
 			return l.ui.ns.Do(func() error { return writeSysctl("/proc", "net/ipv4/tcp_fwmark_accept", "0") })
 		}},
+		{"the rule for marked packets is missing (IPv4)", func() error {
+			return l.ui.ns.Do(func() error { return netlink.RuleDel(markRule(netlink.FAMILY_V4)) })
+		}},
+		{"the rule for marked packets is missing (IPv6)", func() error {
+			return l.ui.ns.Do(func() error { return netlink.RuleDel(markRule(netlink.FAMILY_V6)) })
+		}},
+		{"the local route is missing (IPv4)", func() error {
+			return l.ui.ns.Do(func() error { return netlink.RouteDel(localRoute(netlink.FAMILY_V4, podIndex(l), l.ui.v4)) })
+		}},
+		{"the local route is missing (IPv6)", func() error { // and more has happened before than the kernel keeps
+			return l.ui.ns.Do(func() error {
+				eth0, err := netlink.LinkByName("eth0")
+				if err != nil {
+					return err
+				}
+				for i := range 200 {
+					a := netip.AddrFrom4([4]byte{10, 99, 0, byte(i)})
+					if err := addAddr(eth0, a); err != nil {
+						return err
+					}
+					if i == 0 {
+						err = netlink.RouteDel(localRoute(netlink.FAMILY_V6, eth0.Attrs().Index, l.ui.v6))
+					}
+					if err := errors.Join(err, netlink.AddrDel(eth0, &netlink.Addr{IPNet: hostNet(a)})); err != nil {
+						return err
+					}
+				}
+				return nil
+			})
+		}},
 	} {
 		check(t, damage.do())
 		found, err := l.dp.Audit()
@@ -329,6 +359,58 @@ func TestAuditRepairs(t *testing.T) {
 			}
 		}
 	}
+}
+
+// podIndex is the number of a pod's end of its veth.
+func podIndex(l *lab) (index int) {
+	check(l.t, l.ui.ns.Do(func() error {
+		eth0, err := netlink.LinkByName("eth0")
+		if err == nil {
+			index = eth0.Attrs().Index
+		}
+		return err
+	}))
+	return index
+}
+
+// While nothing changes, an audit goes to no pod's namespace; and what is not of the pod's doing is heard of too.
+func TestAuditAsksOnlyWhereSomethingChanged(t *testing.T) {
+	l := enrolled(t)
+	right := func() (ui, cat bool) { return l.dp.watches["uid-ui"].right, l.dp.watches["uid-catalog"].right }
+	audit := func() {
+		t.Helper()
+		for _, s := range must(l.dp.Audit()) {
+			if !s.InForce() {
+				t.Errorf("%+v", s)
+			}
+		}
+	}
+	audit()
+	l.dp.hear()
+	if ui, cat := right(); !ui || !cat {
+		t.Errorf("found right: ui %v, catalog %v", ui, cat)
+	}
+	// The node's end of one pod's veth.
+	check(t, l.node.Do(func() error { return netlink.LinkSetAlias(must(netlink.LinkByIndex(l.ui.nodeIndex)), "renamed") }))
+	l.dp.hear()
+	if ui, cat := right(); ui || !cat {
+		t.Errorf("after a change to ui's interface found right: ui %v, catalog %v", ui, cat)
+	}
+	audit()
+	// An address goes, and comes back.
+	check(t, l.ui.ns.Do(func() error {
+		return netlink.AddrDel(must(netlink.LinkByName("eth0")), &netlink.Addr{IPNet: hostNet(l.ui.v4)})
+	}))
+	for _, s := range must(l.dp.Enrolled()) {
+		if s.InForce() != (s.UID != "uid-ui") {
+			t.Errorf("without its address: %+v", s)
+		}
+	}
+	check(t, l.ui.ns.Do(func() error { return addAddr(must(netlink.LinkByName("eth0")), l.ui.v4) }))
+	if _, err := l.dp.Audit(); err != nil { // the routes went with the address
+		t.Error(err)
+	}
+	audit()
 }
 
 // Another program at the head of the interface could let packets pass that the guard never sees.

@@ -81,10 +81,7 @@ func (d *Datapath) setRouting(w wiring) error {
 }
 
 // routingProblems runs in the pod's namespace.
-func (d *Datapath) routingProblems(w wiring) (problems []string) {
-	if b, err := os.ReadFile(filepath.Join(d.cfg.Proc, "sys", sysctls[0].path)); err != nil || len(b) == 0 || b[0] != '1' {
-		problems = append(problems, "tcp_fwmark_accept is off")
-	}
+func routingProblems(w wiring) (problems []string) {
 	err := w.families(func(family int, src netip.Addr) error {
 		rules, err := netlink.RuleListFiltered(family, markRule(family), thisRule)
 		if err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
 
 	"github.com/warrenmesh/warren/bpf"
 )
@@ -39,25 +40,39 @@ func (d *Datapath) enrolled() ([]PodState, error) {
 			common = append(common, a.name+" is not attached")
 		}
 	}
+	var pods []*bpf.MeshPod
 	var out []PodState
 	var cookie uint64
 	var pod bpf.MeshPod
 	it := d.kernel.Pods.Iterate()
 	for it.Next(&cookie, &pod) {
-		s := PodState{UID: uidOf(&pod), Cookie: cookie, Addrs: addrsOf(&pod)}
-		s.Problems = append(slices.Clone(common), d.problems(s, &pod)...)
-		out = append(out, s)
+		p := pod
+		pods = append(pods, &p)
+		out = append(out, PodState{UID: uidOf(&p), Cookie: cookie, Addrs: addrsOf(&p)})
 	}
 	if err := it.Err(); err != nil {
 		return nil, fmt.Errorf("read the enrolled pods: %w", err)
+	}
+	d.hear()
+	guarded := map[string]bool{}
+	if err := d.node.Do(func() error {
+		for i, s := range out {
+			guarded[s.UID] = d.guardInForce(s.UID, int(pods[i].Ifindex))
+		}
+		return nil
+	}); err != nil {
+		return nil, err
+	}
+	for i := range out {
+		s := &out[i]
+		s.Problems = append(slices.Clone(common), d.problems(*s, pods[i], guarded[s.UID])...)
 	}
 	slices.SortFunc(out, func(a, b PodState) int { return cmp.Compare(a.UID, b.UID) })
 	return out, nil
 }
 
 // problems compares one pod's hooks, maps, rule and route with what they should be.
-func (d *Datapath) problems(s PodState, pod *bpf.MeshPod) (out []string) {
-	dir := d.podDir(s.UID)
+func (d *Datapath) problems(s PodState, pod *bpf.MeshPod, guarded bool) (out []string) {
 	for _, a := range s.Addrs {
 		var o bpf.MeshOwner
 		if err := d.kernel.Owners.Lookup(kernelAddr(a), &o); err != nil || o.Cookie != s.Cookie || o.Slot != pod.Slot {
@@ -78,12 +93,7 @@ func (d *Datapath) problems(s PodState, pod *bpf.MeshPod) (out []string) {
 	if err := d.kernel.Guards.Lookup(pod.Ifindex, &g); err != nil || g.V4 != pod.V4 || g.V6 != pod.V6 {
 		out = append(out, "the guard does not know it")
 	}
-	inForce := false
-	err := d.node.Do(func() error {
-		inForce = guardHook.inForce(dir, int(pod.Ifindex))
-		return nil
-	})
-	if err != nil || !inForce {
+	if !guarded {
 		out = append(out, "the guard is not attached, or not first")
 	}
 	if _, asked := d.gates.udp.gates.have[pod.Ifindex]; asked && !d.udpInForce(s.UID, pod.Ifindex) {
@@ -96,37 +106,73 @@ func (d *Datapath) problems(s PodState, pod *bpf.MeshPod) (out []string) {
 	if !ok {
 		return append(out, "its network namespace is not known to this process yet")
 	}
-	w, err := d.inspect(given)
-	if err != nil {
-		return append(out, err.Error())
-	}
-	err = given.NetNS.Do(func() error {
-		out = append(out, d.routingProblems(w)...)
-		return nil
-	})
-	if err != nil {
-		out = append(out, err.Error())
-	}
+	out = append(out, d.namespaceProblems(s.UID, given)...)
 	slices.Sort(out)
 	return out
 }
 
+// guardInForce runs in the node's namespace.
+func (d *Datapath) guardInForce(uid string, ifindex int) bool {
+	dir := d.podDir(uid)
+	w := d.watches[uid]
+	if w == nil {
+		return guardHook.inForce(dir, ifindex)
+	}
+	q, err := link.QueryPrograms(link.QueryOptions{Target: ifindex, Attach: guardHook.attach})
+	if err == nil && w.guarded != 0 && w.guarded == q.Revision && w.wiring.nodeIndex == ifindex && pinned(guardHook.pin(dir)) {
+		return true
+	}
+	ok := guardHook.inForce(dir, ifindex)
+	w.guarded = 0
+	if ok && err == nil {
+		w.guarded = q.Revision
+	}
+	return ok
+}
+
+// lookupInForce asks what is attached to the pod's namespace. What its link says of itself it asks where that is not the
+// program that was found to be the link's.
 func (d *Datapath) lookupInForce(uid string) bool {
-	l, err := link.LoadPinnedLink(lookupPin(d.podDir(uid)), nil)
+	pin := lookupPin(d.podDir(uid))
+	p, known := d.given[uid]
+	w := d.watches[uid]
+	if known && w != nil && w.lookup != 0 && pinned(pin) {
+		var q *link.QueryResult
+		err := p.NetNS.WithFD(func(fd int) (err error) {
+			q, err = link.QueryPrograms(link.QueryOptions{Target: fd, Attach: ebpf.AttachSkLookup})
+			return err
+		})
+		if err == nil && slices.ContainsFunc(q.Programs, func(a link.AttachedProgram) bool { return a.ID == w.lookup }) {
+			return true
+		}
+	}
+	l, err := link.LoadPinnedLink(pin, nil)
 	if err != nil {
 		return false
 	}
 	defer l.Close()
-	if p, ok := d.given[uid]; ok {
-		same := false
-		err := p.NetNS.WithFD(func(fd int) (err error) {
-			same, err = sameNetNS(l, fd)
-			return err
-		})
-		return err == nil && same
-	}
 	info, err := l.Info()
-	return err == nil && info.NetNs() != nil && info.NetNs().NetnsInode != 0
+	if err != nil || info.NetNs() == nil || info.NetNs().NetnsInode == 0 {
+		return false
+	}
+	if !known {
+		return true
+	}
+	same := false
+	err = p.NetNS.WithFD(func(fd int) (err error) {
+		same, err = sameNetNS(l, fd)
+		return err
+	})
+	if w != nil && err == nil && same {
+		w.lookup = info.Program
+	}
+	return err == nil && same
+}
+
+// pinned reports whether there is something at a path.
+func pinned(path string) bool {
+	var st unix.Stat_t
+	return unix.Lstat(path, &st) == nil
 }
 
 // Audit compares every enrolled pod, the captured destinations and the policies with what they should be and repairs

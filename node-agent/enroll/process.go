@@ -9,10 +9,11 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/warrenmesh/warren/internal/netns"
 )
@@ -32,17 +33,31 @@ var (
 	errHostNetwork = errors.New("the pod uses the node's network")
 )
 
-// podInCgroup finds the pod's uid in a cgroup path, as the cgroupfs driver (pod1f7d5b5e-…) and the systemd
-// driver (…-pod1f7d5b5e_….slice) write it. The first one counts: in a pod that runs a Kubernetes of its own,
-// the inner pods' cgroups are below the outer one's.
-var podInCgroup = regexp.MustCompile(`[/-]pod([0-9a-f]{8}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{4}[-_][0-9a-f]{12})`)
-
+// podUID finds the pod's uid in a cgroup path, as the cgroupfs driver (/pod1f7d5b5e-…) and the systemd driver
+// (…-pod1f7d5b5e_….slice) write it. The first one counts: in a pod that runs a Kubernetes of its own, the inner pods'
+// cgroups are below the outer one's. It is asked for every process of the node.
 func podUID(cgroup []byte) string {
-	m := podInCgroup.FindSubmatch(cgroup)
-	if m == nil {
-		return ""
+	const dashes = 1<<8 | 1<<13 | 1<<18 | 1<<23
+	for {
+		i := bytes.Index(cgroup, []byte("pod"))
+		if i < 0 || i+3+36 > len(cgroup) {
+			return ""
+		}
+		uid := []byte(nil)
+		if i > 0 && (cgroup[i-1] == '/' || cgroup[i-1] == '-') {
+			uid = cgroup[i+3 : i+3+36]
+		}
+		for at, c := range uid {
+			if dash := c == '-' || c == '_'; dash != (dashes>>at&1 == 1) || !dash && (c < '0' || c > '9' && c < 'a' || c > 'f') {
+				uid = nil
+				break
+			}
+		}
+		if uid != nil {
+			return strings.ReplaceAll(string(uid), "_", "-")
+		}
+		cgroup = cgroup[i+3:]
 	}
-	return strings.ReplaceAll(string(m[1]), "_", "-")
 }
 
 // scan reads the processes of all pods. Processes that end meanwhile are left out.
@@ -78,17 +93,39 @@ func scan(proc string) (processes, error) {
 }
 
 func podOf(proc string, pid int) string {
-	b, err := os.ReadFile(filepath.Join(proc, strconv.Itoa(pid), "cgroup"))
+	b, err := readProc(filepath.Join(proc, strconv.Itoa(pid), "cgroup"))
 	if err != nil {
 		return ""
 	}
 	return podUID(b)
 }
 
+// readProc reads a file of /proc. A node has hundreds of processes, and os.ReadFile would have each file waited for by Go's
+// poller, which /proc allows: three system calls instead of ten.
+func readProc(path string) ([]byte, error) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	for b := make([]byte, 0, 1024); ; b = slices.Grow(b, cap(b)) {
+		n, err := unix.Read(fd, b[len(b):cap(b)])
+		for err == unix.EINTR {
+			n, err = unix.Read(fd, b[len(b):cap(b)])
+		}
+		if err != nil {
+			return nil, err
+		}
+		if b = b[:len(b)+n]; len(b) < cap(b) { // the kernel gives such a file whole
+			return b, nil
+		}
+	}
+}
+
 // startTime reads field 22 of /proc/PID/stat. The command in field 2 may contain anything, so the count begins
 // at its last parenthesis. A zombie, which has no network namespace any more, is not ok.
 func startTime(proc string, pid int) (uint64, bool) {
-	b, err := os.ReadFile(filepath.Join(proc, strconv.Itoa(pid), "stat"))
+	b, err := readProc(filepath.Join(proc, strconv.Itoa(pid), "stat"))
 	if err != nil {
 		return 0, false
 	}
