@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"sync"
 	"testing"
@@ -145,7 +146,7 @@ func TestClosedHandle(t *testing.T) {
 	}
 }
 
-func TestDialTCP(t *testing.T) {
+func TestConnect(t *testing.T) {
 	a := newNS(t)
 	var ln net.Listener
 	if err := a.Do(func() (err error) { ln, err = net.Listen("tcp4", "127.0.0.1:0"); return err }); err != nil {
@@ -163,10 +164,14 @@ func TestDialTCP(t *testing.T) {
 		io.Copy(c, c)
 	}()
 	prepared := uint64(0)
-	c, err := a.DialTCP(context.Background(), ln.Addr().String(), func(fd int) error {
+	s, err := a.Connect(context.Background(), ln.Addr().(*net.TCPAddr).AddrPort(), func(fd int) error {
 		prepared = cookieOf(t, fd)
 		return nil
 	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := s.TCPConn()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -188,27 +193,29 @@ func TestDialTCP(t *testing.T) {
 	<-done
 }
 
-func TestDialTCPErrors(t *testing.T) {
+var closedPort = netip.MustParseAddrPort("127.0.0.1:1")
+
+func TestConnectErrors(t *testing.T) {
 	a := newNS(t)
-	if _, err := a.DialTCP(context.Background(), "127.0.0.1:1", nil); !errors.Is(err, unix.ECONNREFUSED) {
+	if _, err := a.Connect(context.Background(), closedPort, nil); !errors.Is(err, unix.ECONNREFUSED) {
 		t.Errorf("closed port: %v", err)
 	}
-	if _, err := a.DialTCP(context.Background(), "10.9.9.9:1", nil); !errors.Is(err, unix.ENETUNREACH) {
+	if _, err := a.Connect(context.Background(), netip.MustParseAddrPort("10.9.9.9:1"), nil); !errors.Is(err, unix.ENETUNREACH) {
 		t.Errorf("no route: %v", err)
 	}
 	no := errors.New("no")
-	if _, err := a.DialTCP(context.Background(), "127.0.0.1:1", func(int) error { return no }); !errors.Is(err, no) {
+	if _, err := a.Connect(context.Background(), closedPort, func(int) error { return no }); !errors.Is(err, no) {
 		t.Errorf("prepare: %v", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
-	if _, err := a.DialTCP(ctx, "127.0.0.1:1", nil); !errors.Is(err, context.Canceled) {
+	if _, err := a.Connect(ctx, closedPort, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
 
 // No descriptor is left behind by dials, whichever way they end.
-func TestDialTCPLeaksNothing(t *testing.T) {
+func TestConnectLeaksNothing(t *testing.T) {
 	a := newNS(t)
 	count := func() int {
 		list, err := os.ReadDir("/proc/self/fd")
@@ -217,11 +224,11 @@ func TestDialTCPLeaksNothing(t *testing.T) {
 		}
 		return len(list)
 	}
-	a.DialTCP(context.Background(), "127.0.0.1:1", nil) // what the runtime opens once
+	a.Connect(context.Background(), closedPort, nil) // what the runtime opens once
 	before := count()
 	for range 100 {
-		a.DialTCP(context.Background(), "127.0.0.1:1", nil)
-		a.DialTCP(context.Background(), "127.0.0.1:1", func(int) error { return errors.New("no") })
+		a.Connect(context.Background(), closedPort, nil)
+		a.Connect(context.Background(), closedPort, func(int) error { return errors.New("no") })
 	}
 	if after := count(); after > before+2 {
 		t.Errorf("%d descriptors before, %d after", before, after)

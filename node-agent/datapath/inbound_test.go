@@ -199,7 +199,7 @@ func TestInboundPortInUse(t *testing.T) {
 		if src.Addr().Is6() {
 			dst = l.cat.addrs(appPort)[1]
 		}
-		c, err := l.dp.DialInbound(context.Background(), l.cat.ns, src, dst)
+		c, err := polled(l.dp.DialInbound(context.Background(), l.cat.ns, src, dst))
 		check(t, err)
 		if _, remote, err := seen(c); err != nil || remote.Addr() != src.Addr() {
 			t.Errorf("server sees %s, want %s (%v)", remote, src.Addr(), err)
@@ -306,7 +306,7 @@ func TestSocketsOfApplicationsAreNotPaced(t *testing.T) {
 		check(t, err)
 		return name
 	}
-	c, err := l.dp.DialInbound(context.Background(), l.cat.ns, l.outside.addrs(34569)[0], l.cat.addrs(appPort)[0])
+	c, err := polled(l.dp.DialInbound(context.Background(), l.cat.ns, l.outside.addrs(34569)[0], l.cat.addrs(appPort)[0]))
 	check(t, err)
 	defer c.Close()
 	f, err := c.File()
@@ -379,7 +379,7 @@ func TestUnsentBytesAreBounded(t *testing.T) {
 				return err
 			}))
 			defer ln.Close()
-			agents, err := l.dp.DialInbound(t.Context(), l.cat.ns, netip.AddrPortFrom(l.outside.v4, 0), addr)
+			agents, err := polled(l.dp.DialInbound(t.Context(), l.cat.ns, netip.AddrPortFrom(l.outside.v4, 0), addr))
 			check(t, err)
 			defer agents.Close()
 			c, err := ln.Accept()

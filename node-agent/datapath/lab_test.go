@@ -441,7 +441,9 @@ func (l *lab) outbound(from *host, c *net.TCPConn) (*net.TCPConn, error) {
 	defer cancel()
 	dst, src := addrOf(c.LocalAddr()), addrOf(c.RemoteAddr())
 	if tell := l.drawn.Swap(nil); tell != nil {
-		*tell <- l.dialer.Load().Drawn(c)
+		rc, err := c.SyscallConn()
+		check(l.t, err)
+		check(l.t, rc.Control(func(fd uintptr) { *tell <- drawn(int(fd)) }))
 	}
 	switch dst.Addr() {
 	case vip4:
@@ -451,7 +453,7 @@ func (l *lab) outbound(from *host, c *net.TCPConn) (*net.TCPConn, error) {
 	}
 	for _, h := range []*host{l.ui, l.cat} {
 		if dst.Addr() == h.v4 || dst.Addr() == h.v6 {
-			return l.dialer.Load().DialInbound(ctx, h.ns, src, dst)
+			return polled(l.dialer.Load().DialInbound(ctx, h.ns, src, dst))
 		}
 	}
 	return l.dialer.Load().Dial(ctx, from.ns, dst)
@@ -463,7 +465,15 @@ func (l *lab) inbound(to *host, c *net.TCPConn) (*net.TCPConn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), agentDial)
 	defer cancel()
 	src := netip.AddrPortFrom(addrOf(c.RemoteAddr()).Addr(), 0)
-	return l.dialer.Load().DialInbound(ctx, to.ns, src, addrOf(c.LocalAddr()))
+	return polled(l.dialer.Load().DialInbound(ctx, to.ns, src, addrOf(c.LocalAddr())))
+}
+
+// polled gives what DialInbound returns to Go's poller.
+func polled(s *netns.Sock, err error) (*net.TCPConn, error) {
+	if err != nil {
+		return nil, err
+	}
+	return s.TCPConn()
 }
 
 func relay(a, b *net.TCPConn) {

@@ -153,7 +153,7 @@ func TestYield(t *testing.T) {
 	if _, err := old.Audit(); !errors.Is(err, ErrYielded) {
 		t.Errorf("audit: %v, want %v", err, ErrYielded)
 	}
-	c, err := old.DialInbound(context.Background(), l.cat.ns, netip.AddrPortFrom(l.outside.v4, 5555), l.cat.addrs(appPort)[0])
+	c, err := polled(old.DialInbound(context.Background(), l.cat.ns, netip.AddrPortFrom(l.outside.v4, 5555), l.cat.addrs(appPort)[0]))
 	check(t, err)
 	c.Close()
 }

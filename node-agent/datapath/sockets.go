@@ -108,13 +108,15 @@ func setAll(fd int, opts []sockopt) error {
 // Drawn returns one more than the number that the kernel has drawn for a connection to a Service that the outbound
 // listener has accepted, 0 where it has drawn none. Resolve chooses the endpoint that the number stands for, if it is
 // its pick.
-func (d *Datapath) Drawn(c *net.TCPConn) int {
-	mark := 0
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return 0
-	}
-	if err := raw.Control(func(fd uintptr) { mark, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_MARK) }); err != nil || !Captured(uint32(mark)) {
+func (d *Datapath) Drawn(s *netns.Sock) int {
+	n := 0
+	_ = s.Control(func(fd int) error { n = drawn(fd); return nil })
+	return n
+}
+
+func drawn(fd int) int {
+	mark, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK)
+	if err != nil || !Captured(uint32(mark)) {
 		return 0
 	}
 	return int(uint32(mark) >> drawShift)
@@ -132,7 +134,11 @@ func (d *Datapath) Tag(fd int) error {
 // Dial connects from inside a pod's namespace as the agent: to a peer's tunnel port or, on passthrough, to
 // the application's destination.
 func (d *Datapath) Dial(ctx context.Context, ns *netns.Handle, dst netip.AddrPort) (*net.TCPConn, error) {
-	return ns.DialTCP(ctx, dst.String(), d.Tag)
+	s, err := ns.Connect(ctx, dst, d.Tag)
+	if err != nil {
+		return nil, err
+	}
+	return s.TCPConn()
 }
 
 // Ports for DialInbound where the client's own cannot be used. Linux clients take theirs from 32768 on: a port
@@ -152,10 +158,10 @@ const (
 // 0, another one is taken. For a client that reached the pod in plaintext, src's port must be 0: its own
 // connection to the same dst exists in the same namespace under that very 4-tuple. A client of the other
 // address family cannot be shown; the application then sees the pod's own address.
-func (d *Datapath) DialInbound(ctx context.Context, ns *netns.Handle, src, dst netip.AddrPort) (*net.TCPConn, error) {
+func (d *Datapath) DialInbound(ctx context.Context, ns *netns.Handle, src, dst netip.AddrPort) (*netns.Sock, error) {
 	from, to := src.Addr().Unmap(), netip.AddrPortFrom(dst.Addr().Unmap(), dst.Port())
 	if from.Is4() != to.Addr().Is4() {
-		return ns.DialTCP(ctx, to.String(), d.Tag)
+		return ns.Connect(ctx, to, d.Tag)
 	}
 	port := src.Port()
 	for try, again := 0, 0; ; try++ {
@@ -163,7 +169,7 @@ func (d *Datapath) DialInbound(ctx context.Context, ns *netns.Handle, src, dst n
 			port = uint16(firstSparePort + rand.IntN(endSparePorts-firstSparePort))
 		}
 		as := netip.AddrPortFrom(from, port)
-		c, err := ns.DialTCP(ctx, to.String(), func(fd int) error { return d.prepareInbound(fd, as) })
+		c, err := ns.Connect(ctx, to, func(fd int) error { return d.prepareInbound(fd, as) })
 		if err == nil || try == portTries || !errors.Is(err, unix.EADDRINUSE) && !errors.Is(err, unix.EADDRNOTAVAIL) {
 			return c, err
 		}
@@ -193,7 +199,8 @@ func (d *Datapath) prepareInbound(fd int, as netip.AddrPort) error {
 		addr = &unix.SockaddrInet6{Port: int(as.Port()), Addr: as.Addr().As16()}
 	}
 	unpaced(fd)
-	if err := setAll(fd, []sockopt{transparent, {unix.SOL_SOCKET, unix.SO_MARK, Mark}, {unix.SOL_SOCKET, unix.SO_REUSEADDR, 1}}); err != nil {
+	if err := setAll(fd, []sockopt{transparent, {unix.SOL_SOCKET, unix.SO_MARK, Mark},
+		{unix.SOL_SOCKET, unix.SO_REUSEADDR, 1}, {unix.IPPROTO_TCP, unix.TCP_NODELAY, 1}}); err != nil {
 		return err
 	}
 	if err := d.Tag(fd); err != nil {

@@ -341,7 +341,11 @@ func dial(t *testing.T, h *netns.Handle, addr string) (net.Conn, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), plenty)
 	defer cancel()
-	return h.DialTCP(ctx, addr, nil)
+	s, err := h.Connect(ctx, netip.MustParseAddrPort(addr), nil)
+	if err != nil {
+		return nil, err
+	}
+	return s.TCPConn()
 }
 
 // listen listens inside a namespace, as the application would.

@@ -53,10 +53,15 @@ func takeOver(t *tls.Conn, w *wire, client bool, l *loop, o owner) *records {
 	}
 	r := &records{nc: w.Conn, in: opener{half: in, client: client}, out: out, limit: keyLimit}
 	if tcp, ok := w.Conn.(*net.TCPConn); ok && l != nil {
-		if r.sock, err = newSock(l, tcp, o); err != nil {
+		local, remote := tcp.LocalAddr(), tcp.RemoteAddr()
+		fd, err := leavePoller(tcp)
+		if err != nil {
 			return nil
 		}
-		r.sock.tell = true
+		if r.sock, err = newSock(l, fd, o); err != nil {
+			return nil
+		}
+		r.sock.local, r.sock.remote, r.sock.tell = local, remote, true
 		r.nc = r.sock
 	}
 	w.mu.Lock()

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/internal/netns"
 )
 
 // RelayStats is what a Relay has delivered so far. It may be read while the Relay runs: connections last for
@@ -28,23 +30,53 @@ type RelayStats struct {
 func Relay(a, b net.Conn, stats *RelayStats) error {
 	if st, ok := a.(*Stream); ok {
 		if tcp, ok := b.(*net.TCPConn); ok && st.c.loop != nil {
-			return relaySocket(st, tcp, &stats.BtoA, &stats.AtoB)
+			return relayConn(st, tcp, &stats.BtoA, &stats.AtoB)
 		}
 	}
 	if tcp, ok := a.(*net.TCPConn); ok {
 		if st, ok := b.(*Stream); ok && st.c.loop != nil {
-			return relaySocket(st, tcp, &stats.AtoB, &stats.BtoA)
+			return relayConn(st, tcp, &stats.AtoB, &stats.BtoA)
 		}
 	}
 	return relayAny(a, b, stats)
 }
 
-// relaySocket waits while a loop copies between a stream and an application's socket.
-func relaySocket(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
+// RelaySocket is Relay between a stream and a socket that nobody waits for. It counts in up what the socket sends, and in
+// down what it is sent.
+func RelaySocket(st *Stream, s *netns.Sock, up, down *atomic.Int64) error {
+	if st.c.loop == nil {
+		tcp, err := s.TCPConn()
+		if err != nil {
+			st.ResetCode(CodeConnect)
+			return err
+		}
+		var stats RelayStats // the tunnel is no socket
+		defer func() { up.Add(stats.BtoA.Load()); down.Add(stats.AtoB.Load()) }()
+		return relayAny(st, tcp, &stats)
+	}
+	fd, err := s.Take()
+	if err != nil {
+		st.ResetCode(CodeConnect)
+		return err
+	}
+	return relaySocket(st, fd, s.Hard, up, down)
+}
+
+func relayConn(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
 	hardEnd(tcp)
-	k, err := newSink(st, tcp, up, down)
+	fd, err := leavePoller(tcp)
 	if err != nil {
 		resetConn(tcp)
+		st.ResetCode(CodeConnect)
+		return err
+	}
+	return relaySocket(st, fd, true, up, down)
+}
+
+// relaySocket waits while a loop copies between a stream and an application's socket.
+func relaySocket(st *Stream, fd int, hard bool, up, down *atomic.Int64) error {
+	k, err := newSink(st, fd, hard, up, down)
+	if err != nil {
 		st.ResetCode(CodeConnect)
 		return err
 	}

@@ -2,7 +2,6 @@ package hbone
 
 import (
 	"io"
-	"net"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -27,11 +26,14 @@ type sink struct {
 	done    chan struct{} // closed when both directions have ended, or one has failed
 }
 
-// newSink takes tcp over.
-func newSink(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) (*sink, error) {
+// newSink takes over a socket, which is reset if nobody ends it in order.
+func newSink(st *Stream, fd int, hard bool, up, down *atomic.Int64) (*sink, error) {
 	k := &sink{st: st, up: up, down: down, done: make(chan struct{})}
 	var err error
-	k.sock, err = newSock(st.c.loop, tcp, k)
+	if k.sock, err = newSock(st.c.loop, fd, k); err == nil {
+		k.sock.hard = hard
+		k.sock.harden(true)
+	}
 	return k, err
 }
 

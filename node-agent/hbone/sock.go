@@ -17,11 +17,12 @@ import (
 type sock struct {
 	l             *loop
 	owner         owner
-	local, remote net.Addr
-	slot          int32 // guarded by l.mu; -1 while the loop does not wait for it
-	posted        bool  // guarded by l.mu
-	leaving       bool  // guarded by l.mu: closed, and the owner is still to be told
-	tell          bool  // the owner is to learn that the socket was closed
+	local, remote net.Addr // of a tunnel
+	hard          bool     // it is reset when it is closed
+	slot          int32    // guarded by l.mu; -1 while the loop does not wait for it
+	posted        bool     // guarded by l.mu
+	leaving       bool     // guarded by l.mu: closed, and the owner is still to be told
+	tell          bool     // the owner is to learn that the socket was closed
 
 	// The loop's.
 	more bool // there may be something to read
@@ -48,27 +49,30 @@ const (
 	broken = unix.EPOLLHUP | unix.EPOLLERR
 )
 
-// newSock takes a connection away from Go's poller, which would wake up for it in vain; tcp is closed then. The loop
-// waits for it once start was called.
-func newSock(l *loop, tcp *net.TCPConn, o owner) (*sock, error) {
-	rc, err := tcp.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	s := &sock{l: l, owner: o, local: tcp.LocalAddr(), remote: tcp.RemoteAddr(), slot: -1, more: true, fd: -1}
-	cerr := rc.Control(func(fd uintptr) { s.fd, err = unix.FcntlInt(fd, unix.F_DUPFD_CLOEXEC, 3) })
-	if cerr != nil {
-		return nil, cerr
-	}
-	if err != nil {
-		return nil, os.NewSyscallError("fcntl", err)
-	}
+// newSock has a loop wait for fd, once start was called. The descriptor is the socket's, also where it fails.
+func newSock(l *loop, fd int, o owner) (*sock, error) {
 	if !l.retain() {
-		unix.Close(s.fd)
+		unix.Close(fd)
 		return nil, errLoopEnded
 	}
+	return &sock{l: l, owner: o, slot: -1, more: true, fd: fd}, nil
+}
+
+// leavePoller takes a connection away from Go's poller, which would wake up for it in vain; tcp is closed then.
+func leavePoller(tcp *net.TCPConn) (fd int, err error) {
+	rc, err := tcp.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	cerr := rc.Control(func(old uintptr) { fd, err = unix.FcntlInt(old, unix.F_DUPFD_CLOEXEC, 3) })
+	if cerr != nil {
+		return -1, cerr
+	}
+	if err != nil {
+		return -1, os.NewSyscallError("fcntl", err)
+	}
 	_ = tcp.Close()
-	return s, nil
+	return fd, nil
 }
 
 // start has the loop wait for the socket, whatever is there already included.
@@ -219,15 +223,22 @@ func (s *sock) Close() error {
 // end closes the socket: in order, or by a reset.
 func (s *sock) end(orderly bool) {
 	s.mu.Lock()
-	if s.fd >= 0 {
-		linger := unix.Linger{Onoff: 1}
-		if orderly {
-			linger.Onoff = 0
-		}
-		_ = unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &linger)
-	}
+	s.harden(!orderly)
 	s.mu.Unlock()
 	_ = s.Close()
+}
+
+// harden says whether the socket is reset when it is closed, be it by the end of this process. Called under mu.
+func (s *sock) harden(yes bool) {
+	if s.hard == yes || s.fd < 0 {
+		return
+	}
+	s.hard = yes
+	linger := unix.Linger{}
+	if yes {
+		linger.Onoff = 1
+	}
+	_ = unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &linger)
 }
 
 // shut sends FIN.

@@ -137,10 +137,10 @@ func TestAConnectionCostsFewSystemCallsAndAllocations(t *testing.T) {
 	meshed, meshedAllocs := cost(l.pods["catalog-1"], 2)
 	calls, allocs := meshed-direct, meshedAllocs-directAllocs
 	t.Logf("a connection takes %.1f system calls and %.1f allocations in both agents", calls, allocs)
-	if calls > 72 {
+	if calls > 54 {
 		t.Errorf("a connection takes %.1f system calls in both agents", calls)
 	}
-	if allocs > 140 && !raceEnabled {
+	if allocs > 105 && !raceEnabled {
 		t.Errorf("a connection takes %.1f allocations in both agents", allocs)
 	}
 }

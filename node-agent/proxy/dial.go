@@ -15,10 +15,10 @@ type Sockets interface {
 	// Dial connects to dst as the pod would, without being captured.
 	Dial(ctx context.Context, ns *netns.Handle, dst netip.AddrPort) (*net.TCPConn, error)
 	// DialInbound connects to the pod's own application and shows it src as the peer. Port 0 lets the kernel choose.
-	DialInbound(ctx context.Context, ns *netns.Handle, src, dst netip.AddrPort) (*net.TCPConn, error)
+	DialInbound(ctx context.Context, ns *netns.Handle, src, dst netip.AddrPort) (*netns.Sock, error)
 	// Drawn is one more than the number by which the kernel has chosen an endpoint of a Service for a captured
 	// connection, 0 if it has not.
-	Drawn(c *net.TCPConn) int
+	Drawn(s *netns.Sock) int
 }
 
 func (h *PodHandle) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, error) {
@@ -34,7 +34,7 @@ func (h *PodHandle) dial(ctx context.Context, to netip.AddrPort) (*net.TCPConn, 
 
 // dialApp connects to the pod's own application as if client did. No probes keep the connection alive: both its ends are
 // in this kernel, and one that is gone has said so.
-func (h *PodHandle) dialApp(ctx context.Context, client, app netip.AddrPort) (*net.TCPConn, error) {
+func (h *PodHandle) dialApp(ctx context.Context, client, app netip.AddrPort) (*netns.Sock, error) {
 	if client.Addr().Is4() != app.Addr().Is4() {
 		return nil, fail(AppRefused, "client %s and application %s are not of one address family", client, app)
 	}

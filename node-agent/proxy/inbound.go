@@ -10,6 +10,7 @@ import (
 
 	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/netns"
 	"github.com/warrenmesh/warren/node-agent/hbone"
 )
 
@@ -148,12 +149,12 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn 
 	}
 	down, err := st.Accept(hbone.Field{Name: hbone.HeaderBaggage, Value: baggage(dst)})
 	if err != nil {
-		abort(up)
+		up.Abort()
 		r.close(fail(TunnelFailed, "answer the peer: %w", err))
 		return
 	}
-	c.onEnd(func() { down.Reset(); abort(up) })
-	r.close(r.relay(down, up))
+	c.onEnd(func() { down.Reset(); up.Abort() })
+	r.close(r.ended(hbone.RelaySocket(down, up, &c.bytes.BtoA, &c.bytes.AtoB)))
 }
 
 // target is the address that a CONNECT asks for. It has to be one of the pod's, and no port of the agent's:
@@ -192,7 +193,7 @@ func (h *PodHandle) source(s *mesh.Snapshot, a netip.Addr, peer mesh.Identity, h
 
 // admit decides about a registered connection and connects it to the application. The error is what ended
 // it, be it meanwhile by end.
-func (h *PodHandle) admit(ctx context.Context, c *conn, client, app netip.AddrPort) (*net.TCPConn, error) {
+func (h *PodHandle) admit(ctx context.Context, c *conn, client, app netip.AddrPort) (*netns.Sock, error) {
 	s := h.p.store.Load()
 	v := s.Authorize(c.auth)
 	h.p.note(c, v)
@@ -205,7 +206,7 @@ func (h *PodHandle) admit(ctx context.Context, c *conn, client, app netip.AddrPo
 	up, err := h.dialApp(ctx, client, app)
 	if ended := c.endedBy(); ended != nil {
 		if err == nil {
-			abort(up)
+			up.Abort()
 		}
 		return nil, ended
 	}
@@ -254,7 +255,11 @@ func serviceOf(s *mesh.Snapshot, w *mesh.Workload, port uint16, named string) *m
 
 // relay copies until both directions have ended and returns what ended it, nil for an orderly end.
 func (r *report) relay(down, up net.Conn) error {
-	err := hbone.Relay(down, up, &r.c.bytes)
+	return r.ended(hbone.Relay(down, up, &r.c.bytes))
+}
+
+// ended is what the end of a relay was, nil for an orderly end.
+func (r *report) ended(err error) error {
 	if ended := r.c.endedBy(); ended != nil {
 		return ended
 	}
@@ -264,7 +269,7 @@ func (r *report) relay(down, up net.Conn) error {
 	return nil
 }
 
-// reset closes either kind of upstream connection hard.
+// reset closes any kind of upstream connection hard.
 func reset(c net.Conn) {
 	switch c := c.(type) {
 	case *net.TCPConn:

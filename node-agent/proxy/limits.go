@@ -24,8 +24,9 @@ func descriptors() (connections, all int) {
 	return all - min(max(all/8, 64), 4096), all
 }
 
-// overload is why a connection that was accepted must not be served, nil if it may.
-func (h *PodHandle) overload(c *net.TCPConn) error {
+// overload is why a connection that was accepted must not be served, nil if it may. fd is its descriptor: the lowest
+// that was free.
+func (h *PodHandle) overload(fd int) error {
 	p := h.p
 	if open := int64(p.cfg.MaxConns); h.open.Load() >= open {
 		return fail(Overloaded, "the pod has %d connections", open)
@@ -33,15 +34,9 @@ func (h *PodHandle) overload(c *net.TCPConn) error {
 	if p.memory.Full() {
 		return fail(Overloaded, "%d MiB wait for applications that do not read, the agent uses %d MiB", p.memory.Held()>>20, p.cfg.Ceiling.Used()>>20)
 	}
-	rc, err := c.SyscallConn()
-	if err != nil {
-		return fail(Overloaded, "the connection is gone: %w", err)
-	}
-	number := 0
-	_ = rc.Control(func(fd uintptr) { number = int(fd) }) // the lowest that was free
-	if number >= p.files {
+	if fd >= p.files {
 		_, all := descriptors()
-		return fail(Overloaded, "of %d file descriptors %d are open", all, number)
+		return fail(Overloaded, "of %d file descriptors %d are open", all, fd)
 	}
 	return nil
 }

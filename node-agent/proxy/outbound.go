@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/netns"
 	"github.com/warrenmesh/warren/node-agent/hbone"
 )
 
@@ -29,8 +30,8 @@ type Request struct {
 	Route  mesh.Route
 }
 
-func (h *PodHandle) serveOutbound(down *net.TCPConn) {
-	dst, src := ends(down)
+func (h *PodHandle) serveOutbound(down *netns.Sock) {
+	dst, src := down.Local, down.Remote
 	p := h.p
 	c := &conn{dir: Outbound, pod: h}
 	c.begin(ConnInfo{Pod: h.Pod().WorkloadUID, Src: src, OriginalDst: dst, Direction: Outbound})
@@ -38,11 +39,11 @@ func (h *PodHandle) serveOutbound(down *net.TCPConn) {
 	defer p.conns.release(c)
 	ctx, cancel := context.WithCancel(p.ctx)
 	defer cancel()
-	c.onEnd(func() { cancel(); abort(down) })
+	c.onEnd(func() { cancel(); down.Abort() })
 
 	if !dst.Addr().IsValid() || h.own(dst.Addr()) && agentPort(dst.Port()) {
 		// Somebody in the pod dialled a port of the agent's: there is no destination to be had.
-		abort(down)
+		down.Abort()
 		h.refuse(Outbound, src, dst, fail(RequestInvalid, "%s is a port of the node agent", dst))
 		return
 	}
@@ -55,22 +56,32 @@ func (h *PodHandle) serveOutbound(down *net.TCPConn) {
 	c.setInfo(func(i *ConnInfo) { i.ActualDst, i.Protocol, i.Peer = via.addr, via.protocol(), via.peer })
 	r := p.open(c, outboundKey(h.Pod().Identity, req, via), true, via.addr, via.authority)
 	if err != nil {
-		abort(down)
+		down.Abort()
 		if ended := c.endedBy(); ended != nil {
 			err = ended
 		}
 		r.close(err)
 		return
 	}
-	if st, ok := up.(*hbone.Stream); ok {
-		if tn := p.peers.carrier(st); tn != nil {
-			c.via.Store(tn)
-			tn.conns.Add(1)
-			defer tn.conns.Add(-1)
+	c.onEnd(func() { reset(up); down.Abort() })
+	st, ok := up.(*hbone.Stream)
+	if !ok {
+		tcp, err := down.TCPConn()
+		if err != nil { // somebody has ended it
+			reset(up)
+			r.close(r.ended(err))
+			return
 		}
+		c.onEnd(func() { reset(up); abort(tcp) })
+		r.close(r.relay(tcp, up))
+		return
 	}
-	c.onEnd(func() { reset(up); abort(down) })
-	r.close(r.relay(down, up))
+	if tn := p.peers.carrier(st); tn != nil {
+		c.via.Store(tn)
+		tn.conns.Add(1)
+		defer tn.conns.Add(-1)
+	}
+	r.close(r.ended(hbone.RelaySocket(st, down, &c.bytes.AtoB, &c.bytes.BtoA)))
 }
 
 // decide asks the Snapshot where a connection goes. It leaves out the endpoints that were tried in vain.

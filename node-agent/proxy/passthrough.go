@@ -35,7 +35,11 @@ func (h *PodHandle) servePlaintext(down *net.TCPConn) {
 	key := seriesKey{dir: Inbound, src: s.WorkloadAt(mesh.NetAddr{Network: h.Pod().Network, Addr: client.Addr()}), dst: dst,
 		service: serviceOf(s, dst, app.Port(), "")}
 	r := p.open(c, key, true, app, "")
-	up, err := h.admit(ctx, c, netip.AddrPortFrom(client.Addr(), 0), app)
+	sock, err := h.admit(ctx, c, netip.AddrPortFrom(client.Addr(), 0), app)
+	var up *net.TCPConn
+	if err == nil {
+		up, err = sock.TCPConn()
+	}
 	if err != nil {
 		abort(down)
 		r.close(err)

@@ -108,7 +108,7 @@ type PodHandle struct {
 
 	accepting context.Context // ends when no new connection is to be taken
 	stop      context.CancelFunc
-	listeners []net.Listener
+	listeners []*listener
 	loops     sync.WaitGroup
 	open      atomic.Int64
 	denials   lineBudget
@@ -188,24 +188,45 @@ func (p *Proxy) AddPod(pod Pod, l Listeners) (*PodHandle, error) {
 		h.stop()
 		return nil, fmt.Errorf("serve pod %s: it is served already or the agent is stopping", pod.UID)
 	}
+	if err := h.listen(l); err != nil {
+		p.mu.Unlock()
+		h.stop()
+		return nil, fmt.Errorf("serve pod %s: %w", pod.UID, err)
+	}
 	p.pods[pod.UID] = h
 	p.mu.Unlock()
 	p.started.Add(1)
+	for _, ln := range h.listeners {
+		h.loops.Go(func() { h.accept(ln) })
+	}
+	return h, nil
+}
+
+// listen takes the listeners over, all or none.
+func (h *PodHandle) listen(ls Listeners) error {
 	for _, role := range []struct {
 		listeners []net.Listener
 		dir       Direction
-		serve     func(*PodHandle, *net.TCPConn)
+		hard      bool
+		serve     func(*PodHandle, *netns.Sock)
 	}{
-		{l.Outbound, Outbound, (*PodHandle).serveOutbound},
-		{l.Inbound, Inbound, (*PodHandle).servePlaintext},
-		{l.HBONE, Inbound, (*PodHandle).serveTunnel},
+		{ls.Outbound, Outbound, true, (*PodHandle).serveOutbound},
+		{ls.Inbound, Inbound, false, polled((*PodHandle).servePlaintext)},
+		{ls.HBONE, Inbound, false, polled((*PodHandle).serveTunnel)},
 	} {
 		for _, ln := range role.listeners {
-			h.listeners = append(h.listeners, ln)
-			h.loops.Go(func() { h.accept(ln, role.dir, role.serve) })
+			l, err := newListener(ln, role.dir, role.hard, role.serve)
+			if err != nil {
+				for _, l := range h.listeners {
+					l.file.Close()
+				}
+				return err
+			}
+			h.listeners = append(h.listeners, l)
 		}
 	}
-	return h, nil
+	ls.Close()
+	return nil
 }
 
 // Pod returns what is known about the pod.
@@ -225,7 +246,7 @@ func (h *PodHandle) Open() int { return int(h.open.Load()) }
 func (h *PodHandle) StopAccepting() {
 	h.stop()
 	for _, l := range h.listeners {
-		l.Close()
+		l.file.Close()
 	}
 	h.loops.Wait()
 }

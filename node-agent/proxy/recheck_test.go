@@ -24,8 +24,8 @@ type nothing struct{}
 func (nothing) Dial(context.Context, *netns.Handle, netip.AddrPort) (*net.TCPConn, error) {
 	return nil, net.ErrClosed
 }
-func (nothing) Drawn(*net.TCPConn) int { return 0 }
-func (nothing) DialInbound(context.Context, *netns.Handle, netip.AddrPort, netip.AddrPort) (*net.TCPConn, error) {
+func (nothing) Drawn(*netns.Sock) int { return 0 }
+func (nothing) DialInbound(context.Context, *netns.Handle, netip.AddrPort, netip.AddrPort) (*netns.Sock, error) {
 	return nil, net.ErrClosed
 }
 func (nothing) Bundle(context.Context, mesh.Identity) (*identity.Bundle, error) {

@@ -1,0 +1,216 @@
+package netns
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Sock is a connected TCP socket, non-blocking, that Go's poller does not wait for. Whoever takes its descriptor waits for
+// it in a way of his own; until then it can only be closed. It is safe for concurrent use.
+type Sock struct {
+	Local, Remote netip.AddrPort // an IPv4 address that an IPv6 socket has is an IPv4 address
+	Hard          bool           // SO_LINGER makes every close(2) a RST, that by the end of the process included
+
+	mu sync.Mutex
+	fd int // -1 once it was closed or taken
+}
+
+// Control calls f with the descriptor, which stays open until f returns. It fails if the socket was closed or taken.
+func (s *Sock) Control(f func(fd int) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return net.ErrClosed
+	}
+	return f(s.fd)
+}
+
+// Take returns the descriptor, which is the caller's then.
+func (s *Sock) Take() (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return -1, net.ErrClosed
+	}
+	fd := s.fd
+	s.fd = -1
+	return fd, nil
+}
+
+// Abort closes with a RST, unless the descriptor was taken.
+func (s *Sock) Abort() {
+	if fd, err := s.Take(); err == nil {
+		if !s.Hard {
+			_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+		}
+		unix.Close(fd)
+	}
+}
+
+// TCPConn gives the socket to Go's poller.
+func (s *Sock) TCPConn() (*net.TCPConn, error) {
+	fd, err := s.Take()
+	if err != nil {
+		return nil, err
+	}
+	f := os.NewFile(uintptr(fd), "socket")
+	defer f.Close()
+	if s.Hard {
+		_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{})
+	}
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	return c.(*net.TCPConn), nil
+}
+
+// Accept takes the next connection of a non-blocking listener, or fails with EAGAIN. What the listener has for socket
+// options, the connection has too.
+func Accept(listener int) (*Sock, error) {
+	fd, from, err := unix.Accept4(listener, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+	for err == unix.EINTR || err == unix.ECONNABORTED {
+		fd, from, err = unix.Accept4(listener, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+	}
+	if err != nil {
+		return nil, err
+	}
+	at, err := unix.Getsockname(fd)
+	if err != nil {
+		unix.Close(fd)
+		return nil, os.NewSyscallError("getsockname", err)
+	}
+	return &Sock{Local: addrPort(at), Remote: addrPort(from), fd: fd}, nil
+}
+
+func addrPort(sa unix.Sockaddr) netip.AddrPort {
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
+	}
+	return netip.AddrPort{}
+}
+
+func sockaddr(a netip.AddrPort) (unix.Sockaddr, int) {
+	if ip := a.Addr().Unmap(); ip.Is4() {
+		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: ip.As4()}, unix.AF_INET
+	}
+	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}, unix.AF_INET6
+}
+
+// home is the namespace of the process: of every thread that no visit has locked.
+var home = sync.OnceValues(func() (int, error) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	return unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+})
+
+// Connect connects from inside the namespace. prepare, if it is not
+// nil, sees the socket before it is connected. Connect is not to be called
+// from within a visit.
+//
+// Where client and server are in one namespace, the handshake is over when connect(2) returns, and nothing waits.
+func (h *Handle) Connect(ctx context.Context, dst netip.AddrPort, prepare func(fd int) error) (*Sock, error) {
+	s, err := h.tryConnect(ctx, dst, prepare)
+	if err != nil {
+		return nil, fmt.Errorf("connect to %s in network namespace %s: %w", dst, h.name, err)
+	}
+	return s, nil
+}
+
+func (h *Handle) tryConnect(ctx context.Context, dst netip.AddrPort, prepare func(fd int) error) (*Sock, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	to, family := sockaddr(dst)
+	fd, err := h.stream(family)
+	if err != nil {
+		return nil, err
+	}
+	if prepare != nil {
+		err = prepare(fd)
+	}
+	if err == nil {
+		err = unix.Connect(fd, to)
+		if err == unix.EINPROGRESS {
+			err = unix.Connect(fd, to)
+		}
+		if err == unix.EALREADY || err == unix.EINPROGRESS {
+			err = connected(ctx, fd, to)
+		}
+		err = os.NewSyscallError("connect", err)
+	}
+	if err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return &Sock{Remote: dst, fd: fd}, nil
+}
+
+// stream makes a TCP socket in the namespace: the thread goes there and back.
+func (h *Handle) stream(family int) (int, error) {
+	own, err := home()
+	if err != nil {
+		return -1, fmt.Errorf("open own network namespace: %w", err)
+	}
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	if h.fd < 0 {
+		return -1, ErrClosed
+	}
+	runtime.LockOSThread()
+	if err := unix.Setns(h.fd, unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return -1, os.NewSyscallError("setns", err)
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_TCP)
+	if back := unix.Setns(own, unix.CLONE_NEWNET); back != nil { // the thread is lost, and ends with the caller's goroutine
+		if err == nil {
+			unix.Close(fd)
+		}
+		return -1, os.NewSyscallError("setns", back)
+	}
+	runtime.UnlockOSThread()
+	return fd, os.NewSyscallError("socket", err)
+}
+
+// connected waits for the end of a handshake, with Go's poller.
+func connected(ctx context.Context, fd int, to unix.Sockaddr) error {
+	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	f := os.NewFile(uintptr(dup), "socket")
+	defer f.Close()
+	rc, err := f.SyscallConn()
+	if err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.SetWriteDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var cerr error
+	err = rc.Write(func(fd uintptr) bool {
+		cerr = unix.Connect(int(fd), to)
+		return cerr != unix.EALREADY && cerr != unix.EINPROGRESS
+	})
+	switch {
+	case err == nil && cerr == unix.EISCONN:
+		return nil
+	case err == nil:
+		return cerr
+	case ctx.Err() != nil:
+		return fmt.Errorf("%w: %w", syscall.ETIMEDOUT, ctx.Err())
+	}
+	return err
+}
