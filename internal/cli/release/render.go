@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"helm.sh/helm/v4/pkg/chart/common"
 	"helm.sh/helm/v4/pkg/chart/common/util"
@@ -19,6 +20,7 @@ import (
 	"helm.sh/helm/v4/pkg/engine"
 	helmrelease "helm.sh/helm/v4/pkg/release/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/yaml"
 
@@ -119,13 +121,14 @@ func Render(values map[string]any, t Target) (*Rendered, error) {
 // add splits a rendered file into objects.
 func (r *Rendered) add(name, text string) error {
 	for doc := range strings.SplitSeq("\n"+text, "\n---") {
-		o := &unstructured.Unstructured{}
-		if err := yaml.Unmarshal([]byte(doc), &o.Object); err != nil {
+		fields, err := read(doc)
+		if err != nil {
 			return err
 		}
-		if len(o.Object) == 0 {
+		if len(fields) == 0 {
 			continue
 		}
+		o := &unstructured.Unstructured{Object: fields}
 		if o.GetKind() == "" || o.GetName() == "" {
 			return errors.New("an object has no kind or no name")
 		}
@@ -145,6 +148,26 @@ func (r *Rendered) add(name, text string) error {
 		r.Hooks = append(r.Hooks, h)
 	}
 	return nil
+}
+
+// definitions are CustomResourceDefinitions that have been read, by their text: they make nine tenths of a manifest, and each
+// revision in a release's record has them.
+var definitions sync.Map // string → map[string]any, which nobody changes
+
+// read reads one document.
+func read(doc string) (map[string]any, error) {
+	doc = strings.TrimSpace(doc)
+	if fields, ok := definitions.Load(doc); ok {
+		return runtime.DeepCopyJSON(fields.(map[string]any)), nil
+	}
+	var fields map[string]any
+	if err := yaml.Unmarshal([]byte(doc), &fields); err != nil {
+		return nil, err
+	}
+	if fields["kind"] == "CustomResourceDefinition" {
+		definitions.Store(doc, runtime.DeepCopyJSON(fields))
+	}
+	return fields, nil
 }
 
 // order is in which kinds are applied: each after what it needs.
