@@ -46,7 +46,7 @@ func (b *builder) ask(p *mesh.AuthProvider) *anypb.Any {
 	if timeout == 0 {
 		timeout = askWithin
 	}
-	if b.s.Service(p.Service) != nil {
+	if b.lookup(p.Service) != nil {
 		t := target{p.Service, p.Port, "", true}
 		b.targets[t] = true
 		cluster = t.name()

@@ -1,7 +1,6 @@
 package waypoint
 
 import (
-	"cmp"
 	"slices"
 	"strconv"
 
@@ -40,6 +39,8 @@ type Resources struct {
 	Clusters   []*clusterv3.Cluster
 	Endpoints  []*endpointv3.ClusterLoadAssignment
 	Extensions []*corev3.TypedExtensionConfig // filters whose configuration changes apart from their listener's
+
+	byType map[string]*collection
 }
 
 // Waypoints are the waypoints that something in the snapshot is bound to.
@@ -56,36 +57,44 @@ func Waypoints(s *mesh.Snapshot) []mesh.ServiceName {
 	return out
 }
 
-// Build writes the configuration of the waypoint behind a service.
-func Build(s *mesh.Snapshot, self mesh.ServiceName) (*Resources, error) {
-	b := &builder{s: s, self: self, targets: map[target]bool{}}
+// Bound are the services behind each waypoint, by name in order. A waypoint's own is not behind it.
+func Bound(s *mesh.Snapshot) map[mesh.ServiceName][]*mesh.Service {
+	out := map[mesh.ServiceName][]*mesh.Service{}
 	for svc := range s.Services() {
-		if svc.Waypoint != nil && svc.Waypoint.Service == self && svc.Name != self {
-			b.services = append(b.services, svc)
+		if g := svc.Waypoint; g != nil && svc.Name != g.Service {
+			out[g.Service] = append(out[g.Service], svc)
 		}
 	}
-	slices.SortFunc(b.services, func(x, y *mesh.Service) int { return x.Name.Compare(y.Name) })
-	for _, svc := range b.services {
-		for _, p := range svc.Ports {
-			b.service(svc, p)
-		}
+	for _, l := range out {
+		slices.SortFunc(l, func(x, y *mesh.Service) int { return x.Name.Compare(y.Name) })
 	}
-	b.listeners()
-	b.clusters()
-	if b.err != nil {
-		return nil, b.err
-	}
-	return &b.out, nil
+	return out
 }
 
+// Build writes the configuration of the waypoint behind a service.
+func Build(s *mesh.Snapshot, self mesh.ServiceName) (*Resources, error) {
+	return NewWriter(self).Write(s, Bound(s)[self])
+}
+
+// builder writes one part of a configuration, and notes what it is written from.
 type builder struct {
-	s        *mesh.Snapshot
-	self     mesh.ServiceName
-	services []*mesh.Service
-	chains   []chain
-	targets  map[target]bool // what routes refer to
-	out      Resources
-	err      error
+	s          *mesh.Snapshot
+	self       mesh.ServiceName
+	from       map[mesh.ServiceName]*mesh.Service // what was looked at, nil where there was nothing
+	targets    map[target]bool                    // what routes refer to
+	extensions []*corev3.TypedExtensionConfig
+	err        error
+}
+
+func newBuilder(s *mesh.Snapshot, self mesh.ServiceName) *builder {
+	return &builder{s: s, self: self, from: map[mesh.ServiceName]*mesh.Service{}, targets: map[target]bool{}}
+}
+
+// lookup finds a service.
+func (b *builder) lookup(n mesh.ServiceName) *mesh.Service {
+	svc := b.s.Service(n)
+	b.from[n] = svc
+	return svc
 }
 
 // chain is a port of a service and how it is served.
@@ -105,21 +114,6 @@ func (c chain) sniffed() bool { return c.port.App == mesh.AppUnknown }
 
 func (c chain) name(kind string) string {
 	return "inbound-vip|" + strconv.Itoa(int(c.port.Port)) + "|" + kind + "|" + c.svc.Name.Hostname
-}
-
-func (b *builder) service(svc *mesh.Service, p mesh.ServicePort) {
-	c := chain{svc, p}
-	b.chains = append(b.chains, c)
-	own := target{svc.Name, p.Port, "", false}
-	if c.http() {
-		own.http = true
-		b.out.Routes = append(b.out.Routes, b.routes(c))
-		b.targets[own] = true
-	}
-	if c.tcp() {
-		own.http = false
-		b.targets[own] = true
-	}
 }
 
 // config wraps a message for Envoy.
@@ -148,8 +142,4 @@ func (t target) name() string {
 		kind += "/" + t.subset
 	}
 	return "outbound|" + strconv.Itoa(int(t.port)) + "|" + kind + "|" + t.service.Hostname
-}
-
-func compareTargets(a, b target) int {
-	return cmp.Or(a.service.Compare(b.service), cmp.Compare(a.port, b.port), cmp.Compare(a.name(), b.name()))
 }

@@ -32,41 +32,25 @@ const (
 	connectTimeout  = 10 * time.Second
 )
 
-func (b *builder) clusters() {
-	targets := make([]target, 0, len(b.targets))
-	for t := range b.targets {
-		targets = append(targets, t)
-	}
-	slices.SortFunc(targets, compareTargets)
-	b.out.Clusters = []*clusterv3.Cluster{
+// fixedClusters are those that every waypoint has.
+func (b *builder) fixedClusters() []*clusterv3.Cluster {
+	return []*clusterv3.Cluster{
 		{
 			Name: blackHole, ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 			ConnectTimeout: durationpb.New(connectTimeout),
 		},
 		b.hbone(), b.toMain(),
 	}
-	for _, t := range targets {
-		c := b.cluster(t)
-		e := b.endpoints(t)
-		// A cluster that changes waits for its endpoints, which nobody sends again unless they have another name.
-		e.ClusterName = t.name() + "@" + b.hash(c)
-		c.EdsClusterConfig.ServiceName = e.ClusterName
-		b.out.Clusters = append(b.out.Clusters, c)
-		b.out.Endpoints = append(b.out.Endpoints, e)
-	}
-	slices.SortFunc(b.out.Endpoints, func(x, y *endpointv3.ClusterLoadAssignment) int {
-		return compareStrings(x.ClusterName, y.ClusterName)
-	})
 }
 
-func compareStrings(a, b string) int {
-	switch {
-	case a < b:
-		return -1
-	case a > b:
-		return 1
-	}
-	return 0
+// reach writes how a target is reached.
+func (b *builder) reach(t target) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
+	c := b.cluster(t)
+	e := b.endpoints(t)
+	// A cluster that changes waits for its endpoints, which nobody sends again unless they have another name.
+	e.ClusterName = t.name() + "@" + b.hash(c)
+	c.EdsClusterConfig.ServiceName = e.ClusterName
+	return c, e
 }
 
 // toMain hands what a client's tunnel carries to the main listener.
@@ -172,7 +156,7 @@ func (b *builder) hash(c *clusterv3.Cluster) string {
 
 // http2 reports whether the port says that it is spoken there.
 func (b *builder) http2(t target) bool {
-	svc := b.s.Service(t.service)
+	svc := b.lookup(t.service)
 	return svc != nil && slices.ContainsFunc(svc.Ports, func(p mesh.ServicePort) bool {
 		return p.Port == t.port && (p.App == mesh.AppHTTP2 || p.App == mesh.AppGRPC)
 	})
@@ -185,7 +169,7 @@ func tunnelled() *structpb.Struct {
 // endpoints lists those of a target that have an address on this network.
 func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
 	out := &endpointv3.ClusterLoadAssignment{ClusterName: t.name()}
-	svc := b.s.Service(t.service)
+	svc := b.lookup(t.service)
 	if svc == nil {
 		return out
 	}

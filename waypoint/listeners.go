@@ -43,10 +43,6 @@ const (
 	statePrincipal = "io.istio.peer_principal" // as Istio's proxies name it
 )
 
-func (b *builder) listeners() {
-	b.out.Listeners = []*listenerv3.Listener{b.originate(), b.terminate(), b.main()}
-}
-
 // terminate is the only listener with a port: the far end of the clients' tunnels.
 func (b *builder) terminate() *listenerv3.Listener {
 	hcm := &hcmv3.HttpConnectionManager{
@@ -134,53 +130,57 @@ func (b *builder) tunnelState() proto.Message {
 	}, peerState(value)...)}
 }
 
-// main has a filter chain for each port of each service.
-func (b *builder) main() *listenerv3.Listener {
+// served is how the main listener serves a port of a service.
+type served struct {
+	chain
+	chains []*listenerv3.FilterChain
+	on     *matcherv3.Matcher_OnMatch
+}
+
+// serve writes the filter chains of a port.
+func (b *builder) serve(c chain) served {
+	out := served{chain: c}
+	if c.http() {
+		out.on = b.chainNamed(c.name("http"))
+		out.chains = append(out.chains, &listenerv3.FilterChain{Name: c.name("http"), Filters: []*listenerv3.Filter{b.serveHTTP(c)}})
+	}
+	if c.tcp() {
+		out.on = b.chainNamed(c.name("tcp"))
+		out.chains = append(out.chains, &listenerv3.FilterChain{Name: c.name("tcp"), Filters: append(b.connectionAccess(c), b.serveTCP(c))})
+	}
+	if c.sniffed() {
+		out.on = b.byProtocol(c)
+	}
+	return out
+}
+
+// main has the filter chains of each port of each service.
+func (b *builder) main(ports []served) *listenerv3.Listener {
 	l := &listenerv3.Listener{
 		Name:              mainInternal,
 		ListenerSpecifier: &listenerv3.Listener_InternalListener{InternalListener: &listenerv3.Listener_InternalListenerConfig{}},
 		ListenerFilters:   []*listenerv3.ListenerFilter{b.listenerFilter("envoy.filters.listener.original_dst", &originaldstv3.OriginalDst{})},
 	}
-	type at struct {
-		addr string
-		port uint16
-	}
-	taken := map[at]bool{}
-	ports := map[string]map[string]*matcherv3.Matcher_OnMatch{} // by address and port
+	taken := map[string]map[string]*matcherv3.Matcher_OnMatch{} // by address and port
 	sniffed, declared := map[uint16]bool{}, map[uint16]bool{}
-	for _, c := range b.chains {
-		var on *matcherv3.Matcher_OnMatch
-		switch {
-		case c.sniffed():
-			sniffed[c.port.Port] = true
-			on = b.byProtocol(c)
-		case c.http():
-			declared[c.port.Port] = true
-			on = b.chainNamed(c.name("http"))
-		default:
-			declared[c.port.Port] = true
-			on = b.chainNamed(c.name("tcp"))
+	for _, p := range ports {
+		if p.sniffed() {
+			sniffed[p.port.Port] = true
+		} else {
+			declared[p.port.Port] = true
 		}
 		used := false
-		for _, vip := range c.svc.VIPs {
-			k := at{vip.Addr.String(), c.port.Port}
-			if taken[k] { // two ServiceEntries may claim an address; the first by name has it
-				continue
+		for _, vip := range p.svc.VIPs {
+			addr, port := vip.Addr.String(), strconv.Itoa(int(p.port.Port))
+			if taken[addr] == nil {
+				taken[addr] = map[string]*matcherv3.Matcher_OnMatch{}
 			}
-			taken[k], used = true, true
-			if ports[k.addr] == nil {
-				ports[k.addr] = map[string]*matcherv3.Matcher_OnMatch{}
+			if taken[addr][port] == nil { // two ServiceEntries may claim an address; the first by name has it
+				taken[addr][port], used = p.on, true
 			}
-			ports[k.addr][strconv.Itoa(int(k.port))] = on
 		}
-		if !used {
-			continue
-		}
-		if c.http() {
-			l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{Name: c.name("http"), Filters: []*listenerv3.Filter{b.serveHTTP(c)}})
-		}
-		if c.tcp() {
-			l.FilterChains = append(l.FilterChains, &listenerv3.FilterChain{Name: c.name("tcp"), Filters: append(b.connectionAccess(c), b.serveTCP(c))})
+		if used {
+			l.FilterChains = append(l.FilterChains, p.chains...)
 		}
 	}
 	if len(l.FilterChains) == 0 { // Envoy wants one; no matcher leads to it
@@ -188,7 +188,7 @@ func (b *builder) main() *listenerv3.Listener {
 			&tcpproxyv3.TcpProxy{StatPrefix: blackHole, ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: blackHole}})}}}
 	}
 	addrs := map[string]*matcherv3.Matcher_OnMatch{}
-	for addr, p := range ports {
+	for addr, p := range taken {
 		addrs[addr] = nested(exactly("port", b.extension(&networkinputsv3.DestinationPortInput{}), p))
 	}
 	if len(addrs) == 0 { // a matcher wants an entry too
@@ -398,7 +398,7 @@ func (b *builder) originate() *listenerv3.Listener {
 func (b *builder) baggage() string {
 	cfg := b.s.Config()
 	out := fmt.Sprintf("k8s.cluster.name=%s,k8s.namespace.name=%s", cfg.Cluster, b.self.Namespace)
-	if svc := b.s.Service(b.self); svc != nil {
+	if svc := b.lookup(b.self); svc != nil {
 		out += fmt.Sprintf(",k8s.deployment.name=%[1]s,service.name=%[1]s,service.version=latest", svc.Short)
 	}
 	return out

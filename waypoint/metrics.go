@@ -82,6 +82,21 @@ func describe(w *mesh.Workload) *structpb.Struct {
 	return out
 }
 
+// Unsaid is what a label has where nothing is known, as Istio writes it.
+func Unsaid(label string) string {
+	switch label {
+	case "source_canonical_revision", "destination_canonical_revision":
+		return "latest"
+	case "response_flags":
+		return "-"
+	case "response_code":
+		return "0"
+	case "grpc_response_status":
+		return ""
+	}
+	return "unknown"
+}
+
 func (b *builder) statsInput() *xdscore.TypedExtensionConfig {
 	return &xdscore.TypedExtensionConfig{Name: "value", TypedConfig: b.config(&statinputsv3.StatTagValueInput{})}
 }
@@ -93,40 +108,35 @@ func (b *builder) becomes(v string) *matcherv3.Matcher_OnMatch {
 	}}}
 }
 
-// labels are those of Istio's metrics, in Istio's order.
+// labels are those of Istio's metrics, in Istio's order. What is not known is empty here, and said by [Unsaid] where the metrics
+// are shown: rules for it would be most of the configuration of a service.
 func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
-	fixed := func(name, v string) *statsv3.Config_Tag { return &statsv3.Config_Tag{Name: name, ValueFormat: v} }
-	tag := func(name, format, otherwise string) *statsv3.Config_Tag {
-		return &statsv3.Config_Tag{Name: name, ValueFormat: format, Rules: &matcherv3.Matcher{MatcherType: &matcherv3.Matcher_MatcherTree_{
-			MatcherTree: &matcherv3.Matcher_MatcherTree{Input: b.statsInput(), TreeType: &matcherv3.Matcher_MatcherTree_ExactMatchMap{
-				ExactMatchMap: &matcherv3.Matcher_MatcherTree_MatchMap{Map: map[string]*matcherv3.Matcher_OnMatch{"": b.becomes(otherwise)}},
-			}},
-		}}}
+	tag := func(name, format string) *statsv3.Config_Tag {
+		return &statsv3.Config_Tag{Name: name, ValueFormat: format}
 	}
-	const unknown = "unknown"
 	source := func(f string) string { return "%FILTER_STATE(" + statePeer(f) + ":PLAIN)%" }
 	destination := func(f string) string { return "%UPSTREAM_METADATA(" + metaPeer + ":" + f + ")%" }
 	out := []*statsv3.Config_Tag{
-		fixed("reporter", "waypoint"),
-		tag("source_workload", source("workload"), unknown),
-		tag("source_canonical_service", source("service"), unknown),
-		tag("source_canonical_revision", source("revision"), "latest"),
-		tag("source_workload_namespace", source("namespace"), unknown),
-		tag("source_principal", "%FILTER_STATE("+statePrincipal+":PLAIN)%", unknown),
-		tag("source_app", source("service"), unknown),
-		tag("source_version", source("revision"), unknown),
-		tag("source_cluster", source("cluster"), unknown),
-		fixed("destination_service", c.svc.Name.Hostname),
-		fixed("destination_service_namespace", c.svc.Name.Namespace),
-		fixed("destination_service_name", c.svc.Short),
-		tag("destination_workload", destination("workload"), unknown),
-		tag("destination_canonical_service", destination("service"), unknown),
-		tag("destination_canonical_revision", destination("revision"), "latest"),
-		tag("destination_workload_namespace", destination("namespace"), unknown),
-		tag("destination_principal", destination("principal"), unknown),
-		tag("destination_app", destination("service"), unknown),
-		tag("destination_version", destination("revision"), unknown),
-		tag("destination_cluster", destination("cluster"), unknown),
+		tag("reporter", "waypoint"),
+		tag("source_workload", source("workload")),
+		tag("source_canonical_service", source("service")),
+		tag("source_canonical_revision", source("revision")),
+		tag("source_workload_namespace", source("namespace")),
+		tag("source_principal", "%FILTER_STATE("+statePrincipal+":PLAIN)%"),
+		tag("source_app", source("service")),
+		tag("source_version", source("revision")),
+		tag("source_cluster", source("cluster")),
+		tag("destination_service", c.svc.Name.Hostname),
+		tag("destination_service_namespace", c.svc.Name.Namespace),
+		tag("destination_service_name", c.svc.Short),
+		tag("destination_workload", destination("workload")),
+		tag("destination_canonical_service", destination("service")),
+		tag("destination_canonical_revision", destination("revision")),
+		tag("destination_workload_namespace", destination("namespace")),
+		tag("destination_principal", destination("principal")),
+		tag("destination_app", destination("service")),
+		tag("destination_version", destination("revision")),
+		tag("destination_cluster", destination("cluster")),
 	}
 	if http {
 		out = append(out, &statsv3.Config_Tag{Name: "request_protocol", ValueFormat: "%REQ(CONTENT-TYPE)%", Rules: &matcherv3.Matcher{
@@ -136,11 +146,11 @@ func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
 				},
 			}},
 			OnNoMatch: b.becomes("http"),
-		}}, tag("response_code", "%RESPONSE_CODE%", "0"), &statsv3.Config_Tag{Name: "grpc_response_status", ValueFormat: "%GRPC_STATUS_NUMBER%"})
+		}}, tag("response_code", "%RESPONSE_CODE%"), tag("grpc_response_status", "%GRPC_STATUS_NUMBER%"))
 	} else {
-		out = append(out, fixed("request_protocol", "tcp"))
+		out = append(out, tag("request_protocol", "tcp"))
 	}
-	return append(out, tag("response_flags", "%RESPONSE_FLAGS%", "-"), fixed("connection_security_policy", "mutual_tls"))
+	return append(out, tag("response_flags", "%RESPONSE_FLAGS%"), tag("connection_security_policy", "mutual_tls"))
 }
 
 // metrics counts what a chain serves. The scope is the same for all, or a change of one would begin the others anew.

@@ -303,7 +303,7 @@ func (b *builder) backend(c chain, t *mesh.HTTPBackend) string {
 	if port == 0 {
 		port = c.port.Port
 	}
-	if b.s.Service(t.Service) == nil {
+	if b.lookup(t.Service) == nil {
 		return blackHole
 	}
 	k := target{t.Service, port, t.Subset, true}

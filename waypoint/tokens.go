@@ -31,7 +31,7 @@ const (
 func (b *builder) tokenFilters(c chain) []*hcmv3.HttpFilter {
 	name := c.name("tokens")
 	config := b.config(tokens(c.svc.Tokens))
-	b.out.Extensions = append(b.out.Extensions, &corev3.TypedExtensionConfig{Name: name, TypedConfig: config})
+	b.extensions = append(b.extensions, &corev3.TypedExtensionConfig{Name: name, TypedConfig: config})
 	return []*hcmv3.HttpFilter{
 		{Name: name, ConfigType: &hcmv3.HttpFilter_ConfigDiscovery{ConfigDiscovery: &corev3.ExtensionConfigSource{
 			ConfigSource: adsSource(), TypeUrls: []string{config.TypeUrl},

@@ -18,7 +18,7 @@ import (
 
 // traffic is how the endpoints of a target are used.
 func (b *builder) traffic(t target) *mesh.Traffic {
-	if svc := b.s.Service(t.service); svc != nil {
+	if svc := b.lookup(t.service); svc != nil {
 		if use := svc.TrafficFor(t.subset, t.port); use != nil {
 			return use
 		}

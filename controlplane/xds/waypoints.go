@@ -3,6 +3,8 @@ package xds
 import (
 	"context"
 	"log/slog"
+	"maps"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -15,7 +17,6 @@ import (
 	"github.com/envoyproxy/go-control-plane/pkg/server/delta/v3"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
-	"google.golang.org/protobuf/proto"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/waypoint"
@@ -40,9 +41,11 @@ type Waypoints struct {
 
 // told is what the pods of one waypoint are told.
 type told struct {
-	versions map[string]string // by waypoint.ActiveKey
-	failed   string            // why they are not told what holds now
-	pods     map[*envoyPod]struct{}
+	writer    *waypoint.Writer
+	resources *waypoint.Resources // that the cache has
+	versions  map[string]string   // of them, by waypoint.ActiveKey
+	failed    string              // why they are not told what holds now
+	pods      map[*envoyPod]struct{}
 }
 
 // envoyPod is one stream.
@@ -73,9 +76,13 @@ func (w *Waypoints) Update(s *mesh.Snapshot, revision uint64) {
 	w.mu.Lock()
 	changed := s != w.snapshot
 	w.snapshot, w.revision = s, revision
+	var bound map[mesh.ServiceName][]*mesh.Service
+	if changed && len(w.open) > 0 {
+		bound = waypoint.Bound(s)
+	}
 	for name, t := range w.open {
 		if changed {
-			w.build(name)
+			w.build(name, t, bound[name])
 		}
 		t.look(revision)
 	}
@@ -122,44 +129,47 @@ func (w *Waypoints) Pods(name mesh.ServiceName) map[string]Progress {
 }
 
 // build writes one waypoint's resources. What cannot be written leaves the last good ones.
-func (w *Waypoints) build(name mesh.ServiceName) {
-	t := w.open[name]
-	r, err := waypoint.Build(w.snapshot, name)
+func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service) {
+	r, err := t.writer.Write(w.snapshot, bound)
 	t.failed = ""
 	if err != nil {
 		t.failed = clip(err.Error())
 		w.log.Error("configuration of a waypoint not written; it keeps what it has", "waypoint", name.String(), "error", err)
 		return
 	}
+	if r == t.resources {
+		return
+	}
 	w.serial++
-	s, err := envoycache.NewSnapshot(strconv.FormatUint(w.serial, 10), map[envoyresource.Type][]envoytypes.Resource{
-		envoyresource.ListenerType: asResources(r.Listeners), envoyresource.RouteType: asResources(r.Routes),
-		envoyresource.ClusterType: asResources(r.Clusters), envoyresource.EndpointType: asResources(r.Endpoints),
-		envoyresource.ExtensionConfigType: asResources(r.Extensions),
-	})
-	if err == nil {
-		err = w.cache.SetSnapshot(context.Background(), name.String(), s)
-	}
-	if err == nil {
-		err = s.ConstructVersionMap()
-	}
-	if err != nil {
+	if err := w.cache.SetSnapshot(context.Background(), name.String(), served{r, strconv.FormatUint(w.serial, 10)}); err != nil {
 		t.failed = clip(err.Error())
 		w.log.Error("configuration of a waypoint not sent", "waypoint", name.String(), "error", err)
 		return
 	}
+	t.resources = r
 	t.versions = map[string]string{}
 	for _, kind := range waypoint.ActiveTypes {
-		for k, v := range s.GetVersionMap(kind) {
+		for k, v := range r.Versions(kind) {
 			t.versions[waypoint.ActiveKey(kind, k)] = v
 		}
 	}
 }
 
-func asResources[M proto.Message](list []M) []envoytypes.Resource {
-	out := make([]envoytypes.Resource, len(list))
-	for i, m := range list {
-		out[i] = m
+// served is what the library's cache serves: whoever wrote the resources knows their hashes.
+type served struct {
+	*waypoint.Resources
+	serial string
+}
+
+func (s served) GetVersion(string) string                                { return s.serial }
+func (s served) GetVersionMap(kind string) map[string]string             { return s.Versions(kind) }
+func (s served) GetResources(kind string) map[string]envoytypes.Resource { return s.ByName(kind) }
+func (s served) ConstructVersionMap() error                              { return nil }
+
+func (s served) GetResourcesAndTTL(kind string) map[string]envoytypes.ResourceWithTTL {
+	out := map[string]envoytypes.ResourceWithTTL{}
+	for name, r := range s.ByName(kind) {
+		out[name] = envoytypes.ResourceWithTTL{Resource: r}
 	}
 	return out
 }
@@ -170,9 +180,9 @@ func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscove
 	w.mu.Lock()
 	t := w.open[name]
 	if t == nil {
-		t = &told{pods: map[*envoyPod]struct{}{}}
+		t = &told{writer: waypoint.NewWriter(name), pods: map[*envoyPod]struct{}{}}
 		w.open[name] = t
-		w.build(name)
+		w.build(name, t, waypoint.Bound(w.snapshot)[name])
 	}
 	t.pods[me] = struct{}{}
 	w.mu.Unlock()
@@ -207,7 +217,7 @@ func (s owned) Recv() (*discovery.DeltaDiscoveryRequest, error) {
 			return req, err
 		}
 		if req.TypeUrl == waypoint.TypeActive { // from the process beside Envoy, which reads it
-			s.heard.active(req.InitialResourceVersions)
+			s.heard.active(req)
 			continue
 		}
 		s.heard.named(req.GetNode().GetId())
@@ -224,10 +234,16 @@ type heard struct {
 	log  *slog.Logger
 }
 
-// active notes what an Envoy does.
-func (h heard) active(versions map[string]string) {
+// active notes what an Envoy does: all of it, or what is different.
+func (h heard) active(req *discovery.DeltaDiscoveryRequest) {
 	h.w.mu.Lock()
-	h.pod.active = versions
+	if h.pod.active == nil || slices.Contains(req.ResourceNamesSubscribe, "*") {
+		h.pod.active = map[string]string{}
+	}
+	maps.Copy(h.pod.active, req.InitialResourceVersions)
+	for _, k := range req.ResourceNamesUnsubscribe {
+		delete(h.pod.active, k)
+	}
 	h.told.look(h.w.revision)
 	h.w.mu.Unlock()
 	h.w.progress()

@@ -261,6 +261,17 @@ func (s *Snapshot) Endpoints(n ServiceName) iter.Seq2[*Workload, []ServicePort] 
 	}
 }
 
+// SameEndpoints reports whether the endpoints of a service are what they were in old. It costs nothing, and may say false
+// of endpoints that are the same.
+func (s *Snapshot) SameEndpoints(old *Snapshot, n ServiceName) bool {
+	if old == nil {
+		return false
+	}
+	now, _ := s.endpoints.get(n)
+	was, _ := old.endpoints.get(n)
+	return now == was
+}
+
 // Len returns how many workloads, services and policies there are.
 func (s *Snapshot) Len() (workloads, services, policies int) {
 	return s.workloads.len, s.services.len, s.policies.len

@@ -103,11 +103,25 @@ func token(c chan struct{}) {
 	}
 }
 
-// report is what to tell the control plane.
-func (r *readBack) report() *discovery.DeltaDiscoveryRequest {
+// report is what to tell a control plane that was told what is in told; nil where it was told nothing yet.
+func (r *readBack) report(told map[string]string) (req *discovery.DeltaDiscoveryRequest, now map[string]string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return &discovery.DeltaDiscoveryRequest{TypeUrl: waypoint.TypeActive, InitialResourceVersions: maps.Clone(r.active)}
+	req = &discovery.DeltaDiscoveryRequest{TypeUrl: waypoint.TypeActive, InitialResourceVersions: map[string]string{}}
+	if told == nil {
+		req.ResourceNamesSubscribe = []string{"*"}
+	}
+	for k, v := range r.active {
+		if told[k] != v {
+			req.InitialResourceVersions[k] = v
+		}
+	}
+	for k := range told {
+		if _, ok := r.active[k]; !ok {
+			req.ResourceNamesUnsubscribe = append(req.ResourceNamesUnsubscribe, k)
+		}
+	}
+	return req, maps.Clone(r.active)
 }
 
 // run reads until ctx ends.

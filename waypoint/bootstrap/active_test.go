@@ -4,7 +4,9 @@ import (
 	"context"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 
@@ -37,8 +39,28 @@ func TestAListenerThatKeepsItsVersion(t *testing.T) {
 			r.acknowledged(step.answer)
 		}
 		r.read(t.Context())
-		if got := r.report().InitialResourceVersions["listener/main"] == "new"; got != step.active {
+		report, _ := r.report(nil)
+		if got := report.InitialResourceVersions["listener/main"] == "new"; got != step.active {
 			t.Errorf("%s: active is %v", step.name, got)
 		}
+	}
+}
+
+// A control plane is told what has changed since it was told last.
+func TestReports(t *testing.T) {
+	r := newReadBack(nil, slog.New(slog.DiscardHandler))
+	r.active = map[string]string{"route/a": "1", "route/b": "1"}
+	first, told := r.report(nil)
+	if !slices.Equal(first.ResourceNamesSubscribe, []string{"*"}) || len(first.InitialResourceVersions) != 2 {
+		t.Errorf("first: %v", first)
+	}
+	delete(r.active, "route/a")
+	r.active["route/b"], r.active["route/c"] = "2", "1"
+	next, told := r.report(told)
+	if want := map[string]string{"route/b": "2", "route/c": "1"}; len(next.ResourceNamesSubscribe) != 0 || !maps.Equal(next.InitialResourceVersions, want) || !slices.Equal(next.ResourceNamesUnsubscribe, []string{"route/a"}) {
+		t.Errorf("next: %v", next)
+	}
+	if last, _ := r.report(told); len(last.InitialResourceVersions)+len(last.ResourceNamesUnsubscribe) != 0 {
+		t.Errorf("nothing changed, but is told %v", last)
 	}
 }

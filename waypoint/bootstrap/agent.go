@@ -3,6 +3,7 @@ package bootstrap
 import (
 	"context"
 	"fmt"
+	"math"
 	"strconv"
 	"sync"
 
@@ -72,7 +73,8 @@ type relay struct {
 func (r *relay) DeltaAggregatedResources(down grpc.BidiStreamingServer[discovery.DeltaDiscoveryRequest, discovery.DeltaDiscoveryResponse]) error {
 	ctx, cancel := context.WithCancel(down.Context())
 	defer cancel()
-	up, err := r.control.DeltaAggregatedResources(ctx)
+	up, err := r.control.DeltaAggregatedResources(ctx, grpc.MaxCallRecvMsgSize(math.MaxInt32)) // a listener has all services
+
 	if err != nil {
 		return fmt.Errorf("open a stream to the control plane: %w", err)
 	}
@@ -85,13 +87,16 @@ func (r *relay) DeltaAggregatedResources(down grpc.BidiStreamingServer[discovery
 	}
 	go func() { // ends with ctx
 		token(r.read.changed) // whoever answers now may not have heard
+		var told map[string]string
 		for {
 			select {
 			case <-ctx.Done():
 				return
 			case <-r.read.changed:
-				if send(r.read.report()) != nil {
-					return // the stream is over
+				var req *discovery.DeltaDiscoveryRequest
+				if req, told = r.read.report(told); send(req) != nil {
+					token(r.read.changed) // the stream is over; it is for the next
+					return
 				}
 			}
 		}

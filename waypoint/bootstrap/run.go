@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/warrenmesh/warren/internal/identity"
+	"github.com/warrenmesh/warren/waypoint"
 )
 
 // waypointProcess is one running waypoint.
@@ -259,19 +260,18 @@ func (p *waypointProcess) telemetry() http.Handler {
 	return mux
 }
 
-// istioNames copies metrics, and gives back their names to those of the mesh, before which Envoy puts its own.
+// istioNames copies metrics. It gives back their names to those of the mesh, before which Envoy puts its own, and says what
+// their empty labels mean.
 func istioNames(w io.Writer, r io.Reader) error {
 	in := bufio.NewReaderSize(r, 64<<10)
-	for {
+	ours := false // the line that is being read
+	for begin := true; ; {
 		line, err := in.ReadSlice('\n')
-		for _, prefix := range []string{"", "# TYPE ", "# HELP "} {
-			if rest, ok := bytes.CutPrefix(line, []byte(prefix+"envoy_istio_")); ok {
-				if _, err := io.WriteString(w, prefix+"istio_"); err != nil {
-					return err
-				}
-				line = rest
-				break
-			}
+		if begin {
+			line, ours = ourName(line)
+		}
+		if ours {
+			line = filled(line)
 		}
 		if _, err := w.Write(line); err != nil {
 			return err
@@ -279,9 +279,35 @@ func istioNames(w io.Writer, r io.Reader) error {
 		switch {
 		case errors.Is(err, io.EOF):
 			return nil
-		case err != nil && !errors.Is(err, bufio.ErrBufferFull): // of a long line the rest follows
+		case err != nil && !errors.Is(err, bufio.ErrBufferFull):
 			return err
 		}
+		begin = err == nil // of a long line the rest follows
+	}
+}
+
+// ourName takes Envoy's prefix from the name of a metric of the mesh.
+func ourName(line []byte) (_ []byte, ours bool) {
+	for _, prefix := range []string{"", "# TYPE ", "# HELP "} {
+		if rest, ok := bytes.CutPrefix(line, []byte(prefix+"envoy_istio_")); ok {
+			return append([]byte(prefix+"istio_"), rest...), true
+		}
+	}
+	return line, false
+}
+
+// filled has no label without a value. Within a value there is no such sequence: quotes are escaped.
+func filled(line []byte) []byte {
+	var out []byte
+	for {
+		i := bytes.Index(line, []byte(`=""`))
+		if i < 0 {
+			return append(out, line...)
+		}
+		label := line[:i]
+		label = label[bytes.LastIndexAny(label, "{,")+1:]
+		out = append(append(out, line[:i+2]...), waypoint.Unsaid(string(label))...)
+		line = line[i+2:]
 	}
 }
 

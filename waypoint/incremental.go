@@ -1,0 +1,304 @@
+package waypoint
+
+import (
+	"cmp"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"hash"
+	"slices"
+	"strings"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
+	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Writer writes the configuration of one waypoint for one snapshot after the other. What it writes is a function of the
+// snapshot alone: a part is taken from the last time only where everything that it was written from is the same object. It
+// is for one goroutine.
+type Writer struct {
+	self     mesh.ServiceName
+	snapshot *mesh.Snapshot // that was last written of
+	services map[mesh.ServiceName]*part
+	targets  map[target]*reached
+	served   []*part // in the main listener
+	main     *item
+	last     *Resources
+
+	written int // parts of the last Write that were not taken over
+}
+
+// item is a resource, and the hash of it: SHA-256 in hexadecimal, which the library that serves it makes its version.
+type item struct {
+	name, version string
+	message       proto.Message
+}
+
+// part is what a service asks for.
+type part struct {
+	from       map[mesh.ServiceName]*mesh.Service // what it was written from
+	ports      []served
+	shape      string // hash of what the main listener needs
+	routes     []*item
+	extensions []*item
+	targets    []target
+}
+
+// reached is a target.
+type reached struct {
+	target
+	from               map[mesh.ServiceName]*mesh.Service
+	name               string
+	cluster, endpoints *item
+}
+
+// collection is all resources of a type.
+type collection struct {
+	items    []*item
+	byName   map[string]types.Resource
+	versions map[string]string
+}
+
+// NewWriter has written nothing yet.
+func NewWriter(self mesh.ServiceName) *Writer { return &Writer{self: self} }
+
+// ByName are the resources of a type. The map is not to be changed.
+func (r *Resources) ByName(typeURL string) map[string]types.Resource {
+	if c := r.byType[typeURL]; c != nil {
+		return c.byName
+	}
+	return nil
+}
+
+// Versions are the hashes of the resources of a type. The map is not to be changed.
+func (r *Resources) Versions(typeURL string) map[string]string {
+	if c := r.byType[typeURL]; c != nil {
+		return c.versions
+	}
+	return nil
+}
+
+// Write writes the configuration for a snapshot, of which bound are the services behind the waypoint (see [Bound]). Where
+// nothing has changed it is the very same as the last time. After an error the last good one still holds.
+func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, error) {
+	if w.snapshot == nil || !w.snapshot.Config().Equal(s.Config()) {
+		*w = Writer{self: w.self, last: w.last}
+	}
+	w.written = 0
+	services := make(map[mesh.ServiceName]*part, len(bound))
+	parts := make([]*part, 0, len(bound))
+	for _, svc := range bound {
+		p := w.services[svc.Name]
+		if p == nil || !same(p.from, s) {
+			var err error
+			if p, err = w.part(s, svc, p); err != nil {
+				return nil, fmt.Errorf("%s: %w", svc.Name, err)
+			}
+		}
+		services[svc.Name] = p
+		parts = append(parts, p)
+	}
+	targets, list, err := w.reach(s, parts)
+	if err != nil {
+		return nil, err
+	}
+	b := newBuilder(s, w.self)
+	main := w.main
+	if main == nil || !slices.EqualFunc(parts, w.served, func(x, y *part) bool { return x == y || x.shape == y.shape }) {
+		main = b.mainItem(parts)
+	}
+	old := map[string]*collection{}
+	if w.last != nil {
+		old = w.last.byType
+	}
+	var listeners, clusters []*item
+	for _, l := range []*listenerv3.Listener{b.originate(), b.terminate()} {
+		listeners = append(listeners, b.item(old[resource.ListenerType].all(), l.Name, l))
+	}
+	for _, c := range b.fixedClusters() {
+		clusters = append(clusters, b.item(old[resource.ClusterType].all(), c.Name, c))
+	}
+	if b.err != nil {
+		return nil, b.err
+	}
+	listeners = append(listeners, main)
+	var routes, extensions, endpoints []*item
+	for _, p := range parts {
+		routes, extensions = append(routes, p.routes...), append(extensions, p.extensions...)
+	}
+	for _, r := range list {
+		clusters, endpoints = append(clusters, r.cluster), append(endpoints, r.endpoints)
+	}
+	slices.SortFunc(endpoints, func(x, y *item) int { return strings.Compare(x.name, y.name) })
+	next := map[string]*collection{
+		resource.ListenerType: old[resource.ListenerType].next(listeners), resource.RouteType: old[resource.RouteType].next(routes),
+		resource.ClusterType: old[resource.ClusterType].next(clusters), resource.EndpointType: old[resource.EndpointType].next(endpoints),
+		resource.ExtensionConfigType: old[resource.ExtensionConfigType].next(extensions),
+	}
+	w.snapshot, w.services, w.targets, w.served, w.main = s, services, targets, parts, main
+	for kind, c := range next {
+		if w.last == nil || c != old[kind] {
+			w.last = &Resources{
+				Listeners: messages[*listenerv3.Listener](listeners), Routes: messages[*routev3.RouteConfiguration](routes),
+				Clusters: messages[*clusterv3.Cluster](clusters), Endpoints: messages[*endpointv3.ClusterLoadAssignment](endpoints),
+				Extensions: messages[*corev3.TypedExtensionConfig](extensions), byType: next,
+			}
+			break
+		}
+	}
+	return w.last, nil
+}
+
+// same reports whether the services that something was written from are what they were.
+func same(from map[mesh.ServiceName]*mesh.Service, s *mesh.Snapshot) bool {
+	for n, svc := range from {
+		if s.Service(n) != svc {
+			return false
+		}
+	}
+	return true
+}
+
+// part writes what a service asks for.
+func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, error) {
+	w.written++
+	b := newBuilder(s, w.self)
+	b.lookup(svc.Name)
+	p := &part{from: b.from}
+	if old == nil {
+		old = &part{}
+	}
+	h := sha256.New()
+	for _, vip := range svc.VIPs {
+		fmt.Fprintf(h, "%s\n", vip.Addr)
+	}
+	for _, port := range svc.Ports {
+		c := chain{svc, port}
+		if c.http() {
+			p.routes = append(p.routes, b.item(old.routes, c.name("http"), b.routes(c)))
+			b.targets[target{svc.Name, port.Port, "", true}] = true
+		}
+		if c.tcp() {
+			b.targets[target{svc.Name, port.Port, "", false}] = true
+		}
+		ready := b.serve(c)
+		fmt.Fprintf(h, "%d %d\n", port.Port, port.App)
+		for _, m := range ready.chains {
+			b.write(h, m)
+		}
+		p.ports = append(p.ports, ready)
+	}
+	for _, e := range b.extensions {
+		p.extensions = append(p.extensions, b.item(old.extensions, e.Name, e))
+	}
+	p.shape = sum(h)
+	if p.shape == old.shape {
+		p.ports = old.ports // the chains are those in the listener
+	}
+	for t := range b.targets {
+		p.targets = append(p.targets, t)
+	}
+	return p, b.err
+}
+
+// reach writes how all targets are reached, in order.
+func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []*reached, error) {
+	out := make(map[target]*reached, len(w.targets))
+	list := make([]*reached, 0, len(w.targets))
+	for _, p := range parts {
+		for _, t := range p.targets {
+			if out[t] != nil {
+				continue
+			}
+			r := w.targets[t]
+			if r == nil || !same(r.from, s) || !s.SameEndpoints(w.snapshot, t.service) {
+				w.written++
+				b := newBuilder(s, w.self)
+				b.lookup(t.service)
+				if r == nil {
+					r = &reached{}
+				}
+				c, e := b.reach(t)
+				r = &reached{target: t, from: b.from, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c), endpoints: b.item([]*item{r.endpoints}, e.ClusterName, e)}
+				if b.err != nil {
+					return nil, nil, fmt.Errorf("%s: %w", r.name, b.err)
+				}
+			}
+			out[t] = r
+			list = append(list, r)
+		}
+	}
+	slices.SortFunc(list, func(x, y *reached) int {
+		return cmp.Or(x.service.Compare(y.service), cmp.Compare(x.port, y.port), strings.Compare(x.name, y.name))
+	})
+	return out, list, nil
+}
+
+// mainItem puts the main listener together.
+func (b *builder) mainItem(parts []*part) *item {
+	var ports []served
+	for _, p := range parts {
+		ports = append(ports, p.ports...)
+	}
+	l := b.main(ports)
+	return b.item(nil, l.Name, l)
+}
+
+// item makes a resource of a message, the one there was where it is the same.
+func (b *builder) item(old []*item, name string, m proto.Message) *item {
+	h := sha256.New()
+	b.write(h, m)
+	out := &item{name, sum(h), m}
+	for _, o := range old {
+		if o != nil && o.name == name && o.version == out.version {
+			return o
+		}
+	}
+	return out
+}
+
+func (c *collection) all() []*item {
+	if c == nil {
+		return nil
+	}
+	return c.items
+}
+
+// next is the collection of these resources.
+func (c *collection) next(list []*item) *collection {
+	if c != nil && slices.Equal(c.items, list) {
+		return c
+	}
+	out := &collection{items: list, byName: make(map[string]types.Resource, len(list)), versions: make(map[string]string, len(list))}
+	for _, i := range list {
+		out.byName[i.name], out.versions[i.name] = i.message, i.version
+	}
+	return out
+}
+
+func messages[M proto.Message](list []*item) []M {
+	out := make([]M, len(list))
+	for i, x := range list {
+		out[i] = x.message.(M)
+	}
+	return out
+}
+
+// write adds a message to a hash.
+func (b *builder) write(h hash.Hash, m proto.Message) {
+	data, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+	if err != nil && b.err == nil {
+		b.err = err
+	}
+	_, _ = h.Write(data) // never fails
+}
+
+func sum(h hash.Hash) string { return hex.EncodeToString(h.Sum(nil)) }
