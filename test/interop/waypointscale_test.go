@@ -167,7 +167,7 @@ func TestWaypointScale(t *testing.T) {
 	changes := results.Row{Name: "envoy-config-scale", Inputs: scaleChanges, Failures: resources - scaleChanges, Figure: ms(took[len(took)/2]), Unit: "ms from a changed route to what is sent of it, median"}
 	if err := results.Record("envoy-config-scale", changes,
 		results.Row{Name: "the same, p99", Inputs: scaleChanges, Failures: resources - scaleChanges, Figure: ms(p99), Unit: "ms"},
-		row("from the control plane's start to all routes sent", ms(full) / 1000, "s"),
+		row("from the control plane's start to all routes sent", ms(full)/1000, "s"),
 		row("memory of the control plane, the fake API server in it", float64(mb), "MB")); err != nil {
 		t.Error(err)
 	}
