@@ -339,7 +339,7 @@ func TestManifestAndProfiles(t *testing.T) {
 	if _, out, _ := s.run(t, "manifest", "generate", "-f", file); !strings.Contains(out, `trustDomain: "example.org"`) {
 		t.Error("-f has no effect")
 	}
-	if _, out, _ := s.run(t, "profile", "list"); !strings.HasPrefix(out, "PROFILE   WHAT IT IS\nambient   The same as default,") {
+	if _, out, _ := s.run(t, "profile", "list"); !strings.HasPrefix(out, "PROFILE     WHAT IT IS\nambient     The same as default,") {
 		t.Error(out)
 	}
 	if _, out, _ := s.run(t, "profile", "dump", "minimal"); !strings.Contains(out, "  enabled: false\n  env: {}\n  logLevel: info\n") {

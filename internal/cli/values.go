@@ -15,12 +15,13 @@ type valueFlags struct {
 	profile        string
 	files          []string
 	set, setString []string
+	read           []release.File // the files
 }
 
 func (v *valueFlags) add(cmd *cobra.Command, profile string) {
 	f := cmd.Flags()
-	f.StringVar(&v.profile, "profile", profile, "what to start from: see profile list")
-	f.StringArrayVarP(&v.files, "values", "f", nil, "file with values of the chart, - is standard input; of several the last wins")
+	f.StringVar(&v.profile, "profile", profile, "what to start from, several with commas between them: see profile list")
+	f.StringArrayVarP(&v.files, "values", "f", nil, "file with values of the chart or an IstioOperator, - is standard input; of several the last wins")
 	f.StringArrayVar(&v.set, "set", nil, "PATH=VALUE[,...] of the chart")
 	f.StringArrayVar(&v.setString, "set-string", nil, "PATH=VALUE whose value is text whatever it looks like")
 	_ = cmd.RegisterFlagCompletionFunc("profile", cobra.FixedCompletions(release.Profiles(), cobra.ShellCompDirectiveNoFileComp))
@@ -29,13 +30,17 @@ func (v *valueFlags) add(cmd *cobra.Command, profile string) {
 // values reads and checks what the flags say, over base.
 func (v *valueFlags) values(cmd *cobra.Command, base map[string]any) (map[string]any, error) {
 	s := release.Sources{Profile: v.profile, Set: v.set, SetString: v.setString}
-	for _, name := range v.files {
-		b, err := readValues(cmd.InOrStdin(), name)
-		if err != nil {
-			return nil, err
+	if v.read == nil { // once: standard input does not come again
+		s.Warn = func(w string) { fmt.Fprintln(cmd.ErrOrStderr(), "warning:", w) }
+		for _, name := range v.files {
+			b, err := readValues(cmd.InOrStdin(), name)
+			if err != nil {
+				return nil, err
+			}
+			v.read = append(v.read, release.File{Name: name, Data: b})
 		}
-		s.Files = append(s.Files, release.File{Name: name, Data: b})
 	}
+	s.Files = v.read
 	out, err := s.Values(base)
 	if err != nil {
 		return nil, usageError{err}

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -104,7 +105,16 @@ func TestInstall(t *testing.T) {
 	gone("uninstalling what helm installed")
 
 	failed := 0
-	profiles := []string{"empty", "minimal", "ambient", "demo", "default"}
+	list, err := warren(t, "profile", "list", "-o", "json")
+	must(t, err)
+	var named []struct{ Name string }
+	must(t, json.Unmarshal([]byte(list), &named))
+	profiles := []string{"default"}
+	for _, p := range named {
+		if p.Name != "default" {
+			profiles = append(profiles, p.Name)
+		}
+	}
 	for _, p := range profiles {
 		manifest, err := warren(t, "manifest", "generate", "--profile", p)
 		must(t, err)
@@ -142,7 +152,7 @@ func TestInstall(t *testing.T) {
 	if out, err := warren(t, "upgrade", "--set", "control.logLevel=debug"); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
-	_, err := mesh.AwaitRedirection(t.Context(), ns, "enabled", time.Minute)
+	_, err = mesh.AwaitRedirection(t.Context(), ns, "enabled", time.Minute)
 	must(t, err)
 	if out, err := warren(t, "uninstall"); err != nil {
 		t.Errorf("%v\n%s", err, out)

@@ -28,7 +28,12 @@ func TestProfilesRender(t *testing.T) {
 		"ValidatingWebhookConfiguration warren-validator",
 	}
 	want := map[string][]string{"default": slices.Concat(agents, control), "ambient": slices.Concat(agents, control),
-		"demo": slices.Concat(agents, control), "minimal": control, "empty": nil}
+		"demo": slices.Concat(agents, control), "minimal": control, "empty": nil, "external": agents,
+		"gke":       slices.Concat(agents, control, []string{"ResourceQuota istio-system/warren-critical-pods"}),
+		"openshift": slices.Concat(agents, control, []string{"ClusterRole warren-privileged-istio-system", "RoleBinding istio-system/warren-privileged"})}
+	for _, like := range []string{"eks", "k3d", "k3s", "kind", "microk8s", "minikube", "preview"} {
+		want[like] = want["default"]
+	}
 	for _, name := range Profiles() {
 		v, err := Sources{Profile: name}.Values(nil)
 		if err != nil {

@@ -17,12 +17,14 @@ import (
 	"github.com/warrenmesh/warren/charts"
 )
 
-// Sources are where values come from; the later ones win: the profile, files in order, Set, SetString.
+// Sources are where values come from; the later ones win: the profiles, files in order, Set, SetString. A file may be an
+// IstioOperator, and profiles that it names go over Profile.
 type Sources struct {
-	Profile   string
+	Profile   string // one, or several with commas between them
 	Files     []File
 	Set       []string // path=value, as Helm reads them
 	SetString []string
+	Warn      func(string) // of what is given and means nothing here; may be nil
 }
 
 // File is a file of values and its name for messages.
@@ -71,18 +73,40 @@ func Profile(name string) (map[string]any, error) {
 // back holds only what differs from the chart's own values.
 func (s Sources) Values(base map[string]any) (map[string]any, error) {
 	out := clone(base)
-	if s.Profile != "" {
-		p, err := Profile(s.Profile)
-		if err != nil {
-			return nil, err
-		}
-		out = merge(out, p)
-	}
-	for _, f := range s.Files {
-		v := map[string]any{}
-		if err := yaml.Unmarshal(f.Data, &v); err != nil {
+	files := make([]map[string]any, len(s.Files))
+	profile := s.Profile
+	for i, f := range s.Files {
+		if err := yaml.Unmarshal(f.Data, &files[i]); err != nil {
 			return nil, fmt.Errorf("reading values from %s: %w", f.Name, err)
 		}
+		if files[i]["kind"] != "IstioOperator" {
+			continue
+		}
+		o, err := readOperator(files[i])
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", f.Name, err)
+		}
+		for _, w := range o.ignored {
+			if s.Warn != nil {
+				s.Warn(f.Name + ": " + w)
+			}
+		}
+		files[i] = o.values
+		if len(o.profiles) > 0 {
+			profile = strings.TrimPrefix(profile+","+strings.Join(o.profiles, ","), ",")
+		}
+	}
+	if profile != "" {
+		for name := range strings.SplitSeq(profile, ",") {
+			p, err := Profile(name)
+			if err != nil {
+				return nil, err
+			}
+			out = merge(out, p)
+		}
+	}
+	for i, f := range s.Files {
+		v := files[i]
 		if err := known(v); err != nil {
 			return nil, fmt.Errorf("%s: %w", f.Name, err)
 		}
