@@ -2,6 +2,7 @@ package netns
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -10,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -102,11 +104,37 @@ func addrPort(sa unix.Sockaddr) netip.AddrPort {
 	return netip.AddrPort{}
 }
 
-func sockaddr(a netip.AddrPort) (unix.Sockaddr, int) {
+// target is an address as the kernel reads it.
+type target struct {
+	raw    [unix.SizeofSockaddrInet6]byte
+	len    uintptr
+	family int
+}
+
+func newTarget(a netip.AddrPort) *target {
+	t := &target{family: unix.AF_INET6, len: unix.SizeofSockaddrInet6}
 	if ip := a.Addr().Unmap(); ip.Is4() {
-		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: ip.As4()}, unix.AF_INET
+		t.family, t.len = unix.AF_INET, unix.SizeofSockaddrInet4
+		b := ip.As4()
+		copy(t.raw[4:], b[:])
+	} else {
+		b := ip.As16()
+		copy(t.raw[8:], b[:])
 	}
-	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}, unix.AF_INET6
+	binary.NativeEndian.PutUint16(t.raw[:], uint16(t.family))
+	binary.BigEndian.PutUint16(t.raw[2:], a.Port())
+	return t
+}
+
+// connect tells Go's scheduler nothing of the call: it does not block, but a whole handshake may happen in it, and the
+// scheduler would give the processor to another thread meanwhile.
+func (t *target) connect(fd int) syscall.Errno {
+	for {
+		_, _, errno := syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&t.raw)), t.len)
+		if errno != unix.EINTR {
+			return errno
+		}
+	}
 }
 
 // home is the namespace of the process: of every thread that no visit has locked.
@@ -133,8 +161,8 @@ func (h *Handle) tryConnect(ctx context.Context, dst netip.AddrPort, prepare fun
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	to, family := sockaddr(dst)
-	fd, err := h.stream(family)
+	to := newTarget(dst)
+	fd, err := h.stream(to.family)
 	if err != nil {
 		return nil, err
 	}
@@ -142,14 +170,17 @@ func (h *Handle) tryConnect(ctx context.Context, dst netip.AddrPort, prepare fun
 		err = prepare(fd)
 	}
 	if err == nil {
-		err = unix.Connect(fd, to)
-		if err == unix.EINPROGRESS {
-			err = unix.Connect(fd, to)
+		errno := to.connect(fd)
+		if errno == unix.EINPROGRESS {
+			errno = to.connect(fd)
 		}
-		if err == unix.EALREADY || err == unix.EINPROGRESS {
-			err = connected(ctx, fd, to)
+		switch errno {
+		case 0:
+		case unix.EALREADY, unix.EINPROGRESS:
+			err = os.NewSyscallError("connect", connected(ctx, fd, to))
+		default:
+			err = os.NewSyscallError("connect", errno)
 		}
-		err = os.NewSyscallError("connect", err)
 	}
 	if err != nil {
 		unix.Close(fd)
@@ -186,7 +217,7 @@ func (h *Handle) stream(family int) (int, error) {
 }
 
 // connected waits for the end of a handshake, with Go's poller.
-func connected(ctx context.Context, fd int, to unix.Sockaddr) error {
+func connected(ctx context.Context, fd int, to *target) error {
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return err
@@ -199,16 +230,16 @@ func connected(ctx context.Context, fd int, to unix.Sockaddr) error {
 	}
 	stop := context.AfterFunc(ctx, func() { _ = f.SetWriteDeadline(time.Unix(1, 0)) })
 	defer stop()
-	var cerr error
+	var errno syscall.Errno
 	err = rc.Write(func(fd uintptr) bool {
-		cerr = unix.Connect(int(fd), to)
-		return cerr != unix.EALREADY && cerr != unix.EINPROGRESS
+		errno = to.connect(int(fd))
+		return errno != unix.EALREADY && errno != unix.EINPROGRESS
 	})
 	switch {
-	case err == nil && cerr == unix.EISCONN:
+	case err == nil && (errno == 0 || errno == unix.EISCONN):
 		return nil
 	case err == nil:
-		return cerr
+		return errno
 	case ctx.Err() != nil:
 		return fmt.Errorf("%w: %w", syscall.ETIMEDOUT, ctx.Err())
 	}

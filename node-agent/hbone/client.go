@@ -135,6 +135,7 @@ func (c *Client) open(ctx context.Context, r Request) (*Stream, *Response, error
 	c.nextID += 2
 	c.add(st)
 	c.streamOpened()
+	c.borrowOut()
 	c.appendRequest(st.id, &r)
 	if silent {
 		reads := c.reads
@@ -152,7 +153,7 @@ func (c *Client) open(ctx context.Context, r Request) (*Stream, *Response, error
 		}
 	})
 	defer stop()
-	c.flush(true)
+	c.flushNext()
 	for st.resp.Status == 0 && st.err == nil {
 		st.rcond.Wait()
 	}

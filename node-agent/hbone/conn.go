@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -165,6 +166,18 @@ func (c *conn) flush(inline bool) {
 		go c.flusher()
 		return
 	}
+	c.writeQueued(inlineRounds)
+}
+
+// flushNext is flush(true) after whatever else can run has run: who opens or answers a stream next sends with it.
+func (c *conn) flushNext() {
+	if c.batching || c.writing || len(c.out) == 0 {
+		return
+	}
+	c.writing = true
+	c.mu.Unlock()
+	runtime.Gosched()
+	c.mu.Lock()
 	c.writeQueued(inlineRounds)
 }
 

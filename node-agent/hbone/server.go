@@ -24,6 +24,8 @@ type ServerConfig struct {
 	// Memory bounds what this connection and those that share it hold for applications that do not read. Nil: 256
 	// MiB of its own.
 	Memory *Memory
+	// Workers run the handlers. Nil: goroutines of their own.
+	Workers *Workers
 	// Loops wait for this connection's sockets and those of its streams. Nil: one of its own.
 	Loops *Loops
 }
@@ -73,6 +75,7 @@ func (s *ServerStream) respond(status int, extra []Field, end bool) error {
 		return ErrClosed
 	}
 	st.answered = true
+	c.borrowOut()
 	c.appendResponse(st.id, status, extra, end)
 	if end {
 		st.localEnd = true
@@ -82,7 +85,7 @@ func (s *ServerStream) respond(status int, extra []Field, end bool) error {
 		}
 		st.closeLocked()
 	}
-	c.flush(true)
+	c.flushNext()
 	return nil
 }
 
@@ -202,7 +205,7 @@ func (s *server) begin() {
 		ctx, cancel := context.WithCancel(s.ctx)
 		ss.st.cancel = cancel
 		s.handlers.Add(1)
-		go s.handle(ctx, ss)
+		s.cfg.Workers.Go(func() { s.handle(ctx, ss) })
 	}
 	s.requests = s.requests[:0]
 }

@@ -245,11 +245,18 @@ func (k *sink) drain(l *loop) (again bool) {
 	return true
 }
 
-// sinkEnd passes END_STREAM on as FIN. Called under mu; shutdown(2) does not block.
+// sinkEnd passes END_STREAM on as FIN. Called under mu; shutdown(2) does not block. Where the application has sent its own
+// FIN, the socket is closed next, which says it as well.
 func (st *Stream) sinkEnd() {
-	st.sink.shut.Store(true)
-	st.sink.sock.shut()
-	st.sink.finish(nil)
+	k := st.sink
+	k.shut.Store(true)
+	k.mu.Lock()
+	last := k.upEnded && !st.soft
+	k.mu.Unlock()
+	if !last {
+		k.sock.shut()
+	}
+	k.finish(nil)
 }
 
 // sinkFailed resets the stream because the application's socket took no more.

@@ -211,7 +211,7 @@ func (s *sock) Close() error {
 		return net.ErrClosed
 	}
 	s.l.remove(s, s.tell)
-	_ = unix.Close(s.fd)
+	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(s.fd), 0, 0)
 	s.fd = -1
 	if s.expiry != nil {
 		s.expiry.Stop()
@@ -245,7 +245,7 @@ func (s *sock) harden(yes bool) {
 func (s *sock) shut() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	_ = unix.Shutdown(s.fd, unix.SHUT_WR) // fails only where the socket is broken, which its owner learns
+	_, _, _ = syscall.RawSyscall(unix.SYS_SHUTDOWN, uintptr(s.fd), unix.SHUT_WR, 0) // fails only where the socket is broken, which its owner learns
 }
 
 // failure is the error that the socket has met, nil for none.

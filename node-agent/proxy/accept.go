@@ -45,7 +45,9 @@ func (h *PodHandle) accept(l *listener) {
 			continue
 		}
 		h.open.Add(1)
-		h.p.wg.Go(func() {
+		h.p.wg.Add(1)
+		h.p.workers.Go(func() {
+			defer h.p.wg.Done()
 			deepen()
 			defer h.open.Add(-1)
 			l.serve(h, c)

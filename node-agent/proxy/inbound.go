@@ -75,6 +75,7 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		MaxFrame:     p.cfg.MaxFrame,
 		Memory:       p.memory,
 		Loops:        p.loops,
+		Workers:      &p.workers,
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
 			deepen()
 			n := h.open.Add(1)

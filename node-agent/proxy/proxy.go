@@ -79,6 +79,7 @@ type Proxy struct {
 	pool     *hbone.Pool
 	memory   *hbone.Memory
 	loops    *hbone.Loops
+	workers  hbone.Workers
 	files    int // descriptors that connections may have
 	shaking  handshakes
 	penalty  penalties
@@ -344,6 +345,7 @@ func (p *Proxy) Close(ctx context.Context) error {
 	err := p.pool.Close()
 	p.wg.Wait()
 	p.loops.Close()
+	p.workers.Close()
 	return err
 }
 
