@@ -4,6 +4,7 @@ import (
 	"crypto/fips140"
 	"encoding/json"
 	"net/http"
+	"net/netip"
 	"runtime"
 	"strconv"
 
@@ -33,7 +34,18 @@ func (cp *controlPlane) monitoring() http.Handler {
 	mux.Handle("GET /metrics", promhttp.HandlerFor(cp.metrics, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /version", cp.version)
 	mux.HandleFunc("GET /ready", cp.serveReady)
+	mux.HandleFunc("GET /debug/syncz", cp.synced)
 	return mux
+}
+
+// synced tells how far nodes and waypoints are, to who may forward a port to this pod: from elsewhere it would name every node.
+func (cp *controlPlane) synced(w http.ResponseWriter, r *http.Request) {
+	if a, err := netip.ParseAddrPort(r.RemoteAddr); err != nil || !a.Addr().Unmap().IsLoopback() {
+		http.Error(w, "ask from the pod itself, through kubectl port-forward or warren proxy-status", http.StatusForbidden)
+		return
+	}
+	w.Header().Set("Content-Type", "application/json")
+	_ = json.NewEncoder(w).Encode(cp.xds.Synced())
 }
 
 func (cp *controlPlane) readiness() http.Handler {

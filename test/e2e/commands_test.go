@@ -141,6 +141,16 @@ spec:
 	shows("yes, as spiffe://cluster.local/ns/"+ns+"/sa/inventory", "describe", "pod", ns+"/inventory-1")
 	shows(ns+"/inventory-1", "describe", "service", "inventory."+ns)
 
+	must(t, lab.Eventually(ctx, time.Minute, func() error {
+		out, err := warren(t, "proxy-status")
+		if err == nil && (strings.Count(out, "SYNCED") < len(nodes)+1 || !strings.Contains(out, ns+"/way-")) {
+			err = errors.New(out)
+		}
+		return err
+	}))
+	shows("SYNCED", "proxy-status", nodes[0])
+	shows("nothing is wrong with", "analyze", "--only", ns)
+
 	noSecrets(t)
 
 	if out, err := warren(t, "waypoint", "delete", "way", "-n", ns); err == nil || !strings.Contains(err.Error(), "asked for by namespace "+ns) {

@@ -1,0 +1,90 @@
+package xds
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Synced is how far one connected client has come, as operators read it.
+type Synced struct {
+	Proxy     string            `json:"proxy"` // the node, or the waypoint's pod
+	Namespace string            `json:"namespace,omitempty"`
+	Waypoint  string            `json:"waypoint,omitempty"`
+	Type      string            `json:"type"` // node or waypoint
+	Connected *time.Time        `json:"connected,omitempty"`
+	States    map[string]string `json:"states"` // by the last word of the type's URL
+	Trouble   string            `json:"trouble,omitempty"`
+}
+
+// What a client does with a type, in the words that istioctl's users know.
+const (
+	stateSynced  = "SYNCED"
+	stateStale   = "STALE"    // sent, and not acknowledged
+	stateNotSent = "NOT SENT" // asked for, and there was nothing to send
+	stateRefused = "REFUSED"  // the last response was rejected
+)
+
+func (t TypeState) state() string {
+	switch {
+	case t.Nack != "":
+		return stateRefused
+	case t.Sent == "":
+		return stateNotSent
+	case t.Sent != t.Acked:
+		return stateStale
+	}
+	return stateSynced
+}
+
+// shortType is the last word of a type's URL.
+func shortType(url string) string { return url[strings.LastIndexByte(url, '.')+1:] }
+
+// Synced lists the clients that are connected to this replica.
+func (s *Server) Synced() []Synced {
+	out := []Synced{}
+	for _, st := range s.Streams() {
+		row := Synced{Proxy: st.Node, Type: "node", Connected: &st.Connected, States: map[string]string{}}
+		for url, t := range st.Types() {
+			row.States[shortType(url)] = t.state()
+			if t.Nack != "" {
+				row.Trouble = t.Nack
+			}
+		}
+		out = append(out, row)
+	}
+	if s.cfg.Waypoints != nil {
+		out = append(out, s.cfg.Waypoints.synced()...)
+	}
+	slices.SortFunc(out, func(a, b Synced) int {
+		return cmp.Or(cmp.Compare(a.Type, b.Type), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Proxy, b.Proxy))
+	})
+	return out
+}
+
+// synced lists the waypoints' pods: of theirs a type is synced when Envoy uses what it was sent.
+func (w *Waypoints) synced() []Synced {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var out []Synced
+	for name, t := range w.open {
+		short, _, _ := strings.Cut(name.Hostname, ".")
+		for p := range t.pods {
+			row := Synced{Proxy: p.name, Namespace: name.Namespace, Waypoint: short, Type: "waypoint", States: map[string]string{}, Trouble: t.failed}
+			for key, version := range t.versions {
+				kind, _, _ := strings.Cut(key, "/") // of waypoint.ActiveKey
+				if p.active[key] != version {
+					row.States[kind] = stateStale
+				} else if row.States[kind] == "" {
+					row.States[kind] = stateSynced
+				}
+			}
+			for url, why := range p.nack {
+				row.States[shortType(url)], row.Trouble = stateRefused, why
+			}
+			out = append(out, row)
+		}
+	}
+	return out
+}
