@@ -70,7 +70,7 @@ func (r *Report) plots() map[string]chart {
 // colours of the variants, readable on light and on dark; others take the rest in turn.
 var colours = []struct{ variant, fill string }{
 	{Baseline, "#8b949e"}, {"same-node", "#2da44e"}, {"same-node-encrypt", "#74b816"}, {"cross-node", "#1f6feb"},
-	{"envoy-tcp", "#d4792a"}, {"envoy-http", "#c2255c"}, {baselineNear, "#adb5bd"}, {"relay", "#6e7fb3"}, {"", "#9775fa"}, {"", "#15aabf"},
+	{"envoy-tcp", "#d4792a"}, {"envoy-http", "#c2255c"}, {baselineNear, "#adb5bd"}, {"relay", "#6e7fb3"}, {"relay-encrypt", "#9775fa"}, {"", "#15aabf"},
 }
 
 func fill(variant string, at int) string {

@@ -162,7 +162,10 @@ func (r *runner) through(w Workload) []*Variant {
 // warm waits until the path answers, and has every cache, certificate and tunnel made.
 func (r *runner) warm(ctx context.Context, v *Variant) error {
 	http, tcp := r.stages[v.Name].Targets()
-	runs := [][]string{{"http", "-c", "16", "-d", "500ms", http}}
+	var runs [][]string
+	if http != "" {
+		runs = append(runs, []string{"http", "-c", "16", "-d", "500ms", http})
+	}
 	if tcp != "" {
 		runs = append(runs, []string{"rr", "-d", "200ms", tcp})
 	}

@@ -26,7 +26,7 @@ const (
 )
 
 // order is that of the built-in variants in reports; others come after them by name.
-var order = []string{baselineNear, "same-node", "same-node-encrypt", Baseline, "cross-node", "envoy-tcp", "envoy-http", "relay"}
+var order = []string{baselineNear, "same-node", "same-node-encrypt", Baseline, "cross-node", "envoy-tcp", "envoy-http", "relay", "relay-encrypt"}
 
 // Variant is one way from a client to a server, read from a folder: variant.yaml, and what it refers to.
 type Variant struct {
@@ -35,8 +35,8 @@ type Variant struct {
 	// SameNode puts the server on the client's node.
 	SameNode bool `json:"sameNode"`
 	// Where the client connects, as templates of Place; empty is the server's own address.
-	HTTP string `json:"http"`
-	TCP  string `json:"tcp"` // "-": only HTTP goes through this variant
+	HTTP string `json:"http"` // "-": only the TCP workloads go through this variant
+	TCP  string `json:"tcp"`  // "-": only HTTP does
 	// What makes Kubernetes put the pods into the mesh.
 	NamespaceLabels map[string]string `json:"namespaceLabels"`
 	PodLabels       map[string]string `json:"podLabels"`
@@ -220,10 +220,12 @@ func (v *Variant) validate() error {
 	return err
 }
 
-// Targets are where a client connects for HTTP and for the TCP workloads; tcp is empty where those do not go.
+// Targets are where a client connects for HTTP and for the TCP workloads; empty is where those do not go.
 func (v *Variant) Targets(p Place) (http, tcp string, err error) {
-	if http, err = render(cmp.Or(v.HTTP, "{{.Server}}:8080"), p); err != nil {
-		return "", "", fmt.Errorf("http: %w", err)
+	if v.HTTP != "-" {
+		if http, err = render(cmp.Or(v.HTTP, "{{.Server}}:8080"), p); err != nil {
+			return "", "", fmt.Errorf("http: %w", err)
+		}
 	}
 	if v.TCP == "-" {
 		return http, "", nil

@@ -71,6 +71,8 @@ func (w Workload) runs(v *Variant) (why string, ok bool) {
 	switch {
 	case w.tcp && v.TCP == "-":
 		return "only HTTP goes through it", false
+	case !w.tcp && v.HTTP == "-":
+		return "no HTTP goes through it", false
 	case w.idle > 0 && !v.Idle:
 		return "its proxies need two descriptors for a connection, more than a process has", false
 	case w.rest > 0 && !v.Rest:

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -107,6 +108,32 @@ func TestClients(t *testing.T) {
 			if err == nil {
 				c.Close()
 				break
+			}
+		}
+		o, err := bulk(t.Context(), at(through, nil))
+		if err != nil || o.Bytes == 0 {
+			t.Errorf("%+v, %v", o, err)
+		}
+	})
+	t.Run("encrypt", func(t *testing.T) {
+		sealed, through := freeAddr(t), freeAddr(t)
+		ctx, stop := context.WithCancel(t.Context())
+		ended := make(chan error, 2)
+		go func() { ended <- encrypting(ctx, []string{sealed + "=" + tcp}, true) }()
+		go func() { ended <- encrypting(ctx, []string{through + "=" + sealed}, false) }()
+		defer func() {
+			stop()
+			if err := errors.Join(<-ended, <-ended); err != nil {
+				t.Error(err)
+			}
+		}()
+		for _, addr := range []string{sealed, through} {
+			for {
+				c, err := net.Dial("tcp", addr)
+				if err == nil {
+					c.Close()
+					break
+				}
 			}
 		}
 		o, err := bulk(t.Context(), at(through, nil))

@@ -9,6 +9,8 @@
 //	load idle ADDR                    connections that do nothing
 //	load sleep                        nothing at all
 //	load relay LISTEN=TARGET...       copies, the floor for what a proxy costs
+//	load encrypt LISTEN=TARGET...     copies to encrypted connections, and
+//	load decrypt LISTEN=TARGET...     from such: the floor for what a proxy costs that encrypts
 //	load meter MARK...                CPU and memory of the processes that a mark is of: a container, a number, a name
 package main
 
@@ -47,7 +49,7 @@ func main() {
 
 func run(ctx context.Context, args []string) error {
 	if len(args) == 0 {
-		return errors.New("say what to do: serve, http, open, rr, bulk, idle, sleep, relay or meter")
+		return errors.New("say what to do: serve, http, open, rr, bulk, idle, sleep, relay, encrypt, decrypt or meter")
 	}
 	verb := args[0]
 	j := job{}
@@ -71,6 +73,8 @@ func run(ctx context.Context, args []string) error {
 		return serve(ctx, *httpAddr, *tcpAddr)
 	case verb == "relay":
 		return relay(ctx, fs.Args())
+	case verb == "encrypt" || verb == "decrypt":
+		return encrypting(ctx, fs.Args(), verb == "decrypt")
 	case verb == "sleep":
 		<-ctx.Done()
 		return nil
@@ -81,7 +85,7 @@ func run(ctx context.Context, args []string) error {
 		}
 		return json.NewEncoder(os.Stdout).Encode(r)
 	case client == nil:
-		return fmt.Errorf("%q is none of serve, http, open, rr, bulk, idle, sleep, relay, meter", verb)
+		return fmt.Errorf("%q is none of serve, http, open, rr, bulk, idle, sleep, relay, encrypt, decrypt, meter", verb)
 	case j.addr == "" || j.clients < 1 || j.rate < 1 || j.duration <= 0:
 		return fmt.Errorf("%s needs an address, at least one connection, a rate and a duration", verb)
 	}

@@ -12,9 +12,12 @@ import (
 
 // relay is the least that a hop through user space can be in this language: for each LISTEN=TARGET it copies
 // between two sockets, in the kernel where it can (splice), without encryption and without looking.
-func relay(ctx context.Context, pairs []string) error {
+func relay(ctx context.Context, pairs []string) error { return hop(ctx, pairs, splice) }
+
+// hop joins each connection that comes to LISTEN with one to TARGET.
+func hop(ctx context.Context, pairs []string, join func(in, out *net.TCPConn)) error {
 	if len(pairs) == 0 {
-		return errors.New("relay needs LISTEN=TARGET")
+		return errors.New("say LISTEN=TARGET")
 	}
 	var listeners []net.Listener
 	defer func() {
@@ -26,14 +29,14 @@ func relay(ctx context.Context, pairs []string) error {
 	for _, p := range pairs {
 		listen, target, ok := strings.Cut(p, "=")
 		if !ok {
-			return fmt.Errorf("relay %q: write LISTEN=TARGET", p)
+			return fmt.Errorf("%q: write LISTEN=TARGET", p)
 		}
 		l, err := net.Listen("tcp", listen)
 		if err != nil {
 			return err
 		}
 		listeners = append(listeners, l)
-		go func() { failed <- relayFrom(l, target) }()
+		go func() { failed <- hopFrom(l, target, join) }()
 	}
 	select {
 	case err := <-failed:
@@ -43,7 +46,7 @@ func relay(ctx context.Context, pairs []string) error {
 	}
 }
 
-func relayFrom(l net.Listener, target string) error {
+func hopFrom(l net.Listener, target string, join func(in, out *net.TCPConn)) error {
 	for {
 		c, err := l.Accept()
 		if err != nil {
@@ -56,12 +59,16 @@ func relayFrom(l net.Listener, target string) error {
 				return
 			}
 			defer up.Close()
-			var wg sync.WaitGroup
-			wg.Go(func() { half(up, c) })
-			half(c, up)
-			wg.Wait()
+			join(c.(*net.TCPConn), up.(*net.TCPConn))
 		}()
 	}
+}
+
+func splice(in, out *net.TCPConn) {
+	var wg sync.WaitGroup
+	wg.Go(func() { half(out, in) })
+	half(in, out)
+	wg.Wait()
 }
 
 // half copies one direction and passes its end on.
