@@ -75,6 +75,8 @@ type controlPlane struct {
 	nodes      *status.Nodes
 	policies   *status.Policies
 	routes     *status.Routes // nil without the Gateway API
+	gateways   gatewayStates
+	secrets    *secretWatch
 	grpc       *grpc.Server
 	serving    *ca.Serving
 	admission  *admission.Server
@@ -107,6 +109,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		cp.source.SetKeys(from, index.KeyState{Keys: keys, Problem: problem})
 	}, log.With("scope", "jwks"))
 	cp.keys.AllowHTTP = cfg.KeysByHTTP
+	cp.secrets = newSecretWatch(clients.Kube, cp.source.SetSecret, log.With("scope", "secrets"))
 	trusted := map[string]bool{}
 	for _, a := range cfg.TrustedNodes {
 		trusted[a] = true
@@ -206,6 +209,7 @@ func (cp *controlPlane) run(ctx context.Context) error {
 	})
 	g.Go(func() error { cp.authority.Follow(ctx); return nil })
 	g.Go(func() error { cp.keys.Run(ctx); return nil })
+	g.Go(func() error { cp.secrets.run(ctx); return nil })
 	if l := listeners[0]; l != nil {
 		g.Go(func() error { // only what has been read is served, and only then are pods known to the CA
 			select {
@@ -270,6 +274,8 @@ func (cp *controlPlane) publish(u *index.Update) {
 	cp.services.Set(float64(services))
 	cp.apiServer.Store(&u.APIServer)
 	cp.keys.Want(u.Keys)
+	cp.secrets.want(u.Secrets)
+	cp.gateways.take(u.Gateways)
 	cp.notices.Take(u.Notices)
 	if cp.routes != nil {
 		cp.routes.Take(u.Routes)

@@ -3,11 +3,13 @@ package controlplane
 import (
 	"net"
 	"slices"
+	"sync"
 
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
 	"github.com/warrenmesh/warren/controlplane/auth"
 	"github.com/warrenmesh/warren/controlplane/deploy"
+	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/controlplane/status"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -24,10 +26,11 @@ func (cp *controlPlane) waypointName(namespace, name string) mesh.ServiceName {
 	return mesh.ServiceName{Namespace: namespace, Hostname: name + "." + namespace + ".svc." + cp.cfg.Mesh.ClusterDomain}
 }
 
-// waypointOf returns the waypoint that a caller is: a pod that runs under the service account of a Gateway's name.
+// waypointOf returns the waypoint, or the gateway, that a caller is: a pod that runs under the service account that was made
+// for a Gateway.
 func (cp *controlPlane) waypointOf(c *auth.Caller) (mesh.ServiceName, bool) {
 	id := c.Identity
-	if !cp.source.IsWaypoint(id.Namespace, id.ServiceAccount) {
+	if !cp.source.IsWaypoint(id.Namespace, id.ServiceAccount) && cp.store.Load().Ingress(cp.waypointName(id.Namespace, id.ServiceAccount)) == nil {
 		return mesh.ServiceName{}, false
 	}
 	if _, err := cp.authorizer.Own(c); err != nil {
@@ -48,14 +51,41 @@ func (cp *controlPlane) waypointState(namespace, name string) (addresses []strin
 	}
 	slices.Sort(addresses)
 	for w := range s.Endpoints(svc.Name) {
-		if w.Healthy && w.Tunnel == mesh.TunnelHBONE {
+		if w.Healthy && (w.Tunnel == mesh.TunnelHBONE || s.Ingress(svc.Name) != nil) {
 			ready++
 		}
 	}
 	return addresses, ready
 }
 
-// deployer makes the pods of waypoints; nil where there is nothing to make them of.
+// gatewayStates is what the index makes of gateways.
+type gatewayStates struct {
+	mu  sync.Mutex
+	all map[index.GatewayKey]*index.GatewayState
+}
+
+func (g *gatewayStates) take(changed map[index.GatewayKey]*index.GatewayState) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for k, s := range changed {
+		if s == nil {
+			delete(g.all, k)
+			continue
+		}
+		if g.all == nil {
+			g.all = map[index.GatewayKey]*index.GatewayState{}
+		}
+		g.all[k] = s
+	}
+}
+
+func (g *gatewayStates) get(namespace, name string) *index.GatewayState {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.all[index.GatewayKey{Namespace: namespace, Name: name}]
+}
+
+// deployer makes the pods of waypoints and gateways; nil where there is nothing to make them of.
 func (cp *controlPlane) deployer() *deploy.Deployer {
 	if cp.clients.Gateways == nil || cp.cfg.Waypoints.Image == "" {
 		return nil
@@ -71,7 +101,8 @@ func (cp *controlPlane) deployer() *deploy.Deployer {
 			ClusterID: cp.cfg.Mesh.ClusterID, TrustDomain: cp.cfg.Mesh.TrustDomain, Revision: cp.cfg.Revision,
 		},
 		Kube: cp.clients.Kube, Gateways: cp.clients.Gateways,
-		List:  func() ([]*gatewayv1.Gateway, bool) { return cp.source.Waypoints() },
+		List:    func() ([]*gatewayv1.Gateway, bool) { return cp.source.OurGateways() },
+		Classes: cp.source.Classes, Ingress: cp.gateways.get, Balanced: cp.source.Balanced,
 		State: cp.waypointState, Log: cp.cfg.Log.With("scope", "deploy"),
 	}
 }

@@ -9,6 +9,7 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
@@ -39,6 +40,7 @@ type Resources struct {
 	Clusters   []*clusterv3.Cluster
 	Endpoints  []*endpointv3.ClusterLoadAssignment
 	Extensions []*corev3.TypedExtensionConfig // filters whose configuration changes apart from their listener's
+	Secrets    []*tlsv3.Secret                // of gateways: what they show to clients from outside
 
 	byType map[string]*collection
 }
@@ -71,7 +73,7 @@ func Bound(s *mesh.Snapshot) map[mesh.ServiceName][]*mesh.Service {
 	return out
 }
 
-// Build writes the configuration of the waypoint behind a service.
+// Build writes the configuration of the waypoint, or the gateway, behind a service.
 func Build(s *mesh.Snapshot, self mesh.ServiceName) (*Resources, error) {
 	return NewWriter(self).Write(s, Bound(s)[self])
 }
@@ -81,6 +83,7 @@ type builder struct {
 	s          *mesh.Snapshot
 	self       mesh.ServiceName
 	from       map[mesh.ServiceName]*mesh.Service // what was looked at, nil where there was nothing
+	ingress    *mesh.Ingress                      // nil for a waypoint
 	targets    map[target]bool                    // what routes refer to
 	extensions []*corev3.TypedExtensionConfig
 	err        error
@@ -99,8 +102,9 @@ func (b *builder) lookup(n mesh.ServiceName) *mesh.Service {
 
 // chain is a port of a service and how it is served.
 type chain struct {
-	svc  *mesh.Service
-	port mesh.ServicePort
+	svc     *mesh.Service
+	port    mesh.ServicePort
+	ingress *mesh.IngressListener // of a gateway; nil for a waypoint's
 }
 
 func (c chain) http() bool {
@@ -113,6 +117,9 @@ func (c chain) tcp() bool { return !c.http() || c.sniffed() }
 func (c chain) sniffed() bool { return c.port.App == mesh.AppUnknown }
 
 func (c chain) name(kind string) string {
+	if c.ingress != nil {
+		return ingressPrefix + strconv.Itoa(int(c.port.Port)) + "|" + kind + "|" + c.ingress.Name
+	}
 	return "inbound-vip|" + strconv.Itoa(int(c.port.Port)) + "|" + kind + "|" + c.svc.Name.Hostname
 }
 

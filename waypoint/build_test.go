@@ -253,6 +253,9 @@ func golden(t *testing.T, name string, r *Resources) []byte {
 	for _, m := range r.Extensions {
 		add("extensions", m)
 	}
+	for _, m := range r.Secrets {
+		add("secrets", m)
+	}
 	b, err := yaml.Marshal(all)
 	if err != nil {
 		t.Fatal(err)

@@ -32,6 +32,7 @@ type Writer struct {
 	served   []*part // in the main listener
 	main     *item
 	last     *Resources
+	ingress  *ingressPart // of a gateway
 
 	written int // parts of the last Write that were not taken over
 }
@@ -91,6 +92,9 @@ func (r *Resources) Versions(typeURL string) map[string]string {
 func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, error) {
 	if w.snapshot == nil || !w.snapshot.Config().Equal(s.Config()) {
 		*w = Writer{self: w.self, last: w.last}
+	}
+	if g := s.Ingress(w.self); g != nil {
+		return w.writeIngress(s, g)
 	}
 	w.written = 0
 	services := make(map[mesh.ServiceName]*part, len(bound))
@@ -181,7 +185,7 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 		fmt.Fprintf(h, "%s\n", vip.Addr)
 	}
 	for _, port := range svc.Ports {
-		c := chain{svc, port}
+		c := chain{svc: svc, port: port}
 		if c.http() {
 			p.routes = append(p.routes, b.item(old.routes, c.name("http"), b.routes(c)))
 			b.targets[target{svc.Name, port.Port, "", true}] = true

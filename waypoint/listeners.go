@@ -334,6 +334,13 @@ func (b *builder) accessLog(c chain, http bool) *accesslogv3.AccessLog {
 		"destination_service":               c.svc.Name.Hostname,
 	}
 	whoAndWhom(fields)
+	if b.ingress != nil {
+		fields["destination_service"] = ofService("host")
+		fields["requested_server_name"] = "%REQUESTED_SERVER_NAME%"
+		for _, f := range []string{"source_principal", "source_workload", "source_namespace"} {
+			delete(fields, f) // a client from outside
+		}
+	}
 	if http {
 		for k, v := range map[string]string{
 			"method": "%REQ(:METHOD)%", "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%", "protocol": "%PROTOCOL%", "authority": "%REQ(:AUTHORITY)%",
@@ -398,7 +405,9 @@ func (b *builder) originate() *listenerv3.Listener {
 func (b *builder) baggage() string {
 	cfg := b.s.Config()
 	out := fmt.Sprintf("k8s.cluster.name=%s,k8s.namespace.name=%s", cfg.Cluster, b.self.Namespace)
-	if svc := b.lookup(b.self); svc != nil {
+	if g := b.ingress; g != nil {
+		out += fmt.Sprintf(",k8s.deployment.name=%[1]s,service.name=%[1]s,service.version=latest", g.Workload)
+	} else if svc := b.lookup(b.self); svc != nil {
 		out += fmt.Sprintf(",k8s.deployment.name=%[1]s,service.name=%[1]s,service.version=latest", svc.Short)
 	}
 	return out

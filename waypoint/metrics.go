@@ -129,6 +129,21 @@ func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
 		tag("destination_service", c.svc.Name.Hostname),
 		tag("destination_service_namespace", c.svc.Name.Namespace),
 		tag("destination_service_name", c.svc.Short),
+	}
+	security := "mutual_tls"
+	if g := b.ingress; g != nil { // a gateway speaks for itself, as the client of what it sends to
+		cfg := b.s.Config()
+		me := mesh.Identity{TrustDomain: cfg.TrustDomain, Namespace: b.self.Namespace, ServiceAccount: b.account()}
+		out = []*statsv3.Config_Tag{
+			tag("reporter", "source"), tag("source_workload", g.Workload), tag("source_canonical_service", g.Workload),
+			tag("source_canonical_revision", "latest"), tag("source_workload_namespace", b.self.Namespace), tag("source_principal", me.String()),
+			tag("source_app", g.Workload), tag("source_version", "latest"), tag("source_cluster", cfg.Cluster),
+			tag("destination_service", ofService("host")), tag("destination_service_namespace", ofService("namespace")),
+			tag("destination_service_name", ofService("name")),
+		}
+		security = "unknown" // what the hop to the destination has, its node reports
+	}
+	out = append(out,
 		tag("destination_workload", destination("workload")),
 		tag("destination_canonical_service", destination("service")),
 		tag("destination_canonical_revision", destination("revision")),
@@ -137,7 +152,7 @@ func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
 		tag("destination_app", destination("service")),
 		tag("destination_version", destination("revision")),
 		tag("destination_cluster", destination("cluster")),
-	}
+	)
 	if http {
 		out = append(out, &statsv3.Config_Tag{Name: "request_protocol", ValueFormat: "%REQ(CONTENT-TYPE)%", Rules: &matcherv3.Matcher{
 			MatcherType: &matcherv3.Matcher_MatcherTree_{MatcherTree: &matcherv3.Matcher_MatcherTree{
@@ -150,7 +165,7 @@ func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
 	} else {
 		out = append(out, tag("request_protocol", "tcp"))
 	}
-	return append(out, tag("response_flags", "%RESPONSE_FLAGS%"), tag("connection_security_policy", "mutual_tls"))
+	return append(out, tag("response_flags", "%RESPONSE_FLAGS%"), tag("connection_security_policy", security))
 }
 
 // metrics counts what a chain serves. The scope is the same for all, or a change of one would begin the others anew.

@@ -240,8 +240,12 @@ func redirectPort(c chain, r *mesh.HTTPRedirect) uint32 {
 		port = c.port.Port
 	}
 	// What goes without saying is left out where nothing else would stand there instead.
-	implied := port == usual[cmp.Or(r.Scheme, "http")]
-	if implied && (r.Host != "" || c.port.Port == 80) {
+	own := "http"
+	if c.ingress != nil && c.ingress.TLS != nil {
+		own = "https"
+	}
+	implied := port == usual[cmp.Or(r.Scheme, own)]
+	if implied && (r.Host != "" || c.port.Port == usual[own]) {
 		return 0
 	}
 	if r.Port == 0 && r.Scheme == "" && r.Host == "" { // the request's host says it

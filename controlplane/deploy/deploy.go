@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"slices"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -14,6 +16,8 @@ import (
 	"k8s.io/client-go/kubernetes"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 	gatewayclient "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
+
+	"github.com/warrenmesh/warren/controlplane/index"
 )
 
 const fieldManager = "warren-control"
@@ -23,16 +27,22 @@ const (
 	again = 30 * time.Second // how often what is there is applied though nothing asks for it
 )
 
-// Deployer makes waypoints. One replica of the control plane runs it.
+// Deployer makes waypoints and gateways. One replica of the control plane runs it.
 type Deployer struct {
 	Settings Settings
 	Kube     kubernetes.Interface
 	Gateways gatewayclient.Interface
-	// List yields the Gateways of the class as the watch has them now; false before it has read them.
+	// List yields the Gateways of our classes as the watch has them now; false before it has read them.
 	List func() ([]*gatewayv1.Gateway, bool)
-	// State is what the mesh knows of a waypoint: its virtual addresses and how many of its pods are ready.
+	// Classes yields the GatewayClasses for gateways that are ours.
+	Classes func() []*gatewayv1.GatewayClass
+	// State is what the mesh knows of a Service that was made: its virtual addresses and how many pods behind it are ready.
 	State func(namespace, name string) (addresses []string, ready int)
-	Log   *slog.Logger
+	// Balanced is where a load balancer takes what is for a Service.
+	Balanced func(namespace, name string) []corev1.LoadBalancerIngress
+	// Ingress is what the index makes of a gateway; nil before it has seen it.
+	Ingress func(namespace, name string) *index.GatewayState
+	Log     *slog.Logger
 }
 
 // done is what was applied for a Gateway.
@@ -51,7 +61,11 @@ func (d *Deployer) Run(ctx context.Context) {
 	for {
 		if list, ok := d.List(); ok {
 			if !classed {
-				classed = d.class(ctx)
+				classed = d.class(ctx, Class, controller, "waypoints: HTTP routing and policy for services of the mesh") &&
+					d.class(ctx, index.IngressClass, index.IngressController, "gateways: ways into the mesh and out of it")
+			}
+			for _, c := range d.Classes() {
+				d.acceptClass(ctx, c)
 			}
 			here := map[types.UID]bool{}
 			for _, g := range list {
@@ -72,37 +86,53 @@ func (d *Deployer) Run(ctx context.Context) {
 	}
 }
 
-// class makes the GatewayClass and accepts it.
-func (d *Deployer) class(ctx context.Context) bool {
+// class makes a GatewayClass and accepts it.
+func (d *Deployer) class(ctx context.Context, name, controller, description string) bool {
 	classes := d.Gateways.GatewayV1().GatewayClasses()
 	body := object{
-		"apiVersion": gatewayv1.GroupVersion.String(), "kind": "GatewayClass", "metadata": object{"name": Class},
-		"spec": object{"controllerName": controller, "description": "waypoints: HTTP routing and policy for services of the mesh"},
+		"apiVersion": gatewayv1.GroupVersion.String(), "kind": "GatewayClass", "metadata": object{"name": name},
+		"spec": object{"controllerName": controller, "description": description},
 	}
 	err := apply(body, func(b []byte, o metav1.PatchOptions) error {
-		_, err := classes.Patch(ctx, Class, types.ApplyPatchType, b, o)
+		_, err := classes.Patch(ctx, name, types.ApplyPatchType, b, o)
 		return err
 	})
+	var now *gatewayv1.GatewayClass
 	if err == nil {
-		var now *gatewayv1.GatewayClass
-		if now, err = classes.Get(ctx, Class, metav1.GetOptions{}); err == nil {
-			conditions := now.Status.Conditions
-			if meta.SetStatusCondition(&conditions, condition("Accepted", true, "Accepted", "waypoints are made for it", now.Generation)) {
-				err = merge(object{"status": object{"conditions": conditions}}, func(b []byte, o metav1.PatchOptions) error {
-					_, err := classes.Patch(ctx, Class, types.MergePatchType, b, o, "status")
-					return err
-				})
-			}
-		}
+		now, err = classes.Get(ctx, name, metav1.GetOptions{})
 	}
 	if err != nil {
-		d.Log.Warn("GatewayClass not written", "class", Class, "error", err)
+		d.Log.Warn("GatewayClass not written", "class", name, "error", err)
+		return false
+	}
+	return d.acceptClass(ctx, now)
+}
+
+// acceptClass says on a GatewayClass that Gateways of it are made.
+func (d *Deployer) acceptClass(ctx context.Context, c *gatewayv1.GatewayClass) bool {
+	conditions := slices.Clone(c.Status.Conditions)
+	if !meta.SetStatusCondition(&conditions, condition("Accepted", true, "Accepted", "what its Gateways ask for is made", c.Generation)) {
+		return true
+	}
+	err := merge(object{"metadata": object{"resourceVersion": c.ResourceVersion}, "status": object{"conditions": conditions}}, func(b []byte, o metav1.PatchOptions) error {
+		_, err := d.Gateways.GatewayV1().GatewayClasses().Patch(ctx, c.Name, types.MergePatchType, b, o, "status")
+		return err
+	})
+	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+		d.Log.Warn("status of a GatewayClass not written", "class", c.Name, "error", err)
 	}
 	return err == nil
 }
 
 func (d *Deployer) reconcile(ctx context.Context, g *gatewayv1.Gateway, applied map[types.UID]done) {
 	reason, message := verdict(g)
+	var state *index.GatewayState
+	if !isWaypoint(g) {
+		if state = d.Ingress(g.Namespace, g.Name); state == nil || state.UID != string(g.UID) || state.Generation != g.Generation {
+			return // it will be
+		}
+		reason, message = ingressVerdict(g, state)
+	}
 	accepted := reason == gatewayv1.GatewayReasonAccepted
 	labels := fmt.Sprint(g.Labels)
 	was, ok := applied[g.UID]
@@ -110,30 +140,31 @@ func (d *Deployer) reconcile(ctx context.Context, g *gatewayv1.Gateway, applied 
 		was = done{generation: g.Generation, labels: labels, at: time.Now()}
 		if err := d.apply(ctx, g); err != nil {
 			was.failed = err.Error()
-			d.Log.Warn("waypoint not deployed", "namespace", g.Namespace, "gateway", g.Name, "error", err)
+			d.Log.Warn("Gateway not deployed", "namespace", g.Namespace, "gateway", g.Name, "error", err)
 		}
 		applied[g.UID] = was
 	}
-	d.tell(ctx, g, reason, message, was.failed)
+	d.tell(ctx, g, state, reason, message, was.failed)
 }
 
 func (d *Deployer) apply(ctx context.Context, g *gatewayv1.Gateway) error {
+	name := nameOf(g)
 	for _, m := range d.Settings.manifests(g) {
 		err := apply(m.body, func(b []byte, o metav1.PatchOptions) (err error) {
 			switch m.kind {
 			case serviceAccount:
-				_, err = d.Kube.CoreV1().ServiceAccounts(g.Namespace).Patch(ctx, g.Name, types.ApplyPatchType, b, o)
+				_, err = d.Kube.CoreV1().ServiceAccounts(g.Namespace).Patch(ctx, name, types.ApplyPatchType, b, o)
 			case service:
-				_, err = d.Kube.CoreV1().Services(g.Namespace).Patch(ctx, g.Name, types.ApplyPatchType, b, o)
+				_, err = d.Kube.CoreV1().Services(g.Namespace).Patch(ctx, name, types.ApplyPatchType, b, o)
 			case deployment:
-				_, err = d.Kube.AppsV1().Deployments(g.Namespace).Patch(ctx, g.Name, types.ApplyPatchType, b, o)
+				_, err = d.Kube.AppsV1().Deployments(g.Namespace).Patch(ctx, name, types.ApplyPatchType, b, o)
 			case budget:
-				_, err = d.Kube.PolicyV1().PodDisruptionBudgets(g.Namespace).Patch(ctx, g.Name, types.ApplyPatchType, b, o)
+				_, err = d.Kube.PolicyV1().PodDisruptionBudgets(g.Namespace).Patch(ctx, name, types.ApplyPatchType, b, o)
 			}
 			return err
 		})
 		if err != nil {
-			return fmt.Errorf("apply %s %s: %w", m.body["kind"], g.Name, err)
+			return fmt.Errorf("apply %s %s: %w", m.body["kind"], name, err)
 		}
 	}
 	return nil
@@ -162,59 +193,4 @@ func condition(kind string, ok bool, reason, message string, generation int64) m
 		c.Status = metav1.ConditionTrue
 	}
 	return c
-}
-
-// tell writes the status where it differs from what is there.
-func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, reason gatewayv1.GatewayConditionReason, message, failed string) {
-	accepted := reason == gatewayv1.GatewayReasonAccepted
-	addresses, ready := d.State(g.Namespace, g.Name)
-	programmed := condition(string(gatewayv1.GatewayConditionProgrammed), true, string(gatewayv1.GatewayReasonProgrammed),
-		fmt.Sprintf("%d of its pods are ready", ready), g.Generation)
-	switch {
-	case !accepted:
-		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonInvalid), message, g.Generation)
-	case failed != "":
-		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonPending), failed, g.Generation)
-	case len(addresses) == 0:
-		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonAddressNotAssigned), "its Service has no address yet", g.Generation)
-	case ready == 0:
-		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonPending), "none of its pods is ready; connections that need it are refused until one is", g.Generation)
-	}
-	status := g.Status.DeepCopy()
-	changed := meta.SetStatusCondition(&status.Conditions, condition(string(gatewayv1.GatewayConditionAccepted), accepted, string(reason), message, g.Generation))
-	changed = meta.SetStatusCondition(&status.Conditions, programmed) || changed
-	if len(status.Addresses) != len(addresses) {
-		changed = true
-	}
-	kind := gatewayv1.IPAddressType
-	next := []gatewayv1.GatewayStatusAddress{}
-	for i, a := range addresses {
-		changed = changed || status.Addresses[i].Value != a
-		next = append(next, gatewayv1.GatewayStatusAddress{Type: &kind, Value: a})
-	}
-	listeners := []gatewayv1.ListenerStatus{}
-	for i, l := range g.Spec.Listeners {
-		s := gatewayv1.ListenerStatus{Name: l.Name, SupportedKinds: []gatewayv1.RouteGroupKind{}}
-		if i < len(status.Listeners) && status.Listeners[i].Name == l.Name {
-			s.Conditions = status.Listeners[i].Conditions
-		} else {
-			changed = true
-		}
-		changed = meta.SetStatusCondition(&s.Conditions, condition("Accepted", accepted, string(reason), message, g.Generation)) || changed
-		changed = meta.SetStatusCondition(&s.Conditions, condition("Programmed", programmed.Status == metav1.ConditionTrue, programmed.Reason, programmed.Message, g.Generation)) || changed
-		changed = meta.SetStatusCondition(&s.Conditions, condition("ResolvedRefs", true, "ResolvedRefs", "it refers to nothing", g.Generation)) || changed
-		listeners = append(listeners, s)
-	}
-	if !changed {
-		return
-	}
-	err := merge(object{"metadata": object{"resourceVersion": g.ResourceVersion}, "status": object{
-		"conditions": status.Conditions, "addresses": next, "listeners": listeners,
-	}}, func(b []byte, o metav1.PatchOptions) error {
-		_, err := d.Gateways.GatewayV1().Gateways(g.Namespace).Patch(ctx, g.Name, types.MergePatchType, b, o, "status")
-		return err
-	})
-	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
-		d.Log.Warn("status of a Gateway not written", "namespace", g.Namespace, "gateway", g.Name, "error", err)
-	}
 }

@@ -4,12 +4,16 @@ import (
 	"log/slog"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/kubernetes/fake"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 	gatewayfake "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned/fake"
+
+	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/routing"
 )
 
 func gateway(change func(*gatewayv1.Gateway)) *gatewayv1.Gateway {
@@ -123,5 +127,77 @@ func TestVerdicts(t *testing.T) {
 		if got, message := verdict(gateway(c.change)); got != c.want || message == "" {
 			t.Errorf("%s: %s (%s), want %s", name, got, message, c.want)
 		}
+	}
+}
+
+// TestDeploysGateways makes what a Gateway of the class istio asks for, and says what the index makes of its listeners.
+func TestDeploysGateways(t *testing.T) {
+	g := gateway(func(g *gatewayv1.Gateway) {
+		g.Name, g.Spec.GatewayClassName = "edge", "istio"
+		g.Spec.Listeners = []gatewayv1.Listener{{Name: "http", Port: 80, Protocol: "HTTP"}, {Name: "odd", Port: 81, Protocol: "SCTP"}, {Name: "other", Port: 80, Protocol: "HTTP"}}
+	})
+	kube, gateways := fake.NewClientset(), gatewayfake.NewSimpleClientset()
+	if _, err := gateways.GatewayV1().Gateways("shop").Create(t.Context(), g, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	var state *index.GatewayState
+	var balanced []corev1.LoadBalancerIngress
+	d := &Deployer{
+		Settings: Settings{Image: "waypoint:dev", PullPolicy: "IfNotPresent", Service: "istiod.istio-system.svc:15012", Revision: "default"},
+		Kube:     kube, Gateways: gateways, State: func(_, name string) ([]string, int) { return []string{"10.96.0.9"}, len(name) / len("edge-istio") },
+		Ingress:  func(string, string) *index.GatewayState { return state },
+		Balanced: func(string, string) []corev1.LoadBalancerIngress { return balanced }, Log: slog.New(slog.DiscardHandler),
+	}
+	applied := map[types.UID]done{}
+	step := func() *gatewayv1.Gateway {
+		t.Helper()
+		now, err := gateways.GatewayV1().Gateways("shop").Get(t.Context(), "edge", metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		d.reconcile(t.Context(), now, applied)
+		if now, err = gateways.GatewayV1().Gateways("shop").Get(t.Context(), "edge", metav1.GetOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		return now
+	}
+	if now := step(); len(now.Status.Conditions) > 0 {
+		t.Errorf("said before the index has seen it: %+v", now.Status)
+	}
+	state = &index.GatewayState{UID: "u1", Generation: 3, Listeners: []index.ListenerState{
+		{Name: "http", Attached: 2, Kinds: []gatewayv1.RouteGroupKind{{Kind: "HTTPRoute"}}},
+		{Name: "odd", Accepted: routing.Verdict{Reason: "UnsupportedProtocol", Message: "protocol SCTP is not supported"}},
+		{Name: "other", Conflicted: routing.Verdict{Reason: "HostnameConflict", Message: "listener http has it"}},
+	}}
+	now := step()
+	if c := meta.FindStatusCondition(now.Status.Conditions, "Programmed"); c == nil || c.Reason != "AddressNotAssigned" {
+		t.Errorf("without an address: %+v", c)
+	}
+	svc, err := kube.CoreV1().Services("shop").Get(t.Context(), "edge-istio", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if svc.Spec.Type != corev1.ServiceTypeLoadBalancer || len(svc.Spec.Ports) != 3 || svc.Spec.Ports[1].Port != 80 {
+		t.Errorf("Service: %+v", svc.Spec)
+	}
+	dep, err := kube.AppsV1().Deployments("shop").Get(t.Context(), "edge-istio", metav1.GetOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if pod := dep.Spec.Template; pod.Labels["networking.istio.io/tunnel"] != "" || pod.Spec.ServiceAccountName != "edge-istio" || len(pod.Spec.SecurityContext.Sysctls) != 1 {
+		t.Errorf("pod: %+v", pod)
+	}
+	balanced = []corev1.LoadBalancerIngress{{IP: "192.0.2.1"}, {Hostname: "edge.example"}}
+	now = step()
+	if c := meta.FindStatusCondition(now.Status.Conditions, "Accepted"); c == nil || c.Status != "True" || c.Reason != "ListenersNotValid" {
+		t.Errorf("Accepted: %+v", c)
+	}
+	if a := now.Status.Addresses; len(a) != 2 || a[0].Value != "192.0.2.1" || *a[1].Type != gatewayv1.HostnameAddressType {
+		t.Errorf("addresses %+v", a)
+	}
+	l := now.Status.Listeners
+	if len(l) != 3 || l[0].AttachedRoutes != 2 || !meta.IsStatusConditionTrue(l[0].Conditions, "Programmed") ||
+		!meta.IsStatusConditionFalse(l[1].Conditions, "Accepted") || !meta.IsStatusConditionTrue(l[2].Conditions, "Conflicted") || !meta.IsStatusConditionFalse(l[2].Conditions, "Programmed") {
+		t.Errorf("listeners %+v", l)
 	}
 }

@@ -1,10 +1,14 @@
 package deploy
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
+	"strconv"
 
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
+	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
@@ -13,6 +17,8 @@ const (
 	Class           = "istio-waypoint"
 	controller      = "istio.io/mesh-controller"
 	managed         = "istio.io-mesh-controller"
+	managedIngress  = "istio.io-gateway-controller"
+	annotationType  = "networking.istio.io/service-type"
 	labelManaged    = "gateway.istio.io/managed"
 	labelGateway    = "gateway.networking.k8s.io/gateway-name"
 	labelClass      = "gateway.networking.k8s.io/gateway-class-name"
@@ -52,6 +58,17 @@ const (
 	budget
 )
 
+// isWaypoint tells the two kinds of Gateways apart.
+func isWaypoint(g *gatewayv1.Gateway) bool { return g.Spec.GatewayClassName == Class }
+
+// nameOf is the name of what is made for a Gateway.
+func nameOf(g *gatewayv1.Gateway) string {
+	if isWaypoint(g) {
+		return g.Name
+	}
+	return index.IngressName(g)
+}
+
 // manifests are the objects of a Gateway.
 func (s Settings) manifests(g *gatewayv1.Gateway) []manifest {
 	labels, annotations := object{}, object{}
@@ -63,7 +80,11 @@ func (s Settings) manifests(g *gatewayv1.Gateway) []manifest {
 			annotations[string(k)] = string(v)
 		}
 	}
-	own := object{labelManaged: managed, labelGateway: g.Name, labelClass: Class}
+	name, by := nameOf(g), managed
+	if !isWaypoint(g) {
+		by = managedIngress
+	}
+	own := object{labelManaged: by, labelGateway: g.Name, labelClass: string(g.Spec.GatewayClassName)}
 	for k, v := range own {
 		labels[k] = v
 	}
@@ -71,7 +92,7 @@ func (s Settings) manifests(g *gatewayv1.Gateway) []manifest {
 		return object{
 			"apiVersion": apiVersion, "kind": kind,
 			"metadata": object{
-				"name": g.Name, "namespace": g.Namespace, "labels": labels, "annotations": annotations,
+				"name": name, "namespace": g.Namespace, "labels": labels, "annotations": annotations,
 				"ownerReferences": []any{object{
 					"apiVersion": gatewayv1.GroupVersion.String(), "kind": "Gateway", "name": g.Name, "uid": string(g.UID), "controller": true,
 				}},
@@ -83,23 +104,20 @@ func (s Settings) manifests(g *gatewayv1.Gateway) []manifest {
 	account := meta("v1", "ServiceAccount")
 
 	svc := meta("v1", "Service")
-	svc["spec"] = object{
-		"selector": selector, "ipFamilyPolicy": "PreferDualStack",
-		"ports": []any{
-			object{"name": "status-port", "port": statusPort, "protocol": "TCP", "appProtocol": "tcp"},
-			object{"name": "mesh", "port": mesh.HBONEPort, "protocol": "TCP", "appProtocol": "tcp"},
-		},
-	}
+	svc["spec"] = serviceSpec(g, selector)
 
 	pod := object{}
 	for k, v := range labels {
 		pod[k] = v
 	}
 	for k, v := range (object{
-		"istio.io/dataplane-mode": "none", "sidecar.istio.io/inject": "false", "networking.istio.io/tunnel": "http",
-		"service.istio.io/canonical-name": g.Name, "service.istio.io/canonical-revision": "latest", "istio.io/rev": s.Revision,
+		"istio.io/dataplane-mode": "none", "sidecar.istio.io/inject": "false",
+		"service.istio.io/canonical-name": name, "service.istio.io/canonical-revision": "latest", "istio.io/rev": s.Revision,
 	}) {
 		pod[k] = v
+	}
+	if isWaypoint(g) {
+		pod["networking.istio.io/tunnel"] = "http"
 	}
 	podAnnotations := object{"prometheus.io/scrape": "true", "prometheus.io/port": fmt.Sprint(telemetryPort), "prometheus.io/path": "/stats/prometheus"}
 	for k, v := range annotations {
@@ -129,8 +147,15 @@ func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
 		return object{"name": name, "mountPath": path, "readOnly": readOnly}
 	}
 	probe := object{"httpGet": object{"path": "/healthz/ready", "port": statusPort}, "periodSeconds": 2, "failureThreshold": 4}
+	ports := []any{
+		object{"name": "metrics", "containerPort": telemetryPort, "protocol": "TCP"},
+		object{"name": "status-port", "containerPort": statusPort, "protocol": "TCP"},
+	}
+	if isWaypoint(g) {
+		ports = append(ports, object{"name": "mesh", "containerPort": mesh.HBONEPort, "protocol": "TCP"})
+	}
 	spec := object{
-		"serviceAccountName":            g.Name,
+		"serviceAccountName":            nameOf(g),
 		"automountServiceAccountToken":  false,
 		"enableServiceLinks":            false,
 		"terminationGracePeriodSeconds": terminateWithin,
@@ -146,11 +171,7 @@ func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
 				value("CONTROL_ADDRESS", s.Service), value("CLUSTER_ID", s.ClusterID), value("TRUST_DOMAIN", s.TrustDomain),
 				value("DRAIN_SECONDS", fmt.Sprint(drainSeconds)),
 			},
-			"ports": []any{
-				object{"name": "mesh", "containerPort": mesh.HBONEPort, "protocol": "TCP"},
-				object{"name": "metrics", "containerPort": telemetryPort, "protocol": "TCP"},
-				object{"name": "status-port", "containerPort": statusPort, "protocol": "TCP"},
-			},
+			"ports":          ports,
 			"readinessProbe": probe,
 			"resources":      object{"requests": object{"cpu": "50m", "memory": "96Mi"}},
 			"securityContext": object{
@@ -170,6 +191,9 @@ func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
 			object{"name": "root", "configMap": object{"name": "istio-ca-root-cert"}},
 		},
 	}
+	if !isWaypoint(g) { // listens where its clients come, without any privilege of its own
+		spec["securityContext"] = object{"sysctls": []any{object{"name": "net.ipv4.ip_unprivileged_port_start", "value": "0"}}}
+	}
 	if len(s.PullSecrets) > 0 {
 		var refs []any
 		for _, n := range s.PullSecrets {
@@ -177,6 +201,28 @@ func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
 		}
 		spec["imagePullSecrets"] = refs
 	}
+	return spec
+}
+
+// serviceSpec is how clients reach a Gateway's pods.
+func serviceSpec(g *gatewayv1.Gateway, selector object) object {
+	ports := []any{object{"name": "status-port", "port": statusPort, "protocol": "TCP", "appProtocol": "tcp"}}
+	spec := object{"selector": selector, "ipFamilyPolicy": "PreferDualStack"}
+	if isWaypoint(g) {
+		spec["ports"] = append(ports, object{"name": "mesh", "port": mesh.HBONEPort, "protocol": "TCP", "appProtocol": "tcp"})
+		return spec
+	}
+	spec["type"] = cmp.Or(g.Annotations[annotationType], "LoadBalancer")
+	var seen []gatewayv1.PortNumber
+	for _, l := range g.Spec.Listeners {
+		if l.Port == statusPort || slices.Contains(seen, l.Port) {
+			continue
+		}
+		seen = append(seen, l.Port)
+		// What is behind is the gateway, whatever the protocol: nodes hand its clients' connections on as they come.
+		ports = append(ports, object{"name": "port-" + strconv.Itoa(int(l.Port)), "port": int(l.Port), "protocol": "TCP", "appProtocol": "tcp"})
+	}
+	spec["ports"] = ports
 	return spec
 }
 

@@ -103,6 +103,7 @@ func (x *Index) setNamespace(name string, f *namespaceFact) {
 		x.namespaces[name] = f
 	}
 	x.dirtyNamespaces[name] = struct{}{}
+	x.touchRoutesFrom(name)
 	for pod := range x.pods[name] {
 		x.touch(Pod, key{name, pod})
 	}

@@ -50,8 +50,10 @@ type gatewayRouteFact struct {
 	uid        string
 	generation int64
 	created    metav1.Time
-	parents    []gatewayv1.ParentReference // Services
-	hostnames  bool                        // it has some, which mean nothing there
+	parents    []gatewayv1.ParentReference // Services and Gateways
+	hostnames  []string                    // which mean nothing at Services
+	services   bool                        // it has such parents
+	gateways   bool
 	convert    func(routing.Backends) routing.Route
 	mentions   []mesh.ServiceName // what it is attached to and what it sends to
 }
@@ -97,6 +99,9 @@ type boundRoute struct {
 	every  bool     // for all ports
 	from   string   // namespace of the clients; "" for all
 	rules  []routing.Rule
+
+	gateway key // that it is attached to; the zero key for a Service
+	at      []attachment
 }
 
 func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
@@ -112,7 +117,9 @@ func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
 			}
 		}
 	}
-	f.hostnames = len(r.Spec.Hostnames) > 0
+	for _, h := range r.Spec.Hostnames {
+		f.hostnames = append(f.hostnames, strings.ToLower(string(h)))
+	}
 	f.convert = func(find routing.Backends) routing.Route {
 		return routing.HTTPRoute(r.Namespace, r.Name, &r.Spec, find)
 	}
@@ -132,7 +139,9 @@ func (c *compiled) grpcRouteFactOf(r *gatewayv1.GRPCRoute) *gatewayRouteFact {
 			}
 		}
 	}
-	f.hostnames = len(r.Spec.Hostnames) > 0
+	for _, h := range r.Spec.Hostnames {
+		f.hostnames = append(f.hostnames, strings.ToLower(string(h)))
+	}
 	f.convert = func(find routing.Backends) routing.Route {
 		return routing.GRPCRoute(r.Namespace, r.Name, &r.Spec, find)
 	}
@@ -142,12 +151,21 @@ func (c *compiled) grpcRouteFactOf(r *gatewayv1.GRPCRoute) *gatewayRouteFact {
 func (c *compiled) gatewayRouteFactOf(kind Kind, r metav1.Object, parents []gatewayv1.ParentReference) *gatewayRouteFact {
 	f := &gatewayRouteFact{ref: ref{kind, keyOf(r)}, uid: string(r.GetUID()), generation: r.GetGeneration(), created: r.GetCreationTimestamp()}
 	for _, p := range parents {
-		if deref(p.Group, gatewayv1.GroupName) == "" && deref(p.Kind, "Gateway") == "Service" {
+		switch {
+		case ofService(p):
+			f.services = true
 			f.parents = append(f.parents, p)
 			f.mentions = append(f.mentions, c.serviceName(parentKey(f, p)))
+		case deref(p.Group, gatewayv1.GroupName) == gatewayv1.GroupName && deref(p.Kind, "Gateway") == "Gateway":
+			f.gateways = true
+			f.parents = append(f.parents, p)
 		}
 	}
 	return f
+}
+
+func ofService(p gatewayv1.ParentReference) bool {
+	return deref(p.Group, gatewayv1.GroupName) == "" && deref(p.Kind, "Gateway") == "Service"
 }
 
 func deref[T ~string](p *T, otherwise T) T {
@@ -194,10 +212,26 @@ func (x *Index) setGatewayRoute(kind Kind, k key, f *gatewayRouteFact) {
 				delete(x.routesOn, name)
 			}
 		}
+		for _, p := range old.parents {
+			if k := parentKey(old, p); !ofService(p) {
+				delete(x.routesOf[k], r)
+				if len(x.routesOf[k]) == 0 {
+					delete(x.routesOf, k)
+				}
+			}
+		}
 		delete(x.gatewayRoutes, r)
 	}
 	if f != nil {
 		x.gatewayRoutes[r] = f
+		for _, p := range f.parents {
+			if k := parentKey(f, p); !ofService(p) {
+				if x.routesOf[k] == nil {
+					x.routesOf[k] = map[ref]struct{}{}
+				}
+				x.routesOf[k][r] = struct{}{}
+			}
+		}
 		for _, name := range f.mentions {
 			if x.routesOn[name] == nil {
 				x.routesOn[name] = map[ref]struct{}{}
@@ -224,16 +258,28 @@ func (x *Index) setGrant(k key, f *grantFact) {
 			}
 		}
 	}
+	for _, all := range x.ingresses {
+		for _, f := range all {
+			if slices.ContainsFunc(f.wants(), func(s key) bool { return s.Namespace == k.Namespace }) {
+				x.dirtyIngress[f.key] = struct{}{}
+			}
+		}
+	}
 }
 
 // granted reports whether a route may send to a Service of another namespace.
 func (x *Index) granted(f *gatewayRouteFact, k key) bool {
+	return x.grantedTo(f.kind.String(), f.Namespace, "Service", k)
+}
+
+// grantedTo reports whether what is of a kind of the Gateway API, in a namespace, may refer to what is in another.
+func (x *Index) grantedTo(fromKind, fromNamespace string, kind gatewayv1.Kind, k key) bool {
 	for _, g := range x.grants[k.Namespace] {
 		from := slices.ContainsFunc(g.from, func(r gatewayv1.ReferenceGrantFrom) bool {
-			return r.Group == gatewayv1.GroupName && string(r.Kind) == f.kind.String() && string(r.Namespace) == f.Namespace
+			return r.Group == gatewayv1.GroupName && string(r.Kind) == fromKind && string(r.Namespace) == fromNamespace
 		})
 		if from && slices.ContainsFunc(g.to, func(r gatewayv1.ReferenceGrantTo) bool {
-			return r.Group == "" && r.Kind == "Service" && (deref(r.Name, "") == "" || string(*r.Name) == k.Name)
+			return r.Group == "" && r.Kind == kind && (deref(r.Name, "") == "" || string(*r.Name) == k.Name)
 		}) {
 			return true
 		}
@@ -334,6 +380,11 @@ func (x *Index) commitGatewayRoutes(u *Update) {
 	touched := map[mesh.ServiceName]struct{}{}
 	for r := range x.dirtyGatewayRoutes {
 		for _, b := range x.routesBound[r] {
+			if b.gateway != (key{}) {
+				delete(x.routesAttached[b.gateway], b)
+				x.dirtyIngress[b.gateway] = struct{}{}
+				continue
+			}
 			delete(x.routesAt[b.name], b)
 			if len(x.routesAt[b.name]) == 0 {
 				delete(x.routesAt, b.name)
@@ -346,6 +397,18 @@ func (x *Index) commitGatewayRoutes(u *Update) {
 			continue
 		}
 		for nth, p := range f.parents {
+			if !ofService(p) {
+				if b := x.attach(f, p); b != nil {
+					b.nth = nth
+					x.routesBound[r] = append(x.routesBound[r], b)
+					if x.routesAttached[b.gateway] == nil {
+						x.routesAttached[b.gateway] = map[*boundRoute]struct{}{}
+					}
+					x.routesAttached[b.gateway][b] = struct{}{}
+					x.dirtyIngress[b.gateway] = struct{}{}
+				}
+				continue
+			}
 			b := x.bind(f, p)
 			b.nth = nth
 			x.routesBound[r] = append(x.routesBound[r], b)
@@ -390,7 +453,7 @@ func (x *Index) stateRoute(u *Update, r ref) {
 	var worst routing.Verdict
 	for _, b := range x.routesBound[r] {
 		p := b.parent
-		if p.Accepted.OK() && len(x.portsOf(b)) == 0 {
+		if b.gateway == (key{}) && p.Accepted.OK() && len(x.portsOf(b)) == 0 {
 			p.Accepted = routing.Verdict{Reason: ReasonConflicted, Message: "GRPCRoutes are attached to the same ports of the Service, and hold there"}
 			p.Partly = routing.Verdict{}
 		}
@@ -401,7 +464,7 @@ func (x *Index) stateRoute(u *Update, r ref) {
 			}
 		}
 	}
-	if worst.OK() && f.hostnames && len(f.parents) > 0 {
+	if worst.OK() && len(f.hostnames) > 0 && f.services {
 		worst = routing.Verdict{Reason: "PartlyIgnored", Message: "hostnames mean nothing at a Service, which is known by its address; match the header Host instead"}
 	}
 	x.notice(u, nk, f.uid, worst.Reason, worst.Message)
@@ -478,13 +541,20 @@ func (x *Index) ordered(routes []*boundRoute) []mesh.HTTPRule {
 	slices.SortFunc(routes, func(a, b *boundRoute) int {
 		return cmp.Or(a.fact.older(b.fact), cmp.Compare(a.nth, b.nth))
 	})
-	var all []routing.Rule
-	for _, b := range routes {
+	return inOrder(routes, func(b *boundRoute) []uint16 {
 		ports := x.portsOf(b)
 		if b.every && len(ports) == len(b.ports) {
 			ports = []uint16{0}
 		}
-		for _, port := range ports {
+		return ports
+	})
+}
+
+// inOrder merges the rules of routes, the oldest first, by the precedence of the Gateway API.
+func inOrder(routes []*boundRoute, ports func(*boundRoute) []uint16) []mesh.HTTPRule {
+	var all []routing.Rule
+	for _, b := range routes {
+		for _, port := range ports(b) {
 			for _, r := range b.rules {
 				r.Port, r.From = port, b.from
 				all = append(all, r)

@@ -186,6 +186,7 @@ func (x *Index) decidedAt(ns string, targets []policy.Target) (waypoints []mesh.
 			}
 		}
 	}
+	waypoints = append(waypoints, x.ingressTargets(ns, targets)...)
 	slices.SortFunc(waypoints, mesh.ServiceName.Compare)
 	slices.SortFunc(guards, mesh.PolicyName.Compare)
 	slices.Sort(without)

@@ -44,12 +44,13 @@ const (
 	HTTPRoute
 	GRPCRoute
 	ReferenceGrant
+	GatewayClass
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
-	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant",
+	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -114,9 +115,11 @@ type Update struct {
 	Namespaces map[string]*NamespaceState
 	Policies   map[PolicyKey]*PolicyState
 	Routes     map[RouteKey]*RouteState
+	Gateways   map[GatewayKey]*GatewayState // but for waypoints
 	Notices    map[NoticeKey]*Notice
 	APIServer  []netip.Prefix     // from where it calls, changed or not
 	Keys       []policy.KeySource // that are needed, changed or not
+	Secrets    []SecretKey        // that gateways need, changed or not
 }
 
 // source is an object that workloads are made from.
@@ -157,6 +160,7 @@ type Index struct {
 	callers      map[key]map[uint16]map[ref]struct{} // the same by Service and port
 
 	gatewayAPI
+	ingressAPI
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -220,6 +224,7 @@ func New(cfg Config) (*Index, error) {
 		gateways:        map[string]map[string]*gatewayFact{},
 		dirtyRoutes:     map[ref]struct{}{},
 		gatewayAPI:      newGatewayAPI(),
+		ingressAPI:      newIngressAPI(),
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -280,6 +285,9 @@ func (x *Index) Set(obj any) {
 		x.setRoutes(DestinationRule, x.destinations, keyOf(o), x.c.destinationRuleFactOf(o))
 	case *gatewayv1.Gateway:
 		x.setGateway(keyOf(o), gatewayFactOf(o))
+		x.setIngress(keyOf(o), ingressFactOf(o))
+	case *gatewayv1.GatewayClass:
+		x.setClass(o.Name, string(o.Spec.ControllerName))
 	case *gatewayv1.HTTPRoute:
 		x.setGatewayRoute(HTTPRoute, keyOf(o), x.c.httpRouteFactOf(o))
 	case *gatewayv1.GRPCRoute:
@@ -331,6 +339,9 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setRoutes(DestinationRule, x.destinations, k, nil)
 	case Gateway:
 		x.setGateway(k, nil)
+		x.setIngress(k, nil)
+	case GatewayClass:
+		x.setClass(name, "")
 	case HTTPRoute, GRPCRoute:
 		x.setGatewayRoute(kind, k, nil)
 	case ReferenceGrant:
@@ -349,6 +360,7 @@ func (x *Index) Commit() *Update {
 		Namespaces: map[string]*NamespaceState{},
 		Policies:   map[PolicyKey]*PolicyState{},
 		Routes:     map[RouteKey]*RouteState{},
+		Gateways:   map[GatewayKey]*GatewayState{},
 		Notices:    map[NoticeKey]*Notice{},
 	}
 	x.commitUDP()
@@ -357,6 +369,7 @@ func (x *Index) Commit() *Update {
 	b.SetConfig(cfg)
 	x.commitPolicies(b)
 	x.commitGatewayRoutes(u)
+	x.commitIngress(b, u)
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
 	x.commitExemptions(b) // after the workloads, which need them or no more
@@ -374,7 +387,7 @@ func (x *Index) Commit() *Update {
 	if b.Changed() {
 		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
 	}
-	u.Snapshot, u.APIServer, u.Keys = x.snapshot, x.apiServer, x.keySources()
+	u.Snapshot, u.APIServer, u.Keys, u.Secrets = x.snapshot, x.apiServer, x.keySources(), x.wantedSecrets()
 	return u
 }
 

@@ -78,6 +78,34 @@ func dump(x *Index) string {
 			line("  subset %s %v", s.Name, s.Labels)
 		}
 	}
+	for _, g := range slices.SortedFunc(s.Ingresses(), func(a, b *mesh.Ingress) int { return a.Name.Compare(b.Name) }) {
+		line("ingress %s", g.Name)
+		for _, l := range g.Listeners {
+			line("  listener %s port %d names %v tls %+v", l.Name, l.Port, l.Names, l.TLS)
+			for _, h := range l.Hosts {
+				line("    hosts %v misdirects %t", h.Names, h.Misdirects)
+				for _, r := range h.Rules {
+					line("      http %s matches %+v backends %+v invalid %q", r.Name, r.Matches, r.Backends, r.Invalid)
+				}
+			}
+		}
+		for _, c := range g.Certificates {
+			line("  certificate %s", c.Name)
+		}
+		for _, a := range g.Access {
+			line("  access %s action %d dry-run %t rules %+v", a.Name, a.Action, a.DryRun, a.Rules)
+		}
+	}
+	for _, k := range slices.SortedFunc(maps.Keys(x.gatewayStates), compareKeys) {
+		g := x.gatewayStates[k]
+		line("gateway %s accepted %+v", k, g.Accepted)
+		for _, l := range g.Listeners {
+			line("  listener %s attached %d accepted %+v resolved %+v conflicted %+v", l.Name, l.Attached, l.Accepted, l.Resolved, l.Conflicted)
+			for _, kind := range l.Kinds {
+				line("    takes %s", kind.Kind)
+			}
+		}
+	}
 	for _, p := range slices.SortedFunc(s.Policies(), func(a, b *mesh.Policy) int { return a.Name.Compare(b.Name) }) {
 		line("policy %s scope %d action %d dry-run %t", p.Name, p.Scope, p.Action, p.DryRun)
 		for _, r := range p.Rules {
@@ -203,6 +231,8 @@ func decode(t testing.TB, doc string) any {
 		obj = &networkingv1.DestinationRule{}
 	case "Gateway":
 		obj = &gatewayv1.Gateway{}
+	case "GatewayClass":
+		obj = &gatewayv1.GatewayClass{}
 	case "HTTPRoute":
 		obj = &gatewayv1.HTTPRoute{}
 	case "GRPCRoute":
@@ -279,7 +309,7 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 			t.Fatal(err)
 		}
 		objects := world{}
-		seen := seenUpdates{map[string]*LocalPod{}, map[string]*NamespaceState{}, map[PolicyKey]*PolicyState{}, map[RouteKey]*RouteState{}, map[NoticeKey]*Notice{}}
+		seen := seenUpdates{map[string]*LocalPod{}, map[string]*NamespaceState{}, map[PolicyKey]*PolicyState{}, map[RouteKey]*RouteState{}, map[GatewayKey]*GatewayState{}, map[NoticeKey]*Notice{}}
 		known := rapid.IntRange(0, 45).Draw(t, "NetworkPolicies are read")
 		for i := range rapid.IntRange(1, 40).Draw(t, "events") {
 			if i == known {
@@ -325,6 +355,13 @@ func TestIncrementalEqualsFromScratch(t *testing.T) {
 		if d := gocmp.Diff(x.routeStates, seen.routes); d != "" {
 			t.Fatalf("the Updates do not add up to the states of routes: %s", d)
 		}
+		gateways := map[GatewayKey]*GatewayState{}
+		for k, s := range x.gatewayStates {
+			gateways[GatewayKey(k)] = s
+		}
+		if d := gocmp.Diff(gateways, seen.gateways); d != "" {
+			t.Fatalf("the Updates do not add up to the states of gateways: %s", d)
+		}
 		if d := gocmp.Diff(x.notices, seen.notices); d != "" {
 			t.Fatalf("the Updates do not add up to the notices: %s", d)
 		}
@@ -336,6 +373,7 @@ type seenUpdates struct {
 	namespaces map[string]*NamespaceState
 	policies   map[PolicyKey]*PolicyState
 	routes     map[RouteKey]*RouteState
+	gateways   map[GatewayKey]*GatewayState
 	notices    map[NoticeKey]*Notice
 }
 
@@ -344,6 +382,7 @@ func (s *seenUpdates) take(u *Update) {
 	overlay(s.namespaces, u.Namespaces)
 	overlay(s.policies, u.Policies)
 	overlay(s.routes, u.Routes)
+	overlay(s.gateways, u.Gateways)
 	overlay(s.notices, u.Notices)
 }
 
@@ -382,6 +421,11 @@ var podLabels = []map[string]string{
 func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 	core, service := gatewayv1.Group(""), gatewayv1.Kind("Service")
 	for range rapid.IntRange(1, 2).Draw(t, "parents") {
+		if rapid.Bool().Draw(t, "at a gateway") {
+			ns := pick(t, "gateway's namespace", gatewayv1.Namespace("a"), "b")
+			out = append(out, gatewayv1.ParentReference{Name: pick(t, "gateway", gatewayv1.ObjectName("w"), "w1"), Namespace: &ns})
+			continue
+		}
 		p := gatewayv1.ParentReference{Group: &core, Kind: &service, Name: pick(t, "parent", gatewayv1.ObjectName("s0"), "s1")}
 		if ns := pick(t, "parent's namespace", gatewayv1.Namespace(""), "b"); ns != "" {
 			p.Namespace = &ns
@@ -396,7 +440,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+6).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+7).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -414,8 +458,14 @@ func drawObject(t *rapid.T) (ref, any) {
 	case Gateway:
 		g := &gatewayv1.Gateway{ObjectMeta: drawMeta(t, "name", "w", "w1")}
 		g.Labels = pick(t, "labels", nil, map[string]string{labelWaypointFor: "none"}, map[string]string{labelWaypointFor: "all"})
-		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(waypointClass), "istio")
+		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(waypointClass), "istio", "ours")
+		mustYAML(t, pick(t, "listeners", `{listeners: [{name: any, port: 80, protocol: HTTP}, {name: x, port: 443, protocol: HTTP, hostname: "*.x", allowedRoutes: {namespaces: {from: All}}}]}`,
+			`{listeners: [{name: any, port: 80, protocol: HTTP, hostname: a.x, allowedRoutes: {namespaces: {from: Selector, selector: {matchLabels: {istio.io/dataplane-mode: ambient}}}}}, {name: s, port: 443, protocol: HTTPS, tls: {certificateRefs: [{name: c, namespace: b}]}}]}`), &g.Spec)
 		return ref{kind, keyOf(g)}, g
+	case GatewayClass:
+		c := &gatewayv1.GatewayClass{ObjectMeta: metav1.ObjectMeta{Name: "ours"}}
+		c.Spec.ControllerName = pick(t, "controller", gatewayv1.GatewayController(IngressController), "other.example/controller")
+		return ref{kind, keyOf(c)}, c
 	case HTTPRoute:
 		r := &gatewayv1.HTTPRoute{ObjectMeta: drawMeta(t, "name", "r0", "r1")}
 		r.Spec.ParentRefs = drawParents(t)

@@ -231,6 +231,13 @@ func (x *Index) touchTarget(ns string, t policy.Target) {
 			}
 		}
 	case policy.TargetGateway, policy.TargetGatewayClass:
+		for _, all := range x.ingresses {
+			for _, f := range all {
+				if x.targetsIngress(ns, t, f) {
+					x.dirtyIngress[f.key] = struct{}{}
+				}
+			}
+		}
 		x.touchWaypoint(func(k key) bool {
 			return k != key{} && (t.Kind == policy.TargetGatewayClass || k == key{ns, t.Name})
 		})

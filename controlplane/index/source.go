@@ -57,6 +57,7 @@ type Source struct {
 	mu      sync.Mutex
 	changed map[ref]cache.Store           // what changed, and where its state is
 	keys    map[policy.KeySource]KeyState // that were fetched since
+	secrets map[SecretKey]*SecretState    // that changed since
 	wake    chan struct{}
 }
 
@@ -124,6 +125,10 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer { return f.Networking().V1().DestinationRules().Informer() }},
 	{Gateway, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "gateways"},
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().Gateways().Informer() }},
+	{GatewayClass, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "gatewayclasses"},
+		func(f factories) cache.SharedIndexInformer {
+			return f.gateways.Gateway().V1().GatewayClasses().Informer()
+		}},
 	{HTTPRoute, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "httproutes"},
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().HTTPRoutes().Informer() }},
 	{GRPCRoute, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "grpcroutes"},
@@ -363,13 +368,30 @@ func (s *Source) SetKeys(k policy.KeySource, state KeyState) {
 	}
 }
 
+// SetSecret tells what a Secret holds that an Update asked for; nil where there is none.
+func (s *Source) SetSecret(k SecretKey, state *SecretState) {
+	s.mu.Lock()
+	if s.secrets == nil {
+		s.secrets = map[SecretKey]*SecretState{}
+	}
+	s.secrets[k] = state
+	s.mu.Unlock()
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
 func (s *Source) commit() *Update {
 	s.mu.Lock()
 	changed := s.changed
 	s.changed = map[ref]cache.Store{}
-	keys := s.keys
-	s.keys = nil
+	keys, secrets := s.keys, s.secrets
+	s.keys, s.secrets = nil, nil
 	s.mu.Unlock()
+	for k, state := range secrets {
+		s.index.SetSecret(k, state)
+	}
 	for k, state := range keys {
 		s.index.SetKeys(k, state)
 	}
@@ -392,7 +414,8 @@ func strip(obj any) (any, error) {
 	case *corev1.Namespace:
 		o.ManagedFields, o.Finalizers, o.Spec = nil, nil, corev1.NamespaceSpec{}
 	case *corev1.Service:
-		o.ManagedFields, o.Finalizers, o.OwnerReferences, o.Status = nil, nil, nil, corev1.ServiceStatus{}
+		o.ManagedFields, o.Finalizers, o.OwnerReferences = nil, nil, nil
+		o.Status = corev1.ServiceStatus{LoadBalancer: o.Status.LoadBalancer}
 	case *discoveryv1.EndpointSlice:
 		o.ManagedFields, o.OwnerReferences, o.Annotations = nil, nil, nil
 	case *corev1.Node:
@@ -424,6 +447,8 @@ func strip(obj any) (any, error) {
 	case *networkingv1.DestinationRule:
 		o.ManagedFields = nil
 	case *gatewayv1.Gateway:
+		o.ManagedFields = nil
+	case *gatewayv1.GatewayClass:
 		o.ManagedFields = nil
 	case *gatewayv1.HTTPRoute:
 		o.ManagedFields = nil

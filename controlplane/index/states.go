@@ -137,7 +137,7 @@ func (x *Index) misses(ns string, targets []policy.Target, s *PolicyState) {
 				missing = append(missing, t.String())
 			}
 		case policy.TargetGatewayClass:
-			if ns != x.c.RootNamespace || t.Name != waypointClass {
+			if ns != x.c.RootNamespace || t.Name != waypointClass && x.classes[t.Name] != IngressController {
 				useless = append(useless, t.String())
 			}
 		case policy.TargetUnknown:

@@ -40,19 +40,48 @@ func (s *Source) WaypointWishes() []WaypointWish {
 	return out
 }
 
-// Waypoints lists the Gateways of the class for waypoints as the watch has them now; false where they are not read.
-func (s *Source) Waypoints() ([]*gatewayv1.Gateway, bool) {
+// OurGateways lists the Gateways of our classes, waypoints among them, as the watch has them now; false where they are not
+// read.
+func (s *Source) OurGateways() ([]*gatewayv1.Gateway, bool) {
 	store, ok := s.stores.Load(Gateway)
 	if !ok {
 		return nil, false
 	}
+	ours := map[gatewayv1.ObjectName]bool{waypointClass: true, IngressClass: true}
+	for _, c := range s.Classes() {
+		ours[gatewayv1.ObjectName(c.Name)] = true
+	}
 	var out []*gatewayv1.Gateway
 	for _, o := range store.(cache.Store).List() {
-		if g, ok := o.(*gatewayv1.Gateway); ok && g.Spec.GatewayClassName == waypointClass {
+		if g, ok := o.(*gatewayv1.Gateway); ok && ours[g.Spec.GatewayClassName] {
 			out = append(out, g)
 		}
 	}
 	return out, true
+}
+
+// Balanced is where a load balancer takes what is for a Service, as the watch has it now.
+func (s *Source) Balanced(namespace, name string) []corev1.LoadBalancerIngress {
+	o, _ := s.Object(Service, namespace, name)
+	if svc, ok := o.(*corev1.Service); ok {
+		return svc.Status.LoadBalancer.Ingress
+	}
+	return nil
+}
+
+// Classes lists the GatewayClasses for gateways that this control plane is the controller of.
+func (s *Source) Classes() []*gatewayv1.GatewayClass {
+	store, ok := s.stores.Load(GatewayClass)
+	if !ok {
+		return nil
+	}
+	var out []*gatewayv1.GatewayClass
+	for _, o := range store.(cache.Store).List() {
+		if c, ok := o.(*gatewayv1.GatewayClass); ok && c.Spec.ControllerName == IngressController && c.Name != waypointClass {
+			out = append(out, c)
+		}
+	}
+	return out
 }
 
 // IsWaypoint reports whether there is a Gateway of that name and class.

@@ -21,7 +21,7 @@ import (
 )
 
 // RouteController is under which name conditions of routes are written: Istio's, which tools look for.
-const RouteController gatewayv1.GatewayController = "istio.io/gateway-controller"
+const RouteController gatewayv1.GatewayController = index.IngressController
 
 // conditionPartly is the Gateway API's condition on routes of which some rules are not followed.
 const conditionPartly = string(gatewayv1.RouteConditionPartiallyInvalid)
@@ -43,7 +43,7 @@ type RoutesConfig struct {
 	Metrics prometheus.Registerer
 }
 
-// Routes writes on routes of the Gateway API what has become of them at each Service that they are attached to.
+// Routes writes on routes of the Gateway API what has become of them at each Service and Gateway that they are attached to.
 type Routes struct {
 	cfg    RoutesConfig
 	writes *prometheus.CounterVec
@@ -147,12 +147,12 @@ func (r *Routes) reconcile(ctx context.Context, queue toWrite[index.RouteKey], l
 	r.writes.WithLabelValues(result).Inc()
 }
 
-// routeStatus is what a route is to say of its parents. What others say, and what is said of other kinds of parents, stays.
+// routeStatus is what a route is to say of its parents. What others say stays.
 func routeStatus(o RouteObject, s *index.RouteState, now metav1.Time) (parents []gatewayv1.RouteParentStatus, changed bool) {
 	parents = []gatewayv1.RouteParentStatus{}
 	had := map[int]gatewayv1.RouteParentStatus{}
 	for _, p := range o.Parents {
-		if p.ControllerName != RouteController || !ofService(p.ParentRef) {
+		if p.ControllerName != RouteController {
 			parents = append(parents, p)
 			continue
 		}
@@ -202,10 +202,6 @@ func clipped(s string) string {
 		return string(r[:most-1]) + "…"
 	}
 	return s
-}
-
-func ofService(p gatewayv1.ParentReference) bool {
-	return p.Group != nil && *p.Group == "" && p.Kind != nil && *p.Kind == "Service"
 }
 
 // RouteObjects is Object of RoutesConfig on what the index reads.

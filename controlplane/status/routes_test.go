@@ -25,7 +25,7 @@ func routeParent(name string) gatewayv1.ParentReference {
 func TestRouteStatus(t *testing.T) {
 	then, now := metav1.NewTime(time.Unix(1, 0)), metav1.NewTime(time.Unix(2, 0))
 	o := RouteObject{UID: "u", Generation: 3, Parents: []gatewayv1.RouteParentStatus{
-		{ParentRef: gatewayv1.ParentReference{Name: "gw"}, ControllerName: RouteController},
+		{ParentRef: gatewayv1.ParentReference{Name: "gw"}, ControllerName: RouteController}, // of a class that is ours no more
 		{ParentRef: routeParent("ui"), ControllerName: "other.example/controller"},
 		{ParentRef: routeParent("gone"), ControllerName: RouteController},
 		{ParentRef: routeParent("ui"), ControllerName: RouteController, Conditions: []metav1.Condition{
@@ -36,10 +36,10 @@ func TestRouteStatus(t *testing.T) {
 		{Ref: routeParent("new"), Accepted: routing.Verdict{Reason: "NoWaypoint", Message: "it has no effect"}, Partly: routing.Verdict{Reason: "UnsupportedValue", Message: "rules[0]: odd"}},
 	}}
 	got, changed := routeStatus(o, s, now)
-	if !changed || len(got) != 4 || got[0].ParentRef.Name != "gw" || got[1].ControllerName != "other.example/controller" {
+	if !changed || len(got) != 3 || got[0].ControllerName != "other.example/controller" {
 		t.Fatalf("changed %t: %+v", changed, got)
 	}
-	ui, fresh := got[2].Conditions, got[3].Conditions
+	ui, fresh := got[1].Conditions, got[2].Conditions
 	accepted := meta.FindStatusCondition(ui, "Accepted")
 	if accepted == nil || accepted.Status != "True" || accepted.ObservedGeneration != 3 || !accepted.LastTransitionTime.Equal(&then) {
 		t.Errorf("Accepted %+v: it held before", accepted)

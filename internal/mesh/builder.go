@@ -20,6 +20,7 @@ type Builder struct {
 	workloads map[string]struct{}
 	services  map[ServiceName]struct{}
 	policies  map[PolicyName]struct{}
+	ingresses map[ServiceName]struct{}
 	nets      bool
 
 	// Endpoint sets, node lists and policy lists that are being edited. A nil value is a removal.
@@ -44,6 +45,7 @@ func (b *Builder) reset() {
 	b.workloads = make(map[string]struct{})
 	b.services = make(map[ServiceName]struct{})
 	b.policies = make(map[PolicyName]struct{})
+	b.ingresses = make(map[ServiceName]struct{})
 	b.endpoints = make(map[ServiceName]map[string]*endpoint)
 	b.nodes = make(map[string]map[string]*member)
 	b.scopes = make(map[string]map[PolicyName]*Policy)
@@ -306,6 +308,9 @@ func (b *Builder) Commit(rev uint64) *Snapshot {
 	}
 	for n := range b.policies {
 		b.next.Policy(n).Revision = rev
+	}
+	for n := range b.ingresses {
+		b.next.Ingress(n).Revision = rev
 	}
 	for name, edits := range b.endpoints {
 		var old []endpoint

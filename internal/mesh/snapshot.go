@@ -42,8 +42,9 @@ type Snapshot struct {
 	workloads pmap[string, *member]
 	services  pmap[ServiceName, *Service]
 	policies  pmap[PolicyName, *Policy]
+	ingresses pmap[ServiceName, *Ingress]
 
-	// Indexes. Each is a function of the three maps above, but for workloads that share an address, see
+	// Indexes. Each is a function of the first three maps above, but for workloads that share an address, see
 	// Builder.PutWorkload.
 	addrs     pmap[NetAddr, *addrMembers]
 	vips      pmap[NetAddr, *vipServices]

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -37,7 +38,7 @@ func TestEnvoyLoadsGoldens(t *testing.T) {
 type object = map[string]any
 
 // goldenFile is a waypoint's resources.
-type goldenFile struct{ Listeners, Routes, Clusters, Endpoints, Extensions []object }
+type goldenFile struct{ Listeners, Routes, Clusters, Endpoints, Extensions, Secrets []object }
 
 // static puts what is fetched where Envoy has it from the beginning: endpoints in the clusters, and route tables and filters
 // by name.
@@ -90,16 +91,41 @@ func placed(t *testing.T, b []byte) []byte {
 	}
 	clusters, routes, extensions := static(t, g)
 	inline(t, g.Listeners, routes, extensions)
+	inlineSecrets(t, g.Listeners, g.Secrets)
 	out, err := json.Marshal(object{
 		"node": object{"id": "test", "cluster": "test"},
 		"bootstrap_extensions": []any{object{"name": "envoy.bootstrap.internal_listener", "typed_config": object{
 			"@type": "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener"}}},
-		"static_resources": object{"listeners": g.Listeners, "clusters": clusters},
+		"static_resources": object{"listeners": g.Listeners, "clusters": clusters, "secrets": g.Secrets},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return out
+}
+
+// inlineSecrets has what comes from the control plane be there.
+func inlineSecrets(t *testing.T, v any, secrets []object) {
+	switch v := v.(type) {
+	case []object:
+		for _, e := range v {
+			inlineSecrets(t, e, secrets)
+		}
+	case []any:
+		for _, e := range v {
+			inlineSecrets(t, e, secrets)
+		}
+	case object:
+		if source, ok := v["sdsConfig"].(object); ok && source["ads"] != nil {
+			if !slices.ContainsFunc(secrets, func(s object) bool { return s["name"] == v["name"] }) {
+				t.Errorf("there is no secret %v", v["name"])
+			}
+			delete(v, "sdsConfig")
+		}
+		for _, e := range v {
+			inlineSecrets(t, e, secrets)
+		}
+	}
 }
 
 // inline replaces references to route tables and filters by what they refer to.

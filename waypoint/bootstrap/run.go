@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"strconv"
@@ -223,9 +224,9 @@ func (p *waypointProcess) get(ctx context.Context, path string) (*http.Response,
 	return p.client.Do(req)
 }
 
-// active is how many requests of clients' tunnels are open.
+// active is how much of what clients have begun is open: requests of their tunnels, or a gateway's requests and connections.
 func (p *waypointProcess) active(ctx context.Context) (int, error) {
-	res, err := p.get(ctx, "/stats?filter=^http.connect_terminate.downstream_rq_active$")
+	res, err := p.get(ctx, "/stats?filter="+url.QueryEscape(`^(http\.(connect_terminate|ingress\|.*)\.downstream_rq_active|tcp\.ingress\|.*\.downstream_cx_active)$`))
 	if err != nil {
 		return 0, err
 	}
@@ -234,8 +235,20 @@ func (p *waypointProcess) active(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	_, v, _ := strings.Cut(strings.TrimSpace(string(b)), ": ")
-	return strconv.Atoi(v)
+	return sum(string(b))
+}
+
+// sum adds up the values of statistics.
+func sum(stats string) (total int, err error) {
+	for line := range strings.Lines(stats) {
+		_, v, _ := strings.Cut(strings.TrimSpace(line), ": ")
+		n, err := strconv.Atoi(v)
+		if err != nil {
+			return 0, fmt.Errorf("statistic %q: %w", line, err)
+		}
+		total += n
+	}
+	return total, nil
 }
 
 // status answers the kubelet's probe.

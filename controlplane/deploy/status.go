@@ -1,0 +1,168 @@
+package deploy
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/routing"
+)
+
+// ingressVerdict says whether a gateway can be made.
+func ingressVerdict(g *gatewayv1.Gateway, s *index.GatewayState) (reason gatewayv1.GatewayConditionReason, message string) {
+	if !s.Accepted.OK() {
+		return gatewayv1.GatewayConditionReason(s.Accepted.Reason), s.Accepted.Message
+	}
+	switch v := g.Annotations[annotationType]; corev1.ServiceType(v) {
+	case "", corev1.ServiceTypeLoadBalancer, corev1.ServiceTypeNodePort, corev1.ServiceTypeClusterIP:
+	default:
+		return gatewayv1.GatewayReasonInvalidParameters, fmt.Sprintf("the annotation %s has the value %q; use LoadBalancer, NodePort or ClusterIP", annotationType, v)
+	}
+	return gatewayv1.GatewayReasonAccepted, "the gateway is made as the Deployment " + nameOf(g)
+}
+
+// address is one at which a Gateway is reached.
+type address struct {
+	kind  gatewayv1.AddressType
+	value string
+}
+
+// addresses are those of a Gateway, and how many pods are ready behind it.
+func (d *Deployer) addresses(g *gatewayv1.Gateway, accepted bool) (out []address, ready int) {
+	virtual, ready := d.State(g.Namespace, nameOf(g))
+	kind := corev1.ServiceType(g.Annotations[annotationType])
+	if isWaypoint(g) || kind == corev1.ServiceTypeClusterIP || kind == corev1.ServiceTypeNodePort {
+		for _, v := range virtual {
+			out = append(out, address{gatewayv1.IPAddressType, v})
+		}
+		return out, ready
+	}
+	if !accepted || len(virtual) == 0 { // not made yet
+		return nil, ready
+	}
+	for _, i := range d.Balanced(g.Namespace, nameOf(g)) {
+		switch {
+		case i.IP != "":
+			out = append(out, address{gatewayv1.IPAddressType, i.IP})
+		case i.Hostname != "":
+			out = append(out, address{gatewayv1.HostnameAddressType, i.Hostname})
+		}
+	}
+	return out, ready
+}
+
+// tell writes the status where it differs from what is there.
+func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.GatewayState, reason gatewayv1.GatewayConditionReason, message, failed string) {
+	accepted := reason == gatewayv1.GatewayReasonAccepted
+	addresses, ready := d.addresses(g, accepted)
+	programmed := condition(string(gatewayv1.GatewayConditionProgrammed), true, string(gatewayv1.GatewayReasonProgrammed),
+		fmt.Sprintf("%d of its pods are ready", ready), g.Generation)
+	switch {
+	case !accepted:
+		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonInvalid), message, g.Generation)
+	case failed != "":
+		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonPending), failed, g.Generation)
+	case len(addresses) == 0:
+		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonAddressNotAssigned), "its Service has no address yet", g.Generation)
+	case ready == 0:
+		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonPending), "none of its pods is ready; connections that need it are refused until one is", g.Generation)
+	}
+	acceptedNow := condition(string(gatewayv1.GatewayConditionAccepted), accepted, string(reason), message, g.Generation)
+	if state != nil && accepted {
+		if bad := invalidListeners(state); bad != "" { // what of it can be served is
+			acceptedNow.Reason, acceptedNow.Message = string(gatewayv1.GatewayReasonListenersNotValid), "not all of its listeners can be served: "+bad
+		}
+	}
+	status := g.Status.DeepCopy()
+	changed := meta.SetStatusCondition(&status.Conditions, acceptedNow)
+	changed = meta.SetStatusCondition(&status.Conditions, programmed) || changed
+	next := []gatewayv1.GatewayStatusAddress{}
+	for _, a := range addresses {
+		next = append(next, gatewayv1.GatewayStatusAddress{Type: &a.kind, Value: a.value})
+	}
+	changed = changed || !slices.EqualFunc(status.Addresses, next, func(a, b gatewayv1.GatewayStatusAddress) bool { return a.Value == b.Value })
+	listeners := []gatewayv1.ListenerStatus{}
+	for i, l := range g.Spec.Listeners {
+		s := gatewayv1.ListenerStatus{Name: l.Name, SupportedKinds: []gatewayv1.RouteGroupKind{}}
+		var was gatewayv1.ListenerStatus
+		if i < len(status.Listeners) && status.Listeners[i].Name == l.Name {
+			was = status.Listeners[i]
+			s.Conditions = was.Conditions
+		} else {
+			changed = true
+		}
+		for _, c := range listenerConditions(g, state, i, acceptedNow, programmed) {
+			changed = meta.SetStatusCondition(&s.Conditions, c) || changed
+		}
+		if state != nil {
+			s.SupportedKinds, s.AttachedRoutes = state.Listeners[i].Kinds, state.Listeners[i].Attached
+			changed = changed || was.AttachedRoutes != s.AttachedRoutes || len(was.SupportedKinds) != len(s.SupportedKinds)
+		}
+		listeners = append(listeners, s)
+	}
+	if !changed && len(status.Listeners) == len(listeners) {
+		return
+	}
+	err := merge(object{"metadata": object{"resourceVersion": g.ResourceVersion}, "status": object{
+		"conditions": status.Conditions, "addresses": next, "listeners": listeners,
+	}}, func(b []byte, o metav1.PatchOptions) error {
+		_, err := d.Gateways.GatewayV1().Gateways(g.Namespace).Patch(ctx, g.Name, types.MergePatchType, b, o, "status")
+		return err
+	})
+	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+		d.Log.Warn("status of a Gateway not written", "namespace", g.Namespace, "gateway", g.Name, "error", err)
+	}
+}
+
+func invalidListeners(s *index.GatewayState) string {
+	var bad []string
+	for i := range s.Listeners {
+		if !s.Listeners[i].Programmed() {
+			bad = append(bad, string(s.Listeners[i].Name))
+		}
+	}
+	return strings.Join(bad, ", ")
+}
+
+// listenerConditions are those of one listener; a waypoint's are the waypoint's.
+func listenerConditions(g *gatewayv1.Gateway, state *index.GatewayState, i int, accepted, programmed metav1.Condition) []metav1.Condition {
+	if state == nil {
+		return []metav1.Condition{
+			condition("Accepted", accepted.Status == metav1.ConditionTrue, accepted.Reason, accepted.Message, g.Generation),
+			condition("Programmed", programmed.Status == metav1.ConditionTrue, programmed.Reason, programmed.Message, g.Generation),
+			condition("ResolvedRefs", true, "ResolvedRefs", "it refers to nothing", g.Generation),
+		}
+	}
+	s := &state.Listeners[i]
+	is := func(kind gatewayv1.ListenerConditionType, fine gatewayv1.ListenerConditionReason, text string, v routing.Verdict) metav1.Condition {
+		if v.OK() {
+			return condition(string(kind), true, string(fine), text, g.Generation)
+		}
+		return condition(string(kind), false, v.Reason, v.Message, g.Generation)
+	}
+	out := []metav1.Condition{
+		is(gatewayv1.ListenerConditionAccepted, gatewayv1.ListenerReasonAccepted, "the listener is valid", s.Accepted),
+		is(gatewayv1.ListenerConditionResolvedRefs, gatewayv1.ListenerReasonResolvedRefs, "all references are resolved", s.Resolved),
+		condition(string(gatewayv1.ListenerConditionConflicted), false, string(gatewayv1.ListenerReasonNoConflicts), "no other listener is in its way", g.Generation),
+	}
+	if !s.Conflicted.OK() {
+		out[0] = condition(string(gatewayv1.ListenerConditionAccepted), false, s.Conflicted.Reason, s.Conflicted.Message, g.Generation)
+		out[2] = condition(string(gatewayv1.ListenerConditionConflicted), true, s.Conflicted.Reason, s.Conflicted.Message, g.Generation)
+	}
+	switch {
+	case !s.Programmed():
+		out = append(out, condition("Programmed", false, string(gatewayv1.ListenerReasonInvalid), "it is not served, for what its other conditions say", g.Generation))
+	default:
+		out = append(out, condition("Programmed", programmed.Status == metav1.ConditionTrue, programmed.Reason, programmed.Message, g.Generation))
+	}
+	return out
+}

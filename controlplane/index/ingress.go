@@ -1,0 +1,499 @@
+package index
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/controlplane/routing"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// Gateways for clients from outside the mesh: those of a class that this control plane is the controller of, but for the
+// class of waypoints.
+
+// Names of Istio's, by which tools find gateways.
+const (
+	IngressClass      = "istio"
+	IngressController = "istio.io/gateway-controller"
+
+	annotationNameOverride = "gateway.istio.io/name-override"
+)
+
+// IngressName is the name of what is made for a Gateway: its Deployment, its Service and its service account.
+func IngressName(g *gatewayv1.Gateway) string {
+	return cmp.Or(g.Annotations[annotationNameOverride], g.Name+"-"+string(g.Spec.GatewayClassName))
+}
+
+// GatewayKey names a Gateway.
+type GatewayKey struct{ Namespace, Name string }
+
+// GatewayState is what has become of a Gateway as far as the index knows: whether there are pods, others do.
+type GatewayState struct {
+	UID        string
+	Generation int64
+	Accepted   routing.Verdict
+	Listeners  []ListenerState // as many as the Gateway has
+}
+
+// ListenerState is one listener of it.
+type ListenerState struct {
+	Name                           gatewayv1.SectionName
+	Kinds                          []gatewayv1.RouteGroupKind
+	Attached                       int32 // routes
+	Accepted, Resolved, Conflicted routing.Verdict
+}
+
+// Programmed reports whether a listener is served: also one that asks for routes of some kinds that there are not.
+func (l *ListenerState) Programmed() bool {
+	resolved := l.Resolved.OK() || l.Resolved.Reason == string(gatewayv1.ListenerReasonInvalidRouteKinds) && len(l.Kinds) > 0
+	return l.Accepted.OK() && resolved && l.Conflicted.OK()
+}
+
+// ingressFact is a Gateway.
+type ingressFact struct {
+	key
+	uid        string
+	generation int64
+	class      string
+	name       string // of its pods
+	accepted   routing.Verdict
+	listeners  []ingressListener
+}
+
+// ingressListener is what a listener says.
+type ingressListener struct {
+	name       gatewayv1.SectionName
+	port       uint16
+	protocol   gatewayv1.ProtocolType
+	host       string // "" for any
+	kinds      []gatewayv1.RouteGroupKind
+	from       gatewayv1.FromNamespaces
+	namespaces labels.Selector
+	refs       []gatewayv1.SecretObjectReference
+	passes     bool // TLS goes on as it comes
+
+	accepted, resolved, conflicted routing.Verdict
+}
+
+// ingressAPI is what the index has of gateways.
+type ingressAPI struct {
+	ingresses    map[string]map[string]*ingressFact
+	classes      map[string]string // class → controller
+	secrets      map[key]*SecretState
+	dirtyIngress map[key]struct{}
+
+	routesOf map[key]map[ref]struct{} // by the Gateway that they name
+
+	// What was derived at the last Commit.
+	gatewayStates  map[key]*GatewayState
+	routesAttached map[key]map[*boundRoute]struct{} // that are attached
+	ingressNames   map[key]mesh.ServiceName
+}
+
+func newIngressAPI() ingressAPI {
+	return ingressAPI{
+		ingresses: map[string]map[string]*ingressFact{}, classes: map[string]string{IngressClass: IngressController}, secrets: map[key]*SecretState{},
+		dirtyIngress: map[key]struct{}{}, routesOf: map[key]map[ref]struct{}{}, gatewayStates: map[key]*GatewayState{},
+		routesAttached: map[key]map[*boundRoute]struct{}{}, ingressNames: map[key]mesh.ServiceName{},
+	}
+}
+
+// reservedPorts are a gateway's own.
+var reservedPorts = []uint16{15000, 15020, 15021}
+
+// routeKinds are the kinds of routes that a protocol takes.
+func routeKinds(l *ingressListener) []gatewayv1.Kind {
+	switch l.protocol {
+	case gatewayv1.HTTPProtocolType, gatewayv1.HTTPSProtocolType:
+		return []gatewayv1.Kind{"HTTPRoute", "GRPCRoute"}
+	}
+	return nil
+}
+
+func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
+	if g.Spec.GatewayClassName == waypointClass {
+		return nil
+	}
+	f := &ingressFact{key: keyOf(g), uid: string(g.UID), generation: g.Generation, class: string(g.Spec.GatewayClassName), name: IngressName(g)}
+	for _, a := range g.Spec.Addresses {
+		if a.Value != "" {
+			f.accepted = verdict(gatewayv1.GatewayReasonUnsupportedAddress, "addresses cannot be asked for: that of the Service "+f.name+" is the Gateway's")
+		}
+	}
+	if i := g.Spec.Infrastructure; i != nil && i.ParametersRef != nil {
+		f.accepted = verdict(gatewayv1.GatewayReasonInvalidParameters, "infrastructure.parametersRef is not supported")
+	}
+	type at struct {
+		port uint16
+		host string
+	}
+	taken, protocols := map[at]gatewayv1.SectionName{}, map[uint16]*ingressListener{}
+	for i := range g.Spec.Listeners {
+		l := listenerOf(&g.Spec.Listeners[i])
+		if l.accepted.OK() {
+			first, k := protocols[l.port], at{l.port, l.host}
+			other, same := taken[k]
+			switch {
+			case first != nil && family(first) != family(&l):
+				l.conflicted = verdict(gatewayv1.ListenerReasonProtocolConflict, fmt.Sprintf("listener %s has port %d with protocol %s", first.name, l.port, first.protocol))
+			case same:
+				l.conflicted = verdict(gatewayv1.ListenerReasonHostnameConflict, fmt.Sprintf("listener %s has port %d and the same hostname", other, l.port))
+			default:
+				taken[k] = l.name
+				if first == nil {
+					protocols[l.port] = &l
+				}
+			}
+		}
+		f.listeners = append(f.listeners, l)
+	}
+	return f
+}
+
+// family is what can share a port.
+func family(l *ingressListener) string {
+	if l.protocol == gatewayv1.HTTPSProtocolType || l.protocol == gatewayv1.TLSProtocolType {
+		return "TLS"
+	}
+	return string(l.protocol)
+}
+
+func verdict[R ~string](reason R, message string) routing.Verdict {
+	return routing.Verdict{Reason: string(reason), Message: message}
+}
+
+func listenerOf(s *gatewayv1.Listener) ingressListener {
+	l := ingressListener{
+		name: s.Name, port: uint16(s.Port), protocol: s.Protocol, host: strings.ToLower(string(deref(s.Hostname, ""))),
+		from: gatewayv1.NamespacesFromSame, namespaces: labels.Nothing(),
+	}
+	if s.TLS != nil {
+		l.refs = s.TLS.CertificateRefs
+		l.passes = deref(s.TLS.Mode, gatewayv1.TLSModeTerminate) == gatewayv1.TLSModePassthrough
+	}
+	kinds := routeKinds(&l)
+	for _, k := range kinds {
+		l.kinds = append(l.kinds, routeKind(k))
+	}
+	if a := s.AllowedRoutes; a != nil {
+		if n := a.Namespaces; n != nil {
+			l.from = deref(n.From, gatewayv1.NamespacesFromSame)
+			if n.Selector != nil {
+				if sel, err := metav1.LabelSelectorAsSelector(n.Selector); err == nil {
+					l.namespaces = sel
+				}
+			}
+		}
+		if len(a.Kinds) > 0 {
+			l.kinds = []gatewayv1.RouteGroupKind{}
+			for _, k := range a.Kinds {
+				if deref(k.Group, gatewayv1.GroupName) == gatewayv1.GroupName && slices.Contains(kinds, k.Kind) {
+					l.kinds = append(l.kinds, routeKind(k.Kind))
+				} else {
+					l.resolved = verdict(gatewayv1.ListenerReasonInvalidRouteKinds, "routes of kind "+string(k.Kind)+" cannot be attached to a listener with protocol "+string(l.protocol))
+				}
+			}
+		}
+	}
+	switch {
+	case len(kinds) == 0:
+		l.accepted = verdict(gatewayv1.ListenerReasonUnsupportedProtocol, "protocol "+string(s.Protocol)+" is not supported; HTTP and HTTPS are")
+	case slices.Contains(reservedPorts, l.port):
+		l.accepted = verdict(gatewayv1.ListenerReasonPortUnavailable, "port "+strconv.Itoa(int(l.port))+" is the gateway's own")
+	case l.protocol == gatewayv1.HTTPSProtocolType && l.passes:
+		l.resolved = verdict(gatewayv1.ListenerReasonInvalidCertificateRef, "tls.mode is Passthrough, with which there are no requests to route; use Terminate")
+	case l.protocol == gatewayv1.HTTPSProtocolType && len(l.refs) == 0:
+		l.resolved = verdict(gatewayv1.ListenerReasonInvalidCertificateRef, "tls.certificateRefs names no certificate")
+	}
+	if l.kinds == nil {
+		l.kinds = []gatewayv1.RouteGroupKind{}
+	}
+	return l
+}
+
+func routeKind(k gatewayv1.Kind) gatewayv1.RouteGroupKind {
+	group := gatewayv1.Group(gatewayv1.GroupName)
+	return gatewayv1.RouteGroupKind{Group: &group, Kind: k}
+}
+
+// ingress is a Gateway of ours; nil for others.
+func (x *Index) ingress(k key) *ingressFact {
+	if f := x.ingresses[k.Namespace][k.Name]; f != nil && x.classes[f.class] == IngressController {
+		return f
+	}
+	return nil
+}
+
+func (x *Index) setIngress(k key, f *ingressFact) {
+	old := put(x.ingresses, k, f)
+	if old == nil && f == nil || old != nil && f != nil && f.generation != 0 && old.generation == f.generation && old.uid == f.uid && old.name == f.name {
+		return
+	}
+	x.touchIngress(k)
+}
+
+// touchIngress marks a Gateway and what is attached to it.
+func (x *Index) touchIngress(k key) {
+	x.dirtyIngress[k] = struct{}{}
+	for r := range x.routesOf[k] {
+		x.dirtyGatewayRoutes[r] = struct{}{}
+	}
+	x.touchTargeting(k.Namespace)
+	x.touchTargeting(x.c.RootNamespace)
+}
+
+// setClass notes whose a class is; "" where it is gone.
+func (x *Index) setClass(name, controller string) {
+	if name == IngressClass { // made by us
+		return
+	}
+	if controller == "" {
+		delete(x.classes, name)
+	} else {
+		x.classes[name] = controller
+	}
+	for _, all := range x.ingresses {
+		for _, f := range all {
+			if f.class == name {
+				x.touchIngress(f.key)
+			}
+		}
+	}
+}
+
+// touchRoutesFrom marks the routes of a namespace that are attached to Gateways, which may go by its labels.
+func (x *Index) touchRoutesFrom(ns string) {
+	for r, f := range x.gatewayRoutes {
+		if r.Namespace == ns && f.gateways {
+			x.dirtyGatewayRoutes[r] = struct{}{}
+		}
+	}
+}
+
+// attachment is a listener that a route is attached to, and the hosts that it is for there.
+type attachment struct {
+	listener int
+	hosts    []string
+}
+
+// attach finds what a route means at a Gateway; nil where the Gateway is not ours.
+func (x *Index) attach(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundRoute {
+	k := parentKey(f, p)
+	g := x.ingress(k)
+	if g == nil {
+		return nil
+	}
+	b := &boundRoute{fact: f, gateway: k, parent: RouteParent{Ref: p}}
+	r := f.convert(x.backends(f, mesh.ServiceName{}))
+	b.parent.Resolved, b.parent.Partly = r.Resolved, r.Partly
+	at := "Gateway " + k.Namespace + "/" + k.Name
+	found, allowed := false, false
+	for i := range g.listeners {
+		l := &g.listeners[i]
+		if p.SectionName != nil && *p.SectionName != l.name || p.Port != nil && uint16(*p.Port) != l.port {
+			continue
+		}
+		found = true
+		if !slices.ContainsFunc(l.kinds, func(k gatewayv1.RouteGroupKind) bool { return string(k.Kind) == f.kind.String() }) || !x.admits(g, l, f.Namespace) {
+			continue
+		}
+		allowed = true
+		if hosts := intersection(l.host, f.hostnames); len(hosts) > 0 && l.accepted.OK() && l.conflicted.OK() {
+			b.at = append(b.at, attachment{i, hosts})
+		}
+	}
+	refused := routing.Verdict{}
+	switch {
+	case !found:
+		refused = verdict(gatewayv1.RouteReasonNoMatchingParent, at+" has no such listener")
+	case !allowed:
+		refused = verdict(gatewayv1.RouteReasonNotAllowedByListeners, at+" does not let "+f.kind.String()+"s of namespace "+f.Namespace+" be attached (allowedRoutes)")
+	case len(b.at) == 0:
+		refused = verdict(gatewayv1.RouteReasonNoMatchingListenerHostname, "no listener of "+at+" is for any of its hostnames")
+	}
+	if !refused.OK() {
+		b.parent.Accepted, b.parent.Partly = refused, routing.Verdict{}
+		return b
+	}
+	b.parent.Accepted = r.Accepted // rules that cannot be followed fail what they match
+	b.rules = r.Rules
+	return b
+}
+
+// admits reports whether routes of a namespace may be attached to a listener.
+func (x *Index) admits(g *ingressFact, l *ingressListener, ns string) bool {
+	switch l.from {
+	case gatewayv1.NamespacesFromAll:
+		return true
+	case gatewayv1.NamespacesFromSame:
+		return ns == g.Namespace
+	case gatewayv1.NamespacesFromSelector:
+		n := x.namespaces[ns]
+		return n != nil && l.namespaces.Matches(labels.Set(n.labels))
+	}
+	return false
+}
+
+// covers reports whether every host of b is one of a; "" and "*" are all hosts.
+func covers(a, b string) bool {
+	switch {
+	case a == "" || a == "*" || a == b:
+		return true
+	case strings.HasPrefix(a, "*."):
+		return strings.HasSuffix(b, a[1:]) && len(b) > len(a)-1
+	}
+	return false
+}
+
+// intersection are the hosts of a listener that a route is for.
+func intersection(listener string, route []string) []string {
+	if len(route) == 0 {
+		return []string{cmp.Or(listener, "*")}
+	}
+	var out []string
+	for _, h := range route {
+		switch {
+		case covers(listener, h):
+			out = append(out, h)
+		case covers(h, listener) && !slices.Contains(out, listener):
+			out = append(out, listener)
+		}
+	}
+	return out
+}
+
+// commitIngress writes what gateways serve, after the routes have been bound.
+func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
+	for k := range x.dirtyIngress {
+		f := x.ingress(k)
+		if was, ok := x.ingressNames[k]; ok && (f == nil || was != x.c.serviceName(key{k.Namespace, f.name})) {
+			b.DeleteIngress(was)
+			delete(x.ingressNames, k)
+		}
+		if f == nil {
+			if x.gatewayStates[k] != nil {
+				delete(x.gatewayStates, k)
+				u.Gateways[GatewayKey(k)] = nil
+			}
+			continue
+		}
+		in, state := x.serve(f)
+		x.ingressNames[k] = in.Name
+		b.PutIngress(in)
+		if old := x.gatewayStates[k]; old == nil || !old.equal(state) {
+			x.gatewayStates[k] = state
+			u.Gateways[GatewayKey(k)] = state
+		}
+	}
+	x.dirtyIngress = emptied(x.dirtyIngress)
+}
+
+func (s *GatewayState) equal(o *GatewayState) bool {
+	return s.UID == o.UID && s.Generation == o.Generation && s.Accepted == o.Accepted && slices.EqualFunc(s.Listeners, o.Listeners, func(a, b ListenerState) bool {
+		return a.Name == b.Name && a.Attached == b.Attached && a.Accepted == b.Accepted && a.Resolved == b.Resolved && a.Conflicted == b.Conflicted &&
+			slices.EqualFunc(a.Kinds, b.Kinds, func(p, q gatewayv1.RouteGroupKind) bool { return p.Kind == q.Kind })
+	})
+}
+
+// serve is what a Gateway serves, and how far that is what it asks for.
+func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
+	in := &mesh.Ingress{Name: x.c.serviceName(key{f.Namespace, f.name}), Workload: f.name}
+	in.Access, in.Tokens = x.ingressAccess(f)
+	state := &GatewayState{UID: f.uid, Generation: f.generation, Accepted: f.accepted}
+	attached := make([][]placed, len(f.listeners))
+	for b := range x.routesAttached[f.key] {
+		for _, a := range b.at {
+			for _, h := range a.hosts {
+				attached[a.listener] = append(attached[a.listener], placed{h, b})
+			}
+		}
+	}
+	for i := range f.listeners {
+		l := &f.listeners[i]
+		s := ListenerState{Name: l.name, Kinds: l.kinds, Accepted: l.accepted, Resolved: l.resolved, Conflicted: l.conflicted}
+		routes := map[ref]struct{}{}
+		for _, p := range attached[i] {
+			routes[p.route.fact.ref] = struct{}{}
+		}
+		s.Attached = int32(len(routes))
+		if l.protocol == gatewayv1.HTTPSProtocolType && s.Resolved.OK() {
+			s.Resolved = x.certificates(f, l, in)
+		}
+		state.Listeners = append(state.Listeners, s)
+	}
+	slices.SortFunc(in.Certificates, func(a, b mesh.Certificate) int { return cmp.Compare(a.Name, b.Name) })
+	if f.accepted.OK() {
+		for port := range portsOfListeners(f, state) {
+			in.Listeners = append(in.Listeners, x.servePort(f, state, attached, port)...)
+		}
+		slices.SortFunc(in.Listeners, func(a, b mesh.IngressListener) int {
+			return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Name, b.Name))
+		})
+	}
+	return in, state
+}
+
+func portsOfListeners(f *ingressFact, s *GatewayState) map[uint16]struct{} {
+	out := map[uint16]struct{}{}
+	for i, l := range f.listeners {
+		if s.Listeners[i].Programmed() {
+			out[l.port] = struct{}{}
+		}
+	}
+	return out
+}
+
+// ingressAccess are the policies that are about a Gateway.
+func (x *Index) ingressAccess(f *ingressFact) (access []mesh.AccessPolicy, tokens []mesh.TokenRule) {
+	var requests []*requestFact
+	for _, ns := range namespacesOf(f.Namespace, x.c.RootNamespace) {
+		is := func(t policy.Target) bool { return x.targetsIngress(ns, t, f) }
+		for _, a := range x.authz[ns] {
+			if a.Attached != nil && slices.ContainsFunc(a.Targets, is) {
+				access = append(access, mesh.AccessPolicy{Name: a.Policy.Name, Action: a.Attached.Action, DryRun: a.Attached.DryRun, Ask: a.Attached.Ask, Rules: a.Attached.Rules})
+			}
+		}
+		for _, r := range x.requests[ns] {
+			if slices.ContainsFunc(r.Targets, is) {
+				requests = append(requests, r)
+			}
+		}
+	}
+	slices.SortFunc(access, func(a, b mesh.AccessPolicy) int { return a.Name.Compare(b.Name) })
+	slices.SortFunc(requests, func(a, b *requestFact) int { return compareKeys(a.key, b.key) })
+	for _, r := range requests {
+		tokens = append(tokens, x.tokenRules(r)...)
+	}
+	return access, tokens
+}
+
+// targetsIngress reports whether a target of a policy of a namespace is a Gateway.
+func (x *Index) targetsIngress(ns string, t policy.Target, f *ingressFact) bool {
+	switch t.Kind {
+	case policy.TargetGateway:
+		return ns == f.Namespace && t.Name == f.Name
+	case policy.TargetGatewayClass:
+		return ns == x.c.RootNamespace && t.Name == f.class
+	}
+	return false
+}
+
+// ingressTargets are the gateways that a policy of a namespace is about.
+func (x *Index) ingressTargets(ns string, targets []policy.Target) (out []mesh.ServiceName) {
+	for _, all := range x.ingresses {
+		for _, f := range all {
+			if x.classes[f.class] == IngressController && slices.ContainsFunc(targets, func(t policy.Target) bool { return x.targetsIngress(ns, t, f) }) {
+				out = append(out, x.c.serviceName(key{f.Namespace, f.name}))
+			}
+		}
+	}
+	return out
+}

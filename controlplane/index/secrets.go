@@ -1,0 +1,167 @@
+package index
+
+import (
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/pem"
+	"fmt"
+	"slices"
+
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+
+	"github.com/warrenmesh/warren/controlplane/routing"
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// SecretKey names a Secret.
+type SecretKey struct{ Namespace, Name string }
+
+// SecretState is what a Secret holds. One that cannot be used says why.
+type SecretState struct {
+	Certificate mesh.Certificate // but for its name
+	Problem     string           // why there is no certificate and key in it
+}
+
+// Keys of Secrets with certificates: Kubernetes' and Istio's older ones.
+var (
+	chainKeys = []string{"tls.crt", "cert"}
+	keyKeys   = []string{"tls.key", "key"}
+	rootKeys  = []string{"ca.crt", "cacert"}
+	listKeys  = []string{"ca.crl", "crl"}
+)
+
+// ReadSecret makes what is kept of a Secret's data.
+func ReadSecret(data map[string][]byte) *SecretState {
+	get := func(names []string) []byte {
+		for _, n := range names {
+			if v, ok := data[n]; ok {
+				return v
+			}
+		}
+		return nil
+	}
+	chain, private := get(chainKeys), get(keyKeys)
+	s := &SecretState{}
+	if roots := get(rootKeys); len(roots) > 0 && x509.NewCertPool().AppendCertsFromPEM(roots) {
+		s.Certificate.Roots = string(roots)
+		if list := get(listKeys); len(list) > 0 {
+			if b, _ := pem.Decode(list); b != nil {
+				s.Certificate.CRL = string(list)
+			}
+		}
+	}
+	switch {
+	case len(chain) == 0:
+		s.Problem = "it has no tls.crt"
+	case len(private) == 0:
+		s.Problem = "it has no tls.key"
+	default:
+		if _, err := tls.X509KeyPair(chain, private); err != nil { // says nothing of what is in them
+			s.Problem = fmt.Sprintf("tls.crt and tls.key are no certificate and its key: %v", err)
+			break
+		}
+		s.Certificate.Chain, s.Certificate.Key = string(chain), mesh.Redacted(private)
+	}
+	return s
+}
+
+// SetSecret notes what a Secret holds that a gateway needs; nil where there is none.
+func (x *Index) SetSecret(k SecretKey, s *SecretState) {
+	if s == nil {
+		delete(x.secrets, key(k))
+	} else {
+		x.secrets[key(k)] = s
+	}
+	for _, all := range x.ingresses {
+		for _, f := range all {
+			if slices.Contains(f.wants(), key(k)) {
+				x.dirtyIngress[f.key] = struct{}{}
+			}
+		}
+	}
+}
+
+func (k key) String() string { return k.Namespace + "/" + k.Name }
+
+// secretOf is the Secret that a Gateway refers to.
+func secretOf(f *ingressFact, r gatewayv1.SecretObjectReference) key {
+	return key{string(deref(r.Namespace, gatewayv1.Namespace(f.Namespace))), string(r.Name)}
+}
+
+func isSecret(r gatewayv1.SecretObjectReference) bool {
+	return deref(r.Group, "") == "" && deref(r.Kind, "Secret") == "Secret"
+}
+
+// wants are the Secrets that a Gateway refers to.
+func (f *ingressFact) wants() (out []key) {
+	for _, l := range f.listeners {
+		for _, r := range l.refs {
+			if isSecret(r) {
+				out = append(out, secretOf(f, r))
+			}
+		}
+	}
+	return out
+}
+
+// wantedSecrets are those that our gateways may have.
+func (x *Index) wantedSecrets() []SecretKey {
+	seen := map[key]bool{}
+	var out []SecretKey
+	for _, all := range x.ingresses {
+		for _, f := range all {
+			if x.classes[f.class] != IngressController {
+				continue
+			}
+			for _, k := range f.wants() {
+				if !seen[k] && (k.Namespace == f.Namespace || x.secretGranted(f, k)) {
+					seen[k] = true
+					out = append(out, SecretKey(k))
+				}
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b SecretKey) int { return compareKeys(key(a), key(b)) })
+	for k := range x.secrets {
+		if !seen[k] {
+			delete(x.secrets, k) // nobody's business any more
+		}
+	}
+	return out
+}
+
+// secretGranted reports whether a Gateway may have a Secret of another namespace.
+func (x *Index) secretGranted(f *ingressFact, k key) bool {
+	return x.grantedTo("Gateway", f.Namespace, "Secret", k)
+}
+
+// certificates adds those of a listener to what a gateway has, and says which it cannot have.
+func (x *Index) certificates(f *ingressFact, l *ingressListener, in *mesh.Ingress) routing.Verdict {
+	var found []mesh.Certificate
+	for i, r := range l.refs {
+		at := fmt.Sprintf("tls.certificateRefs[%d]: ", i)
+		k := secretOf(f, r)
+		switch {
+		case !isSecret(r):
+			return verdict(gatewayv1.ListenerReasonInvalidCertificateRef, at+"of kind "+string(deref(r.Kind, "Secret"))+"; only Secrets are followed")
+		case k.Namespace != f.Namespace && !x.secretGranted(f, k):
+			return verdict(gatewayv1.ListenerReasonRefNotPermitted, at+"no ReferenceGrant in "+k.Namespace+" lets Gateways of "+f.Namespace+" have Secret "+k.String())
+		}
+		s := x.secrets[k]
+		if s == nil {
+			return verdict(gatewayv1.ListenerReasonInvalidCertificateRef, at+"there is no Secret "+k.String())
+		}
+		if s.Problem != "" {
+			return verdict(gatewayv1.ListenerReasonInvalidCertificateRef, at+"Secret "+k.String()+": "+s.Problem)
+		}
+		c := s.Certificate
+		c.Name = k.String()
+		found = append(found, c)
+	}
+	for _, c := range found {
+		if !slices.ContainsFunc(in.Certificates, func(o mesh.Certificate) bool { return o.Name == c.Name }) {
+			in.Certificates = append(in.Certificates, c)
+		}
+	}
+	return routing.Verdict{}
+}

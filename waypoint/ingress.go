@@ -1,0 +1,295 @@
+package waypoint
+
+import (
+	"cmp"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+
+	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	tlsinspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
+	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/structpb"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// A gateway listens on ports of its own, for clients that nothing is known about. To what it sends requests to it comes as a
+// waypoint does: by tunnel, under its own name.
+
+// ingressPrefix begins the names of what a gateway has and a waypoint has not.
+const ingressPrefix = "ingress|"
+
+// ingressPart is what a gateway's configuration was written from.
+type ingressPart struct {
+	gateway *mesh.Ingress
+	from    map[mesh.ServiceName]*mesh.Service
+	targets map[target]bool
+	ipv6    bool
+}
+
+// writeIngress writes the configuration of a gateway. Where nothing that it is written from has changed it is the last one.
+func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, error) {
+	b := newBuilder(s, w.self)
+	b.ingress = g
+	if was := w.ingress; was != nil && was.gateway == g && was.ipv6 == b.hasIPv6() && same(was.from, s) {
+		unchanged := true
+		for t := range was.targets {
+			unchanged = unchanged && s.SameEndpoints(w.snapshot, t.service)
+		}
+		if unchanged {
+			w.snapshot = s
+			return w.last, nil
+		}
+	}
+	w.written++
+	listeners := []*listenerv3.Listener{b.originate()}
+	var tables []*routev3.RouteConfiguration
+	for from := 0; from < len(g.Listeners); {
+		to := from + 1
+		for to < len(g.Listeners) && g.Listeners[to].Port == g.Listeners[from].Port {
+			to++
+		}
+		l, routes := b.ingressPort(g.Listeners[from:to])
+		listeners, tables = append(listeners, l), append(tables, routes...)
+		from = to
+	}
+	old := map[string]*collection{}
+	if w.last != nil {
+		old = w.last.byType
+	}
+	all := map[string][]*item{}
+	add := func(kind, name string, m proto.Message) {
+		all[kind] = append(all[kind], b.item(old[kind].all(), name, m))
+	}
+	for _, m := range listeners {
+		add(resource.ListenerType, m.Name, m)
+	}
+	for _, m := range tables {
+		add(resource.RouteType, m.Name, m)
+	}
+	for _, m := range b.extensions {
+		add(resource.ExtensionConfigType, m.Name, m)
+	}
+	for i := range g.Certificates {
+		for _, m := range secrets(&g.Certificates[i]) {
+			add(resource.SecretType, m.Name, m)
+		}
+	}
+	for _, m := range b.fixedClusters() {
+		if m.Name != mainInternal {
+			add(resource.ClusterType, m.Name, m)
+		}
+	}
+	for _, t := range slices.SortedFunc(maps.Keys(b.targets), compareTargets) {
+		c, e := b.reach(t)
+		c.Metadata = b.named(t)
+		add(resource.ClusterType, c.Name, c)
+		add(resource.EndpointType, e.ClusterName, e)
+	}
+	slices.SortFunc(all[resource.EndpointType], func(x, y *item) int { return strings.Compare(x.name, y.name) })
+	if b.err != nil {
+		return nil, b.err
+	}
+	next := map[string]*collection{}
+	for _, kind := range []string{resource.ListenerType, resource.RouteType, resource.ExtensionConfigType, resource.SecretType, resource.ClusterType, resource.EndpointType} {
+		next[kind] = old[kind].next(all[kind])
+	}
+	w.snapshot, w.ingress = s, &ingressPart{g, b.from, b.targets, b.hasIPv6()}
+	w.last = &Resources{
+		Listeners: messages[*listenerv3.Listener](all[resource.ListenerType]), Routes: messages[*routev3.RouteConfiguration](all[resource.RouteType]),
+		Clusters: messages[*clusterv3.Cluster](all[resource.ClusterType]), Endpoints: messages[*endpointv3.ClusterLoadAssignment](all[resource.EndpointType]),
+		Extensions: messages[*corev3.TypedExtensionConfig](all[resource.ExtensionConfigType]), Secrets: messages[*tlsv3.Secret](all[resource.SecretType]), byType: next,
+	}
+	return w.last, nil
+}
+
+func compareTargets(a, b target) int {
+	return cmp.Or(a.service.Compare(b.service), cmp.Compare(a.port, b.port), strings.Compare(a.name(), b.name()))
+}
+
+// account is the service account of the gateway's pods.
+func (b *builder) account() string {
+	name, _, _ := strings.Cut(b.self.Hostname, ".")
+	return name
+}
+
+// metaService is what metrics and logs of a gateway say of the service that a request went to.
+const metaService = "warren.service"
+
+func (b *builder) named(t target) *corev3.Metadata {
+	fields := map[string]*structpb.Value{"host": structpb.NewStringValue(t.service.Hostname), "namespace": structpb.NewStringValue(t.service.Namespace)}
+	if svc := b.lookup(t.service); svc != nil {
+		fields["name"] = structpb.NewStringValue(svc.Short)
+	}
+	return &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metaService: {Fields: fields}}}
+}
+
+// ofService is a formatter of what [builder.named] says.
+func ofService(field string) string { return "%CLUSTER_METADATA(" + metaService + ":" + field + ")%" }
+
+// ingressPort is the listener of a port: a filter chain for each of what is served there.
+func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listener, tables []*routev3.RouteConfiguration) {
+	port := list[0].Port
+	l := &listenerv3.Listener{
+		Name: ingressPrefix + strconv.Itoa(int(port)), Address: socket("0.0.0.0", uint32(port)),
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(1 << 20),
+	}
+	if b.hasIPv6() {
+		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: socket("::", uint32(port))}}
+	}
+	inspect := false
+	for i := range list {
+		in := &list[i]
+		c := b.ingressChain(in)
+		f := &listenerv3.FilterChain{Name: in.Name}
+		if in.Hosts != nil {
+			tables = append(tables, b.ingressRoutes(c, in))
+			f.Filters = []*listenerv3.Filter{b.serveHTTP(c)}
+		} else {
+			f.Filters = append(b.connectionAccess(c), b.forwardTCP(c, in))
+		}
+		if in.TLS != nil || len(in.Names) > 0 {
+			inspect = true
+			f.FilterChainMatch = &listenerv3.FilterChainMatch{TransportProtocol: "tls", ServerNames: in.Names}
+		}
+		if in.TLS != nil {
+			f.TransportSocket = b.transport("envoy.transport_sockets.tls", downstream(in))
+		}
+		l.FilterChains = append(l.FilterChains, f)
+	}
+	if inspect {
+		l.ListenerFilters = []*listenerv3.ListenerFilter{b.listenerFilter("envoy.filters.listener.tls_inspector", &tlsinspectorv3.TlsInspector{})}
+	}
+	return l, tables
+}
+
+// ingressChain has what serves services serve a listener.
+func (b *builder) ingressChain(in *mesh.IngressListener) chain {
+	return chain{ingress: in, port: mesh.ServicePort{Port: in.Port, App: mesh.AppHTTP1},
+		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens}}
+}
+
+// ingressRoutes is the route table of a listener.
+func (b *builder) ingressRoutes(c chain, in *mesh.IngressListener) *routev3.RouteConfiguration {
+	out := &routev3.RouteConfiguration{
+		Name: c.name("http"), ValidateClusters: wrapperspb.Bool(false), IgnorePortInHostMatching: true,
+		RequestHeadersToRemove: []string{"x-envoy-external-address"},
+	}
+	access := b.accessOf(c)
+	all := false
+	for i := range in.Hosts {
+		h := &in.Hosts[i]
+		vh := &routev3.VirtualHost{Name: cmp.Or(strings.Join(h.Names, ","), "none"), Domains: h.Names, TypedPerFilterConfig: access}
+		all = all || slices.Contains(h.Names, "*")
+		if h.HTTPSOnly {
+			vh.RequireTls = routev3.VirtualHost_ALL
+		}
+		for j := range h.Rules {
+			vh.Routes = append(vh.Routes, b.rule(c, &h.Rules[j])...)
+		}
+		rest := catchAll()
+		if h.Misdirects {
+			rest.Action = respond(421, "")
+		}
+		vh.Routes = append(vh.Routes, rest)
+		out.VirtualHosts = append(out.VirtualHosts, vh)
+	}
+	if !all { // so that policies decide about what is for nobody, too
+		out.VirtualHosts = append(out.VirtualHosts, &routev3.VirtualHost{
+			Name: "none", Domains: []string{"*"}, Routes: []*routev3.Route{catchAll()}, TypedPerFilterConfig: access,
+		})
+	}
+	return out
+}
+
+// forwardTCP shares connections out to backends.
+func (b *builder) forwardTCP(c chain, in *mesh.IngressListener) *listenerv3.Filter {
+	p := &tcpproxyv3.TcpProxy{
+		StatPrefix: c.name("tcp"), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: blackHole}, IdleTimeout: durationpb.New(0),
+		AccessLog:        append(b.metrics(c, false), b.accessLog(c, false)),
+		AccessLogOptions: &tcpproxyv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
+	}
+	w := &tcpproxyv3.TcpProxy_WeightedCluster{}
+	for _, t := range in.Backends {
+		if t.Weight == 0 {
+			continue
+		}
+		name := blackHole
+		if t.Invalid == "" && b.lookup(t.Service) != nil {
+			k := target{t.Service, t.Port, t.Subset, false}
+			b.targets[k] = true
+			name = k.name()
+		}
+		w.Clusters = append(w.Clusters, &tcpproxyv3.TcpProxy_WeightedCluster_ClusterWeight{Name: name, Weight: t.Weight})
+	}
+	switch len(w.Clusters) {
+	case 0:
+	case 1:
+		p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: w.Clusters[0].Name}
+	default:
+		p.ClusterSpecifier = &tcpproxyv3.TcpProxy_WeightedClusters{WeightedClusters: w}
+	}
+	return b.networkFilter("envoy.filters.network.tcp_proxy", p)
+}
+
+var tlsVersions = map[uint16]tlsv3.TlsParameters_TlsProtocol{
+	0x0301: tlsv3.TlsParameters_TLSv1_0, 0x0302: tlsv3.TlsParameters_TLSv1_1, 0x0303: tlsv3.TlsParameters_TLSv1_2, 0x0304: tlsv3.TlsParameters_TLSv1_3,
+}
+
+// downstream is TLS as clients from outside have it. Certificates come apart from the listener, so that connections outlive
+// their renewal.
+func downstream(in *mesh.IngressListener) *tlsv3.DownstreamTlsContext {
+	t := in.TLS
+	common := &tlsv3.CommonTlsContext{TlsParams: &tlsv3.TlsParameters{
+		TlsMinimumProtocolVersion: tlsVersions[cmp.Or(t.MinVersion, 0x0303)], TlsMaximumProtocolVersion: tlsVersions[cmp.Or(t.MaxVersion, 0x0304)],
+		CipherSuites: t.Ciphers,
+	}}
+	if in.Hosts != nil {
+		common.AlpnProtocols = []string{"h2", "http/1.1"}
+	}
+	for _, name := range t.Certificates {
+		common.TlsCertificateSdsSecretConfigs = append(common.TlsCertificateSdsSecretConfigs, &tlsv3.SdsSecretConfig{Name: name, SdsConfig: adsSource()})
+	}
+	out := &tlsv3.DownstreamTlsContext{CommonTlsContext: common}
+	if t.ClientRoots != "" {
+		out.RequireClientCertificate = wrapperspb.Bool(!t.Optional)
+		common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{
+			ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: t.ClientRoots + rootsSuffix, SdsConfig: adsSource()},
+		}
+	}
+	return out
+}
+
+// rootsSuffix tells the roots of a Secret from its certificate.
+const rootsSuffix = "-cacert"
+
+// secrets are what Envoy is given of a certificate.
+func secrets(c *mesh.Certificate) (out []*tlsv3.Secret) {
+	inline := func(s string) *corev3.DataSource {
+		return &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: []byte(s)}}
+	}
+	if c.Chain != "" {
+		out = append(out, &tlsv3.Secret{Name: c.Name, Type: &tlsv3.Secret_TlsCertificate{
+			TlsCertificate: &tlsv3.TlsCertificate{CertificateChain: inline(c.Chain), PrivateKey: inline(string(c.Key))},
+		}})
+	}
+	if c.Roots != "" {
+		v := &tlsv3.CertificateValidationContext{TrustedCa: inline(c.Roots)}
+		if c.CRL != "" {
+			v.Crl = inline(c.CRL)
+		}
+		out = append(out, &tlsv3.Secret{Name: c.Name + rootsSuffix, Type: &tlsv3.Secret_ValidationContext{ValidationContext: v}})
+	}
+	return out
+}

@@ -1,0 +1,110 @@
+package waypoint
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+var ingress = mesh.ServiceName{Namespace: "shop", Hostname: "shop-istio.shop.svc.cluster.local"}
+
+// site is a certificate of a host and its key, for tests alone.
+func site(t *testing.T) (chain, key string) {
+	t.Helper()
+	for _, f := range []struct {
+		name string
+		to   *string
+	}{{"site.crt", &chain}, {"site.key", &key}} {
+		b, err := os.ReadFile(filepath.Join("testdata", "certificates", f.name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		*f.to = string(b)
+	}
+	return chain, key
+}
+
+// entrance is a gateway for the catalog, with every kind of listener.
+func entrance(t *testing.T) *mesh.Ingress {
+	chain, key := site(t)
+	rule := func(name string) mesh.HTTPRule {
+		return mesh.HTTPRule{Name: name, Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/")}}, Backends: []mesh.HTTPBackend{{Service: catalog, Port: 80, Weight: 1}}}
+	}
+	away := rule("shop/away/0")
+	away.Backends, away.Redirect = nil, &mesh.HTTPRedirect{Host: "b.example", Code: 302, OwnPort: true}
+	return &mesh.Ingress{
+		Name: ingress, Workload: "shop-istio",
+		Certificates: []mesh.Certificate{{Name: "shop/site", Chain: chain, Key: mesh.Redacted(key), Roots: chain}},
+		Listeners: []mesh.IngressListener{
+			{Name: "http/80", Port: 80, Hosts: []mesh.IngressHost{
+				{Names: []string{"*.example"}, Rules: []mesh.HTTPRule{rule("shop/wide/0")}},
+				{Names: []string{"a.example"}, Rules: []mesh.HTTPRule{away, rule("shop/wide/0")}},
+				{Names: []string{"safe.example"}, HTTPSOnly: true},
+			}},
+			{Name: "https/443/any", Port: 443, TLS: &mesh.ListenerTLS{Certificates: []string{"shop/site"}}, Hosts: []mesh.IngressHost{
+				{Names: []string{"*"}, Rules: []mesh.HTTPRule{rule("shop/secure/0"), away}}, {Names: []string{"b.example"}, Misdirects: true},
+			}},
+			{Name: "https/443/b", Port: 443, Names: []string{"b.example"}, TLS: &mesh.ListenerTLS{Certificates: []string{"shop/site"}, ClientRoots: "shop/site", MinVersion: 0x0304},
+				Hosts: []mesh.IngressHost{{Names: []string{"b.example"}, Rules: []mesh.HTTPRule{rule("shop/mutual/0")}}}},
+			{Name: "tls/443/c", Port: 443, Names: []string{"c.example"}, Backends: []mesh.HTTPBackend{{Service: stock, Port: 3306, Weight: 1}, {Service: catalog, Port: 80, Weight: 3}}},
+			{Name: "tcp/3306", Port: 3306, Backends: []mesh.HTTPBackend{{Service: stock, Port: 3306, Weight: 1}}},
+		},
+		Access: []mesh.AccessPolicy{{Name: mesh.PolicyName{Namespace: "shop", Name: "none-of-that"}, Action: mesh.Deny, Rules: []mesh.AccessRule{{Clauses: []mesh.AccessClause{
+			{Any: [][]mesh.AccessTest{{{On: mesh.AccessPath, Text: []mesh.TextMatch{text(mesh.TextPrefix, "/admin")}}}}},
+		}}}}},
+	}
+}
+
+func TestIngress(t *testing.T) {
+	b := mesh.NewBuilder(shop(nil))
+	b.PutIngress(entrance(t))
+	r, err := Build(b.Commit(2), ingress)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range r.Listeners {
+		if err := m.ValidateAll(); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, m := range r.Routes {
+		if err := m.ValidateAll(); err != nil {
+			t.Error(err)
+		}
+	}
+	for _, m := range r.Clusters {
+		if err := m.ValidateAll(); err != nil {
+			t.Error(err)
+		}
+	}
+	got, file := golden(t, "ingress", r), filepath.Join("testdata", "ingress.yaml")
+	if *update {
+		if err := os.WriteFile(file, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	want, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(string(want), string(got)); d != "" {
+		t.Errorf("%s (-want +got); go test ./waypoint -update writes it:\n%s", file, d)
+	}
+}
+
+// TestKeysAreNotPrinted prints a gateway in every way in which a log might.
+func TestKeysAreNotPrinted(t *testing.T) {
+	g := entrance(t)
+	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q"} {
+		if out := fmt.Sprintf(verb, *g); bytes.Contains([]byte(out), []byte("PRIVATE KEY")) {
+			t.Errorf("%s shows the key", verb)
+		}
+	}
+}
