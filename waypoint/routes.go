@@ -16,6 +16,7 @@ import (
 	previoushostsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -54,7 +55,7 @@ func (b *builder) routes(c chain) *routev3.RouteConfiguration {
 	}
 	ended()
 	if !written { // about nobody, or about some clients alone
-		vh.Routes = append(vh.Routes, b.plain(c))
+		vh.Routes = append(vh.Routes, again(b.plain(c))...)
 	}
 	vh.Routes = append(vh.Routes, catchAll())
 	vh.TypedPerFilterConfig = b.accessOf(c)
@@ -70,6 +71,23 @@ func (b *builder) routes(c chain) *routev3.RouteConfiguration {
 func (b *builder) plain(c chain) *routev3.Route {
 	r := &mesh.HTTPRule{Backends: []mesh.HTTPBackend{{Service: c.svc.Name, Weight: 1}}}
 	return &routev3.Route{Name: "default", Match: prefix("/"), Action: b.forward(c, r, nil)}
+}
+
+// idempotent are the methods whose requests may be sent twice (RFC 9110).
+const idempotent = "GET|HEAD|OPTIONS|TRACE|PUT|DELETE"
+
+// again is a route that nobody has said anything of retries about. What may be sent twice is sent to another endpoint where a
+// connection ends before there is an answer, too: to Envoy a tunnel is a connection before it leads anywhere, so that a pod
+// that is gone looks as if it had taken the request.
+func again(r *routev3.Route) []*routev3.Route {
+	forward, ok := r.Action.(*routev3.Route_Route)
+	if !ok || forward.Route.RetryPolicy == nil {
+		return []*routev3.Route{r}
+	}
+	twice := proto.Clone(r).(*routev3.Route)
+	twice.Match.Headers = append(twice.Match.Headers, headerMatch(":method", mesh.TextMatch{Kind: mesh.TextRegex, Value: idempotent}, false))
+	twice.GetRoute().RetryPolicy.RetryOn += ",reset"
+	return []*routev3.Route{twice, r}
 }
 
 func prefix(p string) *routev3.RouteMatch {
@@ -105,7 +123,11 @@ func (b *builder) rule(c chain, r *mesh.HTTPRule) []*routev3.Route {
 		headers(r.Request, &route.RequestHeadersToAdd, &route.RequestHeadersToRemove)
 		headers(r.Response, &route.ResponseHeadersToAdd, &route.ResponseHeadersToRemove)
 		route.TypedPerFilterConfig = b.perFilter(r)
-		out = append(out, route)
+		if r.Retries == nil && !r.GRPC {
+			out = append(out, again(route)...)
+		} else {
+			out = append(out, route)
+		}
 	}
 	return out
 }

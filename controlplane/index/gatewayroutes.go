@@ -110,11 +110,12 @@ func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
 		rule := &r.Spec.Rules[i]
 		for _, b := range rule.BackendRefs {
 			c.mention(f, b.BackendObjectReference)
+			for _, l := range b.Filters {
+				c.mentionMirror(f, l.RequestMirror)
+			}
 		}
 		for _, l := range rule.Filters {
-			if l.RequestMirror != nil {
-				c.mention(f, l.RequestMirror.BackendRef)
-			}
+			c.mentionMirror(f, l.RequestMirror)
 		}
 	}
 	for _, h := range r.Spec.Hostnames {
@@ -132,11 +133,12 @@ func (c *compiled) grpcRouteFactOf(r *gatewayv1.GRPCRoute) *gatewayRouteFact {
 		rule := &r.Spec.Rules[i]
 		for _, b := range rule.BackendRefs {
 			c.mention(f, b.BackendObjectReference)
+			for _, l := range b.Filters {
+				c.mentionMirror(f, l.RequestMirror)
+			}
 		}
 		for _, l := range rule.Filters {
-			if l.RequestMirror != nil {
-				c.mention(f, l.RequestMirror.BackendRef)
-			}
+			c.mentionMirror(f, l.RequestMirror)
 		}
 	}
 	for _, h := range r.Spec.Hostnames {
@@ -196,6 +198,12 @@ func (c *compiled) backendName(f *gatewayRouteFact, b gatewayv1.BackendObjectRef
 func (c *compiled) mention(f *gatewayRouteFact, b gatewayv1.BackendObjectReference) {
 	if name, ok := c.backendName(f, b); ok && !slices.Contains(f.mentions, name) {
 		f.mentions = append(f.mentions, name)
+	}
+}
+
+func (c *compiled) mentionMirror(f *gatewayRouteFact, m *gatewayv1.HTTPRequestMirrorFilter) {
+	if m != nil {
+		c.mention(f, m.BackendRef)
 	}
 }
 

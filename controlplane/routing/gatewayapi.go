@@ -508,6 +508,8 @@ func (c *gatewayConverter) backends(r *mesh.HTTPRule, refs []gatewayv1.HTTPBacke
 			case f.ResponseHeaderModifier != nil && f.Type == gatewayv1.HTTPRouteFilterResponseHeaderModifier:
 				h, _ := c.modifier(r, f.ResponseHeaderModifier)
 				b.Response = join(b.Response, h)
+			case f.RequestMirror != nil && f.Type == gatewayv1.HTTPRouteFilterRequestMirror && len(refs) == 1:
+				c.mirror(r, f.RequestMirror) // it is the rule's
 			default:
 				c.refuse(r, gatewayv1.RouteReasonUnsupportedValue, "backendRefs[%d].filters[%d].type %s is not followed there", i, j, f.Type)
 			}

@@ -15,7 +15,8 @@ import (
 
 // decide asks again and again whether connections are let in, until its standard input ends, and writes a line
 // for each: which target, when the attempt began and when its outcome was known (ns since 1970), and the outcome.
-// A connection is let in when the server has answered on it: before that, somebody on the way may have accepted.
+// A connection is let in when the server has answered on it: before that, somebody on the way may have accepted. Of a
+// target that is a URL it asks for requests, on one connection.
 func decide(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("decide", flag.ContinueOnError)
 	every := fs.Duration("every", 10*time.Millisecond, "begin the next attempt at a target this long after the last, or when that has ended")
@@ -36,11 +37,17 @@ func decide(ctx context.Context, args []string) error {
 		if !ok {
 			return fmt.Errorf("a target is NAME=HOST:PORT, not %q", target)
 		}
+		try := func() string { return attempt(addr, *timeout) }
+		if strings.HasPrefix(addr, "http://") {
+			try = asker(addr, *timeout)
+		} else if strings.Contains(addr, "/") {
+			return fmt.Errorf("a target is NAME=HOST:PORT or NAME=http://HOST/PATH, not %q", target)
+		}
 		probers.Go(func() {
 			next := time.NewTicker(*every)
 			defer next.Stop()
 			for ctx.Err() == nil {
-				lines <- name + " " + attempt(addr, *timeout)
+				lines <- name + " " + try()
 				select {
 				case <-ctx.Done():
 				case <-next.C:

@@ -42,10 +42,10 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	verbs := map[string]func(context.Context, []string) error{
-		"serve": serve, "manners": manners, "load": load, "first": first, "who": who, "decide": decide, "ask": ask, "resolve": resolve,
+		"serve": serve, "manners": manners, "load": load, "first": first, "who": who, "decide": decide, "ask": ask, "resolve": resolve, "requests": requests,
 	}
 	if len(os.Args) < 2 || verbs[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: tcpcheck serve|manners|load|first|who|decide|ask|resolve [flags] [HOST[:PORT]]")
+		fmt.Fprintln(os.Stderr, "usage: tcpcheck serve|manners|load|first|who|decide|ask|resolve|requests [flags] [HOST[:PORT]]")
 		os.Exit(2)
 	}
 	if err := verbs[os.Args[1]](ctx, os.Args[2:]); err != nil {

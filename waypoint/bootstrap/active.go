@@ -28,8 +28,9 @@ const (
 
 // readBack finds out which of the resources that were passed on to Envoy it uses.
 type readBack struct {
-	get func(ctx context.Context, path string) (*http.Response, error) // of Envoy's admin endpoint
-	log *slog.Logger
+	get    func(ctx context.Context, path string) (*http.Response, error) // of Envoy's admin endpoint
+	passed func(context.Context) error                                    // returns when all workers are where the main thread was
+	log    *slog.Logger
 
 	mu      sync.Mutex
 	waiting map[string]passed // by key
@@ -51,8 +52,8 @@ type found struct {
 	settled bool // a listener of which no other version is about to become active
 }
 
-func newReadBack(get func(context.Context, string) (*http.Response, error), log *slog.Logger) *readBack {
-	return &readBack{get: get, log: log, waiting: map[string]passed{}, active: map[string]string{}, news: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
+func newReadBack(get func(context.Context, string) (*http.Response, error), all func(context.Context) error, log *slog.Logger) *readBack {
+	return &readBack{get: get, passed: all, log: log, waiting: map[string]passed{}, active: map[string]string{}, news: make(chan struct{}, 1), changed: make(chan struct{}, 1)}
 }
 
 // note remembers what a response gives and takes.
@@ -157,6 +158,16 @@ func (r *readBack) read(ctx context.Context) (more bool) {
 	for kind, names := range byKind {
 		if err := r.dump(ctx, kind, names, have); err != nil {
 			r.log.Debug("Envoy not read", "error", err)
+		}
+	}
+	some := false
+	for k, p := range want {
+		some = some || have[k].is(p)
+	}
+	if some {
+		if err := r.passed(ctx); err != nil {
+			r.log.Debug("Envoy not read", "error", err)
+			return true
 		}
 	}
 	r.mu.Lock()

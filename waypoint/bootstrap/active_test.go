@@ -21,7 +21,7 @@ func TestAListenerThatKeepsItsVersion(t *testing.T) {
 	dump := ""
 	r := newReadBack(func(context.Context, string) (*http.Response, error) {
 		return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(`{"configs":[{"name":"main",` + dump + `}]}`))}, nil
-	}, slog.New(slog.DiscardHandler))
+	}, func(context.Context) error { return nil }, slog.New(slog.DiscardHandler))
 	r.note(&discovery.DeltaDiscoveryResponse{TypeUrl: resource.ListenerType, Nonce: "7", Resources: []*discovery.Resource{{Name: "main", Version: "new"}}})
 	for _, step := range []struct {
 		name, dump string
@@ -48,7 +48,7 @@ func TestAListenerThatKeepsItsVersion(t *testing.T) {
 
 // A control plane is told what has changed since it was told last.
 func TestReports(t *testing.T) {
-	r := newReadBack(nil, slog.New(slog.DiscardHandler))
+	r := newReadBack(nil, nil, slog.New(slog.DiscardHandler))
 	r.active = map[string]string{"route/a": "1", "route/b": "1"}
 	first, told := r.report(nil)
 	if !slices.Equal(first.ResourceNamesSubscribe, []string{"*"}) || len(first.InitialResourceVersions) != 2 {

@@ -53,8 +53,9 @@ func (c Config) identity() mesh.Identity {
 	return mesh.Identity{TrustDomain: c.TrustDomain, Namespace: c.PodNamespace, ServiceAccount: c.ServiceAccount}
 }
 
-func (c Config) socket() string { return filepath.Join(c.RunDir, "agent.sock") }
-func (c Config) file() string   { return filepath.Join(c.RunDir, "envoy.json") }
+func (c Config) socket() string        { return filepath.Join(c.RunDir, "agent.sock") }
+func (c Config) workersSocket() string { return filepath.Join(c.RunDir, "workers.sock") }
+func (c Config) file() string          { return filepath.Join(c.RunDir, "envoy.json") }
 
 // envoy is Envoy's bootstrap: where its configuration comes from, and nothing else.
 func (c Config) envoy() ([]byte, error) {
@@ -78,7 +79,13 @@ func (c Config) envoy() ([]byte, error) {
 			},
 			"lds_config": ads, "cds_config": ads,
 		},
-		"static_resources": object{"clusters": []any{object{
+		"static_resources": object{"listeners": []any{object{
+			"name": "workers", "address": object{"pipe": object{"path": c.workersSocket()}}, "stat_prefix": "workers", "ignore_global_conn_limit": true,
+			"connection_balance_config": object{"exact_balance": object{}},
+			"filter_chains": []any{object{"filters": []any{object{"name": "envoy.filters.network.echo", "typed_config": object{
+				"@type": "type.googleapis.com/envoy.extensions.filters.network.echo.v3.Echo",
+			}}}}},
+		}}, "clusters": []any{object{
 			"name": waypoint.AgentCluster, "type": "STATIC", "connect_timeout": "5s",
 			"typed_extension_protocol_options": object{"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": object{
 				"@type":                "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",

@@ -63,13 +63,19 @@ func Run(stop context.Context, cfg Config) error {
 		rotated <- b
 	}})
 	secrets := newSecrets()
-	read := newReadBack(p.get, cfg.Log)
-	g.Go(func() error { read.run(ctx); return nil })
+	all := &workers{count: max(1, cfg.Concurrency), dial: func(ctx context.Context) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", cfg.workersSocket())
+	}}
+	read := newReadBack(p.get, all.passed, cfg.Log)
+	g.Go(func() error { defer all.close(); read.run(ctx); return nil })
 	srv := grpc.NewServer()
 	secrets.register(ctx, srv)
 	discovery.RegisterAggregatedDiscoveryServiceServer(srv, &relay{control: discovery.NewAggregatedDiscoveryServiceClient(control), read: read})
-	if err := os.Remove(cfg.socket()); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return err
+	for _, old := range []string{cfg.socket(), cfg.workersSocket()} {
+		if err := os.Remove(old); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
 	}
 	var lc net.ListenConfig
 	l, err := lc.Listen(ctx, "unix", cfg.socket())

@@ -1,0 +1,197 @@
+package e2e
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// behindWaypoint makes a namespace with a waypoint, a service of some replicas behind it, and clients.
+func behindWaypoint(t *testing.T, name string, replicas int, clients ...string) string {
+	t.Helper()
+	ownCluster(t)
+	ctx := t.Context()
+	must(t, mesh.LoadWaypoint(ctx))
+	ns := namespace(t, name, ambient)
+	for i, c := range clients {
+		must(t, mesh.Run(ctx, lab.PodSpec{Namespace: ns, Name: c, Account: c, Node: nodes[i%2], Args: []string{"sleep"}}))
+	}
+	must(t, mesh.Apply(ctx, strings.NewReplacer("NS", ns, "IMAGE", lab.Image, "REPLICAS", fmt.Sprint(replicas)).Replace(`
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: inventory, namespace: NS, labels: {istio.io/use-waypoint: way}}
+spec: {selector: {app: inventory}, ports: [{name: http, port: 80, targetPort: 8080}]}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: inventory, namespace: NS}
+spec:
+  replicas: REPLICAS
+  selector: {matchLabels: {app: inventory}}
+  template:
+    metadata: {labels: {app: inventory}}
+    spec:
+      enableServiceLinks: false
+      containers:
+      - name: inventory
+        image: IMAGE
+        imagePullPolicy: IfNotPresent
+        command: [/demo, inventory]
+        readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
+        securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, runAsNonRoot: true, runAsUser: 65532, seccompProfile: {type: RuntimeDefault}}
+`)))
+	for _, wait := range [][]string{{"--for=condition=Programmed", "gateway/way"}, {"--for=condition=istio.io/WaypointBound", "service/inventory"}, {"--for=condition=Available", "deployment/inventory"}} {
+		if out, err := mesh.Kubectl(ctx, append([]string{"-n", ns, "wait", "--timeout=180s"}, wait...)...); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	return ns
+}
+
+// requestReport is what `tcpcheck requests` prints.
+type requestReport struct {
+	Requests, Failed int
+	P99MS            int64
+	Seconds          float64
+	Examples         []string
+}
+
+// startRequests begins to ask a URL at a rate and returns once it is answered; what it returns ends that.
+func startRequests(t *testing.T, ns, pod, url string, rate float64) func() requestReport {
+	t.Helper()
+	cmd := mesh.Command(context.WithoutCancel(t.Context()), "-n", ns, "exec", "-i", pod, "--", tcpcheck, "requests", "-rate", fmt.Sprint(rate), url)
+	in, err := cmd.StdinPipe()
+	must(t, err)
+	errs, err := cmd.StderrPipe()
+	must(t, err)
+	var out bytes.Buffer
+	cmd.Stdout = &out
+	must(t, cmd.Start())
+	said, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		seen := sync.OnceFunc(func() { close(said) })
+		for s := bufio.NewScanner(errs); s.Scan(); {
+			seen()
+		}
+	}()
+	select {
+	case <-said:
+	case <-time.After(2 * time.Minute):
+		t.Fatalf("nobody answers at %s", url)
+	}
+	stop := sync.OnceValue(func() requestReport {
+		in.Close()
+		<-ended
+		var r requestReport
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("requests in %s: %v", pod, err)
+		} else if err := json.Unmarshal(out.Bytes(), &r); err != nil {
+			t.Errorf("requests in %s: %v: %s", pod, err, out.Bytes())
+		}
+		return r
+	})
+	t.Cleanup(func() { stop() })
+	return stop
+}
+
+// An application behind a waypoint is rolled out, again and again, and so is its waypoint: no request fails.
+func TestRolloutsThroughAWaypoint(t *testing.T) {
+	ns := behindWaypoint(t, "e2e-rollouts", size(5, 15), "client")
+	rollout := func(what string, n int, rate float64) requestReport {
+		t.Helper()
+		stop := startRequests(t, ns, "client", "http://inventory/stock", rate)
+		began := time.Now()
+		for range n {
+			if out, err := mesh.Kubectl(t.Context(), "-n", ns, "rollout", "restart", what); err != nil {
+				t.Fatal(err, out)
+			}
+			if out, err := mesh.Kubectl(t.Context(), "-n", ns, "rollout", "status", what, "--timeout=300s"); err != nil {
+				t.Fatal(err, out)
+			}
+		}
+		time.Sleep(2 * time.Second) // what ends then ends after its successors are ready
+		r := stop()
+		t.Logf("%d rollouts of %s in %s at %g requests/s: %+v", n, what, time.Since(began).Round(time.Second), rate, r)
+		if r.Failed > 0 || r.Requests == 0 {
+			t.Errorf("%s: %d of %d requests failed: %v", what, r.Failed, r.Requests, r.Examples)
+		}
+		return r
+	}
+	fast := float64(size(100, 500))
+	for _, rate := range []float64{2, fast} {
+		n := size(1, 50)
+		r := rollout("deployment/inventory", n, rate)
+		name := "rollout-errors"
+		if rate == 2 {
+			name = "at 2 requests a second"
+		}
+		record("rollout-errors", name, r.Requests, r.Failed, float64(n), fmt.Sprintf("rollouts of %d pods at %g requests/s", size(5, 15), rate))
+	}
+	n := size(1, 10)
+	r := rollout("deployment/way", n, fast)
+	record("waypoint-rollout", "waypoint-rollout", r.Requests, r.Failed, float64(n), fmt.Sprintf("rollouts of the waypoint at %g requests/s", fast))
+}
+
+// A policy about requests is changed from one that lets a client in to one that keeps it out and back: once it says Enforced
+// no request is decided by what was before, on a connection that is open all the time.
+func TestRequestPolicyFlips(t *testing.T) {
+	ns := behindWaypoint(t, "e2e-l7flips", 1, "client", "friend", "stranger")
+	p := watchPolicies(t, ns)
+	target := []object{{"kind": "Service", "name": "inventory", "group": ""}}
+	to := []any{object{"operation": object{"paths": []string{"/stock"}, "methods": []string{"GET"}}}}
+	about := func(action, field string, accounts ...string) object {
+		rules := from(field, ns, accounts...)
+		rules[0].(object)["to"] = to
+		return object{"targetRefs": target, "action": action, "rules": rules}
+	}
+	states := []object{about("ALLOW", "principals", "client", "friend"), about("DENY", "notPrincipals", "friend")}
+	change := func(state int) flip {
+		f := flip{allows: state == 0, applied: time.Now()}
+		generation, err := p.apply(t.Context(), "flip", states[state])
+		must(t, err)
+		f.enforced, err = p.enforced(t.Context(), "flip", generation, 2*time.Minute)
+		must(t, err)
+		return f
+	}
+	change(1)
+	probers := map[string]*prober{}
+	for _, pod := range []string{"client", "friend", "stranger"} {
+		probers[pod] = probe(t, ns, pod, "way=http://inventory/stock")
+	}
+	n := size(100, 10000)
+	var flips []flip
+	var took []time.Duration
+	for i := range n {
+		f := change(i % 2)
+		flips = append(flips, f)
+		took = append(took, f.enforced.Sub(f.applied))
+		probers["client"].decided(f.enforced, 1)
+	}
+	end := time.Now()
+	v, lasted := judge(probers["client"].stop(), probers["friend"].stop(), probers["stranger"].stop(), flips, nil, end)
+	t.Logf("%d flips, %+v; last request by the state before: median %s, p99 %s; Enforced: median %s, p99 %s",
+		n, v, percentile(lasted, 50), percentile(lasted, 99), percentile(took, 50), percentile(took, 99))
+	record("envoy-config-latency", "envoy-config-latency", n, v.Stale+v.OpenWindows+v.Shut, milliseconds(percentile(lasted, 99)), "ms from apply to the last request decided by what was before, p99")
+	record("envoy-config-latency", "stale requests after Enforced", v.Settled, v.Stale, float64(n), "flips of a policy about requests")
+	record("envoy-config-latency", "apply to Enforced, p99", n, 0, milliseconds(percentile(took, 99)), "ms")
+	if v.Stale+v.OpenWindows+v.Shut+v.Hung > 0 || v.Settled < n {
+		t.Errorf("%d flips, %+v", n, v)
+	}
+}
