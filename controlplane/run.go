@@ -267,9 +267,9 @@ func (cp *controlPlane) publish(u *index.Update) {
 	if err := cp.cache.Update(u); err != nil {
 		cp.cfg.Log.Error("objects not published", "error", err)
 	}
+	cp.envoys.Update(u.Snapshot, cp.cache.Revision()) // before policies ask which pods do all that they are told
 	cp.policies.Take(u, cp.cache.Revision())
 	cp.store.Swap(u.Snapshot)
-	cp.envoys.Update(u.Snapshot, cp.cache.Revision())
 	_, services, _ := u.Snapshot.Len()
 	cp.services.Set(float64(services))
 	cp.apiServer.Store(&u.APIServer)

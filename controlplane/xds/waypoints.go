@@ -103,8 +103,11 @@ func (t *told) look(revision uint64) {
 		for k, v := range t.versions {
 			done = done && p.active[k] == v
 		}
-		if done {
+		switch {
+		case done:
 			p.at = revision
+		case p.at >= revision: // what is only for waypoints does not make a revision
+			p.at = max(revision, 1) - 1
 		}
 	}
 }
