@@ -1,17 +1,24 @@
 package hbone
 
-import "sync"
+import (
+	"sync"
+	"time"
+)
 
 // Workers are goroutines that outlive what they do: their stacks have grown already, which is copied for a new goroutine
 // each time. The zero value is ready.
 type Workers struct {
 	mu     sync.Mutex
 	idle   []chan func() // the last has worked last
+	spare  int           // the fewest that were idle since trim was called
+	timer  *time.Timer   // of trim; nil while nobody is idle
 	closed bool
 }
 
-// idleWorkers is how many wait for something to do.
-const idleWorkers = 32
+const (
+	idleWorkers = 32              // how many wait for something to do
+	idleFor     = 5 * time.Second // at least, before they end
+)
 
 // Go runs f in a goroutine.
 func (w *Workers) Go(f func()) {
@@ -23,6 +30,7 @@ func (w *Workers) Go(f func()) {
 	if n := len(w.idle); n > 0 {
 		next := w.idle[n-1]
 		w.idle = w.idle[:n-1]
+		w.spare = min(w.spare, n-1)
 		w.mu.Unlock()
 		next <- f
 		return
@@ -35,14 +43,46 @@ func (w *Workers) work(f func()) {
 	next := make(chan func(), 1)
 	for ; f != nil; f = <-next {
 		f()
-		w.mu.Lock()
-		if len(w.idle) >= idleWorkers || w.closed {
-			w.mu.Unlock()
+		if !w.wait(next) {
 			return
 		}
-		w.idle = append(w.idle, next)
-		w.mu.Unlock()
 	}
+}
+
+// wait enters an idle goroutine, if it may stay.
+func (w *Workers) wait(next chan func()) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.closed || len(w.idle) >= idleWorkers {
+		return false
+	}
+	w.idle = append(w.idle, next)
+	if w.timer == nil {
+		w.spare = 0
+		w.timer = time.AfterFunc(idleFor, w.trim)
+	}
+	return true
+}
+
+// trim ends those that nobody has needed for a while.
+func (w *Workers) trim() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.end(w.spare)
+	if w.spare = len(w.idle); w.spare == 0 {
+		w.timer = nil
+	} else {
+		w.timer.Reset(idleFor)
+	}
+}
+
+// end lets go of n that are idle. Called under mu.
+func (w *Workers) end(n int) {
+	for _, next := range w.idle[:n] {
+		close(next)
+	}
+	w.idle = append(w.idle[:0], w.idle[n:]...)
+	clear(w.idle[len(w.idle) : len(w.idle)+n])
 }
 
 // Close lets idle goroutines end, and the others when they are done.
@@ -50,8 +90,9 @@ func (w *Workers) Close() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.closed = true
-	for _, next := range w.idle {
-		close(next)
+	w.end(len(w.idle))
+	w.spare = 0
+	if w.timer != nil {
+		w.timer.Stop()
 	}
-	w.idle = nil
 }

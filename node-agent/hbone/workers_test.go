@@ -30,6 +30,16 @@ func TestWorkers(t *testing.T) {
 		defer w.mu.Unlock()
 		return len(w.idle) == idleWorkers
 	})
+	w.trim() // which notes how many there are
+	run := make(chan struct{})
+	w.Go(func() { close(run) })
+	<-run
+	w.trim()
+	w.mu.Lock()
+	if left := len(w.idle); left > 1 {
+		t.Errorf("%d are idle after a time in which one had something to do", left)
+	}
+	w.mu.Unlock()
 	w.Close()
 	done := make(chan struct{})
 	w.Go(func() { close(done) }) // late, but not lost
