@@ -200,4 +200,11 @@ func TestDeploysGateways(t *testing.T) {
 		!meta.IsStatusConditionFalse(l[1].Conditions, "Accepted") || !meta.IsStatusConditionTrue(l[2].Conditions, "Conflicted") || !meta.IsStatusConditionFalse(l[2].Conditions, "Programmed") {
 		t.Errorf("listeners %+v", l)
 	}
+	state.Listeners[0].Accepted = routing.Verdict{Reason: "PortUnavailable", Message: "port 80 is another's"}
+	now = step()
+	for _, kind := range []string{"Accepted", "Programmed"} {
+		if c := meta.FindStatusCondition(now.Status.Conditions, kind); c == nil || c.Status != "False" {
+			t.Errorf("without a listener that can be accepted: %+v", c)
+		}
+	}
 }

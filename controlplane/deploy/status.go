@@ -78,8 +78,13 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 	}
 	acceptedNow := condition(string(gatewayv1.GatewayConditionAccepted), accepted, string(reason), message, g.Generation)
 	if state != nil && accepted {
-		if bad := invalidListeners(state); bad != "" { // what of it can be served is
+		bad := invalidListeners(state)
+		if bad != "" { // what of it can be served is
 			acceptedNow.Reason, acceptedNow.Message = string(gatewayv1.GatewayReasonListenersNotValid), "not all of its listeners can be served: "+bad
+		}
+		if !slices.ContainsFunc(state.Listeners, func(l index.ListenerState) bool { return l.Accepted.OK() && l.Conflicted.OK() }) {
+			acceptedNow.Status, acceptedNow.Message = metav1.ConditionFalse, "none of its listeners is valid: "+bad
+			programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonInvalid), acceptedNow.Message, g.Generation)
 		}
 	}
 	status := g.Status.DeepCopy()

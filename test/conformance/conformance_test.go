@@ -50,8 +50,9 @@ var claimed = []features.FeatureName{
 	features.SupportHTTPRoute303RedirectStatusCode, features.SupportHTTPRoute307RedirectStatusCode, features.SupportHTTPRoute308RedirectStatusCode,
 }
 
-// TestMesh runs the profiles for meshes. Every Service of the suite is behind a waypoint.
-func TestMesh(t *testing.T) {
+// prepare is a cluster with the mesh and the suite's images.
+func prepare(t *testing.T) *lab.Lab {
+	t.Helper()
 	ctx := t.Context()
 	_, attached := cluster.Attach("")
 	l, err := lab.Open(ctx, os.Getenv("WARREN_E2E_KUBECONFIG"), t.Logf)
@@ -68,12 +69,37 @@ func TestMesh(t *testing.T) {
 		}
 		must(t, l.BuildImages(ctx))
 		must(t, l.LoadWaypoint(ctx))
-		archive, err := echoArchive(ctx, t.TempDir())
+		dir := t.TempDir()
+		advanced, err := echoArchive(ctx, dir)
 		must(t, err)
-		must(t, l.Cluster.LoadImages(ctx, archive))
+		basic, err := basicArchives(ctx, dir)
+		must(t, err)
+		must(t, l.Cluster.LoadImages(ctx, append(basic, advanced)...))
 	}
 	must(t, l.Install(ctx))
+	return l
+}
 
+// options are those of every run of the suite.
+func options(t *testing.T, report string) suite.ConformanceOptions {
+	opts := conformance.DefaultOptions(t)
+	opts.CleanupBaseResources = false // by us, after what went wrong has been looked at
+	opts.RunTest = *only
+	opts.Implementation = confv1.Implementation{
+		Organization: "warrenmesh", Project: "warren", URL: "https://github.com/warrenmesh/warren", Version: *release,
+		Contact: []string{"https://github.com/warrenmesh/warren/issues"},
+	}
+	if *only == "" {
+		_, here, _, _ := runtime.Caller(0)
+		opts.ReportOutputPath = filepath.Join(filepath.Dir(here), report)
+	}
+	return opts
+}
+
+// TestMesh runs the profiles for meshes. Every Service of the suite is behind a waypoint.
+func TestMesh(t *testing.T) {
+	ctx := t.Context()
+	l := prepare(t)
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(ctx)
 		for _, ns := range []string{suite.MeshNamespace, suite.MeshConsumerNamespace} {
@@ -104,21 +130,11 @@ spec:
 	}
 
 	t.Setenv("KUBECONFIG", l.Kubeconfig())
-	opts := conformance.DefaultOptions(t)
+	opts := options(t, "mesh-report.yaml")
 	opts.NamespaceLabels = map[string]string{lab.Label: "ambient", "istio.io/use-waypoint": "waypoint"}
 	opts.ConformanceProfiles = []suite.ConformanceProfileName{suite.MeshHTTPConformanceProfileName, suite.MeshGRPCConformanceProfileName}
 	opts.SupportedFeatures = claimed
-	opts.CleanupBaseResources = false // by us, after what went wrong has been looked at
 	opts.TimeoutConfig.RequiredConsecutiveSuccesses = 20
-	opts.RunTest = *only
-	opts.Implementation = confv1.Implementation{
-		Organization: "warrenmesh", Project: "warren", URL: "https://github.com/warrenmesh/warren", Version: *release,
-		Contact: []string{"https://github.com/warrenmesh/warren/issues"},
-	}
-	if *only == "" {
-		_, here, _, _ := runtime.Caller(0)
-		opts.ReportOutputPath = filepath.Join(filepath.Dir(here), "mesh-report.yaml")
-	}
 	ran, failed := 0, 0
 	opts.Hook = func(t *testing.T, test suite.ConformanceTest, s *suite.ConformanceTestSuite) {
 		if !slices.Contains(test.Features, features.SupportMesh) || *only != "" && test.ShortName != *only {

@@ -1,0 +1,147 @@
+package conformance
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"testing"
+	"time"
+
+	"sigs.k8s.io/gateway-api/conformance"
+	"sigs.k8s.io/gateway-api/conformance/utils/suite"
+	"sigs.k8s.io/gateway-api/pkg/features"
+
+	"github.com/warrenmesh/warren/results"
+	"github.com/warrenmesh/warren/test/cluster/image"
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// basicImages are the names under which the suite's manifests ask for its own echo server. The last one is for tests of UDP, of
+// which nothing is claimed: it only has to be there.
+var basicImages = []string{
+	"registry.k8s.io/gateway-api/echo-basic:v1.5.1", "registry.k8s.io/gateway-api/echo-basic:v1.6.0-dev.2", "registry.k8s.io/gateway-api/echo-basic:v1.6.0-dev.3",
+	"registry.k8s.io/coredns/coredns:v1.12.2",
+}
+
+// claimedAtGateways are the features of gateways beyond those that the profiles have in any case.
+var claimedAtGateways = []features.FeatureName{
+	features.SupportGateway, features.SupportReferenceGrant, features.SupportHTTPRoute, features.SupportGRPCRoute,
+	features.SupportGatewayPort8080, features.SupportGatewayHTTPListenerIsolation, features.SupportGatewayHTTPSListenerDetectMisdirectedRequests,
+	features.SupportGatewayInfrastructure, features.SupportGatewayAddressEmpty,
+	features.SupportHTTPRouteBackendRequestHeaderModification, features.SupportHTTPRouteQueryParamMatching, features.SupportHTTPRouteMethodMatching,
+	features.SupportHTTPRouteResponseHeaderModification, features.SupportHTTPRoutePortRedirect, features.SupportHTTPRouteSchemeRedirect,
+	features.SupportHTTPRoutePathRedirect, features.SupportHTTPRouteHostRewrite, features.SupportHTTPRoutePathRewrite, features.SupportHTTPRouteRequestMirror,
+	features.SupportHTTPRouteRequestMultipleMirrors, features.SupportHTTPRouteRequestPercentageMirror, features.SupportHTTPRouteRequestTimeout,
+	features.SupportHTTPRouteBackendTimeout, features.SupportHTTPRouteParentRefPort, features.SupportHTTPRouteBackendProtocolH2C,
+	features.SupportHTTPRouteBackendProtocolWebSocket, features.SupportHTTPRouteNamedRouteRule,
+	features.SupportHTTPRoute303RedirectStatusCode, features.SupportHTTPRoute307RedirectStatusCode, features.SupportHTTPRoute308RedirectStatusCode,
+}
+
+// outsideEnv is set where the suite runs as a client outside the cluster.
+const outsideEnv = "WARREN_CONFORMANCE_OUTSIDE"
+
+// TestGateways runs the profiles for gateways. On our own cluster their addresses are reached from the link of the nodes
+// alone: there the test runs itself again.
+func TestGateways(t *testing.T) {
+	ctx := t.Context()
+	if os.Getenv(outsideEnv) != "" {
+		runGateways(t)
+		return
+	}
+	l := prepare(t)
+	namespaces := []string{suite.InfrastructureNamespace, suite.AppBackendNamespace, suite.WebBackendNamespace}
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(ctx)
+		for _, ns := range namespaces {
+			if t.Failed() {
+				t.Log(l.Diagnose(ctx, ns))
+			}
+			if _, err := l.Kubectl(ctx, "delete", "namespace", ns, "--ignore-not-found", "--wait=false"); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	if l.Cluster == nil {
+		t.Setenv("KUBECONFIG", l.Kubeconfig())
+		runGateways(t)
+		return
+	}
+	end, err := l.Balance(ctx)
+	must(t, err)
+	t.Cleanup(end)
+	config, err := os.ReadFile(l.Kubeconfig())
+	must(t, err)
+	inside := filepath.Join(t.TempDir(), "kubeconfig")
+	config = regexp.MustCompile(`server: https://\S+`).ReplaceAll(config, []byte("server: https://172.30.0.1:6443"))
+	must(t, os.WriteFile(inside, config, 0o600))
+	must(t, os.Setenv(outsideEnv, "1"))
+	defer os.Unsetenv(outsideEnv)
+	args := []string{os.Args[0], "-test.run=^TestGateways$", "-test.v", "-test.timeout=50m", "-only=" + *only, "-release=" + *release}
+	cmd := l.Cluster.OutsideCommand(ctx, args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+inside)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	if err := cmd.Run(); err != nil {
+		t.Error("the suite, outside the cluster: ", err)
+	}
+}
+
+func runGateways(t *testing.T) {
+	opts := options(t, "gateway-report.yaml")
+	opts.GatewayClassName = "istio"
+	opts.NamespaceLabels = map[string]string{lab.Label: "ambient"}
+	opts.ConformanceProfiles = []suite.ConformanceProfileName{suite.GatewayHTTPConformanceProfileName, suite.GatewayGRPCConformanceProfileName}
+	opts.SupportedFeatures = claimedAtGateways
+	opts.TimeoutConfig.MaxTimeToConsistency = time.Minute
+	ran, failed := 0, 0
+	opts.Hook = func(t *testing.T, test suite.ConformanceTest, s *suite.ConformanceTestSuite) {
+		asked := !slices.ContainsFunc(test.Features, func(f features.FeatureName) bool { return !slices.Contains(claimedAtGateways, f) })
+		if !asked || *only != "" && test.ShortName != *only {
+			return
+		}
+		ran++
+		if t.Failed() || t.Skipped() {
+			failed++
+		}
+		if t.Skipped() {
+			t.Errorf("%s was left out, though all that it needs is claimed: %v", test.ShortName, test.Features)
+		}
+	}
+	if *only == "" {
+		t.Cleanup(func() {
+			must(t, results.Record("gateway-api-conformance", results.Row{Name: "gateway", Inputs: ran, Failures: failed, Figure: float64(ran - failed), Unit: "tests passed"}))
+		})
+	}
+	start := time.Now()
+	conformance.RunConformanceWithOptions(t, opts)
+	t.Logf("the suite took %.0f s", time.Since(start).Seconds())
+}
+
+// basicArchives builds the suite's own echo server and packs it under each of its names.
+func basicArchives(ctx context.Context, dir string) (archives []string, err error) {
+	_, here, _, ok := runtime.Caller(0)
+	if !ok {
+		return nil, errors.New("the test does not know where it is")
+	}
+	bin := filepath.Join(dir, "echo-basic")
+	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags=-s -w", "-o", bin, "sigs.k8s.io/gateway-api/conformance/echo-basic")
+	cmd.Dir, cmd.Env = filepath.Dir(here), append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the suite's echo server: %w\n%s", err, out)
+	}
+	for i, name := range basicImages {
+		im := image.Image{Name: name, Config: image.Config{Entrypoint: []string{"/echo-basic"}, User: "65532:65532"},
+			Variants: []image.Variant{{Platform: image.Platform{Arch: runtime.GOARCH}, Files: map[string]string{"echo-basic": bin}}}}
+		archive := filepath.Join(dir, fmt.Sprintf("echo-basic-%d.tar", i))
+		if _, err := im.WriteFile(archive); err != nil {
+			return nil, err
+		}
+		archives = append(archives, archive)
+	}
+	return archives, nil
+}
