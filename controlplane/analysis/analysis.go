@@ -101,7 +101,7 @@ func Run(in Input) ([]Finding, error) {
 	}
 	update := x.Commit()
 	r.snapshot = update.Snapshot
-	judged := r.policies()
+	judged := r.policies(update)
 	for k, n := range update.Notices {
 		of := id{k.Kind.String(), k.Namespace, k.Name}
 		if n == nil || judged[of] || !r.Cluster && !alone(n.Reason) {
@@ -124,7 +124,7 @@ func (r *run) add(of id, severity, code, field, message string) {
 }
 
 // policies judges as the webhook does, and reports of which objects the index need not speak again.
-func (r *run) policies() map[id]bool {
+func (r *run) policies(u *index.Update) map[id]bool {
 	j := admission.Judge{Mesh: r.Config.PolicyMesh(), Cluster: surroundings{r}}
 	said := map[id]bool{}
 	for _, kind := range []string{"AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication"} {
@@ -137,7 +137,11 @@ func (r *run) policies() map[id]bool {
 			if err != nil {
 				continue
 			}
+			decided := r.Cluster && atWaypoint(u, o)
 			for _, p := range j.Judge(parsed, r.Cluster) {
+				if decided && p.Code == policy.NeedsWaypoint {
+					continue // it has one
+				}
 				severity := Warning
 				if p.Severity == policy.Error {
 					severity = Error
@@ -152,6 +156,16 @@ func (r *run) policies() map[id]bool {
 		}
 	}
 	return said
+}
+
+// atWaypoint reports whether waypoints decide all that a policy asks for.
+func atWaypoint(u *index.Update, o *unstructured.Unstructured) bool {
+	kind := index.AuthorizationPolicy
+	if o.GetKind() == index.RequestAuthentication.String() {
+		kind = index.RequestAuthentication
+	}
+	s := u.Policies[index.PolicyKey{Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName()}]
+	return s != nil && len(s.Waypoints) > 0 && s.Reason != policy.ReasonNoWaypoint
 }
 
 // severityOf is how bad it is what the index says of an object.
