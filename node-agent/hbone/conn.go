@@ -48,8 +48,6 @@ type conn struct {
 	ended   chan struct{} // the loop has read all, and why is in readErr
 
 	batching  bool       // the loop writes what is queued when it is through with what it has read
-	kept      bool       // the kernel may keep the end of what was sent last, for what follows
-	promised  bool       // there is more to read for a stream, in the loop's next batch
 	flusher   func()     // c.flushLoop
 	holder    *outBuffer // what out was borrowed with, nil if it was not
 	writing   bool       // somebody writes out, or a goroutine is about to
@@ -370,7 +368,7 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 			c.flush(false)
 			return used, c.need, nil
 		case evData:
-			c.deliver(ev.st, ev.data, ev.end, c.dataFollows(ev.st, p[used:]))
+			c.deliver(ev.st, ev.data, ev.end)
 			c.returnConnWindow()
 		case evRequest:
 			c.onReq(ev.id, ev.end)
@@ -380,10 +378,10 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 			ev.st.resp = c.resp
 			ev.st.rcond.Broadcast()
 			if ev.end {
-				c.deliver(ev.st, nil, true, false)
+				c.deliver(ev.st, nil, true)
 			}
 		case evEnd:
-			c.deliver(ev.st, nil, true, false)
+			c.deliver(ev.st, nil, true)
 		case evReset:
 			c.orphaned(ev.st)
 			ev.st.peerReset(ev.code)
@@ -411,11 +409,11 @@ func (c *conn) orphaned(st *Stream) {
 
 // deliver passes received bytes on: straight into the application's socket where a Relay has attached one
 // and nothing waits before them, else into the stream's queue. Called with mu held, which is released
-// while the socket is written. more says that the stream's next bytes are here already.
-func (c *conn) deliver(st *Stream, p []byte, end, more bool) {
+// while the socket is written.
+func (c *conn) deliver(st *Stream, p []byte, end bool) {
 	if k := st.sink; k != nil && st.q.head == nil && !st.draining && len(p) > 0 {
 		c.mu.Unlock()
-		n, err := k.sock.send(p, more)
+		n, err := k.sock.send(p)
 		k.down.Add(int64(n))
 		c.mu.Lock()
 		if st.gone && st.err != nil {

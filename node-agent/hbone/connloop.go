@@ -97,48 +97,36 @@ func (c *conn) beginBatch(l *loop) {
 	}
 }
 
-// endBatch writes what has been queued, as far as the socket takes it at once. It reports whether it is to be called
-// again after the next batch, which comes at once: then it sends what the kernel keeps for what that brings.
-func (c *conn) endBatch() (again bool) {
+// endBatch writes what has been queued, as far as the socket takes it at once.
+func (c *conn) endBatch() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.batching = false
 	if c.tls == nil {
 		c.flush(false)
-		return false
+		return
 	}
 	if c.writing {
-		return false
+		return
 	}
 	for c.queued() {
 		c.writing = true
 		batch, h := c.takeOut()
-		ok := c.try(batch, false)
+		ok := c.try(batch)
 		h.giveBack(batch)
 		if !ok {
-			return false
+			return
 		}
 	}
 	c.writtenOut()
-	switch {
-	case !c.kept || c.stopped != nil:
-	case c.promised:
-		c.promised, c.batching = false, true
-		return true
-	default:
-		c.kept = false
-		c.tls.sock.push()
-	}
-	return false
 }
 
 // try writes frames that are none of out, with writing set; mu is released meanwhile. It reports whether writing may
-// go on at once. more promises that endBatch is called.
-func (c *conn) try(frames []byte, more bool) bool {
+// go on at once.
+func (c *conn) try(frames []byte) bool {
 	c.mu.Unlock()
-	all, err := c.tls.trySend(frames, more)
+	all, err := c.tls.trySend(frames)
 	c.mu.Lock()
-	c.kept = more && all
 	if err == nil && !all {
 		go c.writeRest()
 		return false

@@ -166,7 +166,7 @@ func (r *records) refuse(err error) error {
 	if r.sock != nil { // the loop waits for nobody
 		if r.mu.TryLock() {
 			if r.rest == nil {
-				_, _ = r.sock.send(r.out.appendAlert(nil, a), false)
+				_, _ = r.sock.send(r.out.appendAlert(nil, a))
 			}
 			r.mu.Unlock()
 		}
@@ -224,8 +224,8 @@ func (r *records) send(b []byte) error {
 }
 
 // trySend is send for those who do not wait, where a loop waits for the socket. If the socket takes less than all, the
-// rest is kept: sendRest is to be called before anything else is sent. more is sock.send's.
-func (r *records) trySend(b []byte, more bool) (all bool, err error) {
+// rest is kept: sendRest is to be called before anything else is sent.
+func (r *records) trySend(b []byte) (all bool, err error) {
 	if !r.mu.TryLock() { // whoever says goodbye has the last word
 		return false, net.ErrClosed
 	}
@@ -237,7 +237,7 @@ func (r *records) trySend(b []byte, more bool) (all bool, err error) {
 			break
 		}
 		var n int
-		if n, err = r.sock.send(o.b, more || len(b) > 0); err != nil {
+		if n, err = r.sock.send(o.b); err != nil {
 			break
 		}
 		if n < len(o.b) {

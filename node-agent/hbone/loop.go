@@ -244,15 +244,11 @@ func (l *loop) run() {
 			}
 		}
 		clear(l.batch)
-		again := 0
-		for _, c := range l.sends {
-			if c.endBatch() {
-				l.sends[again] = c
-				again++
-			}
+		for i, c := range l.sends {
+			l.sends[i] = nil
+			c.endBatch()
 		}
-		clear(l.sends[again:])
-		l.sends = l.sends[:again]
+		l.sends = l.sends[:0]
 	}
 }
 
@@ -273,7 +269,7 @@ func (l *loop) wait() bool {
 		l.mu.Unlock()
 		return false
 	}
-	posted := len(l.posted) > 0 || len(l.sends) > 0
+	posted := len(l.posted) > 0
 	l.asleep = !posted
 	l.mu.Unlock()
 	if l.n = 0; posted {

@@ -366,15 +366,6 @@ func (s *session) beginData(h frameHeader, p []byte) (int, event, *ConnError) {
 	return n, ev, err
 }
 
-// dataFollows reports whether p begins with more of st's data.
-func (s *session) dataFollows(st *Stream, p []byte) bool {
-	if s.data.on || len(p) <= frameHeaderLen {
-		return false
-	}
-	h := parseFrameHeader(p)
-	return h.typ == frameData && h.id == st.id && h.flags&(flagPadded|flagEndStream) == 0 && h.length > 0
-}
-
 func (s *session) nextData(p []byte) (int, event, *ConnError) {
 	d := &s.data
 	if len(p) == 0 && d.left+d.pad > 0 {

@@ -85,7 +85,7 @@ func (k *sink) pull(l *loop, events uint32) (again bool) {
 			err = io.EOF
 		}
 	}
-	werr := st.writeReserved(buf[:frameHeaderLen+n], room, err == nil && k.sock.more)
+	werr := st.writeReserved(buf[:frameHeaderLen+n], room)
 	switch {
 	case err == errAgain:
 		return false
@@ -219,7 +219,7 @@ func (k *sink) drain(l *loop) (again bool) {
 			return false
 		}
 		c.mu.Unlock()
-		n, err := k.sock.send(b.buf[b.r:b.w], false)
+		n, err := k.sock.send(b.buf[b.r:b.w])
 		k.down.Add(int64(n))
 		c.mu.Lock()
 		b.r += n

@@ -102,7 +102,7 @@ func (s *sock) receive(p []byte) (int, error) {
 		return 0, errAgain
 	}
 	s.mu.Lock()
-	n, errno := s.call(unix.SYS_RECVFROM, p, 0)
+	n, errno := s.call(unix.SYS_READ, p)
 	s.mu.Unlock()
 	switch {
 	case errno == 0:
@@ -118,28 +118,16 @@ func (s *sock) receive(p []byte) (int, error) {
 	}
 }
 
-// send writes what the socket takes at once. more promises that something else follows, or push: the kernel then keeps
-// what does not fill a packet for it. A packet of a few bytes takes the same way through two nodes as one of 64 KiB.
-func (s *sock) send(p []byte, more bool) (int, error) {
+// send writes what the socket takes at once.
+func (s *sock) send(p []byte) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.sendLocked(p, more)
+	return s.sendLocked(p)
 }
 
-// push sends what the kernel has kept.
-func (s *sock) push() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	_ = unix.SetsockoptInt(s.fd, unix.IPPROTO_TCP, unix.TCP_NODELAY, 1) // fails only where the socket is broken or closed
-}
-
-func (s *sock) sendLocked(p []byte, more bool) (total int, err error) {
-	flags := unix.MSG_NOSIGNAL
-	if more {
-		flags |= unix.MSG_MORE
-	}
+func (s *sock) sendLocked(p []byte) (total int, err error) {
 	for total < len(p) {
-		n, errno := s.call(unix.SYS_SENDTO, p[total:], flags)
+		n, errno := s.call(unix.SYS_WRITE, p[total:])
 		switch {
 		case errno == unix.EAGAIN:
 			return total, nil
@@ -153,13 +141,13 @@ func (s *sock) sendLocked(p []byte, more bool) (total int, err error) {
 	return total, nil
 }
 
-// call receives or sends. It tells Go's scheduler nothing of it: the socket does not block.
-func (s *sock) call(what uintptr, p []byte, flags int) (int, syscall.Errno) {
+// call reads or writes. It tells Go's scheduler nothing of it: the socket does not block.
+func (s *sock) call(what uintptr, p []byte) (int, syscall.Errno) {
 	if len(p) == 0 {
 		return 0, 0
 	}
 	for {
-		n, _, errno := syscall.RawSyscall6(what, uintptr(s.fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)), uintptr(flags), 0, 0)
+		n, _, errno := syscall.RawSyscall(what, uintptr(s.fd), uintptr(unsafe.Pointer(&p[0])), uintptr(len(p)))
 		if errno != unix.EINTR {
 			return int(n), errno
 		}
@@ -170,7 +158,7 @@ func (s *sock) call(what uintptr, p []byte, flags int) (int, syscall.Errno) {
 func (s *sock) Write(p []byte) (total int, err error) {
 	for {
 		s.mu.Lock()
-		n, err := s.sendLocked(p, false)
+		n, err := s.sendLocked(p)
 		if total, p = total+n, p[n:]; err == nil && len(p) > 0 && s.expired {
 			err = os.ErrDeadlineExceeded
 		}

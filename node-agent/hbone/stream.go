@@ -270,12 +270,11 @@ func (st *Stream) reserve() int {
 }
 
 // writeReserved queues buf[frameHeaderLen:], or sends it at once if it is much: it needs no copy then. It gives back what
-// was reserved. more promises that the loop's next batch has more.
-func (st *Stream) writeReserved(buf []byte, reserved int, more bool) error {
+// was reserved.
+func (st *Stream) writeReserved(buf []byte, reserved int) error {
 	c := st.c
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.promised = c.promised || more
 	starved := c.sendWin == 0
 	st.sendWin += int64(reserved)
 	c.sendWin += int64(reserved)
@@ -299,7 +298,7 @@ func (st *Stream) writeReserved(buf []byte, reserved int, more bool) error {
 	c.dataSent(n, min(st.sendWin, c.sendWin))
 	putFrameHeader(buf, n, frameData, 0, st.id)
 	c.writing = true
-	if c.try(buf, more && c.batching) {
+	if c.try(buf) {
 		c.writing = false
 	}
 	return nil
