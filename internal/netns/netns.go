@@ -156,42 +156,36 @@ func (h *Handle) Do(f func() error) error {
 // visit runs f in the namespace on the calling thread, which the caller has locked. Only when it reports
 // home may the thread be unlocked; a thread that could not return must end with its goroutine.
 func (h *Handle) visit(f func() error) (home bool, err error) {
-	back, err := h.enter()
+	own, err := openOwn()
 	if err != nil {
 		return true, err
 	}
+	defer unix.Close(own)
+	return h.visitFrom(own, f)
+}
+
+// visitFrom is visit for a caller that knows its thread's own namespace.
+func (h *Handle) visitFrom(own int, f func() error) (home bool, err error) {
+	h.mu.RLock()
+	defer h.mu.RUnlock()
+	if h.fd < 0 {
+		return true, ErrClosed
+	}
+	if err := unix.Setns(h.fd, unix.CLONE_NEWNET); err != nil {
+		return true, fmt.Errorf("enter network namespace %s: %w", h.name, err)
+	}
 	err = f()
-	if e := back(); e != nil {
-		return false, errors.Join(err, e)
+	if back := unix.Setns(own, unix.CLONE_NEWNET); back != nil {
+		return false, errors.Join(err, fmt.Errorf("leave network namespace %s: %w", h.name, back))
 	}
 	return true, err
 }
 
-// enter takes the calling thread, which the caller has locked, into the namespace. back, which is called once and on
-// that thread, takes it home; without success the thread must not be unlocked.
-func (h *Handle) enter() (back func() error, err error) {
-	h.mu.RLock()
-	if h.fd < 0 {
-		h.mu.RUnlock()
-		return nil, ErrClosed
-	}
-	own, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+// openOwn opens the namespace of the calling thread.
+func openOwn() (int, error) {
+	fd, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
-		h.mu.RUnlock()
-		return nil, fmt.Errorf("open own network namespace: %w", err)
+		return -1, fmt.Errorf("open own network namespace: %w", err)
 	}
-	back = func() error {
-		defer h.mu.RUnlock()
-		defer unix.Close(own)
-		if err := unix.Setns(own, unix.CLONE_NEWNET); err != nil {
-			return fmt.Errorf("leave network namespace %s: %w", h.name, err)
-		}
-		return nil
-	}
-	if err := unix.Setns(h.fd, unix.CLONE_NEWNET); err != nil {
-		unix.Close(own)
-		h.mu.RUnlock()
-		return nil, fmt.Errorf("enter network namespace %s: %w", h.name, err)
-	}
-	return back, nil
+	return fd, nil
 }

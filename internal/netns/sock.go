@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"sync"
 	"syscall"
 	"time"
@@ -138,15 +137,10 @@ func (t *target) connect(fd int) syscall.Errno {
 }
 
 // home is the namespace of the process: of every thread that no visit has locked.
-var home = sync.OnceValues(func() (int, error) {
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	return unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
-})
+var home = sync.OnceValues(openOwn)
 
-// Connect connects from inside the namespace. prepare, if it is not
-// nil, sees the socket before it is connected. Connect is not to be called
-// from within a visit.
+// Connect connects from inside the namespace. prepare, if it is not nil, sees the socket before it is connected. Connect is
+// not to be called from within a visit.
 //
 // Where client and server are in one namespace, the handshake is over when connect(2) returns, and nothing waits.
 func (h *Handle) Connect(ctx context.Context, dst netip.AddrPort, prepare func(fd int) error) (*Sock, error) {
@@ -162,7 +156,11 @@ func (h *Handle) tryConnect(ctx context.Context, dst netip.AddrPort, prepare fun
 		return nil, err
 	}
 	to := newTarget(dst)
-	fd, err := h.stream(to.family)
+	own, err := home()
+	if err != nil {
+		return nil, err
+	}
+	fd, err := h.socketFrom(own, to.family, unix.SOCK_STREAM, unix.IPPROTO_TCP)
 	if err != nil {
 		return nil, err
 	}
@@ -187,33 +185,6 @@ func (h *Handle) tryConnect(ctx context.Context, dst netip.AddrPort, prepare fun
 		return nil, err
 	}
 	return &Sock{Remote: dst, fd: fd}, nil
-}
-
-// stream makes a TCP socket in the namespace: the thread goes there and back.
-func (h *Handle) stream(family int) (int, error) {
-	own, err := home()
-	if err != nil {
-		return -1, fmt.Errorf("open own network namespace: %w", err)
-	}
-	h.mu.RLock()
-	defer h.mu.RUnlock()
-	if h.fd < 0 {
-		return -1, ErrClosed
-	}
-	runtime.LockOSThread()
-	if err := unix.Setns(h.fd, unix.CLONE_NEWNET); err != nil {
-		runtime.UnlockOSThread()
-		return -1, os.NewSyscallError("setns", err)
-	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, unix.IPPROTO_TCP)
-	if back := unix.Setns(own, unix.CLONE_NEWNET); back != nil { // the thread is lost, and ends with the caller's goroutine
-		if err == nil {
-			unix.Close(fd)
-		}
-		return -1, os.NewSyscallError("setns", back)
-	}
-	runtime.UnlockOSThread()
-	return fd, os.NewSyscallError("socket", err)
 }
 
 // connected waits for the end of a handshake, with Go's poller.

@@ -1,6 +1,7 @@
 package hbone
 
 import (
+	"runtime"
 	"sync"
 	"time"
 )
@@ -42,11 +43,21 @@ func (w *Workers) Go(f func()) {
 func (w *Workers) work(f func()) {
 	next := make(chan func(), 1)
 	for ; f != nil; f = <-next {
+		deepen()
 		f()
 		if !w.wait(next) {
 			return
 		}
 	}
+}
+
+// deepen gives a goroutine that is new, or whose stack the garbage collector has made smaller, the stack that a connection
+// needs: it would be copied again and again, with more on it each time, if it grew as it is used.
+//
+//go:noinline
+func deepen() byte {
+	var frame [6 << 10]byte
+	return frame[runtime.NumCPU()&1]
 }
 
 // wait enters an idle goroutine, if it may stay.

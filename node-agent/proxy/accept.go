@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"runtime"
 	"syscall"
 	"time"
 
@@ -48,7 +47,6 @@ func (h *PodHandle) accept(l *listener) {
 		h.p.wg.Add(1)
 		h.p.workers.Go(func() {
 			defer h.p.wg.Done()
-			deepen()
 			defer h.open.Add(-1)
 			l.serve(h, c)
 		})
@@ -143,13 +141,4 @@ func addrPort(a net.Addr) netip.AddrPort {
 	}
 	ap := t.AddrPort()
 	return netip.AddrPortFrom(ap.Addr().Unmap(), ap.Port())
-}
-
-// deepen gives a new goroutine the stack that a connection needs: it would be copied again and again, with more on it
-// each time, if it grew as it is used.
-//
-//go:noinline
-func deepen() byte {
-	var frame [6 << 10]byte
-	return frame[runtime.NumCPU()&1]
 }

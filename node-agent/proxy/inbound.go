@@ -77,7 +77,6 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		Loops:        p.loops,
 		Workers:      &p.workers,
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
-			deepen()
 			n := h.open.Add(1)
 			defer h.open.Add(-1)
 			if n > int64(p.cfg.MaxConns) {
