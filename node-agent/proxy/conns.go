@@ -34,6 +34,7 @@ type conn struct {
 	auth  mesh.Conn        // what Authorize decides on; zero for outbound
 	bytes hbone.RelayStats // client to server, server to client
 	via   atomic.Pointer[tunnel]
+	by    atomic.Uint64 // revision of the state that authorize decided by; 0 before that
 	// For the log; set before its report ends.
 	noted    mesh.Verdict    // Audit and DryRun of its authorization
 	excepted mesh.PolicyName // the policy that let it in for its address alone
@@ -98,6 +99,12 @@ func (c *conn) endedBy() error {
 		return nil
 	}
 	return fail(c.outcome, "%s", c.why)
+}
+
+// authorize decides about an inbound connection, which is registered.
+func (c *conn) authorize(s *mesh.Snapshot) mesh.Verdict {
+	c.by.Store(s.Revision())
+	return s.Authorize(c.auth)
 }
 
 func (c *conn) setInfo(f func(*ConnInfo)) {

@@ -195,7 +195,7 @@ func (h *PodHandle) source(s *mesh.Snapshot, a netip.Addr, peer mesh.Identity, h
 // it, be it meanwhile by end.
 func (h *PodHandle) admit(ctx context.Context, c *conn, client, app netip.AddrPort) (*netns.Sock, error) {
 	s := h.p.store.Load()
-	v := s.Authorize(c.auth)
+	v := c.authorize(s)
 	h.p.note(c, v)
 	if !v.Allow {
 		return nil, fail(PolicyDenied, "%s", denial(v))

@@ -45,10 +45,12 @@ type difference struct {
 	namespaces map[string]bool
 	policies   map[mesh.PolicyName]bool // of chosen workloads
 	workloads  map[string]bool          // by UID
+	last, now  uint64                   // revisions
 }
 
 func compare(s, last *mesh.Snapshot) difference {
-	d := difference{namespaces: map[string]bool{}, policies: map[mesh.PolicyName]bool{}, workloads: map[string]bool{}}
+	d := difference{namespaces: map[string]bool{}, policies: map[mesh.PolicyName]bool{}, workloads: map[string]bool{},
+		last: last.Revision(), now: s.Revision()}
 	d.all = last.Revision() == 0 || !s.Config().Equal(last.Config())
 	workloads, _, policies := s.Changes(last)
 	for c := range policies {
@@ -75,7 +77,17 @@ func compare(s, last *mesh.Snapshot) difference {
 }
 
 func (d *difference) none() bool {
-	return !d.all && len(d.namespaces)+len(d.policies)+len(d.workloads) == 0
+	return !d.all && len(d.namespaces)+len(d.policies)+len(d.workloads) == 0 && !d.skips()
+}
+
+// skips reports whether there were states in between, which may have let in what neither of the two does: a policy that
+// came and went is no difference.
+func (d *difference) skips() bool { return d.now > d.last+1 }
+
+// skipped reports whether one of those may have decided about a connection.
+func (d *difference) skipped(c *conn) bool {
+	by := c.by.Load()
+	return d.skips() && (by == 0 || d.last < by && by < d.now)
 }
 
 // concerns reports whether something may be decided otherwise about a workload, by the newer Snapshot.
@@ -101,7 +113,7 @@ func (d *difference) concerns(s *mesh.Snapshot, uid string) bool {
 	return false
 }
 
-// reevaluate resets the inbound connections that s does not allow, of those that the difference concerns, and
+// reevaluate resets the inbound connections that s does not allow, of those that the difference concerns or hides, and
 // returns how many were looked at and how many reset. Connections that are alike are decided once: a pod has many
 // connections of few clients.
 func (t *connTable) reevaluate(s *mesh.Snapshot, d difference) (looked, ended int) {
@@ -118,7 +130,7 @@ func (t *connTable) reevaluate(s *mesh.Snapshot, d difference) (looked, ended in
 			is = d.concerns(s, uid)
 			concerned[uid] = is
 		}
-		if !is {
+		if !is && !d.skipped(c) {
 			continue
 		}
 		looked++

@@ -116,7 +116,7 @@ func (tw *town) arrive(n func(int) int) bool {
 		c.auth.Source = mesh.Identity{TrustDomain: "cluster.local", Namespace: "clients", ServiceAccount: fmt.Sprintf("c%d", n(3))}
 	}
 	tw.proxy.conns.register(c)
-	if !tw.store.Load().Authorize(c.auth).Allow {
+	if !c.authorize(tw.store.Load()).Allow {
 		tw.proxy.conns.release(c)
 		return false
 	}
@@ -243,6 +243,42 @@ func TestOnlyTheConnectionsThatAChangeConcernsAreLookedAt(t *testing.T) {
 		if looked, ended := table.reevaluate(s, compare(s, last)); looked != step.want || ended != 0 {
 			t.Errorf("%s: %d connections looked at and %d ended, want %d and 0", step.name, looked, ended, step.want)
 		}
+	}
+}
+
+// A policy that comes and goes before the watch looks is no difference between the states that it sees. A workload that
+// names it is open in between.
+func TestAConnectionThatOnlyAStateInBetweenLetInIsReset(t *testing.T) {
+	tw := newTown(t)
+	defer tw.close()
+	name := mesh.PolicyName{Namespace: "ns0", Name: "p"}
+	tw.builder.PutWorkload(tw.workload(0, []mesh.PolicyName{name}))
+	tw.commit()
+	last := tw.store.Load()
+	tw.builder.PutPolicy(&mesh.Policy{Name: name, Scope: mesh.ScopeWorkload, Action: mesh.Deny})
+	tw.commit()
+	table := newConnTable() // the proxy's own watch looks at the other
+	let, other := &conn{dir: Inbound, pod: tw.pods[0]}, &conn{dir: Inbound, pod: tw.pods[1]}
+	for i, c := range []*conn{let, other} {
+		c.auth = mesh.Conn{DstWorkload: tw.workload(i, nil)}
+		table.register(c)
+		if v := c.authorize(tw.store.Load()); !v.Allow {
+			t.Fatal("not let in: ", v)
+		}
+	}
+	tw.builder.DeletePolicy(name)
+	tw.commit()
+	s := tw.store.Load()
+	if looked, ended := table.reevaluate(s, compare(s, last)); looked != 2 || ended != 1 || let.endedBy() == nil {
+		t.Errorf("%d connections looked at and %d ended, want 2 and 1", looked, ended)
+	}
+	last = s
+	tw.builder.PutService(&mesh.Service{Name: mesh.ServiceName{Namespace: "x", Hostname: "x"}})
+	tw.commit()
+	tw.commit()
+	s = tw.store.Load()
+	if looked, _ := table.reevaluate(s, compare(s, last)); looked != 0 {
+		t.Errorf("%d connections looked at that no state in between decided about, want 0", looked)
 	}
 }
 
