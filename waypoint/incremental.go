@@ -14,6 +14,7 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
 	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
 	"google.golang.org/protobuf/proto"
@@ -119,16 +120,12 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 	if main == nil || !slices.EqualFunc(parts, w.served, func(x, y *part) bool { return x == y || x.shape == y.shape }) {
 		main = b.mainItem(parts)
 	}
-	old := map[string]*collection{}
-	if w.last != nil {
-		old = w.last.byType
-	}
 	var listeners, clusters []*item
 	for _, l := range []*listenerv3.Listener{b.originate(), b.terminate()} {
-		listeners = append(listeners, b.item(old[resource.ListenerType].all(), l.Name, l))
+		listeners = append(listeners, b.item(w.previous(resource.ListenerType).all(), l.Name, l))
 	}
 	for _, c := range b.fixedClusters() {
-		clusters = append(clusters, b.item(old[resource.ClusterType].all(), c.Name, c))
+		clusters = append(clusters, b.item(w.previous(resource.ClusterType).all(), c.Name, c))
 	}
 	if b.err != nil {
 		return nil, b.err
@@ -142,23 +139,42 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 		clusters, endpoints = append(clusters, r.cluster), append(endpoints, r.endpoints)
 	}
 	slices.SortFunc(endpoints, func(x, y *item) int { return strings.Compare(x.name, y.name) })
-	next := map[string]*collection{
-		resource.ListenerType: old[resource.ListenerType].next(listeners), resource.RouteType: old[resource.RouteType].next(routes),
-		resource.ClusterType: old[resource.ClusterType].next(clusters), resource.EndpointType: old[resource.EndpointType].next(endpoints),
-		resource.ExtensionConfigType: old[resource.ExtensionConfigType].next(extensions),
-	}
 	w.snapshot, w.services, w.targets, w.served, w.main = s, services, targets, parts, main
-	for kind, c := range next {
-		if w.last == nil || c != old[kind] {
-			w.last = &Resources{
-				Listeners: messages[*listenerv3.Listener](listeners), Routes: messages[*routev3.RouteConfiguration](routes),
-				Clusters: messages[*clusterv3.Cluster](clusters), Endpoints: messages[*endpointv3.ClusterLoadAssignment](endpoints),
-				Extensions: messages[*corev3.TypedExtensionConfig](extensions), byType: next,
-			}
-			break
+	return w.keep(map[string][]*item{
+		resource.ListenerType: listeners, resource.RouteType: routes, resource.ClusterType: clusters, resource.EndpointType: endpoints,
+		resource.ExtensionConfigType: extensions,
+	}), nil
+}
+
+// resourceTypes are those of which Resources consist.
+var resourceTypes = []string{
+	resource.ListenerType, resource.RouteType, resource.ClusterType, resource.EndpointType, resource.ExtensionConfigType, resource.SecretType,
+}
+
+// previous are the resources of the last time.
+func (w *Writer) previous(kind string) *collection {
+	if w.last == nil {
+		return nil
+	}
+	return w.last.byType[kind]
+}
+
+// keep returns resources of these items by type, and the last ones where they are the same.
+func (w *Writer) keep(all map[string][]*item) *Resources {
+	next, changed := map[string]*collection{}, w.last == nil
+	for _, kind := range resourceTypes {
+		old := w.previous(kind)
+		next[kind] = old.next(all[kind])
+		changed = changed || next[kind] != old
+	}
+	if changed {
+		w.last = &Resources{
+			Listeners: messages[*listenerv3.Listener](all[resource.ListenerType]), Routes: messages[*routev3.RouteConfiguration](all[resource.RouteType]),
+			Clusters: messages[*clusterv3.Cluster](all[resource.ClusterType]), Endpoints: messages[*endpointv3.ClusterLoadAssignment](all[resource.EndpointType]),
+			Extensions: messages[*corev3.TypedExtensionConfig](all[resource.ExtensionConfigType]), Secrets: messages[*tlsv3.Secret](all[resource.SecretType]), byType: next,
 		}
 	}
-	return w.last, nil
+	return w.last
 }
 
 // same reports whether the services that something was written from are what they were.

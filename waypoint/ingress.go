@@ -7,9 +7,7 @@ import (
 	"strconv"
 	"strings"
 
-	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
-	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	tlsinspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
@@ -64,13 +62,9 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 		listeners, tables = append(listeners, l), append(tables, routes...)
 		from = to
 	}
-	old := map[string]*collection{}
-	if w.last != nil {
-		old = w.last.byType
-	}
 	all := map[string][]*item{}
 	add := func(kind, name string, m proto.Message) {
-		all[kind] = append(all[kind], b.item(old[kind].all(), name, m))
+		all[kind] = append(all[kind], b.item(w.previous(kind).all(), name, m))
 	}
 	for _, m := range listeners {
 		add(resource.ListenerType, m.Name, m)
@@ -101,17 +95,8 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 	if b.err != nil {
 		return nil, b.err
 	}
-	next := map[string]*collection{}
-	for _, kind := range []string{resource.ListenerType, resource.RouteType, resource.ExtensionConfigType, resource.SecretType, resource.ClusterType, resource.EndpointType} {
-		next[kind] = old[kind].next(all[kind])
-	}
 	w.snapshot, w.ingress = s, &ingressPart{g, b.from, b.targets, b.hasIPv6()}
-	w.last = &Resources{
-		Listeners: messages[*listenerv3.Listener](all[resource.ListenerType]), Routes: messages[*routev3.RouteConfiguration](all[resource.RouteType]),
-		Clusters: messages[*clusterv3.Cluster](all[resource.ClusterType]), Endpoints: messages[*endpointv3.ClusterLoadAssignment](all[resource.EndpointType]),
-		Extensions: messages[*corev3.TypedExtensionConfig](all[resource.ExtensionConfigType]), Secrets: messages[*tlsv3.Secret](all[resource.SecretType]), byType: next,
-	}
-	return w.last, nil
+	return w.keep(all), nil
 }
 
 func compareTargets(a, b target) int {
