@@ -21,28 +21,23 @@ type WaypointConfig struct {
 	PullSecrets []string
 }
 
-// waypointName is the service that a Gateway's pods are behind.
-func (cp *controlPlane) waypointName(namespace, name string) mesh.ServiceName {
-	return mesh.ServiceName{Namespace: namespace, Hostname: name + "." + namespace + ".svc." + cp.cfg.Mesh.ClusterDomain}
-}
-
 // waypointOf returns the waypoint, or the gateway, that a caller is: a pod that runs under the service account that was made
 // for a Gateway.
 func (cp *controlPlane) waypointOf(c *auth.Caller) (mesh.ServiceName, bool) {
 	id := c.Identity
-	if !cp.source.IsWaypoint(id.Namespace, id.ServiceAccount) && cp.store.Load().Ingress(cp.waypointName(id.Namespace, id.ServiceAccount)) == nil {
+	if !cp.source.IsWaypoint(id.Namespace, id.ServiceAccount) && cp.store.Load().Ingress(cp.cfg.Mesh.ServiceName(id.Namespace, id.ServiceAccount)) == nil {
 		return mesh.ServiceName{}, false
 	}
 	if _, err := cp.authorizer.Own(c); err != nil {
 		return mesh.ServiceName{}, false
 	}
-	return cp.waypointName(id.Namespace, id.ServiceAccount), true
+	return cp.cfg.Mesh.ServiceName(id.Namespace, id.ServiceAccount), true
 }
 
 // waypointState is what the mesh has of a waypoint.
 func (cp *controlPlane) waypointState(namespace, name string) (addresses []string, ready int) {
 	s := cp.store.Load()
-	svc := s.Service(cp.waypointName(namespace, name))
+	svc := s.Service(cp.cfg.Mesh.ServiceName(namespace, name))
 	if svc == nil {
 		return nil, 0
 	}

@@ -12,18 +12,12 @@ import (
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/labels"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
 	"github.com/warrenmesh/warren/controlplane/admission"
 	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/controlplane/policy"
-	"github.com/warrenmesh/warren/internal/mesh"
-)
-
-const (
-	labelWaypoint          = "istio.io/use-waypoint"
-	labelWaypointNamespace = "istio.io/use-waypoint-namespace"
-	waypointClass          = "istio-waypoint"
 )
 
 // references finds names that lead nowhere.
@@ -43,18 +37,18 @@ func (r *run) references() {
 
 // waypoint looks at the label that asks for one: while there is none, what asks is refused.
 func (r *run) waypoint(o *unstructured.Unstructured) {
-	name := o.GetLabels()[labelWaypoint]
+	name := o.GetLabels()[index.LabelWaypoint]
 	if name == "" || name == "none" {
 		return
 	}
-	ns := o.GetLabels()[labelWaypointNamespace]
+	ns := o.GetLabels()[index.LabelWaypointNamespace]
 	if ns == "" {
 		ns = o.GetNamespace()
 		if o.GetKind() == "Namespace" {
 			ns = o.GetName()
 		}
 	}
-	at := "metadata.labels." + labelWaypoint
+	at := "metadata.labels." + index.LabelWaypoint
 	gateway, ok := r.typed[id{"Gateway", ns, name}].(*gatewayv1.Gateway)
 	if !ok {
 		var there []string
@@ -70,27 +64,20 @@ func (r *run) waypoint(o *unstructured.Unstructured) {
 		r.add(idOf(o), Error, string(UnknownWaypoint), at, fmt.Sprintf("there is no Gateway %s/%s, and what asks for a waypoint that is not there is refused; %s", ns, name, hint))
 		return
 	}
-	if class := gateway.Spec.GatewayClassName; class != waypointClass {
-		r.add(idOf(o), Error, string(NotAWaypoint), at, fmt.Sprintf("the Gateway %s/%s is of class %s; a waypoint's is %s", ns, name, class, waypointClass))
+	if class := gateway.Spec.GatewayClassName; class != index.WaypointClass {
+		r.add(idOf(o), Error, string(NotAWaypoint), at, fmt.Sprintf("the Gateway %s/%s is of class %s; a waypoint's is %s", ns, name, class, index.WaypointClass))
 	}
 }
 
 // host finds the Service that a host of an object in a namespace means. known is false for a name outside of the cluster, of which
 // nothing can be said.
 func (r *run) host(namespace, host string) (service *corev1.Service, known bool) {
-	name, ns := host, namespace
-	if rest, ok := strings.CutSuffix(host, ".svc."+r.Config.ClusterDomain); ok {
-		name, ns, _ = strings.Cut(rest, ".")
-	} else if rest, ok := strings.CutSuffix(host, ".svc"); ok {
-		name, ns, _ = strings.Cut(rest, ".")
-	} else if strings.Contains(host, ".") {
-		if before, after, _ := strings.Cut(host, "."); r.typed[id{"Namespace", "", after}] != nil {
-			name, ns = before, after
-		} else {
-			return nil, false
-		}
+	name := r.Config.ResolveHost(namespace, host)
+	short, _, _ := strings.Cut(name.Hostname, ".")
+	if name != r.Config.ServiceName(name.Namespace, short) {
+		return nil, false
 	}
-	s, _ := r.typed[id{"Service", ns, name}].(*corev1.Service)
+	s, _ := r.typed[id{"Service", name.Namespace, short}].(*corev1.Service)
 	return s, true
 }
 
@@ -124,6 +111,9 @@ func (r *run) service(o *unstructured.Unstructured, field, host string) *corev1.
 	}
 	if !known {
 		hint = "a host outside of the cluster needs a ServiceEntry"
+		if name, ns, _ := strings.Cut(strings.TrimSuffix(host, ".svc"), "."); r.typed[id{"Service", ns, name}] != nil {
+			hint = "write " + r.Config.ServiceName(ns, name).Hostname
+		}
 	}
 	r.add(idOf(o), Error, string(UnknownHost), field, fmt.Sprintf("there is no Service %s; %s", host, hint))
 	return nil
@@ -152,9 +142,9 @@ func (r *run) virtualService(o *unstructured.Unstructured, v *networkingv1.Virtu
 
 // routed warns of an object for the requests to a Service that nobody looks at.
 func (r *run) routed(o *unstructured.Unstructured, field string, s *corev1.Service) {
-	is := r.snapshot.Service(mesh.ServiceName{Namespace: s.Namespace, Hostname: s.Name + "." + s.Namespace + ".svc." + r.Config.ClusterDomain})
+	is := r.snapshot.Service(r.Config.ServiceName(s.Namespace, s.Name))
 	if is != nil && is.Waypoint == nil {
-		r.add(idOf(o), Warning, kebab(policy.ReasonNoWaypoint), field, fmt.Sprintf("no waypoint is in front of Service %s/%s (label %s), so that this has no effect on it", s.Namespace, s.Name, labelWaypoint))
+		r.add(idOf(o), Warning, kebab(policy.ReasonNoWaypoint), field, fmt.Sprintf("no waypoint is in front of Service %s/%s (label %s), so that this has no effect on it", s.Namespace, s.Name, index.LabelWaypoint))
 	}
 }
 
@@ -205,24 +195,16 @@ func (r *run) destinationRule(o *unstructured.Unstructured, d *networkingv1.Dest
 	if s == nil || len(s.Spec.Selector) == 0 {
 		return
 	}
+	selected := labels.SelectorFromSet(s.Spec.Selector)
 	for i, subset := range d.Spec.Subsets {
+		chosen := labels.SelectorFromSet(subset.Labels)
 		if !slices.ContainsFunc(r.objects["Pod"], func(p *unstructured.Unstructured) bool {
-			return p.GetNamespace() == s.Namespace && has(p.GetLabels(), s.Spec.Selector) && has(p.GetLabels(), subset.Labels)
+			return p.GetNamespace() == s.Namespace && selected.Matches(labels.Set(p.GetLabels())) && chosen.Matches(labels.Set(p.GetLabels()))
 		}) {
 			r.add(idOf(o), Warning, string(SubsetSelectsNothing), fmt.Sprintf("spec.subsets[%d].labels", i),
 				fmt.Sprintf("no pod of Service %s/%s is in the subset %s now: what is sent to it is answered with 503", s.Namespace, s.Name, subset.Name))
 		}
 	}
-}
-
-// has reports whether labels has all of want.
-func has(labels, want map[string]string) bool {
-	for k, v := range want {
-		if labels[k] != v {
-			return false
-		}
-	}
-	return true
 }
 
 // surroundings shows the objects to the judgement of policies.

@@ -14,7 +14,7 @@ import (
 
 // Names of Istio's, by which tools find waypoints.
 const (
-	Class           = "istio-waypoint"
+	Class           = index.WaypointClass
 	controller      = "istio.io/mesh-controller"
 	managed         = "istio.io-mesh-controller"
 	managedIngress  = "istio.io-gateway-controller"

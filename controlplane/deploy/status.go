@@ -163,10 +163,9 @@ func listenerConditions(g *gatewayv1.Gateway, state *index.GatewayState, i int, 
 		out[0] = condition(string(gatewayv1.ListenerConditionAccepted), false, s.Conflicted.Reason, s.Conflicted.Message, g.Generation)
 		out[2] = condition(string(gatewayv1.ListenerConditionConflicted), true, s.Conflicted.Reason, s.Conflicted.Message, g.Generation)
 	}
-	switch {
-	case !s.Programmed():
+	if !s.Programmed() {
 		out = append(out, condition("Programmed", false, string(gatewayv1.ListenerReasonInvalid), "it is not served, for what its other conditions say", g.Generation))
-	default:
+	} else {
 		out = append(out, condition("Programmed", programmed.Status == metav1.ConditionTrue, programmed.Reason, programmed.Message, g.Generation))
 	}
 	return out

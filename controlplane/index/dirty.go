@@ -28,14 +28,14 @@ func put[F any](m map[string]map[string]*F, k key, f *F) (old *F) {
 	return old
 }
 
-func link[K comparable](m map[K]map[key]struct{}, from K, to key) {
+func link[K, V comparable](m map[K]map[V]struct{}, from K, to V) {
 	if m[from] == nil {
-		m[from] = map[key]struct{}{}
+		m[from] = map[V]struct{}{}
 	}
 	m[from][to] = struct{}{}
 }
 
-func unlink[K comparable](m map[K]map[key]struct{}, from K, to key) {
+func unlink[K, V comparable](m map[K]map[V]struct{}, from K, to V) {
 	delete(m[from], to)
 	if len(m[from]) == 0 {
 		delete(m, from)

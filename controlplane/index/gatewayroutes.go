@@ -105,7 +105,7 @@ type boundRoute struct {
 }
 
 func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
-	f := c.gatewayRouteFactOf(HTTPRoute, r, r.Spec.ParentRefs)
+	f := c.gatewayRouteFactOf(HTTPRoute, r, r.Spec.ParentRefs, r.Spec.Hostnames)
 	for i := range r.Spec.Rules {
 		rule := &r.Spec.Rules[i]
 		for _, b := range rule.BackendRefs {
@@ -117,9 +117,6 @@ func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
 		for _, l := range rule.Filters {
 			c.mentionMirror(f, l.RequestMirror)
 		}
-	}
-	for _, h := range r.Spec.Hostnames {
-		f.hostnames = append(f.hostnames, strings.ToLower(string(h)))
 	}
 	f.convert = func(find routing.Backends) routing.Route {
 		return routing.HTTPRoute(r.Namespace, r.Name, &r.Spec, find)
@@ -128,7 +125,7 @@ func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
 }
 
 func (c *compiled) grpcRouteFactOf(r *gatewayv1.GRPCRoute) *gatewayRouteFact {
-	f := c.gatewayRouteFactOf(GRPCRoute, r, r.Spec.ParentRefs)
+	f := c.gatewayRouteFactOf(GRPCRoute, r, r.Spec.ParentRefs, r.Spec.Hostnames)
 	for i := range r.Spec.Rules {
 		rule := &r.Spec.Rules[i]
 		for _, b := range rule.BackendRefs {
@@ -141,17 +138,17 @@ func (c *compiled) grpcRouteFactOf(r *gatewayv1.GRPCRoute) *gatewayRouteFact {
 			c.mentionMirror(f, l.RequestMirror)
 		}
 	}
-	for _, h := range r.Spec.Hostnames {
-		f.hostnames = append(f.hostnames, strings.ToLower(string(h)))
-	}
 	f.convert = func(find routing.Backends) routing.Route {
 		return routing.GRPCRoute(r.Namespace, r.Name, &r.Spec, find)
 	}
 	return f
 }
 
-func (c *compiled) gatewayRouteFactOf(kind Kind, r metav1.Object, parents []gatewayv1.ParentReference) *gatewayRouteFact {
+func (c *compiled) gatewayRouteFactOf(kind Kind, r metav1.Object, parents []gatewayv1.ParentReference, hostnames []gatewayv1.Hostname) *gatewayRouteFact {
 	f := &gatewayRouteFact{ref: ref{kind, keyOf(r)}, uid: string(r.GetUID()), generation: r.GetGeneration(), created: r.GetCreationTimestamp()}
+	for _, h := range hostnames {
+		f.hostnames = append(f.hostnames, strings.ToLower(string(h)))
+	}
 	for _, p := range parents {
 		switch {
 		case ofService(p):
@@ -190,7 +187,7 @@ func (c *compiled) backendName(f *gatewayRouteFact, b gatewayv1.BackendObjectRef
 	case group == "" && kind == "Service":
 		return c.serviceName(key{string(deref(b.Namespace, gatewayv1.Namespace(f.Namespace))), string(b.Name)}), true
 	case group == hostnameGroup && kind == "Hostname" && strings.Contains(string(b.Name), "."):
-		return c.resolveHost(f.Namespace, string(b.Name)), true
+		return c.ResolveHost(f.Namespace, string(b.Name)), true
 	}
 	return mesh.ServiceName{}, false
 }
@@ -215,17 +212,11 @@ func (x *Index) setGatewayRoute(kind Kind, k key, f *gatewayRouteFact) {
 	}
 	if old != nil {
 		for _, name := range old.mentions {
-			delete(x.routesOn[name], r)
-			if len(x.routesOn[name]) == 0 {
-				delete(x.routesOn, name)
-			}
+			unlink(x.routesOn, name, r)
 		}
 		for _, p := range old.parents {
 			if k := parentKey(old, p); !ofService(p) {
-				delete(x.routesOf[k], r)
-				if len(x.routesOf[k]) == 0 {
-					delete(x.routesOf, k)
-				}
+				unlink(x.routesOf, k, r)
 			}
 		}
 		delete(x.gatewayRoutes, r)
@@ -234,17 +225,11 @@ func (x *Index) setGatewayRoute(kind Kind, k key, f *gatewayRouteFact) {
 		x.gatewayRoutes[r] = f
 		for _, p := range f.parents {
 			if k := parentKey(f, p); !ofService(p) {
-				if x.routesOf[k] == nil {
-					x.routesOf[k] = map[ref]struct{}{}
-				}
-				x.routesOf[k][r] = struct{}{}
+				link(x.routesOf, k, r)
 			}
 		}
 		for _, name := range f.mentions {
-			if x.routesOn[name] == nil {
-				x.routesOn[name] = map[ref]struct{}{}
-			}
-			x.routesOn[name][r] = struct{}{}
+			link(x.routesOn, name, r)
 		}
 	}
 	x.dirtyGatewayRoutes[r] = struct{}{}
@@ -389,14 +374,11 @@ func (x *Index) commitGatewayRoutes(u *Update) {
 	for r := range x.dirtyGatewayRoutes {
 		for _, b := range x.routesBound[r] {
 			if b.gateway != (key{}) {
-				delete(x.routesAttached[b.gateway], b)
+				unlink(x.routesAttached, b.gateway, b)
 				x.dirtyIngress[b.gateway] = struct{}{}
 				continue
 			}
-			delete(x.routesAt[b.name], b)
-			if len(x.routesAt[b.name]) == 0 {
-				delete(x.routesAt, b.name)
-			}
+			unlink(x.routesAt, b.name, b)
 			touched[b.name] = struct{}{}
 		}
 		delete(x.routesBound, r)
@@ -409,10 +391,7 @@ func (x *Index) commitGatewayRoutes(u *Update) {
 				if b := x.attach(f, p); b != nil {
 					b.nth = nth
 					x.routesBound[r] = append(x.routesBound[r], b)
-					if x.routesAttached[b.gateway] == nil {
-						x.routesAttached[b.gateway] = map[*boundRoute]struct{}{}
-					}
-					x.routesAttached[b.gateway][b] = struct{}{}
+					link(x.routesAttached, b.gateway, b)
 					x.dirtyIngress[b.gateway] = struct{}{}
 				}
 				continue
@@ -420,10 +399,7 @@ func (x *Index) commitGatewayRoutes(u *Update) {
 			b := x.bind(f, p)
 			b.nth = nth
 			x.routesBound[r] = append(x.routesBound[r], b)
-			if x.routesAt[b.name] == nil {
-				x.routesAt[b.name] = map[*boundRoute]struct{}{}
-			}
-			x.routesAt[b.name][b] = struct{}{}
+			link(x.routesAt, b.name, b)
 			touched[b.name] = struct{}{}
 		}
 	}

@@ -41,14 +41,11 @@ func (x *Index) useGuards(src source, guards []guard) {
 		return
 	}
 	for _, g := range old {
-		delete(x.guards[g], src)
+		unlink(x.guards, g, src)
 		x.dirtyGuards[g] = struct{}{}
 	}
 	for _, g := range guards {
-		if x.guards[g] == nil {
-			x.guards[g] = map[source]struct{}{}
-		}
-		x.guards[g][src] = struct{}{}
+		link(x.guards, g, src)
 		x.dirtyGuards[g] = struct{}{}
 	}
 	if len(guards) == 0 {
@@ -61,7 +58,6 @@ func (x *Index) useGuards(src source, guards []guard) {
 func (x *Index) commitGuards(b *mesh.Builder) {
 	for g := range x.dirtyGuards {
 		if len(x.guards[g]) == 0 {
-			delete(x.guards, g)
 			b.DeletePolicy(g.name())
 			continue
 		}
@@ -127,7 +123,7 @@ func (x *Index) targets(ns string, t policy.Target, s *serviceFact) bool {
 	case policy.TargetGateway:
 		return x.waypointAsked(s) == key{ns, t.Name}
 	case policy.TargetGatewayClass:
-		return t.Name == waypointClass && ns == x.c.RootNamespace && x.waypointAsked(s) != key{}
+		return t.Name == WaypointClass && ns == x.c.RootNamespace && x.waypointAsked(s) != key{}
 	}
 	return false
 }

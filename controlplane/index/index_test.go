@@ -415,7 +415,7 @@ func drawMeta(t *rapid.T, name string, names ...string) metav1.ObjectMeta {
 
 var podLabels = []map[string]string{
 	nil, {"app": "x"}, {"app": "z"}, {"app": "x", labelMode: "none"}, {"app": "x", labelMode: "ambient"}, {labelMode: "odd"}, {"app": "z", labelTunnel: "http"},
-	{"app": "z", labelWaypoint: "w", labelWaypointNamespace: "b"}, {labelWaypoint: "none"},
+	{"app": "z", LabelWaypoint: "w", LabelWaypointNamespace: "b"}, {LabelWaypoint: "none"},
 }
 
 func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
@@ -458,7 +458,7 @@ func drawObject(t *rapid.T) (ref, any) {
 	case Gateway:
 		g := &gatewayv1.Gateway{ObjectMeta: drawMeta(t, "name", "w", "w1")}
 		g.Labels = pick(t, "labels", nil, map[string]string{labelWaypointFor: "none"}, map[string]string{labelWaypointFor: "all"})
-		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(waypointClass), "istio", "ours")
+		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(WaypointClass), "istio", "ours")
 		mustYAML(t, pick(t, "listeners", `{listeners: [{name: any, port: 80, protocol: HTTP}, {name: x, port: 443, protocol: HTTP, hostname: "*.x", allowedRoutes: {namespaces: {from: All}}}]}`,
 			`{listeners: [{name: any, port: 80, protocol: HTTP, hostname: a.x, allowedRoutes: {namespaces: {from: Selector, selector: {matchLabels: {istio.io/dataplane-mode: ambient}}}}}, {name: s, port: 443, protocol: HTTPS, tls: {certificateRefs: [{name: c, namespace: b}]}}]}`), &g.Spec)
 		return ref{kind, keyOf(g)}, g
@@ -521,13 +521,13 @@ func drawObject(t *rapid.T) (ref, any) {
 		n := &corev1.Namespace{}
 		n.Name = pick(t, "namespace", "a", "b", "istio-system")
 		n.Labels = pick(t, "labels", nil, map[string]string{labelMode: "ambient"}, map[string]string{labelMode: "odd"},
-			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"}, map[string]string{labelWaypoint: "w"},
+			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"}, map[string]string{LabelWaypoint: "w"},
 			map[string]string{labelUDP: udpEnforce}, map[string]string{labelUDP: "odd"})
 		n.Annotations = pick(t, "annotations", nil, map[string]string{annotationTrafficDistribution: "PreferClose"})
 		return ref{kind, key{"", n.Name}}, n
 	case Service:
 		s := &corev1.Service{ObjectMeta: drawMeta(t, "service", "s0", "s1")}
-		s.Labels = pick(t, "labels", nil, map[string]string{labelWaypoint: "w"})
+		s.Labels = pick(t, "labels", nil, map[string]string{LabelWaypoint: "w"})
 		s.Spec.Selector = pick(t, "selector", nil, map[string]string{"app": "x"}, map[string]string{"app": "z"})
 		s.Spec.ClusterIP = pick(t, "vip", "None", "10.96.0.1", "10.96.0.2")
 		s.Spec.Type = pick(t, "type", corev1.ServiceTypeClusterIP, corev1.ServiceTypeClusterIP, corev1.ServiceTypeExternalName)

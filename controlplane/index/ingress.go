@@ -119,7 +119,7 @@ func routeKinds(l *ingressListener) []gatewayv1.Kind {
 }
 
 func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
-	if g.Spec.GatewayClassName == waypointClass {
+	if g.Spec.GatewayClassName == WaypointClass {
 		return nil
 	}
 	f := &ingressFact{key: keyOf(g), uid: string(g.UID), generation: g.Generation, class: string(g.Spec.GatewayClassName), name: IngressName(g)}

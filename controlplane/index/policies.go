@@ -28,22 +28,24 @@ func (c Config) PolicyMesh() policy.Mesh {
 
 // Labels with which a namespace, a service or a pod asks for a waypoint.
 const (
-	labelWaypoint          = "istio.io/use-waypoint"
-	labelWaypointNamespace = "istio.io/use-waypoint-namespace"
-	waypointClass          = "istio-waypoint"
+	LabelWaypoint          = "istio.io/use-waypoint"
+	LabelWaypointNamespace = "istio.io/use-waypoint-namespace"
 )
+
+// WaypointClass is that of the Gateways that are waypoints.
+const WaypointClass = "istio-waypoint"
 
 // waypointOf reads the labels of an object in a namespace; said is false where they leave it to the namespace. The
 // zero key is the wish for none.
 func waypointOf(l map[string]string, ns string) (_ key, said bool) {
-	name, ok := l[labelWaypoint]
+	name, ok := l[LabelWaypoint]
 	if !ok || name == "" {
 		return key{}, false
 	}
 	if name == "none" {
 		return key{}, true
 	}
-	if other := l[labelWaypointNamespace]; other != "" {
+	if other := l[LabelWaypointNamespace]; other != "" {
 		ns = other
 	}
 	return key{ns, name}, true
@@ -93,7 +95,7 @@ func (x *Index) attachedTo(ns string, targets []policy.Target, s subject, waypoi
 		case policy.TargetGateway:
 			return slices.Contains(waypoints, key{ns, t.Name})
 		case policy.TargetGatewayClass:
-			return len(waypoints) > 0 && t.Name == waypointClass && ns == x.c.RootNamespace
+			return len(waypoints) > 0 && t.Name == WaypointClass && ns == x.c.RootNamespace
 		}
 		return false
 	})

@@ -26,7 +26,7 @@ type gatewayFact struct {
 
 // gatewayFactOf returns nil for a Gateway of another class.
 func gatewayFactOf(g *gatewayv1.Gateway) *gatewayFact {
-	if g.Spec.GatewayClassName != waypointClass {
+	if g.Spec.GatewayClassName != WaypointClass {
 		return nil
 	}
 	takes := g.Labels[labelWaypointFor]
@@ -91,14 +91,15 @@ func (f *routeFact) older(o *routeFact) bool {
 	return compareKeys(f.key, o.key) < 0
 }
 
-func (c *compiled) resolveHost(namespace, host string) mesh.ServiceName {
+// ResolveHost is what a host of a VirtualService or a DestinationRule means in a namespace.
+func (c Config) ResolveHost(namespace, host string) mesh.ServiceName {
 	if !strings.Contains(host, ".") {
-		return c.serviceName(key{namespace, host})
+		return c.ServiceName(namespace, host)
 	}
 	host = strings.TrimSuffix(host, ".")
 	if rest, ok := strings.CutSuffix(host, ".svc."+c.ClusterDomain); ok {
 		if name, ns, ok := strings.Cut(rest, "."); ok && !strings.Contains(ns, ".") {
-			return c.serviceName(key{ns, name})
+			return c.ServiceName(ns, name)
 		}
 	}
 	return mesh.ServiceName{Namespace: namespace, Hostname: host} // of a ServiceEntry
@@ -110,14 +111,14 @@ func (c *compiled) virtualServiceFactOf(v *networkingv1.VirtualService) *routeFa
 		return f
 	}
 	for _, h := range v.Spec.Hosts {
-		f.hosts = append(f.hosts, c.resolveHost(v.Namespace, h))
+		f.hosts = append(f.hosts, c.ResolveHost(v.Namespace, h))
 	}
-	f.rules, f.problems = routing.VirtualService(v.Namespace, v.Name, &v.Spec, c.resolveHost)
+	f.rules, f.problems = routing.VirtualService(v.Namespace, v.Name, &v.Spec, c.ResolveHost)
 	return f
 }
 
 func (c *compiled) destinationRuleFactOf(d *networkingv1.DestinationRule) *routeFact {
-	f := &routeFact{key: keyOf(d), uid: string(d.UID), created: d.CreationTimestamp, hosts: []mesh.ServiceName{c.resolveHost(d.Namespace, d.Spec.Host)}}
+	f := &routeFact{key: keyOf(d), uid: string(d.UID), created: d.CreationTimestamp, hosts: []mesh.ServiceName{c.ResolveHost(d.Namespace, d.Spec.Host)}}
 	f.subsets, f.traffic, f.problems = routing.DestinationRule(&d.Spec)
 	return f
 }

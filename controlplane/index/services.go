@@ -117,10 +117,12 @@ func (c *compiled) serviceFactOf(s *corev1.Service) *serviceFact {
 	return f
 }
 
-// serviceName is the key of a Kubernetes Service.
-func (c *compiled) serviceName(k key) mesh.ServiceName {
-	return mesh.ServiceName{Namespace: k.Namespace, Hostname: k.Name + "." + k.Namespace + ".svc." + c.ClusterDomain}
+// ServiceName is what the mesh calls a Kubernetes Service.
+func (c Config) ServiceName(namespace, name string) mesh.ServiceName {
+	return mesh.ServiceName{Namespace: namespace, Hostname: name + "." + namespace + ".svc." + c.ClusterDomain}
 }
+
+func (c *compiled) serviceName(k key) mesh.ServiceName { return c.ServiceName(k.Namespace, k.Name) }
 
 // wellKnownTCP are ports where the server may speak first, so that they are TCP unless declared otherwise.
 var wellKnownTCP = []uint16{25, 3306, 27017, 6379, 9042, 5432}

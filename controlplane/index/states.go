@@ -137,7 +137,7 @@ func (x *Index) misses(ns string, targets []policy.Target, s *PolicyState) {
 				missing = append(missing, t.String())
 			}
 		case policy.TargetGatewayClass:
-			if ns != x.c.RootNamespace || t.Name != waypointClass && x.classes[t.Name] != IngressController {
+			if ns != x.c.RootNamespace || t.Name != WaypointClass && x.classes[t.Name] != IngressController {
 				useless = append(useless, t.String())
 			}
 		case policy.TargetUnknown:
@@ -147,7 +147,7 @@ func (x *Index) misses(ns string, targets []policy.Target, s *PolicyState) {
 	if len(useless) > 0 && len(missing)+len(useless) == len(targets) {
 		s.Reason = policy.ReasonIgnored
 		s.Message = fmt.Sprintf("%s is no waypoint's, so that the policy applies to nothing; a policy for the GatewayClass %s is made in the root namespace %s",
-			strings.Join(useless, ", "), waypointClass, x.c.RootNamespace)
+			strings.Join(useless, ", "), WaypointClass, x.c.RootNamespace)
 		return
 	}
 	if len(missing) > 0 && len(missing) == len(targets) {

@@ -47,7 +47,7 @@ func (s *Source) OurGateways() ([]*gatewayv1.Gateway, bool) {
 	if !ok {
 		return nil, false
 	}
-	ours := map[gatewayv1.ObjectName]bool{waypointClass: true, IngressClass: true}
+	ours := map[gatewayv1.ObjectName]bool{WaypointClass: true, IngressClass: true}
 	for _, c := range s.Classes() {
 		ours[gatewayv1.ObjectName(c.Name)] = true
 	}
@@ -77,7 +77,7 @@ func (s *Source) Classes() []*gatewayv1.GatewayClass {
 	}
 	var out []*gatewayv1.GatewayClass
 	for _, o := range store.(cache.Store).List() {
-		if c, ok := o.(*gatewayv1.GatewayClass); ok && c.Spec.ControllerName == IngressController && c.Name != waypointClass {
+		if c, ok := o.(*gatewayv1.GatewayClass); ok && c.Spec.ControllerName == IngressController && c.Name != WaypointClass {
 			out = append(out, c)
 		}
 	}
@@ -88,5 +88,5 @@ func (s *Source) Classes() []*gatewayv1.GatewayClass {
 func (s *Source) IsWaypoint(namespace, name string) bool {
 	o, _ := s.Object(Gateway, namespace, name)
 	g, ok := o.(*gatewayv1.Gateway)
-	return ok && g.Spec.GatewayClassName == waypointClass
+	return ok && g.Spec.GatewayClassName == WaypointClass
 }
