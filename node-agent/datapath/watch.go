@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"syscall"
 
 	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
@@ -69,14 +70,12 @@ func (w *watch) read(each func(kind uint16, body []byte)) (all bool) {
 			all = false
 			continue
 		}
-		for b := w.buf[:n]; len(b) >= unix.NLMSG_HDRLEN; {
-			size := int(binary.NativeEndian.Uint32(b))
-			if size < unix.NLMSG_HDRLEN || size > len(b) {
-				all = false
-				break
-			}
-			each(binary.NativeEndian.Uint16(b[4:]), b[unix.NLMSG_HDRLEN:size])
-			b = b[min(len(b), (size+unix.NLMSG_ALIGNTO-1)&^(unix.NLMSG_ALIGNTO-1)):]
+		told, err := syscall.ParseNetlinkMessage(w.buf[:n])
+		if err != nil {
+			all = false
+		}
+		for _, m := range told {
+			each(m.Header.Type, m.Data)
 		}
 	}
 }
