@@ -19,6 +19,7 @@ import (
 
 	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/tap"
 	"github.com/warrenmesh/warren/node-agent/admin"
 	"github.com/warrenmesh/warren/node-agent/datapath"
 	"github.com/warrenmesh/warren/node-agent/enroll"
@@ -341,6 +342,7 @@ func (a *agent) serveAdmin(ctx context.Context) (*admin.Server, error) {
 	return admin.Listen(ctx, admin.Config{
 		AdminAddr: a.cfg.AdminAddr, MetricsAddr: a.cfg.MetricsAddr, ReadyAddr: a.cfg.ReadyAddr,
 		Store: a.store, Certificates: a.manager.Bundles, Pods: a.proxy.Pods, Connections: a.proxy.Connections,
+		Watch:    func(f tap.Filter) (admin.Watcher, error) { return a.proxy.Watch(f) },
 		Gatherer: a.metrics, Missing: a.waiting, Settings: a.cfg.settings(), Version: a.cfg.Version,
 		Level: a.cfg.Level, Log: a.cfg.Log,
 	})

@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	istio "istio.io/client-go/pkg/clientset/versioned"
@@ -51,6 +52,8 @@ type conn struct {
 	objects release.Cluster
 	// ask asks a port of a pod over HTTP; a seam for tests.
 	ask func(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error)
+	// stream is the same for an answer that has no end of its own. The caller closes it.
+	stream func(ctx context.Context, pod *corev1.Pod, port int, path string) (io.ReadCloser, error)
 }
 
 func dialCluster(a *app) (*conn, error) {
@@ -83,7 +86,7 @@ func dialCluster(a *app) (*conn, error) {
 		return nil, fmt.Errorf("reading the kubeconfig: %w", err)
 	}
 	c := &conn{Interface: k, istio: i, rest: cfg, namespace: namespace, objects: release.Cluster{Client: d, Mapper: mapper}}
-	c.ask = c.forward
+	c.ask, c.stream = c.forward, c.open
 	return c, nil
 }
 
@@ -147,8 +150,29 @@ func (a *app) agentFor(ctx context.Context, c *conn, target string) (*corev1.Pod
 	return nil, fmt.Errorf("no agent runs on node %s: see kubectl -n %s get pods -l %s -o wide", node, a.namespace, agentSelector)
 }
 
-// forward asks through the API's port forward: an agent's admin port listens on the node's loopback.
+// forward asks, and reads the whole answer.
 func (c *conn) forward(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error) {
+	body, err := c.open(ctx, pod, port, path)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	return io.ReadAll(body)
+}
+
+// forwarded is an answer, and the end of its port forward.
+type forwarded struct {
+	io.ReadCloser
+	end func()
+}
+
+func (f *forwarded) Close() error {
+	defer f.end()
+	return f.ReadCloser.Close()
+}
+
+// open asks through the API's port forward: an agent's admin port listens on the node's loopback.
+func (c *conn) open(ctx context.Context, pod *corev1.Pod, port int, path string) (body io.ReadCloser, err error) {
 	tr, up, err := spdy.RoundTripperFor(c.rest)
 	if err != nil {
 		return nil, err
@@ -163,7 +187,12 @@ func (c *conn) forward(ctx context.Context, pod *corev1.Pod, port int, path stri
 	}
 	done := make(chan error, 1)
 	go func() { done <- f.ForwardPorts() }()
-	defer func() { close(stop); <-done }()
+	end := sync.OnceFunc(func() { close(stop); <-done })
+	defer func() {
+		if body == nil {
+			end()
+		}
+	}()
 	select {
 	case <-up2:
 	case err := <-done:
@@ -185,15 +214,26 @@ func (c *conn) forward(ctx context.Context, pod *corev1.Pod, port int, path stri
 	if err != nil {
 		return nil, fmt.Errorf("asking %s on node %s: %w %s", pod.Name, pod.Spec.NodeName, err, strings.TrimSpace(errs.String()))
 	}
-	defer resp.Body.Close()
-	b, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return nil, err
-	}
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("asking %s for %s: %s", pod.Name, path, resp.Status)
+		defer resp.Body.Close()
+		says, _ := io.ReadAll(io.LimitReader(resp.Body, 500))
+		return nil, &answerError{pod: pod.Name, path: path, status: resp.StatusCode, says: strings.TrimSpace(string(says))}
 	}
-	return b, nil
+	return &forwarded{resp.Body, end}, nil
+}
+
+// answerError is an answer other than 200.
+type answerError struct {
+	pod, path, says string
+	status          int
+}
+
+func (e *answerError) Error() string {
+	s := fmt.Sprintf("asking %s for %s: %d %s", e.pod, e.path, e.status, http.StatusText(e.status))
+	if e.says != "" && e.status != http.StatusNotFound {
+		s += ": " + e.says
+	}
+	return s
 }
 
 // readDump reads a saved /config_dump.

@@ -1,6 +1,7 @@
 // Package admin answers questions about a running node agent over HTTP:
 //
 //	127.0.0.1:15000  /config_dump /connections /version /logging /debug/pprof   for istioctl, Kiali and operators
+//	                 /connections/watch   connections as they begin and end, for warren tap
 //	                 /debug/mesh   the state of the mesh as on the wire         for warren why
 //	*:15020          /metrics /stats/prometheus                                 for Prometheus
 //	*:15021          /healthz/ready                                             for the kubelet
@@ -28,6 +29,7 @@ import (
 
 	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/tap"
 	"github.com/warrenmesh/warren/internal/wds"
 	"github.com/warrenmesh/warren/node-agent/proxy"
 )
@@ -42,7 +44,9 @@ type Config struct {
 	Certificates func() []*identity.Bundle
 	Pods         func() []*proxy.PodHandle
 	Connections  func() []proxy.ConnInfo
-	Gatherer     prometheus.Gatherer
+	// Watch tells of connections that begin or end.
+	Watch    func(tap.Filter) (Watcher, error)
+	Gatherer prometheus.Gatherer
 	// Missing says what the agent still waits for before it is ready; nothing means ready.
 	Missing func() []string
 	// Settings is the section "config" of the dump; Extra adds sections of its own.
@@ -131,6 +135,7 @@ func (s *Server) adminMux() *http.ServeMux {
 	m := http.NewServeMux()
 	m.HandleFunc("GET /config_dump", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, s.dump()) })
 	m.HandleFunc("GET /connections", func(w http.ResponseWriter, _ *http.Request) { writeJSON(w, s.connections()) })
+	m.HandleFunc("GET /connections/watch", s.watch)
 	m.HandleFunc("GET /version", func(w http.ResponseWriter, _ *http.Request) {
 		writeJSON(w, map[string]string{"version": s.cfg.Version, "fips140": strconv.FormatBool(fips140.Enabled())})
 	})
@@ -142,7 +147,7 @@ func (s *Server) adminMux() *http.ServeMux {
 	m.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
 	m.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
 	m.HandleFunc("GET /{$}", func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprint(w, "config_dump\nconnections\nversion\nlogging (POST, ?level=error|warn|info|debug)\ndebug/pprof/\n")
+		fmt.Fprint(w, "config_dump\nconnections\nconnections/watch\nversion\nlogging (POST, ?level=error|warn|info|debug)\ndebug/pprof/\n")
 	})
 	return m
 }

@@ -21,6 +21,9 @@ type report struct {
 	hbone   string         // authority of the CONNECT
 	kernel  bool           // the agent has no part in it
 	shared  bool           // the objects of key belong to the Snapshot
+
+	connected bool   // both ends are
+	id        uint64 // for watchers; 0: nobody was told that it is open
 }
 
 // open counts the connection. shared says that the objects of k belong to the Snapshot.
@@ -32,6 +35,7 @@ func (p *Proxy) open(c *conn, k seriesKey, shared bool, dst netip.AddrPort, hbon
 func (r *report) close(err error) {
 	o := outcomeOf(err, PeerUnreachable)
 	r.p.metrics.closed(r.c, r.series, o)
+	r.ending(o, err)
 	level, msg := slog.LevelInfo, "connection complete"
 	if o.flag() != flagNone {
 		level = slog.LevelError
@@ -148,6 +152,7 @@ func describe(log slog.Handler, k seriesKey, kernel bool) slog.Handler {
 func (h *PodHandle) refuse(dir Direction, src, dst netip.AddrPort, err error) {
 	o := outcomeOf(err, RequestInvalid)
 	h.p.metrics.outcome(dir, o)
+	h.refused(dir, src, dst, o, err)
 	may, suppressed := h.refusals.allow(time.Now())
 	if !may {
 		return

@@ -154,6 +154,7 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn 
 		return
 	}
 	c.onEnd(func() { down.Reset(); up.Abort() })
+	r.established()
 	r.close(r.ended(hbone.RelaySocket(down, up, &c.bytes.BtoA, &c.bytes.AtoB)))
 }
 

@@ -36,6 +36,9 @@ func (p *Proxy) FlowOpened(f Flow, at time.Time) {
 	if x == nil {
 		return
 	}
+	for r := range x.both {
+		r.established()
+	}
 	p.flowsMu.Lock()
 	old := p.flows[flowKey{f.Client, f.Server}]
 	p.flows[flowKey{f.Client, f.Server}] = x

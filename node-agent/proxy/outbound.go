@@ -64,6 +64,7 @@ func (h *PodHandle) serveOutbound(down *netns.Sock) {
 		return
 	}
 	c.onEnd(func() { reset(up); down.Abort() })
+	r.established()
 	st, ok := up.(*hbone.Stream)
 	if !ok {
 		tcp, err := down.TCPConn()

@@ -46,5 +46,6 @@ func (h *PodHandle) servePlaintext(down *net.TCPConn) {
 		return
 	}
 	c.onEnd(func() { abort(up); abort(down) })
+	r.established()
 	r.close(r.relay(down, up))
 }

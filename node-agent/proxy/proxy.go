@@ -84,6 +84,7 @@ type Proxy struct {
 	shaking  handshakes
 	penalty  penalties
 	suspects suspects
+	watchers watchers
 
 	ctx    context.Context
 	cancel context.CancelFunc
