@@ -94,7 +94,7 @@ func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) er
 		var dirty []string
 		for i := range pods.Items {
 			if !cleaned(&pods.Items[i]) {
-				dirty = append(dirty, pods.Items[i].Spec.NodeName)
+				dirty = append(dirty, pods.Items[i].Spec.NodeName+whyUnclean(&pods.Items[i]))
 			}
 		}
 		switch {
@@ -136,6 +136,32 @@ func cleaned(p *corev1.Pod) bool {
 	})
 }
 
+// whyUnclean is what keeps a node from being clean, as far as its pod says.
+func whyUnclean(p *corev1.Pod) string {
+	for _, s := range p.Status.InitContainerStatuses {
+		for _, ended := range []*corev1.ContainerStateTerminated{s.State.Terminated, s.LastTerminationState.Terminated} {
+			if ended != nil && ended.ExitCode != 0 {
+				return fmt.Sprintf(" (it failed %s: %s)", plural(int(max(s.RestartCount, 1)), "time"), dash(lastLine(ended.Message)))
+			}
+		}
+		if w := s.State.Waiting; w != nil && w.Message != "" {
+			return fmt.Sprintf(" (%s: %s)", w.Reason, w.Message)
+		}
+	}
+	for _, c := range p.Status.Conditions {
+		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
+			return fmt.Sprintf(" (%s: %s)", c.Reason, c.Message)
+		}
+	}
+	return ""
+}
+
+// lastLine is where a process that failed says why.
+func lastLine(s string) string {
+	s = strings.TrimSpace(s)
+	return s[strings.LastIndexByte(s, '\n')+1:]
+}
+
 // cleaner is the agent's DaemonSet with the agent told to uninstall.
 func cleaner(agent *appsv1.DaemonSet) *appsv1.DaemonSet {
 	t := *agent.Spec.Template.DeepCopy()
@@ -144,6 +170,7 @@ func cleaner(agent *appsv1.DaemonSet) *appsv1.DaemonSet {
 	work := t.Spec.Containers[0]
 	work.Name, work.Args = "uninstall", []string{"uninstall"}
 	work.ReadinessProbe, work.LivenessProbe, work.StartupProbe = nil, nil, nil
+	work.TerminationMessagePolicy = corev1.TerminationMessageFallbackToLogsOnError // for whyUnclean
 	t.Spec.InitContainers = []corev1.Container{work}
 	// A DaemonSet's pods cannot end: once clean, they do something harmless until they are deleted.
 	idle := corev1.Container{Name: "done", Image: work.Image, ImagePullPolicy: work.ImagePullPolicy, Args: []string{"version"}}

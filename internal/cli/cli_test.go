@@ -284,7 +284,27 @@ func TestCleanerIsTheAgentToldToUninstall(t *testing.T) {
 		len(c.InitContainers[0].Env) != 1 || c.InitContainers[0].ReadinessProbe != nil || !c.HostPID {
 		t.Errorf("%+v", c)
 	}
+	if c.InitContainers[0].TerminationMessagePolicy != corev1.TerminationMessageFallbackToLogsOnError {
+		t.Error("nobody learns why it fails")
+	}
 	if agent.Spec.Template.Spec.InitContainers != nil || agent.Spec.Template.Spec.Containers[0].Name != "node-agent" {
 		t.Error("the agent's own template was changed")
+	}
+}
+
+func TestANodeThatIsNotCleanSaysWhy(t *testing.T) {
+	failed := corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{ExitCode: 1, Message: "time=x level=info\nnode-agent: the pin is busy\n"}}
+	backOff := corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff", Message: "back-off 20s"}}
+	for want, s := range map[string]corev1.PodStatus{
+		" (it failed 1 time: node-agent: the pin is busy)":  {InitContainerStatuses: []corev1.ContainerStatus{{State: failed}}},
+		" (it failed 3 times: node-agent: the pin is busy)": {InitContainerStatuses: []corev1.ContainerStatus{{State: backOff, LastTerminationState: failed, RestartCount: 3}}},
+		" (CrashLoopBackOff: back-off 20s)":                 {InitContainerStatuses: []corev1.ContainerStatus{{State: backOff}}},
+		" (Unschedulable: no node)": {Conditions: []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionFalse,
+			Reason: "Unschedulable", Message: "no node"}}},
+		"": {InitContainerStatuses: []corev1.ContainerStatus{{}}},
+	} {
+		if got := whyUnclean(&corev1.Pod{Status: s}); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
 	}
 }
