@@ -131,6 +131,10 @@ type meshFile struct {
 	CAAddress          string   `json:"caAddress"`
 
 	ExtensionProviders []extensionProvider `json:"extensionProviders"`
+	DefaultProviders   struct {
+		Tracing       []string `json:"tracing"`
+		AccessLogging []string `json:"accessLogging"`
+	} `json:"defaultProviders"`
 }
 
 // warrenFile is what only Warren knows (key warren of the same ConfigMap).
@@ -217,12 +221,19 @@ func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
 			return c, fmt.Errorf("ConfigMap %s/%s: extensionProviders: %w", c.Namespace, name, err)
 		}
 		if provider == nil {
+			if err := c.addTelemetry(p); err != nil {
+				return c, fmt.Errorf("ConfigMap %s/%s: extensionProviders: %w", c.Namespace, name, err)
+			}
 			continue
 		}
 		if c.Mesh.Providers == nil {
 			c.Mesh.Providers = map[string]*mesh.AuthProvider{}
 		}
 		c.Mesh.Providers[p.Name] = provider
+	}
+	c.Mesh.Telemetry.Tracing, c.Mesh.Telemetry.Logs = m.DefaultProviders.Tracing, m.DefaultProviders.AccessLogging
+	if err := c.Mesh.Telemetry.Check(); err != nil {
+		return c, fmt.Errorf("ConfigMap %s/%s: defaultProviders: %w", c.Namespace, name, err)
 	}
 	switch w.SameNode {
 	case "", "auto":

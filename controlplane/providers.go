@@ -8,14 +8,17 @@ import (
 	"strings"
 	"time"
 
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
-// extensionProvider is what is read of one of Istio's extension providers: those that authorize.
+// extensionProvider is what is read of one of Istio's extension providers: one that authorizes, or takes telemetry.
 type extensionProvider struct {
 	Name string        `json:"name"`
 	HTTP *authProvider `json:"envoyExtAuthzHttp"`
 	GRPC *authProvider `json:"envoyExtAuthzGrpc"`
+
+	policy.TelemetrySource `json:",inline"`
 }
 
 type authProvider struct {
@@ -59,17 +62,11 @@ func (e extensionProvider) provider(clusterDomain string) (*mesh.AuthProvider, e
 		return bad("failOpen is not supported: what a provider does not answer is denied")
 	}
 	out := &mesh.AuthProvider{Port: uint16(p.Port), GRPC: e.HTTP == nil, PathPrefix: p.PathPrefix}
-	ns, host, ok := strings.Cut(p.Service, "/")
-	if !ok {
-		ns, host = "", p.Service
-		if rest, ok := strings.CutSuffix(host, ".svc."+clusterDomain); ok {
-			_, ns, _ = strings.Cut(rest, ".")
-		}
+	service, err := policy.ProviderService(p.Service, clusterDomain)
+	if err != nil {
+		return bad("%w", err)
 	}
-	if ns == "" || host == "" {
-		return bad("the service %q is neither name.namespace.svc.%s nor namespace/host", p.Service, clusterDomain)
-	}
-	out.Service = mesh.ServiceName{Namespace: ns, Hostname: host}
+	out.Service = service
 	if p.Timeout != "" {
 		d, err := time.ParseDuration(p.Timeout)
 		if err != nil || d <= 0 {
@@ -102,4 +99,17 @@ func headerPatterns(names []string) []mesh.TextMatch {
 		}
 	}
 	return out
+}
+
+// addTelemetry adds a provider that takes telemetry.
+func (c *Config) addTelemetry(e extensionProvider) error {
+	p, err := e.Provider(e.Name, c.Mesh.ClusterDomain)
+	if err != nil {
+		return err
+	}
+	if c.Mesh.Telemetry.ByName == nil {
+		c.Mesh.Telemetry.ByName = map[string]*mesh.TelemetryProvider{}
+	}
+	c.Mesh.Telemetry.ByName[e.Name] = p
+	return nil
 }

@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"github.com/warrenmesh/warren/internal/mesh"
 )
 
 func TestExtensionProviders(t *testing.T) {
@@ -13,6 +15,10 @@ func TestExtensionProviders(t *testing.T) {
 	}
 	c, err := read(`
 - {name: zipkin, zipkin: {service: zipkin.x.svc.cluster.local, port: 1}}
+- {name: lines, envoyFileAccessLog: {path: /dev/stdout}}
+- {name: file, envoyFileAccessLog: {path: /var/log/a}}
+- {name: http, opentelemetry: {service: otel.x.svc.cluster.local, port: 4318, http: {path: /v1/traces}}}
+- {name: other, skywalking: {service: s.x.svc.cluster.local, port: 1}}
 - {name: h, envoyExtAuthzHttp: {service: a.b.svc.cluster.local, port: 8000, timeout: 1s, headersToUpstreamOnAllow: [x-a, "x-b*"], includeRequestBodyInCheck: {maxRequestBytes: 10}}}
 - {name: g, envoyExtAuthzGrpc: {service: b/authz.example, port: 9000}}
 `)
@@ -24,7 +30,20 @@ func TestExtensionProviders(t *testing.T) {
 		!g.GRPC || g.Service.String() != "b/authz.example" || g.Port != 9000 {
 		t.Errorf("%+v %+v", h, g)
 	}
+	for name, want := range map[string]mesh.TelemetryKind{"zipkin": mesh.TelemetryZipkin, "lines": mesh.TelemetryStdout, "file": mesh.TelemetryUnsupported, "http": mesh.TelemetryUnsupported, "other": mesh.TelemetryUnsupported} {
+		if p := c.Mesh.Telemetry.ByName[name]; p == nil || p.Kind != want || (p.Problem != "") != (want == mesh.TelemetryUnsupported) {
+			t.Errorf("%s: %+v", name, p)
+		}
+	}
+	if p := c.Mesh.Telemetry.ByName["zipkin"]; p.Service.String() != "x/zipkin.x.svc.cluster.local" || p.Path != "/api/v2/spans" {
+		t.Errorf("%+v", p)
+	}
 	for text, want := range map[string]string{
+		`- {name: x, zipkin: {service: a.b.svc.cluster.local}}`:                                         "port",
+		`- {name: x, opentelemetry: {service: a, port: 1}}`:                                             "service",
+		`- {name: x, zipkin: {service: a.b.svc.cluster.local, port: 1, traceContextOption: W3C}}`:       "traceContextOption",
+		"- {name: x, prometheus: {}}\ndefaultProviders: {tracing: [x]}":                                 "tracing",
+		"- {name: x, prometheus: {}}\ndefaultProviders: {accessLogging: [y]}":                           "accessLogging",
 		`- {name: x, envoyExtAuthzHttp: {service: a.b.svc.cluster.local}}`:                              "port",
 		`- {name: x, envoyExtAuthzHttp: {service: a, port: 1}}`:                                         "service",
 		`- {name: x, envoyExtAuthzHttp: {service: a.b.svc.cluster.local, port: 1, failOpen: true}}`:     "failOpen",

@@ -7,6 +7,7 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{""}, Resources: []string{"pods", "namespaces", "services", "nodes"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies", "peerauthentications", "requestauthentications"}, Verbs: []string{"get", "list", "watch"}},
+	{APIGroups: []string{"telemetry.istio.io"}, Resources: []string{"telemetries"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries", "workloadentries", "virtualservices", "destinationrules"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses", "gateways", "httproutes", "grpcroutes", "referencegrants"}, Verbs: []string{"get", "list", "watch"}},
 	// Waypoints and gateways are made where a Gateway asks for one, in any namespace.
@@ -28,6 +29,7 @@ var Rules = []rbacv1.PolicyRule{
 	// Which nodes enforce a policy is written on it.
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
 		Verbs: []string{"patch"}},
+	{APIGroups: []string{"telemetry.istio.io"}, Resources: []string{"telemetries/status"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"services/status"}, Verbs: []string{"patch"}},
 	// The annotation ambient.istio.io/redirection.
 	{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"patch"}},

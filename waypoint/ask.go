@@ -47,7 +47,7 @@ func (b *builder) ask(p *mesh.AuthProvider) *anypb.Any {
 		timeout = askWithin
 	}
 	if b.lookup(p.Service) != nil {
-		t := target{p.Service, p.Port, "", true}
+		t := target{service: p.Service, port: p.Port, http: true}
 		b.targets[t] = true
 		cluster = t.name()
 	}

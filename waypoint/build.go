@@ -138,12 +138,16 @@ type target struct {
 	port    uint16
 	subset  string
 	http    bool
+	grpc    bool // HTTP/2 whatever the port says: what spans and logs are sent to
 }
 
 func (t target) name() string {
 	kind := "tcp"
 	if t.http {
 		kind = "http"
+	}
+	if t.grpc {
+		kind = "grpc"
 	}
 	if t.subset != "" {
 		kind += "/" + t.subset

@@ -83,6 +83,24 @@ func one(r mesh.HTTPRule) func(*mesh.Service) {
 
 func ptr[T any](v T) *T { return &v }
 
+// told is everything that somebody may ask for, with spans to a provider.
+func told(to *mesh.TelemetryProvider) *mesh.Telemetry {
+	return &mesh.Telemetry{
+		Tracing: &mesh.Tracing{To: to, Percent: 12.5, NoPropagation: true, IgnoreRequestID: true, Tags: []mesh.SpanTag{
+			{Name: "team", Literal: "100%"}, {Name: "tenant", Header: "x-tenant", Default: "none"}, {Name: "zone", Environment: "ZONE"},
+			{Name: "istio.destination_workload", Literal: "mine"},
+		}},
+		Logs: []mesh.AccessLog{
+			{To: &mesh.TelemetryProvider{Kind: mesh.TelemetryStdout}, Filter: `response.code >= 400 || request.headers["x-log"] == "1"`},
+			{To: &mesh.TelemetryProvider{Name: "logs", Kind: mesh.TelemetryOTLPLogs, Service: stock, Port: 50051, LogName: "mesh"}, Filter: `has(request.url_path) && request.url_path.matches("^/(a|b)/[0-9]+$") && !("x" in metadata.filter_metadata)`},
+		},
+		Metrics: []mesh.MetricChange{
+			{Metric: "istio_requests_total", Remove: []string{"response_flags"}, Set: map[string]string{"team": "a%b"}},
+			{Metric: "istio_request_bytes", Disable: ptr(true)}, {Metric: "istio_response_bytes", Disable: ptr(true)},
+		},
+	}
+}
+
 var cases = map[string]func(*mesh.Service){
 	"plain": nil,
 	"split": one(mesh.HTTPRule{Name: "shop/canary/0", Backends: []mesh.HTTPBackend{to("v1", 80), to("v2", 20)}}),
@@ -152,6 +170,15 @@ var cases = map[string]func(*mesh.Service){
 			{Name: mesh.PolicyName{Namespace: "shop", Name: "asks-others"}, Action: mesh.Custom, Ask: byGRPC, Rules: rule},
 		}
 	},
+	"telemetry": func(s *mesh.Service) {
+		s.Telemetry = told(&mesh.TelemetryProvider{Name: "otel", Kind: mesh.TelemetryOpenTelemetry, Service: stock, Port: 50051, MaxPath: 512})
+	},
+	// A provider whose Service is not there is sent nothing, and the request goes on.
+	"telemetry-zipkin": func(s *mesh.Service) {
+		s.Telemetry = &mesh.Telemetry{Tracing: &mesh.Tracing{Percent: 100, NoWorkloads: true, To: &mesh.TelemetryProvider{Name: "zipkin", Kind: mesh.TelemetryZipkin, Path: "/api/v2/spans",
+			Service: mesh.ServiceName{Namespace: "shop", Hostname: "absent"}, Port: 9411, TraceParents: true}},
+			Metrics: []mesh.MetricChange{{Disable: ptr(true)}}}
+	},
 	"tokens": func(s *mesh.Service) {
 		s.Tokens = []mesh.TokenRule{
 			{Issuer: "https://issuer.example/", Audiences: []string{"shop"}, Keys: `{"keys":[{"kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"}]}`,
@@ -217,8 +244,8 @@ func withoutMetrics(v any) any {
 	return v
 }
 
-// measured is the case whose file has the loggers that make metrics, thousands of lines that are the same in all.
-const measured = "plain"
+// measured are the cases whose files have the loggers that make metrics, thousands of lines that are the same in all.
+var measured = []string{"plain", "telemetry"}
 
 // golden is what a file holds; test/interop has Envoy load it.
 func golden(t *testing.T, name string, r *Resources) []byte {
@@ -233,7 +260,7 @@ func golden(t *testing.T, name string, r *Resources) []byte {
 		if err := json.Unmarshal(b, &v); err != nil {
 			t.Fatal(err)
 		}
-		if name != measured {
+		if !slices.Contains(measured, name) {
 			v = withoutMetrics(v)
 		}
 		all[kind] = append(all[kind], v)

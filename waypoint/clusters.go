@@ -162,7 +162,7 @@ func (b *builder) hash(c *clusterv3.Cluster) string {
 // http2 reports whether the port says that it is spoken there.
 func (b *builder) http2(t target) bool {
 	svc := b.lookup(t.service)
-	return svc != nil && slices.ContainsFunc(svc.Ports, func(p mesh.ServicePort) bool {
+	return t.grpc || svc != nil && slices.ContainsFunc(svc.Ports, func(p mesh.ServicePort) bool {
 		return p.Port == t.port && (p.App == mesh.AppHTTP2 || p.App == mesh.AppGRPC)
 	})
 }

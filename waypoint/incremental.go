@@ -204,10 +204,10 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 		c := chain{svc: svc, port: port}
 		if c.http() {
 			p.routes = append(p.routes, b.item(old.routes, c.name("http"), b.routes(c)))
-			b.targets[target{svc.Name, port.Port, "", true}] = true
+			b.targets[target{service: svc.Name, port: port.Port, http: true}] = true
 		}
 		if c.tcp() {
-			b.targets[target{svc.Name, port.Port, "", false}] = true
+			b.targets[target{service: svc.Name, port: port.Port}] = true
 		}
 		ready := b.serve(c)
 		fmt.Fprintf(h, "%d %d\n", port.Port, port.App)

@@ -162,7 +162,7 @@ func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listen
 // ingressChain has what serves services serve a listener.
 func (b *builder) ingressChain(in *mesh.IngressListener) chain {
 	return chain{ingress: in, port: mesh.ServicePort{Port: in.Port, App: mesh.AppHTTP1},
-		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens}}
+		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens, Telemetry: b.ingress.Telemetry}}
 }
 
 // ingressRoutes is the route table of a listener.
@@ -202,7 +202,7 @@ func (b *builder) ingressRoutes(c chain, in *mesh.IngressListener) *routev3.Rout
 func (b *builder) forwardTCP(c chain, in *mesh.IngressListener) *listenerv3.Filter {
 	p := &tcpproxyv3.TcpProxy{
 		StatPrefix: c.name("tcp"), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: blackHole}, IdleTimeout: durationpb.New(0),
-		AccessLog:        append(b.metrics(c, false), b.accessLog(c, false)),
+		AccessLog:        b.tells(c, false),
 		AccessLogOptions: &tcpproxyv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
 	}
 	w := &tcpproxyv3.TcpProxy_WeightedCluster{}
@@ -212,7 +212,7 @@ func (b *builder) forwardTCP(c chain, in *mesh.IngressListener) *listenerv3.Filt
 		}
 		name := blackHole
 		if t.Invalid == "" && b.lookup(t.Service) != nil {
-			k := target{t.Service, t.Port, t.Subset, false}
+			k := target{service: t.Service, port: t.Port, subset: t.Subset}
 			b.targets[k] = true
 			name = k.name()
 		}

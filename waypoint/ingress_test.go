@@ -63,7 +63,9 @@ func entrance(t *testing.T) *mesh.Ingress {
 
 func TestIngress(t *testing.T) {
 	b := mesh.NewBuilder(shop(nil))
-	b.PutIngress(entrance(t))
+	in := entrance(t)
+	in.Telemetry = told(&mesh.TelemetryProvider{Name: "zipkin", Kind: mesh.TelemetryZipkin, Path: "/api/v2/spans", Service: catalog, Port: 80, ShortIDs: true})
+	b.PutIngress(in)
 	r, err := Build(b.Commit(2), ingress)
 	if err != nil {
 		t.Fatal(err)

@@ -14,7 +14,6 @@ import (
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	datav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
-	streamlogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	sfsvaluev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	corsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
 	faultv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
@@ -30,7 +29,6 @@ import (
 	envoymatcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
-	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -267,8 +265,10 @@ func (b *builder) extension(m proto.Message) *xdscore.TypedExtensionConfig {
 // Envoy's own headers and client certificates go.
 func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 	return b.networkFilter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
-		StatPrefix: c.name("http"),
-		CodecType:  hcmv3.HttpConnectionManager_AUTO,
+		Tracing:            b.tracing(c),
+		RequestIdExtension: b.requestID(c),
+		StatPrefix:         c.name("http"),
+		CodecType:          hcmv3.HttpConnectionManager_AUTO,
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			ConfigSource: adsSource(), RouteConfigName: c.name("http"),
 		}},
@@ -288,7 +288,7 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 		StreamIdleTimeout:             durationpb.New(0),
 		HttpProtocolOptions:           &corev3.Http1ProtocolOptions{AcceptHttp_10: true},
 		UpgradeConfigs:                []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
-		AccessLog:                     append(b.metrics(c, true), b.accessLog(c, true)),
+		AccessLog:                     b.tells(c, true),
 	})
 }
 
@@ -315,15 +315,15 @@ func (b *builder) serveTCP(c chain) *listenerv3.Filter {
 	return b.networkFilter("envoy.filters.network.tcp_proxy", &tcpproxyv3.TcpProxy{
 		HashPolicy:       b.connectionHash(c),
 		StatPrefix:       c.name("tcp"),
-		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: target{c.svc.Name, c.port.Port, "", false}.name()},
+		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: target{service: c.svc.Name, port: c.port.Port}.name()},
 		IdleTimeout:      durationpb.New(0),
-		AccessLog:        append(b.metrics(c, false), b.accessLog(c, false)),
+		AccessLog:        b.tells(c, false),
 		AccessLogOptions: &tcpproxyv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
 	})
 }
 
-// accessLog writes a line of JSON for each request or connection to standard output.
-func (b *builder) accessLog(c chain, http bool) *accesslogv3.AccessLog {
+// logFields are what is written about each request or connection.
+func (b *builder) logFields(c chain, http bool) map[string]string {
 	fields := map[string]string{
 		"start_time": "%START_TIME%", "duration": "%DURATION%", "bytes_received": "%BYTES_RECEIVED%", "bytes_sent": "%BYTES_SENT%",
 		"response_flags": "%RESPONSE_FLAGS%", "response_code_details": "%RESPONSE_CODE_DETAILS%",
@@ -353,19 +353,7 @@ func (b *builder) accessLog(c chain, http bool) *accesslogv3.AccessLog {
 	} else {
 		reports(fields, "envoy.filters.network.rbac")
 	}
-	format := &structpb.Struct{Fields: map[string]*structpb.Value{}}
-	for k, v := range fields {
-		format.Fields[k] = structpb.NewStringValue(v)
-	}
-	return &accesslogv3.AccessLog{
-		Filter: atEnd(http),
-		Name:   "envoy.access_loggers.stdout",
-		ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: b.config(&streamlogv3.StdoutAccessLog{
-			AccessLogFormat: &streamlogv3.StdoutAccessLog_LogFormat{LogFormat: &corev3.SubstitutionFormatString{
-				Format: &corev3.SubstitutionFormatString_JsonFormat{JsonFormat: format},
-			}},
-		})},
-	}
+	return fields
 }
 
 // atEnd has a connection written about when it is over.

@@ -170,12 +170,17 @@ func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
 
 // metrics counts what a chain serves. The scope is the same for all, or a change of one would begin the others anew.
 func (b *builder) metrics(c chain, http bool) []*accesslogv3.AccessLog {
-	labels := b.labels(c, http)
-	logger := func(counters map[string]string, histograms map[string]statsv3.Config_Histogram_Unit, values map[string]string, on ...datav3.AccessLogType) *accesslogv3.AccessLog {
+	labels, changes := b.labels(c, http), c.telemetry().Metrics
+	var all []*accesslogv3.AccessLog
+	logger := func(counters map[string]string, histograms map[string]statsv3.Config_Histogram_Unit, values map[string]string, on ...datav3.AccessLogType) {
 		cfg := &statsv3.Config{StatsScope: &typev3.Scope{
 			SharingName: "istio", EnableEviction: true, MaxCounters: wrapperspb.UInt32(maxSeries), MaxHistograms: wrapperspb.UInt32(maxSeries / 2),
 		}}
 		for _, name := range slices.Sorted(maps.Keys(counters)) {
+			labels, wanted := changed(changes, name, labels)
+			if !wanted {
+				continue
+			}
 			counter := &statsv3.Config_Counter{Stat: &statsv3.Config_Stat{Name: name, Tags: labels}, ValueFormat: counters[name]}
 			if counter.ValueFormat == "" {
 				counter.ValueFixed = wrapperspb.UInt64(1)
@@ -183,16 +188,23 @@ func (b *builder) metrics(c chain, http bool) []*accesslogv3.AccessLog {
 			cfg.Counters = append(cfg.Counters, counter)
 		}
 		for _, name := range slices.Sorted(maps.Keys(values)) {
+			labels, wanted := changed(changes, name, labels)
+			if !wanted {
+				continue
+			}
 			cfg.Histograms = append(cfg.Histograms, &statsv3.Config_Histogram{Stat: &statsv3.Config_Stat{Name: name, Tags: labels}, Unit: histograms[name], ValueFormat: values[name]})
+		}
+		if len(cfg.Counters)+len(cfg.Histograms) == 0 {
+			return
 		}
 		out := &accesslogv3.AccessLog{Name: "envoy.access_loggers.stats", ConfigType: &accesslogv3.AccessLog_TypedConfig{TypedConfig: b.config(cfg)}}
 		if len(on) > 0 {
 			out.Filter = &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_LogTypeFilter{LogTypeFilter: &accesslogv3.LogTypeFilter{Types: on}}}
 		}
-		return out
+		all = append(all, out)
 	}
 	if http {
-		return []*accesslogv3.AccessLog{logger(map[string]string{"istio_requests_total": ""},
+		logger(map[string]string{"istio_requests_total": ""},
 			map[string]statsv3.Config_Histogram_Unit{
 				"istio_request_duration_milliseconds": statsv3.Config_Histogram_Milliseconds,
 				"istio_request_bytes":                 statsv3.Config_Histogram_Bytes,
@@ -201,16 +213,16 @@ func (b *builder) metrics(c chain, http bool) []*accesslogv3.AccessLog {
 				"istio_request_duration_milliseconds": "%DURATION%",
 				"istio_request_bytes":                 "%DOWNSTREAM_WIRE_BYTES_RECEIVED%",
 				"istio_response_bytes":                "%DOWNSTREAM_WIRE_BYTES_SENT%",
-			})}
+			})
+		return all
 	}
-	return []*accesslogv3.AccessLog{
-		logger(map[string]string{"istio_tcp_connections_opened_total": ""}, nil, nil, datav3.AccessLogType_TcpUpstreamConnected),
-		logger(map[string]string{
-			"istio_tcp_connections_closed_total": "",
-			"istio_tcp_received_bytes_total":     "%BYTES_RECEIVED%",
-			"istio_tcp_sent_bytes_total":         "%BYTES_SENT%",
-		}, nil, nil, datav3.AccessLogType_TcpConnectionEnd),
-	}
+	logger(map[string]string{"istio_tcp_connections_opened_total": ""}, nil, nil, datav3.AccessLogType_TcpUpstreamConnected)
+	logger(map[string]string{
+		"istio_tcp_connections_closed_total": "",
+		"istio_tcp_received_bytes_total":     "%BYTES_RECEIVED%",
+		"istio_tcp_sent_bytes_total":         "%BYTES_SENT%",
+	}, nil, nil, datav3.AccessLogType_TcpConnectionEnd)
+	return all
 }
 
 // whoAndWhom are the fields of an access log that name both workloads.

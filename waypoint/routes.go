@@ -332,7 +332,7 @@ func (b *builder) backend(c chain, t *mesh.HTTPBackend) string {
 	if b.lookup(t.Service) == nil {
 		return blackHole
 	}
-	k := target{t.Service, port, t.Subset, true}
+	k := target{service: t.Service, port: port, subset: t.Subset, http: true}
 	b.targets[k] = true
 	return k.name()
 }

@@ -131,7 +131,7 @@ func outliers(o *mesh.Outliers) *clusterv3.OutlierDetection {
 func (b *builder) hashPolicies(c chain, r *mesh.HTTPRule) []*routev3.RouteAction_HashPolicy {
 	var out []*routev3.RouteAction_HashPolicy
 	for i := range r.Backends {
-		t := target{r.Backends[i].Service, r.Backends[i].Port, r.Backends[i].Subset, true}
+		t := target{service: r.Backends[i].Service, port: r.Backends[i].Port, subset: r.Backends[i].Subset, http: true}
 		if t.port == 0 {
 			t.port = c.port.Port
 		}
@@ -163,7 +163,7 @@ func (b *builder) hashPolicies(c chain, r *mesh.HTTPRule) []*routev3.RouteAction
 
 // connectionHash chooses by the client's address where that was asked for.
 func (b *builder) connectionHash(c chain) []*hashv3.HashPolicy {
-	k := b.traffic(target{c.svc.Name, c.port.Port, "", false}).Hash
+	k := b.traffic(target{service: c.svc.Name, port: c.port.Port}).Hash
 	if k == nil || !k.SourceIP {
 		return nil
 	}

@@ -8,6 +8,7 @@ import (
 	"strconv"
 
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/warrenmesh/warren/controlplane/policy"
@@ -68,6 +69,9 @@ func (o *Object) typed() (any, error) {
 		out, err = p, p.Spec.UnmarshalJSON(spec)
 	case "RequestAuthentication":
 		p := &securityv1.RequestAuthentication{ObjectMeta: meta}
+		out, err = p, p.Spec.UnmarshalJSON(spec)
+	case "Telemetry":
+		p := &telemetryv1.Telemetry{ObjectMeta: meta}
 		out, err = p, p.Spec.UnmarshalJSON(spec)
 	}
 	if err != nil {

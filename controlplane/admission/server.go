@@ -227,6 +227,8 @@ func (s *Server) fromAPIServer(remote string) bool {
 // under one name, or a pod could fill the memory with counters.
 func labelsOf(q *admissionv1.AdmissionRequest) []string {
 	switch r := q.Resource.Resource; {
+	case q.Kind.Group == "telemetry.istio.io" && q.Kind.Version == "v1" && r == "telemetries":
+		return []string{q.Kind.Group, q.Kind.Version, r}
 	case q.Kind.Group != "security.istio.io" || q.Kind.Version != "v1":
 	case r == "authorizationpolicies", r == "peerauthentications", r == "requestauthentications":
 		return []string{q.Kind.Group, q.Kind.Version, r}

@@ -10,6 +10,7 @@ import (
 
 	securityv1beta1 "istio.io/api/security/v1beta1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 
 	"github.com/warrenmesh/warren/controlplane/policy"
 )
@@ -74,6 +75,10 @@ func around(m policy.Mesh, c Cluster, obj any) []policy.Problem {
 			s.reach(in)
 		}
 		s.conflicts(o)
+	case *telemetryv1.Telemetry:
+		if targets := m.CompileTelemetry(o).Targets; len(targets) > 0 {
+			s.targets(o.Namespace, targets)
+		}
 	}
 	return s.problems
 }

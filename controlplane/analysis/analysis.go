@@ -9,6 +9,7 @@ import (
 
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -127,7 +128,7 @@ func (r *run) add(of id, severity, code, field, message string) {
 func (r *run) policies(u *index.Update) map[id]bool {
 	j := admission.Judge{Mesh: r.Config.PolicyMesh(), Cluster: surroundings{r}}
 	said := map[id]bool{}
-	for _, kind := range []string{"AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication"} {
+	for _, kind := range []string{"AuthorizationPolicy", "PeerAuthentication", "RequestAuthentication", "Telemetry"} {
 		for _, o := range r.objects[kind] {
 			raw, err := o.MarshalJSON()
 			if err != nil {
@@ -161,8 +162,10 @@ func (r *run) policies(u *index.Update) map[id]bool {
 // atWaypoint reports whether waypoints decide all that a policy asks for.
 func atWaypoint(u *index.Update, o *unstructured.Unstructured) bool {
 	kind := index.AuthorizationPolicy
-	if o.GetKind() == index.RequestAuthentication.String() {
-		kind = index.RequestAuthentication
+	for _, other := range []index.Kind{index.RequestAuthentication, index.Telemetry} {
+		if o.GetKind() == other.String() {
+			kind = other
+		}
 	}
 	s := u.Policies[index.PolicyKey{Kind: kind, Namespace: o.GetNamespace(), Name: o.GetName()}]
 	return s != nil && len(s.Waypoints) > 0 && s.Reason != policy.ReasonNoWaypoint
@@ -171,7 +174,7 @@ func atWaypoint(u *index.Update, o *unstructured.Unstructured) bool {
 // severityOf is how bad it is what the index says of an object.
 func severityOf(reason string) string {
 	switch reason {
-	case "PartlyIgnored", "InjectionLabelIgnored", index.ReasonConflicted:
+	case "PartlyIgnored", "InjectionLabelIgnored", index.ReasonConflicted, index.ReasonNoProxy:
 		return Warning
 	}
 	return Error
@@ -220,6 +223,8 @@ func typed(o *unstructured.Unstructured) (any, error) {
 		out = &securityv1.PeerAuthentication{}
 	case "security.istio.io/RequestAuthentication":
 		out = &securityv1.RequestAuthentication{}
+	case "telemetry.istio.io/Telemetry":
+		out = &telemetryv1.Telemetry{}
 	case "networking.istio.io/ServiceEntry":
 		out = &networkingv1.ServiceEntry{}
 	case "networking.istio.io/WorkloadEntry":
@@ -249,10 +254,15 @@ func typed(o *unstructured.Unstructured) (any, error) {
 func ConfigOf(rootNamespace, meshKey, warrenKey string) (index.Config, error) {
 	c := index.Config{ClusterID: "Kubernetes", ClusterDomain: "cluster.local", TrustDomain: "cluster.local", Revision: "default", RootNamespace: rootNamespace}
 	var m struct {
-		RootNamespace      string                  `json:"rootNamespace"`
-		TrustDomain        string                  `json:"trustDomain"`
-		TrustDomainAliases []string                `json:"trustDomainAliases"`
-		ExtensionProviders []struct{ Name string } `json:"extensionProviders"`
+		RootNamespace      string   `json:"rootNamespace"`
+		TrustDomain        string   `json:"trustDomain"`
+		TrustDomainAliases []string `json:"trustDomainAliases"`
+		ExtensionProviders []struct {
+			Name string         `json:"name"`
+			HTTP map[string]any `json:"envoyExtAuthzHttp"`
+			GRPC map[string]any `json:"envoyExtAuthzGrpc"`
+			policy.TelemetrySource
+		} `json:"extensionProviders"`
 	}
 	var w struct {
 		ClusterID     string `json:"clusterID"`
@@ -267,9 +277,17 @@ func ConfigOf(rootNamespace, meshKey, warrenKey string) (index.Config, error) {
 	c.RootNamespace, c.TrustDomain = cmp.Or(m.RootNamespace, c.RootNamespace), cmp.Or(m.TrustDomain, c.TrustDomain)
 	c.ClusterID, c.ClusterDomain = cmp.Or(w.ClusterID, c.ClusterID), cmp.Or(w.ClusterDomain, c.ClusterDomain)
 	c.TrustDomainAliases = m.TrustDomainAliases
-	c.Providers = map[string]*mesh.AuthProvider{}
+	c.Providers, c.Telemetry.ByName = map[string]*mesh.AuthProvider{}, map[string]*mesh.TelemetryProvider{}
 	for _, p := range m.ExtensionProviders {
-		c.Providers[p.Name] = &mesh.AuthProvider{} // that there is one decides
+		if p.HTTP != nil || p.GRPC != nil {
+			c.Providers[p.Name] = &mesh.AuthProvider{} // that there is one decides
+			continue
+		}
+		to, err := p.Provider(p.Name, c.ClusterDomain)
+		if err != nil {
+			return c, fmt.Errorf("reading the mesh configuration: extensionProviders: %w", err)
+		}
+		c.Telemetry.ByName[p.Name] = to
 	}
 	return c, nil
 }

@@ -8,6 +8,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
@@ -29,6 +30,9 @@ type Config struct {
 
 	// Providers are the extension providers that CUSTOM policies may name.
 	Providers map[string]*mesh.AuthProvider
+
+	// Telemetry are those that Telemetry objects may name.
+	Telemetry policy.TelemetryProviders
 
 	// Enablement enrols pods beyond the istio.io/dataplane-mode labels, as istio-cni's enablementSelectors do.
 	Enablement []EnablementSelector

@@ -7,6 +7,7 @@ import (
 
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -45,12 +46,13 @@ const (
 	GRPCRoute
 	ReferenceGrant
 	GatewayClass
+	Telemetry
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
-	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass",
+	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -150,6 +152,7 @@ type Index struct {
 	authz        map[string]map[string]*authorizationFact
 	peerAuths    map[string]map[string]*peerAuthFact
 	requests     map[string]map[string]*requestFact
+	telemetries  map[string]map[string]*telemetryFact
 	keys         map[policy.KeySource]KeyState
 	keyUsers     map[policy.KeySource]int           // rules of RequestAuthentications
 	virtuals     map[string]map[string]*routeFact   // VirtualServices
@@ -217,6 +220,7 @@ func New(cfg Config) (*Index, error) {
 		authz:           map[string]map[string]*authorizationFact{},
 		peerAuths:       map[string]map[string]*peerAuthFact{},
 		requests:        map[string]map[string]*requestFact{},
+		telemetries:     map[string]map[string]*telemetryFact{},
 		keys:            map[policy.KeySource]KeyState{},
 		keyUsers:        map[policy.KeySource]int{},
 		virtuals:        map[string]map[string]*routeFact{},
@@ -269,6 +273,8 @@ func (x *Index) Set(obj any) {
 		x.setPeerAuth(keyOf(o), peerAuthFactOf(o))
 	case *securityv1.RequestAuthentication:
 		x.setRequestAuth(keyOf(o), x.c.requestFactOf(o))
+	case *telemetryv1.Telemetry:
+		x.setTelemetry(keyOf(o), x.c.telemetryFactOf(o))
 	case *networkingv1.ServiceEntry:
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
 	case *kubenetworkingv1.NetworkPolicy:
@@ -327,6 +333,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setCalled(ref{kind, k}, nil)
 	case RequestAuthentication:
 		x.setRequestAuth(k, nil)
+	case Telemetry:
+		x.setTelemetry(k, nil)
 	case ServiceEntry:
 		x.setEntry(k, nil)
 	case WorkloadEntry:
@@ -417,6 +425,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		was, is := x.winners[name], winner(x.candidates[name])
 		x.touchDeciders(name, is)
 		if was != is {
+			x.touchSenders(name)
 			for _, f := range x.candidates[name] {
 				x.touchBackends(f)
 			}
@@ -434,6 +443,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		s.Waypoint = x.waypointFor(is)
 		x.route(s)
 		s.Access, s.Tokens = x.accessOf(is)
+		s.Telemetry = x.telemetryOf(is)
 		b.PutService(s)
 	}
 }

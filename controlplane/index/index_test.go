@@ -16,6 +16,7 @@ import (
 	"golang.org/x/tools/txtar"
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	admissionv1 "k8s.io/api/admissionregistration/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -29,6 +30,7 @@ import (
 	gatewayv1beta1 "sigs.k8s.io/gateway-api/apis/v1beta1"
 	"sigs.k8s.io/yaml"
 
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
@@ -36,6 +38,11 @@ var update = flag.Bool("update", false, "write what the scenarios give as what t
 
 var testConfig = Config{
 	ClusterID: "Kubernetes", ClusterDomain: "cluster.local", TrustDomain: "cluster.local", RootNamespace: "istio-system",
+	Telemetry: policy.TelemetryProviders{ByName: map[string]*mesh.TelemetryProvider{
+		"otel": {Name: "otel", Kind: mesh.TelemetryOpenTelemetry, Service: mesh.ServiceName{Namespace: "a", Hostname: "s0.a.svc.cluster.local"}, Port: 80},
+		"logs": {Name: "logs", Kind: mesh.TelemetryOTLPLogs, Service: mesh.ServiceName{Namespace: "b", Hostname: "s1.b.svc.cluster.local"}, Port: 80},
+		"old":  {Name: "old", Problem: "it is of another kind"},
+	}},
 	Enablement: []EnablementSelector{{NamespaceSelector: metav1.LabelSelector{MatchLabels: map[string]string{"team": "meshed"}}}},
 }
 
@@ -74,6 +81,9 @@ func dump(x *Index) string {
 		for _, r := range v.Tokens {
 			line("  tokens %+v", r)
 		}
+		if v.Telemetry != nil {
+			line("%s", toldText(v.Telemetry))
+		}
 		for _, s := range v.Subsets {
 			line("  subset %s %v", s.Name, s.Labels)
 		}
@@ -94,6 +104,9 @@ func dump(x *Index) string {
 		}
 		for _, a := range g.Access {
 			line("  access %s action %d dry-run %t rules %+v", a.Name, a.Action, a.DryRun, a.Rules)
+		}
+		if g.Telemetry != nil {
+			line("%s", toldText(g.Telemetry))
 		}
 	}
 	for _, k := range slices.SortedFunc(maps.Keys(x.gatewayStates), compareKeys) {
@@ -152,6 +165,20 @@ func dump(x *Index) string {
 	return b.String()
 }
 
+func toldText(t *mesh.Telemetry) string {
+	out := "  told"
+	if tr := t.Tracing; tr != nil {
+		out += fmt.Sprintf(" by spans to %s, %g%% tags %v workloads %t", tr.To.Name, tr.Percent, tr.Tags, !tr.NoWorkloads)
+	}
+	for _, l := range t.Logs {
+		out += fmt.Sprintf(" by lines to %s if %q", l.To.Name, l.Filter)
+	}
+	for _, m := range t.Metrics {
+		out += fmt.Sprintf(" metric %q disabled %t without %v with %v", m.Metric, m.Disable != nil && *m.Disable, m.Remove, m.Set)
+	}
+	return out
+}
+
 func keySet[V any](m map[key]V) map[key]struct{} {
 	out := map[key]struct{}{}
 	for k := range m {
@@ -207,6 +234,8 @@ func decode(t testing.TB, doc string) any {
 		obj = &securityv1.PeerAuthentication{}
 	case "RequestAuthentication":
 		obj = &securityv1.RequestAuthentication{}
+	case "Telemetry":
+		obj = &telemetryv1.Telemetry{}
 	case "ValidatingWebhookConfiguration":
 		obj = &admissionv1.ValidatingWebhookConfiguration{}
 	case "MutatingWebhookConfiguration":
@@ -440,7 +469,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+7).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+8).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -483,6 +512,17 @@ func drawObject(t *rapid.T) (ref, any) {
 		mustYAML(t, pick(t, "grant", `{from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: a}], to: [{group: "", kind: Service}]}`,
 			`{from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: istio-system}], to: [{group: "", kind: Service, name: s1}]}`), &g.Spec)
 		return ref{kind, keyOf(g)}, g
+	case Telemetry:
+		p := &telemetryv1.Telemetry{}
+		mustYAML(t, pick(t, "telemetry",
+			`spec: {tracing: [{providers: [{name: otel}], randomSamplingPercentage: 10}]}`,
+			`spec: {tracing: [{disableSpanReporting: true}], accessLogging: [{disabled: true}]}`,
+			`spec: {selector: {matchLabels: {app: x}}, metrics: [{overrides: [{disabled: true}]}]}`,
+			`spec: {targetRefs: [{kind: Service, name: s0}], accessLogging: [{providers: [{name: logs}, {name: absent}], filter: {expression: response.code >= 400}}]}`,
+			`spec: {targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}], metrics: [{overrides: [{tagOverrides: {a: {operation: REMOVE}}}]}]}`,
+			`spec: {targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], tracing: [{customTags: {a: {literal: {value: b}}}}]}`), p)
+		p.ObjectMeta = drawMeta(t, "name", "te0", "te1")
+		return ref{kind, keyOf(p)}, p
 	case RequestAuthentication:
 		r := &securityv1.RequestAuthentication{ObjectMeta: drawMeta(t, "name", "ra0", "ra1")}
 		return ref{kind, keyOf(r)}, r

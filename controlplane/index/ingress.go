@@ -407,6 +407,7 @@ func (s *GatewayState) equal(o *GatewayState) bool {
 func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 	in := &mesh.Ingress{Name: x.c.serviceName(key{f.Namespace, f.name}), Workload: f.name}
 	in.Access, in.Tokens = x.ingressAccess(f)
+	in.Telemetry = x.ingressTelemetry(f)
 	state := &GatewayState{UID: f.uid, Generation: f.generation, Accepted: f.accepted}
 	attached := make([][]placed, len(f.listeners))
 	for b := range x.routesAttached[f.key] {

@@ -23,7 +23,7 @@ func (c *compiled) authorizationFactOf(p *securityv1.AuthorizationPolicy) *autho
 
 // PolicyMesh is what the meaning of policies depends on.
 func (c Config) PolicyMesh() policy.Mesh {
-	return policy.Mesh{RootNamespace: c.RootNamespace, TrustDomain: c.TrustDomain, TrustDomainAliases: c.TrustDomainAliases, Providers: c.Providers}
+	return policy.Mesh{RootNamespace: c.RootNamespace, TrustDomain: c.TrustDomain, TrustDomainAliases: c.TrustDomainAliases, Providers: c.Providers, Telemetry: c.Telemetry}
 }
 
 // Labels with which a namespace, a service or a pod asks for a waypoint.

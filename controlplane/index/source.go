@@ -9,6 +9,7 @@ import (
 
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	istio "istio.io/client-go/pkg/clientset/versioned"
 	istioinformers "istio.io/client-go/pkg/informers/externalversions"
 	admissionv1 "k8s.io/api/admissionregistration/v1"
@@ -111,6 +112,8 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer {
 			return f.Security().V1().RequestAuthentications().Informer()
 		}},
+	{Telemetry, schema.GroupVersionResource{Group: "telemetry.istio.io", Version: "v1", Resource: "telemetries"},
+		func(f factories) cache.SharedIndexInformer { return f.Telemetry().V1().Telemetries().Informer() }},
 	{ServiceEntry, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "serviceentries"},
 		func(f factories) cache.SharedIndexInformer {
 			return f.Networking().V1().ServiceEntries().Informer()
@@ -437,6 +440,8 @@ func strip(obj any) (any, error) {
 	case *securityv1.PeerAuthentication:
 		o.ManagedFields = nil
 	case *securityv1.RequestAuthentication:
+		o.ManagedFields = nil
+	case *telemetryv1.Telemetry:
 		o.ManagedFields = nil
 	case *networkingv1.ServiceEntry:
 		o.ManagedFields = nil

@@ -9,7 +9,7 @@ import (
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
-// PolicyKey names a policy object: an AuthorizationPolicy, PeerAuthentication or RequestAuthentication.
+// PolicyKey names a policy object: an AuthorizationPolicy, PeerAuthentication, RequestAuthentication or Telemetry.
 type PolicyKey struct {
 	Kind            Kind
 	Namespace, Name string
@@ -45,6 +45,7 @@ func (x *Index) touchTargeting(ns string) {
 			x.dirtyStates[PolicyKey{RequestAuthentication, f.Namespace, f.Name}] = struct{}{}
 		}
 	}
+	x.touchTelemetry(ns)
 }
 
 func (x *Index) commitStates(u *Update) {
@@ -92,6 +93,10 @@ func (x *Index) policyState(k PolicyKey, pods []exempted) *PolicyState {
 	case RequestAuthentication:
 		if f := x.requests[k.Namespace][k.Name]; f != nil {
 			return x.requestState(f)
+		}
+	case Telemetry:
+		if f := x.telemetries[k.Namespace][k.Name]; f != nil {
+			return x.telemetryState(f)
 		}
 	}
 	return nil

@@ -10,6 +10,7 @@ import (
 	securityv1beta1 "istio.io/api/security/v1beta1"
 	typev1beta1 "istio.io/api/type/v1beta1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -69,7 +70,7 @@ func (c *checker) warn(code Code, field, format string, args ...any) {
 	c.add(Warning, code, field, format, args...)
 }
 
-// Check tells what is wrong with an AuthorizationPolicy, a PeerAuthentication or a RequestAuthentication: errors
+// Check tells what is wrong with an AuthorizationPolicy, a PeerAuthentication, a RequestAuthentication or a Telemetry: errors
 // where Istio's own validation refuses the object, warnings where it means something else than it seems to say.
 // Errors come first. Other kinds have no problems.
 func (m Mesh) Check(obj any) []Problem {
@@ -81,6 +82,8 @@ func (m Mesh) Check(obj any) []Problem {
 		c.peer(o)
 	case *securityv1.RequestAuthentication:
 		c.request(o)
+	case *telemetryv1.Telemetry:
+		c.telemetry(o)
 	}
 	return c.problems()
 }

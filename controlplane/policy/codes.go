@@ -7,6 +7,7 @@ type Code string
 const (
 	BadAddress            Code = "bad-address"
 	BadDryRun             Code = "bad-dry-run"
+	BadFilter             Code = "bad-filter"
 	BadKey                Code = "bad-key"
 	BadPath               Code = "bad-path"
 	BadPattern            Code = "bad-pattern"
@@ -14,6 +15,7 @@ const (
 	BadSelector           Code = "bad-selector"
 	BadServiceAccount     Code = "bad-service-account"
 	BadTarget             Code = "bad-target"
+	BadTelemetry          Code = "bad-telemetry"
 	BadTokenRule          Code = "bad-token-rule"
 	BadTrustDomain        Code = "bad-trust-domain"
 	CustomCannotSee       Code = "custom-cannot-see"
@@ -47,11 +49,13 @@ const (
 	NeedsWaypoint         Code = "needs-waypoint"
 	NotANamespace         Code = "not-a-namespace"
 	NotCaptured           Code = "not-captured"
+	PartlyFollowed        Code = "partly-followed"
 	PortZero              Code = "port-zero"
 	PrivateKey            Code = "private-key"
 	SelectsNothing        Code = "selects-nothing"
 	SpiffePrefix          Code = "spiffe-prefix"
 	UnknownNamespace      Code = "unknown-namespace"
+	UnknownProvider       Code = "unknown-provider"
 	UnknownTarget         Code = "unknown-target"
 	UnusedServiceAccount  Code = "unused-service-account"
 )
@@ -93,6 +97,8 @@ var Explanations = []Explanation{
 	{PortsWithoutSelector, Error, "Only a PeerAuthentication for selected workloads can make exceptions for ports."},
 	{EmptyPorts, Error, "`portLevelMtls: {}` says nothing."},
 	{BadTokenRule, Error, "A rule on tokens needs an issuer or the address of its keys, and keys that can be read."},
+	{BadTelemetry, Error, "A value of a Telemetry that means nothing: a percentage beyond 100, a tag without a value, a name that is none."},
+	{BadFilter, Error, "The filter of an access log is an expression in CEL about Envoy's attributes, as in `response.code >= 400`."},
 	{TooLarge, Error, "Every node gets every policy. One policy may have 512 rules, 8192 values and 256 KiB of values; larger ones are refused, and where they were stored without this check they allow nothing or deny everything."},
 	{Unreadable, Error, "The object is not of the form that its kind has."},
 
@@ -102,6 +108,8 @@ var Explanations = []Explanation{
 	{SelectsNothing, Warning, "No pod has the labels. Often a mistake of typing; the pods may also come later."},
 	{UnknownNamespace, Warning, "A source namespace that does not exist. An ALLOW rule lets nobody in from it, a DENY rule keeps nobody out."},
 	{UnknownTarget, Warning, "A target that does not exist. The policy is for it alone, and does nothing until it is there."},
+	{UnknownProvider, Warning, "A Telemetry names a provider that the mesh configuration does not have, or has and cannot be sent to: nothing is. One that takes something else than it is named for is refused."},
+	{PartlyFollowed, Warning, "What a Telemetry asks for and waypoints and gateways do not do."},
 	{UnusedServiceAccount, Warning, "No pod runs as the service account."},
 	{EmptyList, Warning, "An empty list beside others that have values restricts nothing."},
 	{AllowsNothing, Warning, "An ALLOW policy without rules is the way to deny everything by default. Write it knowingly."},

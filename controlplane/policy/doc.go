@@ -8,6 +8,9 @@
 // What a node cannot see makes a policy stricter, never weaker. An ALLOW rule that needs it matches nothing; a
 // DENY rule matches without it; a policy that is for a waypoint denies whatever it is attached to. An AUDIT policy
 // or a dry run decides nothing and so never refuses anything.
+//
+// Telemetry objects are read here too, since they are attached as policies are ([Mesh.CompileTelemetry], [Mesh.Tell]).
+// They decide about no connection: what of one cannot be had is left out and named.
 package policy
 
 import "github.com/warrenmesh/warren/internal/mesh"
@@ -19,6 +22,8 @@ type Mesh struct {
 	TrustDomainAliases []string
 	// Providers are those that CUSTOM policies may name.
 	Providers map[string]*mesh.AuthProvider
+	// Telemetry are those that Telemetry objects may name.
+	Telemetry TelemetryProviders
 }
 
 // Why a policy is not enforced as it is written. The words are for conditions: CamelCase and stable.

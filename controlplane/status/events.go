@@ -106,6 +106,8 @@ func reference(k index.NoticeKey, v index.Notice) corev1.ObjectReference {
 		ref.Namespace = k.Name // an event has to be somewhere; here `kubectl get events -n` finds it
 	case index.AuthorizationPolicy, index.PeerAuthentication, index.RequestAuthentication:
 		ref.APIVersion = "security.istio.io/v1"
+	case index.Telemetry:
+		ref.APIVersion = "telemetry.istio.io/v1"
 	case index.HTTPRoute, index.GRPCRoute, index.Gateway:
 		ref.APIVersion = "gateway.networking.k8s.io/v1"
 	case index.ServiceEntry, index.WorkloadEntry, index.VirtualService, index.DestinationRule:

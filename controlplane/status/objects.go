@@ -4,6 +4,7 @@ import (
 	metav1alpha1 "istio.io/api/meta/v1alpha1"
 	typev1beta1 "istio.io/api/type/v1beta1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
+	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/warrenmesh/warren/controlplane/index"
@@ -29,6 +30,10 @@ func objectOf(o any) (Object, bool) {
 	case *securityv1.PeerAuthentication:
 		return object(p, &p.Status), true
 	case *securityv1.RequestAuthentication:
+		out := object(p, &p.Status)
+		out.Targets = targets(p.Namespace, p.Spec.TargetRefs, p.Spec.TargetRef)
+		return out, true
+	case *telemetryv1.Telemetry:
 		out := object(p, &p.Status)
 		out.Targets = targets(p.Namespace, p.Spec.TargetRefs, p.Spec.TargetRef)
 		return out, true

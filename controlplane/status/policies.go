@@ -512,6 +512,8 @@ func WriteStatus(client istio.Interface) func(context.Context, index.PolicyKey, 
 			_, err = security.PeerAuthentications(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		case index.RequestAuthentication:
 			_, err = security.RequestAuthentications(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		case index.Telemetry:
+			_, err = client.TelemetryV1().Telemetries(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		default:
 			err = errors.New("not a policy object: " + k.Kind.String())
 		}

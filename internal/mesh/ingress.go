@@ -14,6 +14,7 @@ type Ingress struct {
 	Certificates []Certificate  // by name
 	Access       []AccessPolicy // by name
 	Tokens       []TokenRule
+	Telemetry    *Telemetry // nil: the default
 
 	Revision uint64
 }

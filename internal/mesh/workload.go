@@ -106,6 +106,8 @@ type Service struct {
 	Access  []AccessPolicy // by name
 	Tokens  []TokenRule
 
+	Telemetry *Telemetry // of its waypoint; nil: the default
+
 	Revision uint64
 }
 
