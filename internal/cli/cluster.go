@@ -116,6 +116,22 @@ func ready(p *corev1.Pod) bool {
 	})
 }
 
+// someAgents are the agent for target, or, where that is "", all, of which there is one at least.
+func (a *app) someAgents(ctx context.Context, c *conn, target string) ([]corev1.Pod, error) {
+	if target != "" {
+		p, err := a.agentFor(ctx, c, target)
+		if err != nil {
+			return nil, err
+		}
+		return []corev1.Pod{*p}, nil
+	}
+	pods, err := a.agents(ctx, c)
+	if err == nil && len(pods) == 0 {
+		err = fmt.Errorf("no node agent runs in %s: see %s check", a.namespace, a.name())
+	}
+	return pods, err
+}
+
 // agentFor finds the agent for a node, an agent's pod, or the node of a pod written NAME, NAME.NAMESPACE or
 // NAMESPACE/NAME.
 func (a *app) agentFor(ctx context.Context, c *conn, target string) (*corev1.Pod, error) {

@@ -353,3 +353,31 @@ func TestManifestAndProfiles(t *testing.T) {
 		t.Error(out)
 	}
 }
+
+// What the manifest of any profile has is found when it is uninstalled, though no record says what was applied.
+func TestManifestsOfAllProfilesAreFoundAgain(t *testing.T) {
+	a := &app{namespace: "istio-system"}
+	found, err := a.installedObjects(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	known := map[string]bool{}
+	for _, o := range found {
+		known[release.Describe(o)] = true
+	}
+	for _, name := range release.Profiles() {
+		v, err := release.Sources{Profile: name, Set: []string{"networkPolicies.enabled=true"}}.Values(nil)
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		r, err := release.Render(v, release.Target{Namespace: "istio-system"})
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		for _, o := range r.Objects {
+			if !known[release.Describe(o)] {
+				t.Errorf("%s of profile %s would stay", release.Describe(o), name)
+			}
+		}
+	}
+}

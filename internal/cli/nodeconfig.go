@@ -78,18 +78,9 @@ func (a *app) nodeConfig(ctx context.Context, v view, file string, target []stri
 		if err != nil {
 			return err
 		}
-		var pods []corev1.Pod
-		if len(target) == 1 {
-			p, err := a.agentFor(ctx, c, target[0])
-			if err != nil {
-				return err
-			}
-			pods = []corev1.Pod{*p}
-		} else if pods, err = a.agents(ctx, c); err != nil {
+		pods, err := a.someAgents(ctx, c, strings.Join(target, ""))
+		if err != nil {
 			return err
-		}
-		if len(pods) == 0 {
-			return fmt.Errorf("no node agent runs in %s: see %s check", a.namespace, a.name())
 		}
 		if dumps, err = fetchDumps(ctx, c, pods); err != nil {
 			return err

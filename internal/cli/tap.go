@@ -77,18 +77,9 @@ func (a *app) tap(ctx context.Context, f tapFlags, filter tap.Filter) error {
 	if err != nil {
 		return err
 	}
-	var agents []corev1.Pod
-	if f.node != "" {
-		p, err := a.agentFor(ctx, c, f.node)
-		if err != nil {
-			return err
-		}
-		agents = []corev1.Pod{*p}
-	} else if agents, err = a.agents(ctx, c); err != nil {
+	agents, err := a.someAgents(ctx, c, f.node)
+	if err != nil {
 		return err
-	}
-	if len(agents) == 0 {
-		return fmt.Errorf("no node agent runs in %s: see %s check", a.namespace, a.name())
 	}
 
 	ctx, stop := context.WithCancel(ctx)

@@ -122,7 +122,9 @@ func (a *app) installedObjects(history []*release.Record) ([]*unstructured.Unstr
 		return out, nil
 	}
 	for _, names := range []bool{false, true} {
-		r, err := release.Render(map[string]any{"compat": map[string]any{"istioNames": names}}, release.Target{Namespace: a.namespace})
+		on := map[string]any{"enabled": true}
+		r, err := release.Render(map[string]any{"compat": map[string]any{"istioNames": names}, "networkPolicies": on, "resourceQuotas": on,
+			"securityContextConstraints": on}, release.Target{Namespace: a.namespace})
 		if err != nil {
 			return nil, err
 		}

@@ -171,7 +171,7 @@ func read(doc string) (map[string]any, error) {
 }
 
 // order is in which kinds are applied: each after what it needs.
-var order = []string{"Namespace", "ResourceQuota", "CustomResourceDefinition", "ServiceAccount", "Secret", "ConfigMap", "ClusterRole", "ClusterRoleBinding",
+var order = []string{"Namespace", "ResourceQuota", "NetworkPolicy", "CustomResourceDefinition", "ServiceAccount", "Secret", "ConfigMap", "ClusterRole", "ClusterRoleBinding",
 	"Role", "RoleBinding", "Service", "PodDisruptionBudget", "Deployment", "DaemonSet"}
 
 func rank(o *unstructured.Unstructured) int {
