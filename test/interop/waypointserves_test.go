@@ -61,6 +61,7 @@ func TestWaypointServes(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	kube, istio, gateways := waypointCluster(t)
+	traces := collects(t, "127.0.1.4:9411")
 	done := make(chan error, 2)
 	go func() {
 		done <- controlplane.Run(ctx, controlplane.Config{XDSAddr: "127.0.0.1:15012", Log: slog.New(slog.DiscardHandler)},
@@ -230,6 +231,7 @@ func TestWaypointServes(t *testing.T) {
 	})
 
 	t.Run("metrics", func(t *testing.T) { waypointMetrics(t, get) })
+	t.Run("spans", func(t *testing.T) { waypointSpans(t, istio, traces, get) })
 	t.Run("provider", func(t *testing.T) { waypointAsks(t, istio, guarded, get) })
 	t.Run("tokens", func(t *testing.T) { waypointTokens(t, istio, guarded, get) })
 
@@ -376,6 +378,11 @@ extensionProviders:
 			ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"}, Selector: map[string]string{"app": "authz"},
 			Ports: []corev1.ServicePort{{Name: "http", Port: 9001, TargetPort: intstr.FromInt32(9001), Protocol: corev1.ProtocolTCP}},
 		}},
+		pod("zipkin-1", "zipkin", "127.0.1.4", map[string]string{"app": "zipkin"}),
+		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "zipkin", Labels: map[string]string{"istio.io/use-waypoint": "none"}}, Spec: corev1.ServiceSpec{
+			ClusterIP: "10.96.0.11", ClusterIPs: []string{"10.96.0.11"}, Selector: map[string]string{"app": "zipkin"},
+			Ports: []corev1.ServicePort{{Name: "http", Port: 9411, TargetPort: intstr.FromInt32(9411), Protocol: corev1.ProtocolTCP}},
+		}},
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}},
 		pod("way-1", "way", "127.0.0.9", nil), pod("client", "client", "127.0.0.8", nil),
 		pod("inventory-1", "inventory", "127.0.1.1", map[string]string{"app": "inventory", "version": "v1"}),
@@ -400,6 +407,7 @@ extensionProviders:
 	kube.Resources = []*metav1.APIResourceList{
 		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}}},
 		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}, {Name: "requestauthentications"}}},
+		{GroupVersion: "telemetry.istio.io/v1", APIResources: []metav1.APIResource{{Name: "telemetries"}}},
 		{GroupVersion: "gateway.networking.k8s.io/v1", APIResources: []metav1.APIResource{{Name: "gateways"}}},
 	}
 	istio := istiofake.NewSimpleClientset(&networkingv1.DestinationRule{
