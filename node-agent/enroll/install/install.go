@@ -137,7 +137,9 @@ func (i *Installer) Uninstall(ctx context.Context) error {
 	case <-time.After(2 * time.Second):
 	case <-ctx.Done():
 	}
-	if err := os.Remove(i.target()); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	err = os.Remove(i.target())
+	// On a file system that is read-only unlink says so before it looks whether the file is there: in such a directory it never was.
+	if _, there := os.Lstat(i.target()); err != nil && !errors.Is(there, fs.ErrNotExist) {
 		return fmt.Errorf("remove the CNI plugin: %w", err)
 	}
 	return nil

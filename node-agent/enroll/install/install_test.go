@@ -4,13 +4,16 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/warrenmesh/warren/node-agent/enroll/cni"
 )
@@ -194,6 +197,35 @@ func TestUninstallTakesTheEntryOutOfEveryConfiguration(t *testing.T) {
 		if len(b) == 0 || slices.Contains([]byte(string(b)), 0) || containsPlugin(b) {
 			t.Errorf("%s still names the plugin: %s", name, b)
 		}
+	}
+}
+
+// A directory of plugins that cannot be written to has none of ours in it, and the node is clean.
+func TestUninstallWhereNothingCouldBeInstalled(t *testing.T) {
+	n := newNode(t)
+	if err := os.MkdirAll(n.cfg.BinDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // and never unlocked: the mounts end with the thread
+		done <- func() error {
+			if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS|unix.CLONE_FS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""),
+				unix.Mount("none", n.cfg.BinDir, "tmpfs", unix.MS_RDONLY, "")); err != nil {
+				return err
+			}
+			if err := os.Remove(n.target()); !errors.Is(err, unix.EROFS) {
+				return fmt.Errorf("the directory is not read-only: %w", err)
+			}
+			return n.Uninstall(ctx)
+		}()
+	}()
+	if err := <-done; errors.Is(err, unix.EPERM) && os.Geteuid() != 0 {
+		t.Skip("needs root")
+	} else if err != nil {
+		t.Error(err)
 	}
 }
 
