@@ -2,7 +2,9 @@
 // description in the module k8s.io/kubernetes of each version. Descriptions are left out. Objects are closed: a field that the API
 // server would drop in silence is an error.
 //
-//go:generate go run . -out ../testdata
+//	go run ./internal/cli/release/schemas -out internal/cli/release/testdata
+//
+// It is run where versions changes, and not with the other generators: the modules are 20 MB each, and a version's never change.
 package main
 
 import (
