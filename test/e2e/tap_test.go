@@ -107,7 +107,7 @@ spec: {action: DENY, rules: [{from: [{source: {principals: ["*/sa/client"]}}]}]}
 	_, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", "authorizationpolicy/nobody", "--timeout=60s")
 	must(t, err)
 	tapped = startWarren(t, "tap", ns, "--verdict", "denied", "-o", "json", "-c", "20", "--for", "90s")
-	load := startLoad(t, ns, "client", "-rate", "25", "-for", "25s", to)
+	load := startLoad(t, ns, "client", "-rate", "25", "-for", "15s", to)
 	for _, e := range read(tapped) {
 		if e.Event != "failed" || e.Outcome != "policy_denied" || e.Direction == "inbound" && e.Error != "deny_policy by policy "+ns+"/nobody" {
 			t.Errorf("%+v", e)
