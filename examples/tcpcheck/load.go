@@ -160,10 +160,17 @@ func load(ctx context.Context, args []string) error {
 	hold := fs.Int("hold", 0, "connections that stay open meanwhile; without others the load ends with the last of them")
 	every := fs.Duration("every", 100*time.Millisecond, "how often there is an echo on each that stays open")
 	timeout := fs.Duration("timeout", 30*time.Second, "for each connection")
+	until := fs.Bool("until-stdin-ends", false, "stop when standard input ends, if not before")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
 	addr := fs.Arg(0)
+	if *until {
+		told, cancel := context.WithCancel(ctx)
+		defer cancel()
+		go func() { _, _ = io.Copy(io.Discard, os.Stdin); cancel() }()
+		ctx = told
+	}
 	var (
 		mu   sync.Mutex
 		r    = loadReport{Servers: map[string]int{}, Held: *hold}

@@ -22,7 +22,7 @@ func agentProcesses(ctx context.Context, node string) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	out, err := n.Exec(ctx, "sh", "-c", `for p in /proc/[0-9]*; do [ "$(cat $p/comm 2>/dev/null)" = node-agent ] && echo ${p#/proc/}; done; true`)
+	out, err := n.Exec(ctx, "sh", "-c", `for p in /proc/[0-9]*; do read -r name 2>/dev/null <$p/comm && [ "$name" = node-agent ] && echo ${p#/proc/}; done; true`)
 	return strings.Fields(out), err
 }
 
@@ -153,9 +153,9 @@ func TestASecondAgentEnds(t *testing.T) {
 		t.Helper()
 		must(t, mesh.Run(t.Context(), lab.PodSpec{Namespace: ns, Name: name, Node: nodes[0], Once: true, Program: tcpcheck, Args: []string{"first", "far:9000"}}))
 		must(t, lab.Eventually(t.Context(), time.Minute, func() error {
-			phase, err := mesh.Kubectl(t.Context(), "-n", ns, "get", "pod", name, "-o", "jsonpath={.status.phase}")
-			if err == nil && phase != "Succeeded" {
-				err = fmt.Errorf("pod %s is %s", name, phase)
+			p, err := mesh.Pod(t.Context(), ns, name)
+			if err == nil && p.Phase != "Succeeded" {
+				err = fmt.Errorf("pod %s is %s", name, p.Phase)
 			}
 			return err
 		}))
@@ -278,7 +278,7 @@ func TestPodStartsWhileAgentsDie(t *testing.T) {
 			if !strings.HasPrefix(p.Name, "start-") {
 				continue
 			}
-			logs, err := mesh.Kubectl(ctx, "-n", ns, "logs", p.Name, "--all-containers", "--ignore-errors")
+			logs, err := mesh.Logs(ctx, ns, p.Name, "first", "demo")
 			cut += attempts(logs)
 			if p.Phase == "Failed" {
 				bad++

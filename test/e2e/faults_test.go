@@ -311,7 +311,7 @@ spec: {selector: {matchLabels: {who: bob}}}
 			_, err := mesh.Exec(t.Context(), ns, alice.Name, tcpcheck, "who", "far:9000")
 			return err
 		}))
-		asked := startLoad(t, ns, "client", "-rate", "50", "-for", "12s", "-timeout", "3s", at)
+		asked := loadUntil(t, ns, "client", "-rate", "50", "-for", "1m", "-timeout", "3s", at)
 		must(t, freeAddress(t.Context(), a))
 		began := time.Now()
 		// Bob serves, and asks far from his first moment on: for half of the rounds each.
@@ -343,6 +343,8 @@ spec: {selector: {matchLabels: {who: bob}}}
 				t.Errorf("round %d: bob with alice's address reaches far: %s", i, logs)
 			}
 			inputs++
+		} else {
+			time.Sleep(6 * time.Second) // in which he is asked, as he asks in the other rounds
 		}
 		r := asked()
 		inputs += r.Connections

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -110,29 +111,39 @@ func namespace(t *testing.T, name string, labels ...string) string {
 	t.Helper()
 	ctx := t.Context()
 	must(t, deleteNamespace(ctx, name))
-	if _, err := mesh.Kubectl(ctx, "create", "namespace", name); err != nil {
-		t.Fatal(err)
+	labelled := object{}
+	for _, l := range labels {
+		k, v, _ := strings.Cut(l, "=")
+		labelled[k] = v
 	}
+	_, err := mesh.API().Apply(ctx, namespacePath+name, object{"apiVersion": "v1", "kind": "Namespace", "metadata": object{"name": name, "labels": labelled}})
+	must(t, err)
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(ctx)
 		if t.Failed() {
 			t.Log(mesh.Diagnose(ctx, name))
 		}
-		if _, err := mesh.Kubectl(ctx, "delete", "namespace", name, "--wait=false"); err != nil {
+		if err := mesh.API().Delete(ctx, namespacePath+name); err != nil {
 			t.Error(err)
 		}
 	})
-	for _, label := range labels {
-		if _, err := mesh.Kubectl(ctx, "label", "namespace", name, label); err != nil {
-			t.Fatal(err)
-		}
-	}
 	return name
 }
 
+const namespacePath = "/api/v1/namespaces/"
+
+// deleteNamespace waits until a namespace is gone.
 func deleteNamespace(ctx context.Context, name string) error {
-	_, err := mesh.Kubectl(ctx, "delete", "namespace", name, "--ignore-not-found", "--wait", "--timeout=60s")
-	return err
+	return lab.Eventually(ctx, time.Minute, func() error {
+		err := mesh.API().Delete(ctx, namespacePath+name)
+		switch {
+		case errors.Is(err, lab.ErrNotFound):
+			return nil
+		case err == nil:
+			err = fmt.Errorf("namespace %s is not gone", name)
+		}
+		return err
+	})
 }
 
 const ambient = lab.Label + "=ambient"
@@ -163,10 +174,8 @@ func ownCluster(t *testing.T) {
 // strict makes a namespace refuse everything that is not mutual TLS.
 func strict(t *testing.T, namespace string) {
 	t.Helper()
-	must(t, mesh.Apply(t.Context(), fmt.Sprintf(`
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: %s}
-spec: {mtls: {mode: STRICT}}
-`, namespace)))
+	_, err := mesh.API().Apply(t.Context(), "/apis/security.istio.io/v1/namespaces/"+namespace+"/peerauthentications/default", object{
+		"apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication", "metadata": object{"name": "default", "namespace": namespace},
+		"spec": object{"mtls": object{"mode": "STRICT"}}})
+	must(t, err)
 }

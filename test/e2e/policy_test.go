@@ -24,10 +24,9 @@ type policies struct {
 
 func watchPolicies(t *testing.T, namespace string) *policies {
 	t.Helper()
-	api, err := mesh.API(context.WithoutCancel(t.Context()))
-	must(t, err)
+	api := mesh.API()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	t.Cleanup(func() { cancel(); api.Close() })
+	t.Cleanup(cancel)
 	p := &policies{api: api, namespace: namespace}
 	p.seen = api.Follow(ctx, p.path(""))
 	return p

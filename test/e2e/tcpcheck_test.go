@@ -145,11 +145,22 @@ func (r loadReport) failures() int { return r.Refused + r.TimedOut + r.Cut + r.W
 // startLoad begins a load in a pod and returns when connections are made; the function it returns waits for the report.
 func startLoad(t *testing.T, ns, pod string, args ...string) func() loadReport {
 	t.Helper()
-	wait, err := mesh.Start(t.Context(), "begun", ns, pod, append([]string{tcpcheck, "load"}, args...)...)
-	must(t, err)
+	return reported(t, ns, pod, args, (*lab.Running).Wait)
+}
+
+// loadUntil is startLoad for a load that goes on, for at most the time that its flags say, until the function it returns is
+// called.
+func loadUntil(t *testing.T, ns, pod string, args ...string) func() loadReport {
+	t.Helper()
+	return reported(t, ns, pod, append([]string{"-until-stdin-ends"}, args...), (*lab.Running).Stop)
+}
+
+func reported(t *testing.T, ns, pod string, args []string, end func(*lab.Running) (string, error)) func() loadReport {
+	t.Helper()
+	running := mesh.Start(t.Context(), "begun", ns, pod, append([]string{tcpcheck, "load"}, args...)...)
 	return sync.OnceValue(func() loadReport {
 		t.Helper()
-		out, ended := wait()
+		out, ended := end(running)
 		var r loadReport
 		if err := json.Unmarshal([]byte(out), &r); err != nil {
 			t.Fatalf("no report from %s/%s: %v, %v: %s", ns, pod, ended, err, out)

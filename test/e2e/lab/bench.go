@@ -30,8 +30,11 @@ func (l *Lab) Bench(ctx context.Context, args ...string) (*exec.Cmd, error) {
 	return cmd, nil
 }
 
-// LoadWaypoint loads the image of waypoints into our own cluster.
+// LoadWaypoint loads the image of waypoints into our own cluster, once.
 func (l *Lab) LoadWaypoint(ctx context.Context) error {
+	if l.waypoint {
+		return nil
+	}
 	dir, err := os.MkdirTemp("", "warren-waypoint-")
 	if err != nil {
 		return err
@@ -41,7 +44,9 @@ func (l *Lab) LoadWaypoint(ctx context.Context) error {
 	if _, err := cluster.WaypointArchive(ctx, archive, "dev"); err != nil {
 		return err
 	}
-	return l.Cluster.LoadImages(ctx, archive)
+	err = l.Cluster.LoadImages(ctx, archive)
+	l.waypoint = err == nil
+	return err
 }
 
 // LoadEnvoy loads an image of Envoy into our own cluster and returns its name.

@@ -1,7 +1,8 @@
 // Package lab is what the demo and the end-to-end tests do to a Kubernetes: bring one up or take the one they
 // are given, install the chart, run the shop, talk to pods and watch the link between the nodes.
 //
-// It uses kubectl and helm as a user would. It knows nothing of how Warren works inside.
+// It uses kubectl and helm as a user would, and the API itself for pods, which it asks about all the time. It knows nothing
+// of how Warren works inside.
 package lab
 
 import (
@@ -10,10 +11,10 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -43,6 +44,8 @@ type Lab struct {
 	kubectl    string
 	helm       string
 	kubeconfig string
+	api        *API
+	waypoint   bool // its image is loaded
 	log        func(format string, args ...any)
 	build      string // identifies what the images hold
 }
@@ -62,7 +65,8 @@ func Open(ctx context.Context, kubeconfig string, log func(string, ...any)) (*La
 			return nil, err
 		}
 		l.kubectl, l.helm = filepath.Join(bin, "kubectl"), filepath.Join(bin, "helm")
-		return l, nil
+		l.api, err = openAPI(l.kubeconfig)
+		return l, err
 	}
 	c, err := cluster.Attach("")
 	if errors.Is(err, cluster.ErrNotRunning) {
@@ -77,7 +81,8 @@ func Open(ctx context.Context, kubeconfig string, log func(string, ...any)) (*La
 	}
 	l.Cluster, l.kubeconfig = c, c.Kubeconfig()
 	l.kubectl, l.helm = c.Program("kubectl"), c.Program("helm")
-	return l, nil
+	l.api, err = openAPI(l.kubeconfig)
+	return l, err
 }
 
 // Root is the top of the repository.
@@ -348,14 +353,6 @@ func (p Pod) Redirection() string { return p.Annotations["ambient.istio.io/redir
 
 // Pods lists pods by namespace and label selector, oldest name first.
 func (l *Lab) Pods(ctx context.Context, namespace, selector string) ([]Pod, error) {
-	args := []string{"-n", namespace, "get", "pods", "-o", "json"}
-	if selector != "" {
-		args = append(args, "-l", selector)
-	}
-	out, err := l.Kubectl(ctx, args...)
-	if err != nil {
-		return nil, err
-	}
 	var list struct {
 		Items []struct {
 			Metadata struct {
@@ -374,7 +371,7 @@ func (l *Lab) Pods(ctx context.Context, namespace, selector string) ([]Pod, erro
 			}
 		}
 	}
-	if err := json.Unmarshal([]byte(out), &list); err != nil {
+	if err := l.api.Get(ctx, podsPath(namespace)+"?labelSelector="+url.QueryEscape(selector), &list); err != nil {
 		return nil, fmt.Errorf("reading the pods of %s: %w", namespace, err)
 	}
 	var pods []Pod
@@ -423,45 +420,69 @@ func (l *Lab) AwaitRedirection(ctx context.Context, namespace, want string, limi
 
 // Exec runs a command in a pod and returns its standard output.
 func (l *Lab) Exec(ctx context.Context, namespace, pod string, args ...string) (string, error) {
-	return l.Kubectl(ctx, append([]string{"-n", namespace, "exec", pod, "--"}, args...)...)
+	var out, errs bytes.Buffer
+	if err := l.api.exec(ctx, namespace, pod, args, nil, &out, &errs); err != nil {
+		return out.String(), failed(namespace, pod, args, err, errs.String())
+	}
+	return out.String(), nil
 }
 
-// Start begins a command in a pod and returns when it has said a line on its standard error, or has ended. The
-// function it returns waits for its end and returns its standard output.
-func (l *Lab) Start(ctx context.Context, line, namespace, pod string, args ...string) (wait func() (string, error), err error) {
-	cmd := exec.CommandContext(ctx, l.kubectl, append([]string{"-n", namespace, "exec", pod, "--"}, args...)...)
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+l.kubeconfig)
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	errs, err := cmd.StderrPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	said, ended := make(chan struct{}), make(chan struct{})
+func failed(namespace, pod string, args []string, err error, errs string) error {
+	return fmt.Errorf("%s in %s/%s: %w: %s", strings.Join(args, " "), namespace, pod, err, strings.TrimSpace(errs))
+}
+
+// Running is a command in a pod.
+type Running struct {
+	stdin io.Closer
+	ended chan struct{}
+	out   bytes.Buffer
+	err   error
+}
+
+// Wait waits for the command's end and returns its standard output.
+func (r *Running) Wait() (string, error) {
+	<-r.ended
+	return r.out.String(), r.err
+}
+
+// Stop ends the command's standard input, which tells it to end, and waits for that.
+func (r *Running) Stop() (string, error) {
+	r.stdin.Close()
+	return r.Wait()
+}
+
+// Start begins a command in a pod and returns when it has said a line on its standard error, or has ended.
+func (l *Lab) Start(ctx context.Context, line, namespace, pod string, args ...string) *Running {
+	in, stdin := io.Pipe()
+	said, errs := io.Pipe()
+	r := &Running{stdin: stdin, ended: make(chan struct{})}
 	var other strings.Builder
+	begun, heard := make(chan struct{}), make(chan struct{})
 	go func() {
-		defer close(ended)
-		seen := sync.OnceFunc(func() { close(said) })
+		defer close(heard)
+		seen := sync.OnceFunc(func() { close(begun) })
 		defer seen()
-		for s := bufio.NewScanner(errs); s.Scan(); {
+		for s := bufio.NewScanner(said); s.Scan(); {
 			if s.Text() == line {
 				seen()
 			} else {
 				fmt.Fprintln(&other, s.Text())
 			}
 		}
+		_, _ = io.Copy(io.Discard, said) // after a line that is too long
 	}()
-	<-said
-	return sync.OnceValues(func() (string, error) {
-		<-ended
-		if err := cmd.Wait(); err != nil {
-			return out.String(), fmt.Errorf("%s in %s/%s: %w: %s", strings.Join(args, " "), namespace, pod, err, other.String())
+	go func() {
+		defer close(r.ended)
+		err := l.api.exec(ctx, namespace, pod, args, in, &r.out, errs)
+		errs.Close()
+		in.Close()
+		<-heard
+		if err != nil {
+			r.err = failed(namespace, pod, args, err, other.String())
 		}
-		return out.String(), nil
-	}), nil
+	}()
+	<-begun
+	return r
 }
 
 // Eventually calls f until it succeeds or the limit has passed, and returns its last error.

@@ -2,8 +2,8 @@ package lab
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
+	"net/http"
 	"strings"
 	"time"
 )
@@ -32,13 +32,14 @@ type object = map[string]any
 
 // Run creates pods with their accounts and Services, and does not wait.
 func (l *Lab) Run(ctx context.Context, specs ...PodSpec) error {
-	var items []any
 	for _, s := range specs {
 		account := s.Account
 		if account == "" {
 			account = "default"
 		} else {
-			items = append(items, object{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": object{"name": account, "namespace": s.Namespace}})
+			if err := l.apply(ctx, "serviceaccounts", object{"apiVersion": "v1", "kind": "ServiceAccount", "metadata": object{"name": account, "namespace": s.Namespace}}); err != nil {
+				return err
+			}
 		}
 		labels := map[string]string{"app": s.Name}
 		for k, v := range s.Labels {
@@ -69,8 +70,10 @@ func (l *Lab) Run(ctx context.Context, specs ...PodSpec) error {
 		if s.Once {
 			spec["restartPolicy"] = "Never"
 		}
-		items = append(items, object{"apiVersion": "v1", "kind": "Pod",
-			"metadata": object{"name": s.Name, "namespace": s.Namespace, "labels": labels}, "spec": spec})
+		if err := l.apply(ctx, "pods", object{"apiVersion": "v1", "kind": "Pod",
+			"metadata": object{"name": s.Name, "namespace": s.Namespace, "labels": labels}, "spec": spec}); err != nil {
+			return err
+		}
 		if s.Port != 0 {
 			service := object{"selector": object{"app": s.Name}, "ipFamilyPolicy": "PreferDualStack",
 				"ports": []any{object{"name": "tcp", "port": s.Port, "targetPort": s.Port}}}
@@ -80,15 +83,35 @@ func (l *Lab) Run(ctx context.Context, specs ...PodSpec) error {
 			if s.Headless {
 				service["clusterIP"] = "None"
 			}
-			items = append(items, object{"apiVersion": "v1", "kind": "Service",
-				"metadata": object{"name": s.Name, "namespace": s.Namespace}, "spec": service})
+			if err := l.apply(ctx, "services", object{"apiVersion": "v1", "kind": "Service",
+				"metadata": object{"name": s.Name, "namespace": s.Namespace}, "spec": service}); err != nil {
+				return err
+			}
 		}
 	}
-	b, err := json.Marshal(object{"apiVersion": "v1", "kind": "List", "items": items})
-	if err != nil {
-		return err
+	return nil
+}
+
+// apply applies an object of the core group.
+func (l *Lab) apply(ctx context.Context, plural string, o object) error {
+	meta := o["metadata"].(object)
+	_, err := l.api.Apply(ctx, fmt.Sprintf("/api/v1/namespaces/%s/%s/%s", meta["namespace"], plural, meta["name"]), o)
+	return err
+}
+
+func podsPath(namespace string) string { return "/api/v1/namespaces/" + namespace + "/pods" }
+
+// Logs are what the containers of a pod have written.
+func (l *Lab) Logs(ctx context.Context, namespace, pod string, containers ...string) (string, error) {
+	var all strings.Builder
+	for _, c := range containers {
+		b, err := l.api.do(ctx, http.MethodGet, podsPath(namespace)+"/"+pod+"/log?container="+c, "", nil)
+		if err != nil {
+			return all.String(), err
+		}
+		all.Write(b)
 	}
-	return l.Apply(ctx, string(b))
+	return all.String(), nil
 }
 
 // AwaitReady waits until every pod of the namespace is ready or has succeeded.
