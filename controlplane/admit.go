@@ -45,7 +45,9 @@ func (s surroundings) Pods(namespace string) iter.Seq[admission.Pod] {
 			out := admission.Pod{
 				Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.ServiceAccount, Labels: p.Labels, Captured: p.Captured,
 			}
-			if p.Captured {
+			if now.Ingress(s.cp.cfg.Mesh.ServiceName(p.Namespace, p.ServiceAccount)) != nil { // a gateway decides for itself
+				out.Captured, out.Waypoint = true, true
+			} else if p.Captured {
 				w := now.Workload(prefix + p.Namespace + "/" + p.Name)
 				out.Waypoint = w != nil && w.Waypoint != nil
 			}

@@ -146,7 +146,10 @@ func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listen
 		}
 		if in.TLS != nil || len(in.Names) > 0 {
 			inspect = true
-			f.FilterChainMatch = &listenerv3.FilterChainMatch{TransportProtocol: "tls", ServerNames: in.Names}
+			f.FilterChainMatch = &listenerv3.FilterChainMatch{TransportProtocol: "tls"}
+			if !slices.Contains(in.Names, "*") {
+				f.FilterChainMatch.ServerNames = in.Names
+			}
 		}
 		if in.TLS != nil {
 			f.TransportSocket = b.transport("envoy.transport_sockets.tls", downstream(in))
@@ -177,15 +180,18 @@ func (b *builder) ingressRoutes(c chain, in *mesh.IngressListener) *routev3.Rout
 		h := &in.Hosts[i]
 		vh := &routev3.VirtualHost{Name: cmp.Or(strings.Join(h.Names, ","), "none"), Domains: h.Names, TypedPerFilterConfig: access}
 		all = all || slices.Contains(h.Names, "*")
-		if h.HTTPSOnly {
-			vh.RequireTls = routev3.VirtualHost_ALL
-		}
-		for j := range h.Rules {
-			vh.Routes = append(vh.Routes, b.rule(c, &h.Rules[j])...)
-		}
 		rest := catchAll()
-		if h.Misdirects {
+		switch {
+		case h.HTTPSOnly: // not as the host's RequireTls: that has no policies, and what has none is denied
+			rest.Name, rest.Action = "https", &routev3.Route_Redirect{Redirect: &routev3.RedirectAction{
+				SchemeRewriteSpecifier: &routev3.RedirectAction_HttpsRedirect{HttpsRedirect: true},
+			}}
+		case h.Misdirects:
 			rest.Action = respond(421, "")
+		default:
+			for j := range h.Rules {
+				vh.Routes = append(vh.Routes, b.rule(c, &h.Rules[j])...)
+			}
 		}
 		vh.Routes = append(vh.Routes, rest)
 		out.VirtualHosts = append(out.VirtualHosts, vh)
@@ -212,7 +218,7 @@ func (b *builder) forwardTCP(c chain, in *mesh.IngressListener) *listenerv3.Filt
 		}
 		name := blackHole
 		if t.Invalid == "" && b.lookup(t.Service) != nil {
-			k := target{service: t.Service, port: t.Port, subset: t.Subset}
+			k := target{service: t.Service, port: b.portOf(c, &t), subset: t.Subset}
 			b.targets[k] = true
 			name = k.name()
 		}

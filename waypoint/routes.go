@@ -325,16 +325,24 @@ func (b *builder) backend(c chain, t *mesh.HTTPBackend) string {
 	if t.Invalid != "" {
 		return nowhere
 	}
-	port := t.Port
-	if port == 0 {
-		port = c.port.Port
-	}
 	if b.lookup(t.Service) == nil {
 		return blackHole
 	}
-	k := target{service: t.Service, port: port, subset: t.Subset, http: true}
+	k := target{service: t.Service, port: b.portOf(c, t), subset: t.Subset, http: true}
 	b.targets[k] = true
 	return k.name()
+}
+
+// portOf is the port of a backend. One that none is named of has the only port of the service, at a gateway, whose own ports are
+// not the service's; or else that of the listener.
+func (b *builder) portOf(c chain, t *mesh.HTTPBackend) uint16 {
+	if t.Port != 0 {
+		return t.Port
+	}
+	if s := b.lookup(t.Service); c.ingress != nil && s != nil && len(s.Ports) == 1 {
+		return s.Ports[0].Port
+	}
+	return c.port.Port
 }
 
 func rewrite(a *routev3.RouteAction, r *mesh.HTTPRewrite, m *mesh.HTTPMatch) {

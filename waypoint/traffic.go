@@ -131,10 +131,7 @@ func outliers(o *mesh.Outliers) *clusterv3.OutlierDetection {
 func (b *builder) hashPolicies(c chain, r *mesh.HTTPRule) []*routev3.RouteAction_HashPolicy {
 	var out []*routev3.RouteAction_HashPolicy
 	for i := range r.Backends {
-		t := target{service: r.Backends[i].Service, port: r.Backends[i].Port, subset: r.Backends[i].Subset, http: true}
-		if t.port == 0 {
-			t.port = c.port.Port
-		}
+		t := target{service: r.Backends[i].Service, port: b.portOf(c, &r.Backends[i]), subset: r.Backends[i].Subset, http: true}
 		k := b.traffic(t).Hash
 		if k == nil {
 			continue

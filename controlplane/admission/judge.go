@@ -5,7 +5,10 @@ import (
 	"slices"
 	"strings"
 
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+
 	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/controlplane/routing"
 )
 
 const (
@@ -35,6 +38,9 @@ func (j Judge) Judge(o *Object, cluster bool) []policy.Problem {
 	if obj == nil {
 		return nil
 	}
+	if g, ok := obj.(*networkingv1.Gateway); ok {
+		return servers(g)
+	}
 	out := j.Mesh.Check(obj)
 	if o.Kind == "AuthorizationPolicy" {
 		n := 0
@@ -61,4 +67,13 @@ func (j Judge) Judge(o *Object, cluster bool) []policy.Problem {
 		return out
 	}
 	return slices.Concat(out, around(j.Mesh, j.Cluster, obj))
+}
+
+// servers says what of a Gateway of Istio's cannot be served.
+func servers(g *networkingv1.Gateway) (out []policy.Problem) {
+	_, problems := routing.Gateway(g.Namespace, &g.Spec)
+	for _, p := range problems[:min(len(problems), policy.MaxProblems)] {
+		out = append(out, policy.Problem{Code: policy.BadServer, Severity: policy.Error, Field: "spec." + p.Field, Message: p.Message})
+	}
+	return out
 }

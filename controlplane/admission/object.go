@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strconv"
 
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -73,6 +74,9 @@ func (o *Object) typed() (any, error) {
 	case "Telemetry":
 		p := &telemetryv1.Telemetry{ObjectMeta: meta}
 		out, err = p, p.Spec.UnmarshalJSON(spec)
+	case "Gateway": // of networking.istio.io: no other is asked about
+		g := &networkingv1.Gateway{ObjectMeta: meta}
+		out, err = g, g.Spec.UnmarshalJSON(spec)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("it is not of the form that a spec of kind %s has: %w", o.Kind, err)

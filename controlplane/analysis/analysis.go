@@ -71,7 +71,19 @@ type run struct {
 // id names an object.
 type id struct{ kind, namespace, name string }
 
-func idOf(o *unstructured.Unstructured) id { return id{o.GetKind(), o.GetNamespace(), o.GetName()} }
+func idOf(o *unstructured.Unstructured) id {
+	kind := o.GetKind()
+	if group, _, _ := strings.Cut(o.GetAPIVersion(), "/"); kind == "Gateway" && group == istioGroup {
+		kind = istioGateway
+	}
+	return id{kind, o.GetNamespace(), o.GetName()}
+}
+
+// istioGateway tells a Gateway of Istio's own API from one of the Gateway API, in findings too.
+const (
+	istioGroup   = "networking.istio.io"
+	istioGateway = "Gateway." + istioGroup
+)
 
 // Run returns what is wrong, the worst first. It fails only where the configuration cannot be used.
 func Run(in Input) ([]Finding, error) {
@@ -105,6 +117,9 @@ func Run(in Input) ([]Finding, error) {
 	judged := r.policies(update)
 	for k, n := range update.Notices {
 		of := id{k.Kind.String(), k.Namespace, k.Name}
+		if k.Kind == index.IstioGateway {
+			of.kind = istioGateway
+		}
 		if n == nil || judged[of] || !r.Cluster && !alone(n.Reason) {
 			continue
 		}
@@ -233,6 +248,8 @@ func typed(o *unstructured.Unstructured) (any, error) {
 		out = &networkingv1.VirtualService{}
 	case "networking.istio.io/DestinationRule":
 		out = &networkingv1.DestinationRule{}
+	case "networking.istio.io/Gateway":
+		out = &networkingv1.Gateway{}
 	case gatewayv1.GroupName + "/Gateway":
 		out = &gatewayv1.Gateway{}
 	case gatewayv1.GroupName + "/HTTPRoute":

@@ -39,6 +39,8 @@ var Explanations = []Explanation{
 	{string(SubsetSelectsNothing), Warning, "No pod of the Service has a subset's labels."},
 	{string(NotFollowed), Warning, "A kind of Istio's that Warren does not follow."},
 	{"partly-ignored", Warning, "What an object asks for and is not followed, or is another object's to decide."},
+	{"unknown-gateway", Error, "A VirtualService names a Gateway that is not there, or none of whose servers is for its hosts."},
+	{"no-pods", Error, "No pod of a gateway (`warren.io/gateway: true`) has the labels that a Gateway (`networking.istio.io`) selects, so that nothing serves it."},
 	{"conflicted", Warning, "Another object holds in the place of this one."},
 	{"unknown-dataplane-mode", Error, "The value of `istio.io/dataplane-mode` is neither `ambient` nor `none`."},
 	{"unknown-udp-policy", Error, "The value of `warren.io/udp-policy` is neither `enforce` nor `none`."},

@@ -234,7 +234,9 @@ func (s surroundings) Pods(namespace string) iter.Seq[admission.Pod] {
 			if out.ServiceAccount == "" {
 				out.ServiceAccount = "default"
 			}
-			if w := s.snapshot.Workload(s.Config.ClusterID + "//Pod/" + p.Namespace + "/" + p.Name); w != nil {
+			if s.snapshot.Ingress(s.Config.ServiceName(p.Namespace, out.ServiceAccount)) != nil {
+				out.Captured, out.Waypoint = true, true // a gateway decides for itself
+			} else if w := s.snapshot.Workload(s.Config.ClusterID + "//Pod/" + p.Namespace + "/" + p.Name); w != nil {
 				out.Waypoint = w.Waypoint != nil
 			}
 			if !yield(out) {

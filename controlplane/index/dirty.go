@@ -65,6 +65,7 @@ func (x *Index) setPod(k key, f *podFact) {
 	if old != nil || f != nil {
 		x.touch(Pod, k)
 	}
+	x.touchServing(old, f)
 	x.countLabelled(k.Namespace, old, f)
 }
 

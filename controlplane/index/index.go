@@ -47,12 +47,13 @@ const (
 	ReferenceGrant
 	GatewayClass
 	Telemetry
+	IstioGateway // of networking.istio.io
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
-	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry",
+	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry", "Gateway",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -164,6 +165,7 @@ type Index struct {
 
 	gatewayAPI
 	ingressAPI
+	istioGatewayAPI
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -229,6 +231,7 @@ func New(cfg Config) (*Index, error) {
 		dirtyRoutes:     map[ref]struct{}{},
 		gatewayAPI:      newGatewayAPI(),
 		ingressAPI:      newIngressAPI(),
+		istioGatewayAPI: newIstioGatewayAPI(),
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -289,6 +292,8 @@ func (x *Index) Set(obj any) {
 		x.setRoutes(VirtualService, x.virtuals, keyOf(o), x.c.virtualServiceFactOf(o))
 	case *networkingv1.DestinationRule:
 		x.setRoutes(DestinationRule, x.destinations, keyOf(o), x.c.destinationRuleFactOf(o))
+	case *networkingv1.Gateway:
+		x.setIstioGateway(keyOf(o), istioGatewayFactOf(o))
 	case *gatewayv1.Gateway:
 		x.setGateway(keyOf(o), gatewayFactOf(o))
 		x.setIngress(keyOf(o), ingressFactOf(o))
@@ -348,6 +353,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 	case Gateway:
 		x.setGateway(k, nil)
 		x.setIngress(k, nil)
+	case IstioGateway:
+		x.setIstioGateway(k, nil)
 	case GatewayClass:
 		x.setClass(name, "")
 	case HTTPRoute, GRPCRoute:
@@ -378,6 +385,7 @@ func (x *Index) Commit() *Update {
 	x.commitPolicies(b)
 	x.commitGatewayRoutes(u)
 	x.commitIngress(b, u)
+	x.commitEntrances(b, u)
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
 	x.commitExemptions(b) // after the workloads, which need them or no more

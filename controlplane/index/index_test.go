@@ -92,8 +92,15 @@ func dump(x *Index) string {
 		line("ingress %s", g.Name)
 		for _, l := range g.Listeners {
 			line("  listener %s port %d names %v tls %+v", l.Name, l.Port, l.Names, l.TLS)
+			for _, to := range l.Backends {
+				line("    to %s port %d subset %q weight %d", to.Service, to.Port, to.Subset, to.Weight)
+			}
 			for _, h := range l.Hosts {
-				line("    hosts %v misdirects %t", h.Names, h.Misdirects)
+				only := ""
+				if h.HTTPSOnly {
+					only = " by https only"
+				}
+				line("    hosts %v misdirects %t%s", h.Names, h.Misdirects, only)
 				for _, r := range h.Rules {
 					line("      http %s matches %+v backends %+v invalid %q", r.Name, r.Matches, r.Backends, r.Invalid)
 				}
@@ -260,6 +267,9 @@ func decode(t testing.TB, doc string) any {
 		obj = &networkingv1.DestinationRule{}
 	case "Gateway":
 		obj = &gatewayv1.Gateway{}
+		if strings.HasPrefix(meta.APIVersion, "networking.istio.io/") {
+			obj = &networkingv1.Gateway{}
+		}
 	case "GatewayClass":
 		obj = &gatewayv1.GatewayClass{}
 	case "HTTPRoute":
@@ -445,6 +455,7 @@ func drawMeta(t *rapid.T, name string, names ...string) metav1.ObjectMeta {
 var podLabels = []map[string]string{
 	nil, {"app": "x"}, {"app": "z"}, {"app": "x", labelMode: "none"}, {"app": "x", labelMode: "ambient"}, {labelMode: "odd"}, {"app": "z", labelTunnel: "http"},
 	{"app": "z", LabelWaypoint: "w", LabelWaypointNamespace: "b"}, {LabelWaypoint: "none"},
+	{"app": "x", labelServing: "true"}, {"app": "z", labelServing: "true"}, {labelServing: "true"},
 }
 
 func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
@@ -469,7 +480,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+8).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+9).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -478,7 +489,9 @@ func drawObject(t *rapid.T) (ref, any) {
 		v := &networkingv1.VirtualService{ObjectMeta: drawMeta(t, "name", "vs0", "vs1")}
 		mustYAML(t, pick(t, "spec", `{hosts: [s0], http: [{route: [{destination: {host: s0, subset: v1}}]}]}`,
 			`{hosts: [s0, s1.b.svc.cluster.local], http: [{match: [{uri: {regex: "("}}], route: [{destination: {host: s1}}]}]}`,
-			`{hosts: [s1], gateways: [g], http: [{redirect: {uri: /}}]}`), &v.Spec)
+			`{hosts: [s1], gateways: [g], http: [{redirect: {uri: /}}]}`,
+			`{hosts: ["*"], gateways: [a/g, mesh], http: [{match: [{gateways: [mesh]}], redirect: {uri: /m}}, {route: [{destination: {host: s0}}]}]}`,
+			`{hosts: [x.example], exportTo: ["."], gateways: [a/g, b/g], tls: [{match: [{sniHosts: [x.example]}], route: [{destination: {host: s0}}]}], tcp: [{route: [{destination: {host: s1}}]}]}`), &v.Spec)
 		return ref{kind, keyOf(v)}, v
 	case DestinationRule:
 		d := &networkingv1.DestinationRule{ObjectMeta: drawMeta(t, "name", "dr0", "dr1")}
@@ -491,6 +504,12 @@ func drawObject(t *rapid.T) (ref, any) {
 		mustYAML(t, pick(t, "listeners", `{listeners: [{name: any, port: 80, protocol: HTTP}, {name: x, port: 443, protocol: HTTP, hostname: "*.x", allowedRoutes: {namespaces: {from: All}}}]}`,
 			`{listeners: [{name: any, port: 80, protocol: HTTP, hostname: a.x, allowedRoutes: {namespaces: {from: Selector, selector: {matchLabels: {istio.io/dataplane-mode: ambient}}}}}, {name: s, port: 443, protocol: HTTPS, tls: {certificateRefs: [{name: c, namespace: b}]}}]}`), &g.Spec)
 		return ref{kind, keyOf(g)}, g
+	case IstioGateway:
+		g := &networkingv1.Gateway{ObjectMeta: drawMeta(t, "name", "g", "h")}
+		mustYAML(t, pick(t, "servers", `{selector: {app: x}, servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: ["*"]}]}`,
+			`{selector: {app: x}, servers: [{port: {number: 80, name: t, protocol: TCP}, hosts: ["*"]}, {port: {number: 443, name: s, protocol: HTTPS}, hosts: [b/x.example], tls: {mode: MUTUAL, credentialName: c}}]}`,
+			`{selector: {app: z}, servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: [./x.example], tls: {httpsRedirect: true}}, {port: {number: 443, name: s, protocol: TLS}, hosts: ["*"], tls: {mode: PASSTHROUGH}}]}`), &g.Spec)
+		return ref{IstioGateway, keyOf(g)}, g
 	case GatewayClass:
 		c := &gatewayv1.GatewayClass{ObjectMeta: metav1.ObjectMeta{Name: "ours"}}
 		c.Spec.ControllerName = pick(t, "controller", gatewayv1.GatewayController(IngressController), "other.example/controller")

@@ -106,9 +106,6 @@ func newIngressAPI() ingressAPI {
 	}
 }
 
-// reservedPorts are a gateway's own.
-var reservedPorts = []uint16{15000, 15020, 15021}
-
 // routeKinds are the kinds of routes that a protocol takes.
 func routeKinds(l *ingressListener) []gatewayv1.Kind {
 	switch l.protocol {
@@ -206,7 +203,7 @@ func listenerOf(s *gatewayv1.Listener) ingressListener {
 	switch {
 	case len(kinds) == 0:
 		l.accepted = verdict(gatewayv1.ListenerReasonUnsupportedProtocol, "protocol "+string(s.Protocol)+" is not supported; HTTP and HTTPS are")
-	case slices.Contains(reservedPorts, l.port):
+	case slices.Contains(routing.GatewayPorts, l.port):
 		l.accepted = verdict(gatewayv1.ListenerReasonPortUnavailable, "port "+strconv.Itoa(int(l.port))+" is the gateway's own")
 	case l.protocol == gatewayv1.HTTPSProtocolType && l.passes:
 		l.resolved = verdict(gatewayv1.ListenerReasonInvalidCertificateRef, "tls.mode is Passthrough, with which there are no requests to route; use Terminate")
@@ -377,6 +374,7 @@ func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 		if was, ok := x.ingressNames[k]; ok && (f == nil || was != x.c.serviceName(key{k.Namespace, f.name})) {
 			b.DeleteIngress(was)
 			delete(x.ingressNames, k)
+			x.dirtyServing = true
 		}
 		if f == nil {
 			if x.gatewayStates[k] != nil {
@@ -386,6 +384,7 @@ func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 			continue
 		}
 		in, state := x.serve(f)
+		x.dirtyServing = x.dirtyServing || x.ingressNames[k] != in.Name
 		x.ingressNames[k] = in.Name
 		b.PutIngress(in)
 		if old := x.gatewayStates[k]; old == nil || !old.equal(state) {

@@ -15,10 +15,13 @@ type authorizationFact struct {
 	uid        string
 	generation int64
 	policy.Compiled
+
+	object    *securityv1.AuthorizationPolicy
+	atGateway *policy.Attached // what gateways do about one without targets; nil until one asks
 }
 
 func (c *compiled) authorizationFactOf(p *securityv1.AuthorizationPolicy) *authorizationFact {
-	return &authorizationFact{key: keyOf(p), uid: string(p.UID), generation: p.Generation, Compiled: c.PolicyMesh().Compile(p)}
+	return &authorizationFact{key: keyOf(p), uid: string(p.UID), generation: p.Generation, Compiled: c.PolicyMesh().Compile(p), object: p}
 }
 
 // PolicyMesh is what the meaning of policies depends on.
@@ -192,6 +195,7 @@ func (x *Index) setAuthorization(k key, f *authorizationFact) {
 	if old == nil && f == nil {
 		return
 	}
+	x.dirtyEntrance = true
 	x.dirtyPolicies[mesh.PolicyName(k)] = struct{}{}
 	x.dirtyStates[PolicyKey{AuthorizationPolicy, k.Namespace, k.Name}] = struct{}{}
 	for _, p := range []*authorizationFact{old, f} {

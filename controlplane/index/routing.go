@@ -38,6 +38,7 @@ func (x *Index) setGateway(k key, f *gatewayFact) {
 	if old == nil && f == nil || old != nil && f != nil && *old == *f {
 		return
 	}
+	x.dirtyServing = true
 	for _, namespace := range []string{k.Namespace, x.c.RootNamespace} {
 		x.touchTargeting(namespace)
 	}
@@ -79,6 +80,11 @@ type routeFact struct {
 	subsets  []mesh.Subset
 	traffic  []mesh.Traffic
 	problems []string
+
+	// Of a VirtualService that is for Gateways of Istio's:
+	at        map[key]*routing.AtGateway
+	hostnames []string
+	exportTo  []string
 }
 
 func (f *routeFact) older(o *routeFact) bool {
@@ -108,12 +114,14 @@ func (c Config) ResolveHost(namespace, host string) mesh.ServiceName {
 func (c *compiled) virtualServiceFactOf(v *networkingv1.VirtualService) *routeFact {
 	f := &routeFact{key: keyOf(v), uid: string(v.UID), created: v.CreationTimestamp}
 	if !routing.ForMesh(&v.Spec) {
+		f.atGateways(v, c)
 		return f
 	}
 	for _, h := range v.Spec.Hosts {
 		f.hosts = append(f.hosts, c.ResolveHost(v.Namespace, h))
 	}
 	f.rules, f.problems = routing.VirtualService(v.Namespace, v.Name, &v.Spec, c.ResolveHost)
+	f.atGateways(v, c)
 	return f
 }
 
@@ -129,6 +137,7 @@ func (x *Index) setRoutes(kind Kind, all map[string]map[string]*routeFact, k key
 		if r == nil {
 			continue
 		}
+		x.dirtyEntrance = x.dirtyEntrance || r.at != nil
 		x.dirtyRoutes[ref{kind, k}] = struct{}{}
 		for _, h := range r.hosts {
 			x.dirtyHosts[h] = struct{}{}
@@ -182,7 +191,7 @@ func (x *Index) commitRoutes(u *Update) {
 			x.notice(u, nk, "", "", "")
 			continue
 		}
-		problems := slices.Clone(f.problems)
+		problems, reason := slices.Clone(f.problems), "PartlyIgnored"
 		for _, h := range f.hosts {
 			if h.Namespace != f.Namespace {
 				problems = append(problems, h.Hostname+" is of another namespace, where this holds for nobody; write it in the namespace "+h.Namespace)
@@ -194,11 +203,17 @@ func (x *Index) commitRoutes(u *Update) {
 				}
 			}
 		}
+		if lost := x.atGateways(f); len(lost) > 0 {
+			if len(problems) == 0 {
+				reason = reasonUnknownGateway
+			}
+			problems = append(problems, lost...)
+		}
 		if len(problems) == 0 {
 			x.notice(u, nk, "", "", "")
 			continue
 		}
-		x.notice(u, nk, f.uid, "PartlyIgnored", strings.Join(problems, "; "))
+		x.notice(u, nk, f.uid, reason, strings.Join(problems, "; "))
 	}
 	x.dirtyRoutes = emptied(x.dirtyRoutes)
 }

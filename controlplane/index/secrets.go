@@ -79,6 +79,9 @@ func (x *Index) SetSecret(k SecretKey, s *SecretState) {
 			}
 		}
 	}
+	for _, e := range x.entrances {
+		x.dirtyEntrance = x.dirtyEntrance || slices.Contains(e.wants(), key(k))
+	}
 }
 
 func (k key) String() string { return k.Namespace + "/" + k.Name }
@@ -118,6 +121,14 @@ func (x *Index) wantedSecrets() []SecretKey {
 					seen[k] = true
 					out = append(out, SecretKey(k))
 				}
+			}
+		}
+	}
+	for _, e := range x.entrances {
+		for _, k := range e.wants() {
+			if !seen[k] {
+				seen[k] = true
+				out = append(out, SecretKey(k))
 			}
 		}
 	}

@@ -126,6 +126,8 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer { return f.Networking().V1().VirtualServices().Informer() }},
 	{DestinationRule, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "destinationrules"},
 		func(f factories) cache.SharedIndexInformer { return f.Networking().V1().DestinationRules().Informer() }},
+	{IstioGateway, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1", Resource: "gateways"},
+		func(f factories) cache.SharedIndexInformer { return f.Networking().V1().Gateways().Informer() }},
 	{Gateway, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "gateways"},
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().Gateways().Informer() }},
 	{GatewayClass, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "gatewayclasses"},

@@ -113,6 +113,9 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 	if len(f.Targets) > 0 && x.decided(f, s) {
 		return s
 	}
+	if len(f.Targets) == 0 {
+		x.atEntrances(f, s)
+	}
 	x.misses(f.Namespace, f.Targets, s)
 	return s
 }

@@ -13,6 +13,7 @@ const (
 	BadPattern            Code = "bad-pattern"
 	BadPort               Code = "bad-port"
 	BadSelector           Code = "bad-selector"
+	BadServer             Code = "bad-server"
 	BadServiceAccount     Code = "bad-service-account"
 	BadTarget             Code = "bad-target"
 	BadTelemetry          Code = "bad-telemetry"
@@ -89,6 +90,7 @@ var Explanations = []Explanation{
 	{BadKey, Error, "The attributes that a `when` condition can be about are fixed; those with an argument have it in brackets."},
 	{BadSelector, Error, "Selectors compare labels as they are."},
 	{SelectorAndTargets, Error, "A policy is for workloads (`selector`) or for a waypoint (`targetRefs`)."},
+	{BadServer, Error, "A server of a Gateway (`networking.istio.io`) that gateways cannot serve: [docs/gateways.md](gateways.md#istios-own-gateway)."},
 	{BadTarget, Error, "What `targetRefs` may name: a Service, ServiceEntry or Gateway of the policy's own namespace, or in the root namespace a GatewayClass."},
 	{NoProvider, Error, "Action CUSTOM hands the decision to an extension provider of the mesh configuration."},
 	{ProviderWithoutCustom, Error, "A provider means nothing to the other actions."},

@@ -168,6 +168,11 @@ func (m Mesh) Compile(p *securityv1.AuthorizationPolicy) Compiled {
 	return c
 }
 
+// AtGateway compiles a policy without targetRefs for the gateways among its workloads.
+func (m Mesh) AtGateway(p *securityv1.AuthorizationPolicy) *Attached {
+	return m.attached(p, m.Compile(p).Policy)
+}
+
 // not notes a reason; the last one given is the one that is shown first.
 func (c *Compiled) not(reason, message string) {
 	if c.Message != "" {

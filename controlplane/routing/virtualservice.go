@@ -17,25 +17,18 @@ import (
 // Resolve names the service that a host means in a namespace: a short name is one of that namespace.
 type Resolve func(namespace, host string) mesh.ServiceName
 
-// meshGateway is the word for traffic within the mesh in lists of gateways.
-const meshGateway = "mesh"
+// MeshGateway is the word for traffic within the mesh in lists of gateways.
+const MeshGateway = "mesh"
 
 // ForMesh reports whether a VirtualService is about traffic within the mesh.
 func ForMesh(v *networking.VirtualService) bool {
-	return len(v.Gateways) == 0 || slices.Contains(v.Gateways, meshGateway)
+	return len(v.Gateways) == 0 || slices.Contains(v.Gateways, MeshGateway)
 }
 
 // VirtualService returns the rules of a VirtualService, and in words what of it does not work.
 func VirtualService(namespace, name string, v *networking.VirtualService, resolve Resolve) (rules []mesh.HTTPRule, problems []string) {
-	c := &converter{namespace: namespace, resolve: resolve}
-	rules = []mesh.HTTPRule{}
-	for i, h := range v.Http {
-		c.at = "http[" + strconv.Itoa(i) + "]"
-		if r, ok := c.rule(h); ok {
-			r.Name = cmp.Or(h.Name, namespace+"/"+name+"/"+strconv.Itoa(i))
-			rules = append(rules, r)
-		}
-	}
+	c := &converter{namespace: namespace, resolve: resolve, here: func(gateways []string) bool { return slices.Contains(gateways, MeshGateway) }}
+	rules = c.http(namespace+"/"+name, v.Http)
 	c.at = "spec"
 	if len(v.Tcp) > 0 {
 		c.say("tcp routes are not followed: connections go to the service as they come")
@@ -52,6 +45,7 @@ func VirtualService(namespace, name string, v *networking.VirtualService, resolv
 type converter struct {
 	namespace string
 	resolve   Resolve
+	here      func(gateways []string) bool // whether what is for these is for whom is converted
 	at        string
 	problems  []string
 }
@@ -67,10 +61,23 @@ func (c *converter) broken(r *mesh.HTTPRule, format string, args ...any) {
 	r.Invalid = text
 }
 
-// rule converts one HTTPRoute; ok is false for one that nothing within the mesh can match.
+// http converts the routes of the VirtualService of a name.
+func (c *converter) http(name string, routes []*networking.HTTPRoute) []mesh.HTTPRule {
+	rules := []mesh.HTTPRule{}
+	for i, h := range routes {
+		c.at = "http[" + strconv.Itoa(i) + "]"
+		if r, ok := c.rule(h); ok {
+			r.Name = cmp.Or(h.Name, name+"/"+strconv.Itoa(i))
+			rules = append(rules, r)
+		}
+	}
+	return rules
+}
+
+// rule converts one HTTPRoute; ok is false for one that nothing here can match.
 func (c *converter) rule(h *networking.HTTPRoute) (r mesh.HTTPRule, ok bool) {
 	for i, m := range h.Match {
-		if len(m.Gateways) > 0 && !slices.Contains(m.Gateways, meshGateway) {
+		if len(m.Gateways) > 0 && !c.here(m.Gateways) {
 			continue
 		}
 		if len(m.SourceLabels) > 0 || m.SourceNamespace != "" {

@@ -23,7 +23,7 @@ type Ingress struct {
 type IngressListener struct {
 	Name  string // of all listeners of an Ingress this one's alone
 	Port  uint16
-	Names []string     // server names in TLS, perhaps "*.domain"; empty: whatever else is asked for
+	Names []string     // server names in TLS, perhaps "*.domain" or "*", which is whatever else is asked for; empty: the same, without TLS too
 	TLS   *ListenerTLS // nil: what comes is not TLS, or goes on as it comes
 
 	// One of these: requests are routed by the host that they are for, connections go to the backends.
