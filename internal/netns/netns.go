@@ -171,11 +171,11 @@ func (h *Handle) visitFrom(own int, f func() error) (home bool, err error) {
 	if h.fd < 0 {
 		return true, ErrClosed
 	}
-	if err := unix.Setns(h.fd, unix.CLONE_NEWNET); err != nil {
+	if err := enter(h.fd); err != nil {
 		return true, fmt.Errorf("enter network namespace %s: %w", h.name, err)
 	}
 	err = f()
-	if back := unix.Setns(own, unix.CLONE_NEWNET); back != nil {
+	if back := enter(own); back != nil {
 		return false, errors.Join(err, fmt.Errorf("leave network namespace %s: %w", h.name, back))
 	}
 	return true, err

@@ -2,7 +2,6 @@ package netns
 
 import (
 	"context"
-	"encoding/binary"
 	"fmt"
 	"net"
 	"net/netip"
@@ -10,7 +9,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -51,9 +49,9 @@ func (s *Sock) Take() (int, error) {
 func (s *Sock) Abort() {
 	if fd, err := s.Take(); err == nil {
 		if !s.Hard {
-			_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
+			_ = SetHard(fd, true)
 		}
-		unix.Close(fd)
+		Close(fd)
 	}
 }
 
@@ -66,7 +64,7 @@ func (s *Sock) TCPConn() (*net.TCPConn, error) {
 	f := os.NewFile(uintptr(fd), "socket")
 	defer f.Close()
 	if s.Hard {
-		_ = unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{})
+		_ = SetHard(fd, false)
 	}
 	c, err := net.FileConn(f)
 	if err != nil {
@@ -78,62 +76,16 @@ func (s *Sock) TCPConn() (*net.TCPConn, error) {
 // Accept takes the next connection of a non-blocking listener, or fails with EAGAIN. What the listener has for socket
 // options, the connection has too.
 func Accept(listener int) (*Sock, error) {
-	fd, from, err := unix.Accept4(listener, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
-	for err == unix.EINTR || err == unix.ECONNABORTED {
-		fd, from, err = unix.Accept4(listener, unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK)
+	fd, from, errno := accept(listener)
+	if errno != 0 {
+		return nil, errno
 	}
+	at, err := nameOf(fd)
 	if err != nil {
+		Close(fd)
 		return nil, err
 	}
-	at, err := unix.Getsockname(fd)
-	if err != nil {
-		unix.Close(fd)
-		return nil, os.NewSyscallError("getsockname", err)
-	}
-	return &Sock{Local: addrPort(at), Remote: addrPort(from), fd: fd}, nil
-}
-
-func addrPort(sa unix.Sockaddr) netip.AddrPort {
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port))
-	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), uint16(sa.Port))
-	}
-	return netip.AddrPort{}
-}
-
-// target is an address as the kernel reads it.
-type target struct {
-	raw    [unix.SizeofSockaddrInet6]byte
-	len    uintptr
-	family int
-}
-
-func newTarget(a netip.AddrPort) *target {
-	t := &target{family: unix.AF_INET6, len: unix.SizeofSockaddrInet6}
-	if ip := a.Addr().Unmap(); ip.Is4() {
-		t.family, t.len = unix.AF_INET, unix.SizeofSockaddrInet4
-		b := ip.As4()
-		copy(t.raw[4:], b[:])
-	} else {
-		b := ip.As16()
-		copy(t.raw[8:], b[:])
-	}
-	binary.NativeEndian.PutUint16(t.raw[:], uint16(t.family))
-	binary.BigEndian.PutUint16(t.raw[2:], a.Port())
-	return t
-}
-
-// connect tells Go's scheduler nothing of the call: it does not block, but a whole handshake may happen in it, and the
-// scheduler would give the processor to another thread meanwhile.
-func (t *target) connect(fd int) syscall.Errno {
-	for {
-		_, _, errno := syscall.RawSyscall(unix.SYS_CONNECT, uintptr(fd), uintptr(unsafe.Pointer(&t.raw)), t.len)
-		if errno != unix.EINTR {
-			return errno
-		}
-	}
+	return &Sock{Local: at, Remote: from, fd: fd}, nil
 }
 
 // home is the namespace of the process: of every thread that no visit has locked.
@@ -155,7 +107,7 @@ func (h *Handle) tryConnect(ctx context.Context, dst netip.AddrPort, prepare fun
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	to := newTarget(dst)
+	to := newAddress(dst)
 	own, err := home()
 	if err != nil {
 		return nil, err
@@ -188,7 +140,7 @@ func (h *Handle) tryConnect(ctx context.Context, dst netip.AddrPort, prepare fun
 }
 
 // connected waits for the end of a handshake, with Go's poller.
-func connected(ctx context.Context, fd int, to *target) error {
+func connected(ctx context.Context, fd int, to *address) error {
 	dup, err := unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return err

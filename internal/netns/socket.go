@@ -2,7 +2,6 @@ package netns
 
 import (
 	"fmt"
-	"os"
 	"runtime"
 
 	"golang.org/x/sys/unix"
@@ -31,15 +30,15 @@ func (h *Handle) socketFrom(own, family, typ, proto int) (int, error) {
 	s := -1
 	runtime.LockOSThread()
 	home, err := h.visitFrom(own, func() (err error) {
-		s, err = unix.Socket(family, typ|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, proto)
-		return os.NewSyscallError("socket", err)
+		s, err = socket(family, typ, proto)
+		return err
 	})
 	if home {
 		runtime.UnlockOSThread()
 	} // else the thread is lost, and ends with the caller's goroutine
 	if err != nil {
 		if s >= 0 {
-			unix.Close(s)
+			Close(s)
 		}
 		return -1, err
 	}

@@ -8,7 +8,9 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -93,12 +95,12 @@ type sockopt struct{ level, name, value int }
 // network in between that a congestion control could spare, and one that paces, as BBR does, programs a timer for
 // every 64 KiB. What the application sends does not pace either: see towards_agent in bpf/sockops.h.
 func unpaced(fd int) {
-	_ = unix.SetsockoptString(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "reno") // without it all works as well
+	_ = netns.SetStringOption(fd, unix.IPPROTO_TCP, unix.TCP_CONGESTION, "reno") // without it all works as well
 }
 
 func setAll(fd int, opts []sockopt) error {
 	for _, o := range opts {
-		if err := unix.SetsockoptInt(fd, o.level, o.name, o.value); err != nil {
+		if err := netns.SetOption(fd, o.level, o.name, o.value); err != nil {
 			return fmt.Errorf("set socket option %d/%d: %w", o.level, o.name, err)
 		}
 	}
@@ -115,7 +117,7 @@ func (d *Datapath) Drawn(s *netns.Sock) int {
 }
 
 func drawn(fd int) int {
-	mark, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_MARK)
+	mark, err := netns.Option(fd, unix.SOL_SOCKET, unix.SO_MARK)
 	if err != nil || !Captured(uint32(mark)) {
 		return 0
 	}
@@ -125,10 +127,23 @@ func drawn(fd int) int {
 // Tag marks a socket as the agent's own: its connections are not captured, and where it dials the pod's
 // own address it reaches the application. It is for sockets that are not connected yet.
 func (d *Datapath) Tag(fd int) error {
-	if err := d.kernel.AgentSockets.Put(uint32(fd), uint32(1)); err != nil {
-		return fmt.Errorf("tag socket: %w", err)
+	if errno := tag(d.kernel.AgentSockets.FD(), fd); errno != 0 {
+		return fmt.Errorf("tag socket: %w", os.NewSyscallError("bpf", errno))
 	}
 	return d.schemas.tag(fd)
+}
+
+// tag is Map.Put of 1 for a socket, without telling Go's scheduler: see internal/netns. The fields are those of
+// BPF_MAP_UPDATE_ELEM in union bpf_attr.
+func tag(sockets, fd int) syscall.Errno {
+	key, value := uint32(fd), uint32(1)
+	attr := struct {
+		fd, _      uint32
+		key, value unsafe.Pointer
+		flags      uint64
+	}{fd: uint32(sockets), key: unsafe.Pointer(&key), value: unsafe.Pointer(&value)}
+	_, _, errno := syscall.RawSyscall(unix.SYS_BPF, unix.BPF_MAP_UPDATE_ELEM, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
+	return errno
 }
 
 // Dial connects from inside a pod's namespace as the agent: to a peer's tunnel port or, on passthrough, to
@@ -191,12 +206,8 @@ func (d *Datapath) DialInbound(ctx context.Context, ns *netns.Handle, src, dst n
 // over the pod's local route, and the application's end inherits it from the SYN (tcp_fwmark_accept).
 func (d *Datapath) prepareInbound(fd int, as netip.AddrPort) error {
 	transparent := sockopt{unix.SOL_IP, unix.IP_TRANSPARENT, 1}
-	var addr unix.Sockaddr
-	if as.Addr().Is4() {
-		addr = &unix.SockaddrInet4{Port: int(as.Port()), Addr: as.Addr().As4()}
-	} else {
+	if as.Addr().Is6() {
 		transparent = sockopt{unix.SOL_IPV6, unix.IPV6_TRANSPARENT, 1}
-		addr = &unix.SockaddrInet6{Port: int(as.Port()), Addr: as.Addr().As16()}
 	}
 	unpaced(fd)
 	if err := setAll(fd, []sockopt{transparent, {unix.SOL_SOCKET, unix.SO_MARK, Mark},
@@ -206,7 +217,7 @@ func (d *Datapath) prepareInbound(fd int, as netip.AddrPort) error {
 	if err := d.Tag(fd); err != nil {
 		return err
 	}
-	if err := unix.Bind(fd, addr); err != nil {
+	if err := netns.Bind(fd, as); err != nil {
 		return fmt.Errorf("bind to the client's address %s: %w", as, err)
 	}
 	return nil

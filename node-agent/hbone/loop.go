@@ -164,7 +164,7 @@ func (l *loop) releaseLocked() {
 func (l *loop) wakeLocked() {
 	if l.asleep {
 		l.asleep = false
-		_, _ = unix.Write(l.wakeup, l.one[:]) // fails only where it is awake anyway
+		_, _, _ = syscall.RawSyscall(unix.SYS_WRITE, uintptr(l.wakeup), uintptr(unsafe.Pointer(&l.one[0])), uintptr(len(l.one))) // fails only where it is awake anyway
 	}
 }
 
@@ -197,12 +197,18 @@ func (l *loop) add(s *sock, fd int) error {
 		n = 1
 	}
 	i := l.free[n-1]
-	if err := unix.EpollCtl(l.ep, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: allEvents, Fd: i, Pad: l.slots[i].gen}); err != nil {
-		return os.NewSyscallError("epoll_ctl", err)
+	if errno := l.control(unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: allEvents, Fd: i, Pad: l.slots[i].gen}); errno != 0 {
+		return os.NewSyscallError("epoll_ctl", errno)
 	}
 	l.free = l.free[:n-1]
 	l.slots[i].s, s.slot = s, i
 	return nil
+}
+
+// control tells Go's scheduler nothing of the call, as internal/netns does not of its own.
+func (l *loop) control(op, fd int, e *unix.EpollEvent) syscall.Errno {
+	_, _, errno := syscall.RawSyscall6(unix.SYS_EPOLL_CTL, uintptr(l.ep), uintptr(op), uintptr(fd), uintptr(unsafe.Pointer(e)), 0, 0)
+	return errno
 }
 
 // remove forgets s, whose descriptor is closed next; where tell is set, its owner is called once more.

@@ -151,8 +151,8 @@ func (r *socketReader) tryOnce(fd uintptr) bool {
 
 // closed reports whether nothing is left of a connection.
 func closed(fd int) bool {
-	i, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-	return err == nil && i.State == unix.BPF_TCP_CLOSE
+	state, err := netns.State(fd)
+	return err == nil && state == unix.BPF_TCP_CLOSE
 }
 
 // watchReset waits for the socket to be reset after its FIN, until its read deadline.

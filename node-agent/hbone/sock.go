@@ -10,6 +10,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/internal/netns"
 )
 
 // sock is a TCP socket that a loop waits for, instead of Go's own poller. As a net.Conn it is written to, by one
@@ -211,7 +213,7 @@ func (s *sock) Close() error {
 		return net.ErrClosed
 	}
 	s.l.remove(s, s.tell)
-	_, _, _ = syscall.RawSyscall(unix.SYS_CLOSE, uintptr(s.fd), 0, 0)
+	netns.Close(s.fd)
 	s.fd = -1
 	if s.expiry != nil {
 		s.expiry.Stop()
@@ -234,11 +236,7 @@ func (s *sock) harden(yes bool) {
 		return
 	}
 	s.hard = yes
-	linger := unix.Linger{}
-	if yes {
-		linger.Onoff = 1
-	}
-	_ = unix.SetsockoptLinger(s.fd, unix.SOL_SOCKET, unix.SO_LINGER, &linger)
+	_ = netns.SetHard(s.fd, yes)
 }
 
 // shut sends FIN.
@@ -252,7 +250,7 @@ func (s *sock) shut() {
 func (s *sock) failure() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if e, err := unix.GetsockoptInt(s.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
+	if e, err := netns.Option(s.fd, unix.SOL_SOCKET, unix.SO_ERROR); err == nil && e != 0 {
 		return os.NewSyscallError("read", syscall.Errno(e))
 	}
 	return nil
