@@ -68,7 +68,7 @@ func TestTapAndTop(t *testing.T) {
 
 	const calls = 50
 	tapped := startWarren(t, "tap", "--from", ns+"/client", "--to", ns+"/far:9000", "-o", "json", "-c", fmt.Sprint(4*calls), "--for", "90s")
-	if r := startLoad(t, ns, "client", "-rate", "25", "-for", fmt.Sprint(calls/25, "s"), to)(); r.OK < calls {
+	if r := startLoad(t, ns, "client", "-rate", "25", "-n", fmt.Sprint(calls), "-for", "60s", to)(); r.OK < calls {
 		t.Fatalf("%d connections came through, want %d: %v", r.OK, calls, r)
 	}
 	n := map[string]int{}
