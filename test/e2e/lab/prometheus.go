@@ -21,11 +21,20 @@ var prometheusBuild = []string{"build", "-p=2", "-buildvcs=false", "-trimpath", 
 // BuildPrometheus returns a Prometheus built from the module in test/e2e/prometheus into the user's cache, which
 // the first time takes minutes of both cores.
 func (l *Lab) BuildPrometheus(ctx context.Context) (string, error) {
-	src := filepath.Join(l.root, "test", "e2e", "prometheus")
+	return l.buildProgram(ctx, "prometheus", "github.com/prometheus/prometheus/cmd/prometheus", prometheusBuild)
+}
+
+// buildProgram builds a program from the module in test/e2e that has its name. The cache keeps one of each.
+func (l *Lab) buildProgram(ctx context.Context, name, pkg string, args []string) (string, error) {
+	src := filepath.Join(l.root, "test", "e2e", name)
 	key := sha256.New()
-	fmt.Fprintln(key, runtime.Version(), runtime.GOARCH, prometheusBuild)
-	for _, f := range []string{"go.mod", "go.sum"} {
-		b, err := os.ReadFile(filepath.Join(src, f))
+	fmt.Fprintln(key, runtime.Version(), runtime.GOARCH, args)
+	files, err := filepath.Glob(filepath.Join(src, "*.*"))
+	if err != nil {
+		return "", err
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
 		if err != nil {
 			return "", err
 		}
@@ -35,23 +44,23 @@ func (l *Lab) BuildPrometheus(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(cache, "warren", "prometheus-"+hex.EncodeToString(key.Sum(nil)[:8]))
-	bin := filepath.Join(dir, "prometheus")
+	dir := filepath.Join(cache, "warren", name+"-"+hex.EncodeToString(key.Sum(nil)[:8]))
+	bin := filepath.Join(dir, name)
 	if _, err := os.Stat(bin); err == nil {
 		return bin, nil
 	}
-	l.log("building Prometheus from source; the first time takes several minutes")
+	l.log("building " + name + " from source; the first time takes several minutes")
 	tmp := bin + ".new"
-	cmd := exec.CommandContext(ctx, "go", append(prometheusBuild, "-o", tmp, "github.com/prometheus/prometheus/cmd/prometheus")...)
+	cmd := exec.CommandContext(ctx, "go", append(args, "-o", tmp, pkg)...)
 	cmd.Dir = src
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build Prometheus in %s: %w\n%s", src, err, out)
+		return "", fmt.Errorf("build %s in %s: %w\n%s", name, src, err, out)
 	}
 	if err := os.Rename(tmp, bin); err != nil {
 		return "", err
 	}
-	old, err := filepath.Glob(filepath.Join(cache, "warren", "prometheus-*"))
+	old, err := filepath.Glob(filepath.Join(cache, "warren", name+"-*"))
 	for _, o := range old {
 		if o != dir {
 			err = os.RemoveAll(o)
@@ -92,15 +101,7 @@ const prometheusDir = "/var/lib/warren-prometheus"
 
 // RunPrometheus runs the program as a pod on a node of our own cluster. It does not wait.
 func (l *Lab) RunPrometheus(ctx context.Context, program, namespace, node string) error {
-	n, err := l.Cluster.Node(node)
-	if err != nil {
-		return err
-	}
-	dir := filepath.Join(n.Disk(), prometheusDir)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return err
-	}
-	if err := copyProgram(program, filepath.Join(dir, "prometheus")); err != nil {
+	if err := l.install(program, node, prometheusDir, "prometheus"); err != nil {
 		return err
 	}
 	config := "    " + strings.ReplaceAll(prometheusConfig, "\n", "\n    ")
@@ -147,6 +148,19 @@ spec:
     - {name: config, configMap: {name: prometheus}}
     - {name: data, emptyDir: {}}
 `, namespace, config, node, Image, prometheusDir))
+}
+
+// install puts a program on the disk of a node of our own cluster.
+func (l *Lab) install(program, node, dir, name string) error {
+	n, err := l.Cluster.Node(node)
+	if err != nil {
+		return err
+	}
+	dir = filepath.Join(n.Disk(), dir)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	return copyProgram(program, filepath.Join(dir, name))
 }
 
 func copyProgram(from, to string) error {
