@@ -8,7 +8,7 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies", "peerauthentications", "requestauthentications"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"telemetry.istio.io"}, Resources: []string{"telemetries"}, Verbs: []string{"get", "list", "watch"}},
-	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries", "workloadentries", "virtualservices", "destinationrules"}, Verbs: []string{"get", "list", "watch"}},
+	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries", "workloadentries", "virtualservices", "destinationrules", "gateways"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses", "gateways", "httproutes", "grpcroutes", "referencegrants"}, Verbs: []string{"get", "list", "watch"}},
 	// Waypoints and gateways are made where a Gateway asks for one, in any namespace.
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses"}, Verbs: []string{"create"}},
