@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -122,7 +123,8 @@ func (c Cluster) Delete(ctx context.Context, objects []*unstructured.Unstructure
 	return n, errors.Join(errs...)
 }
 
-// Ending describes those of the objects that are still there, with what the API server says that they wait for.
+// Ending describes those of the objects that are still there, with what the API server says that they wait for. It has the API
+// server try again at once to end definitions whose end has failed.
 func (c Cluster) Ending(ctx context.Context, objects []*unstructured.Unstructured) ([]string, error) {
 	var left []string
 	for _, o := range objects {
@@ -148,10 +150,24 @@ func (c Cluster) Ending(ctx context.Context, objects []*unstructured.Unstructure
 			if message, _ := x["message"].(string); ends && x["status"] == "True" && message != "" {
 				what += " (" + message + ")"
 			}
+			if x["reason"] == "InstanceDeletionFailed" {
+				remind(ctx, r, o.GetName())
+			}
 		}
 		left = append(left, what)
 	}
 	return left, nil
+}
+
+// remindEvery is how often a definition is touched whose end has failed.
+const remindEvery = 5 * time.Second
+
+// remind touches a definition that is being deleted. Where the API server cannot list its objects, because definitions that were
+// changed shortly before have no storage for a moment, it tries again by itself too, but after pauses that double up to a
+// quarter of an hour (apiextensions-apiserver, pkg/controller/finalizer). That it fails is nothing worse than that wait.
+func remind(ctx context.Context, r dynamic.ResourceInterface, name string) {
+	now := time.Now().Truncate(remindEvery).UTC().Format(time.RFC3339)
+	_, _ = r.Patch(ctx, name, types.MergePatchType, fmt.Appendf(nil, `{"metadata":{"annotations":{"warren.io/awaited":%q}}}`, now), metav1.PatchOptions{})
 }
 
 func (c Cluster) resource(o *unstructured.Unstructured) (dynamic.ResourceInterface, error) {
