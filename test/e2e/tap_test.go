@@ -98,6 +98,7 @@ func TestTapAndTop(t *testing.T) {
 		}
 	}
 
+	load := loadUntil(t, ns, "client", "-rate", "25", "-for", "120s", to) // begins while it may: one that is denied from the start says nothing before its end
 	must(t, mesh.Apply(ctx, fmt.Sprintf(`
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -107,7 +108,6 @@ spec: {action: DENY, rules: [{from: [{source: {principals: ["*/sa/client"]}}]}]}
 	_, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", "authorizationpolicy/nobody", "--timeout=60s")
 	must(t, err)
 	tapped = startWarren(t, "tap", ns, "--verdict", "denied", "-o", "json", "-c", "20", "--for", "90s")
-	load := startLoad(t, ns, "client", "-rate", "25", "-for", "15s", to)
 	for _, e := range read(tapped) {
 		if e.Event != "failed" || e.Outcome != "policy_denied" || e.Direction == "inbound" && e.Error != "deny_policy by policy "+ns+"/nobody" {
 			t.Errorf("%+v", e)
