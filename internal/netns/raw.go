@@ -42,21 +42,21 @@ func setOption(fd, level, name int, value unsafe.Pointer, size uintptr) error {
 // Option returns a socket option that is an int.
 func Option(fd, level, name int) (int, error) {
 	var v int32
-	_, err := option(fd, level, name, unsafe.Pointer(&v), unsafe.Sizeof(v))
+	err := option(fd, level, name, unsafe.Pointer(&v), unsafe.Sizeof(v))
 	return int(v), err
 }
 
 // State is the state of a TCP socket, as unix.BPF_TCP_CLOSE is one.
 func State(fd int) (int, error) {
 	var state uint8 // the first of struct tcp_info
-	_, err := option(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&state), unsafe.Sizeof(state))
+	err := option(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&state), unsafe.Sizeof(state))
 	return int(state), err
 }
 
-func option(fd, level, name int, value unsafe.Pointer, size uintptr) (uint32, error) {
+func option(fd, level, name int, value unsafe.Pointer, size uintptr) error {
 	n := uint32(size)
 	_, _, errno := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name), uintptr(value), uintptr(unsafe.Pointer(&n)), 0)
-	return n, failed("getsockopt", errno)
+	return failed("getsockopt", errno)
 }
 
 // Bind gives a socket its own address.
