@@ -54,6 +54,8 @@ func entrance(t *testing.T) *mesh.Ingress {
 				Hosts: []mesh.IngressHost{{Names: []string{"b.example"}, Rules: []mesh.HTTPRule{rule("shop/mutual/0")}}}},
 			{Name: "tls/443/c", Port: 443, Names: []string{"c.example"}, Backends: []mesh.HTTPBackend{{Service: stock, Port: 3306, Weight: 1}, {Service: catalog, Port: 80, Weight: 3}}},
 			{Name: "sni/8443/any", Port: 8443, Names: []string{"*"}, Backends: []mesh.HTTPBackend{{Service: catalog, Weight: 1}}},
+			{Name: "tls/8444/any", Port: 8444, Names: []string{"*"}, TLS: &mesh.ListenerTLS{Certificates: []string{"shop/site"}}, Backends: []mesh.HTTPBackend{{Invalid: "there is none", Weight: 1}, {Service: stock, Port: 3306, Weight: 1}}},
+			{Name: "tls/8444/closed", Port: 8444, Names: []string{"closed.example"}},
 			{Name: "tcp/3306", Port: 3306, Backends: []mesh.HTTPBackend{{Service: stock, Port: 3306, Weight: 1}}},
 		},
 		Access: []mesh.AccessPolicy{{Name: mesh.PolicyName{Namespace: "shop", Name: "none-of-that"}, Action: mesh.Deny, Rules: []mesh.AccessRule{{Clauses: []mesh.AccessClause{

@@ -256,6 +256,10 @@ func typed(o *unstructured.Unstructured) (any, error) {
 		out = &gatewayv1.HTTPRoute{}
 	case gatewayv1.GroupName + "/GRPCRoute":
 		out = &gatewayv1.GRPCRoute{}
+	case gatewayv1.GroupName + "/TLSRoute":
+		out = &gatewayv1.TLSRoute{}
+	case gatewayv1.GroupName + "/TCPRoute":
+		out = &gatewayv1.TCPRoute{}
 	case gatewayv1.GroupName + "/ReferenceGrant":
 		out = &gatewayv1beta1.ReferenceGrant{}
 	default:

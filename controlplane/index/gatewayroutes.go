@@ -19,7 +19,7 @@ import (
 // of another namespace for the clients of that namespace alone, who then meet no other. What a route says is followed by the
 // Service's waypoint; without one it has no effect, which its conditions say.
 
-// RouteKey names an HTTPRoute or a GRPCRoute.
+// RouteKey names a route.
 type RouteKey struct {
 	Kind            Kind
 	Namespace, Name string
@@ -44,7 +44,7 @@ const (
 	reasonNoWaypoint = policy.ReasonNoWaypoint
 )
 
-// gatewayRouteFact is an HTTPRoute or a GRPCRoute.
+// gatewayRouteFact is a route.
 type gatewayRouteFact struct {
 	ref
 	uid        string
@@ -100,8 +100,14 @@ type boundRoute struct {
 	from   string   // namespace of the clients; "" for all
 	rules  []routing.Rule
 
-	gateway key // that it is attached to; the zero key for a Service
-	at      []attachment
+	backends []mesh.HTTPBackend // of a route for connections
+	gateway  key                // that it is attached to; the zero key for a Service
+	at       []attachment
+}
+
+// older orders routes at one parent.
+func (b *boundRoute) older(o *boundRoute) int {
+	return cmp.Or(b.fact.older(o.fact), cmp.Compare(b.nth, o.nth))
 }
 
 func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
@@ -289,7 +295,7 @@ func (x *Index) backends(f *gatewayRouteFact, parent mesh.ServiceName) routing.B
 	return func(b gatewayv1.BackendObjectReference) (mesh.HTTPBackend, routing.Verdict) {
 		name, ok := x.c.backendName(f, b)
 		if !ok {
-			return not(gatewayv1.RouteReasonInvalidKind, "backendRef "+string(b.Name)+" is of kind "+string(deref(b.Kind, "Service"))+", which requests cannot be sent to")
+			return not(gatewayv1.RouteReasonInvalidKind, "backendRef "+string(b.Name)+" is of kind "+string(deref(b.Kind, "Service"))+", which nothing can be sent to")
 		}
 		at := name.Namespace + "/" + string(b.Name)
 		if name.Namespace != f.Namespace && name != parent && !x.granted(f, key{name.Namespace, string(b.Name)}) {
@@ -307,7 +313,7 @@ func (x *Index) backends(f *gatewayRouteFact, parent mesh.ServiceName) routing.B
 		switch {
 		case i < 0:
 			return not(gatewayv1.RouteReasonBackendNotFound, "Service "+at+" has no port "+strconv.Itoa(int(port)))
-		case s.service.Ports[i].App == mesh.AppTLS:
+		case s.service.Ports[i].App == mesh.AppTLS && !f.connections():
 			return not(gatewayv1.RouteReasonUnsupportedProtocol, "port "+strconv.Itoa(int(port))+" of Service "+at+" is declared as TLS")
 		}
 		return mesh.HTTPBackend{Service: name, Port: port}, routing.Verdict{}
@@ -335,6 +341,9 @@ func (x *Index) bind(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundRou
 		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" was not found")
 	case len(s.service.VIPs) == 0:
 		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" is headless: without an address of its own nothing can be routed")
+	}
+	if f.connections() {
+		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), f.kind.String()+"s are followed at Gateways alone, not at Services")
 	}
 	var opaque []string
 	for i, port := range s.service.Ports {
@@ -522,9 +531,7 @@ func (x *Index) overridden(name mesh.ServiceName) string {
 
 // ordered are the rules of routes for the same clients, in the order in which they are asked.
 func (x *Index) ordered(routes []*boundRoute) []mesh.HTTPRule {
-	slices.SortFunc(routes, func(a, b *boundRoute) int {
-		return cmp.Or(a.fact.older(b.fact), cmp.Compare(a.nth, b.nth))
-	})
+	slices.SortFunc(routes, (*boundRoute).older)
 	return inOrder(routes, func(b *boundRoute) []uint16 {
 		ports := x.portsOf(b)
 		if b.every && len(ports) == len(b.ports) {

@@ -48,12 +48,15 @@ const (
 	GatewayClass
 	Telemetry
 	IstioGateway // of networking.istio.io
+	TLSRoute
+	TCPRoute
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
 	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry", "Gateway",
+	"TLSRoute", "TCPRoute",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -303,6 +306,10 @@ func (x *Index) Set(obj any) {
 		x.setGatewayRoute(HTTPRoute, keyOf(o), x.c.httpRouteFactOf(o))
 	case *gatewayv1.GRPCRoute:
 		x.setGatewayRoute(GRPCRoute, keyOf(o), x.c.grpcRouteFactOf(o))
+	case *gatewayv1.TLSRoute:
+		x.setGatewayRoute(TLSRoute, keyOf(o), x.c.tlsRouteFactOf(o))
+	case *gatewayv1.TCPRoute:
+		x.setGatewayRoute(TCPRoute, keyOf(o), x.c.tcpRouteFactOf(o))
 	case *gatewayv1beta1.ReferenceGrant:
 		x.setGrant(keyOf(o), &grantFact{key: keyOf(o), from: o.Spec.From, to: o.Spec.To})
 	case *unstructured.Unstructured:
@@ -357,7 +364,7 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setIstioGateway(k, nil)
 	case GatewayClass:
 		x.setClass(name, "")
-	case HTTPRoute, GRPCRoute:
+	case HTTPRoute, GRPCRoute, TLSRoute, TCPRoute:
 		x.setGatewayRoute(kind, k, nil)
 	case ReferenceGrant:
 		x.setGrant(k, nil)

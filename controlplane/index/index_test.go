@@ -276,6 +276,10 @@ func decode(t testing.TB, doc string) any {
 		obj = &gatewayv1.HTTPRoute{}
 	case "GRPCRoute":
 		obj = &gatewayv1.GRPCRoute{}
+	case "TLSRoute":
+		obj = &gatewayv1.TLSRoute{}
+	case "TCPRoute":
+		obj = &gatewayv1.TCPRoute{}
 	case "ReferenceGrant":
 		obj = &gatewayv1beta1.ReferenceGrant{}
 	default:
@@ -480,7 +484,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+9).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+11).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -502,7 +506,8 @@ func drawObject(t *rapid.T) (ref, any) {
 		g.Labels = pick(t, "labels", nil, map[string]string{labelWaypointFor: "none"}, map[string]string{labelWaypointFor: "all"})
 		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(WaypointClass), "istio", "ours")
 		mustYAML(t, pick(t, "listeners", `{listeners: [{name: any, port: 80, protocol: HTTP}, {name: x, port: 443, protocol: HTTP, hostname: "*.x", allowedRoutes: {namespaces: {from: All}}}]}`,
-			`{listeners: [{name: any, port: 80, protocol: HTTP, hostname: a.x, allowedRoutes: {namespaces: {from: Selector, selector: {matchLabels: {istio.io/dataplane-mode: ambient}}}}}, {name: s, port: 443, protocol: HTTPS, tls: {certificateRefs: [{name: c, namespace: b}]}}]}`), &g.Spec)
+			`{listeners: [{name: any, port: 80, protocol: HTTP, hostname: a.x, allowedRoutes: {namespaces: {from: Selector, selector: {matchLabels: {istio.io/dataplane-mode: ambient}}}}}, {name: s, port: 443, protocol: HTTPS, tls: {certificateRefs: [{name: c, namespace: b}]}}]}`,
+			`{listeners: [{name: any, port: 80, protocol: TCP}, {name: x, port: 443, protocol: TLS, hostname: "*.x", tls: {mode: Passthrough}}, {name: s, port: 443, protocol: TLS, hostname: a.x, allowedRoutes: {namespaces: {from: All}}, tls: {mode: Passthrough}}]}`), &g.Spec)
 		return ref{kind, keyOf(g)}, g
 	case IstioGateway:
 		g := &networkingv1.Gateway{ObjectMeta: drawMeta(t, "name", "g", "h")}
@@ -525,6 +530,17 @@ func drawObject(t *rapid.T) (ref, any) {
 		r := &gatewayv1.GRPCRoute{ObjectMeta: drawMeta(t, "name", "r0", "r1")}
 		r.Spec.ParentRefs = drawParents(t)
 		mustYAML(t, `{rules: [{matches: [{method: {service: x}}], backendRefs: [{name: s1, port: 80}]}]}`, &r.Spec)
+		return ref{kind, keyOf(r)}, r
+	case TLSRoute:
+		r := &gatewayv1.TLSRoute{ObjectMeta: drawMeta(t, "name", "r0", "r1")}
+		r.Spec.ParentRefs = drawParents(t)
+		mustYAML(t, pick(t, "rules", `{hostnames: ["*.x", a.y], rules: [{backendRefs: [{name: s0, port: 80}, {name: s1, namespace: b, port: 80, weight: 3}]}]}`,
+			`{hostnames: [a.x], rules: [{backendRefs: [{name: s1, port: 443}]}]}`), &r.Spec)
+		return ref{kind, keyOf(r)}, r
+	case TCPRoute:
+		r := &gatewayv1.TCPRoute{ObjectMeta: drawMeta(t, "name", "r0", "r1")}
+		r.Spec.ParentRefs = drawParents(t)
+		mustYAML(t, `{rules: [{backendRefs: [{name: s0, port: 80}]}]}`, &r.Spec)
 		return ref{kind, keyOf(r)}, r
 	case ReferenceGrant:
 		g := &gatewayv1beta1.ReferenceGrant{ObjectMeta: drawMeta(t, "name", "g0", "g1")}

@@ -53,8 +53,11 @@ type ListenerState struct {
 
 // Programmed reports whether a listener is served: also one that asks for routes of some kinds that there are not.
 func (l *ListenerState) Programmed() bool {
-	resolved := l.Resolved.OK() || l.Resolved.Reason == string(gatewayv1.ListenerReasonInvalidRouteKinds) && len(l.Kinds) > 0
-	return l.Accepted.OK() && resolved && l.Conflicted.OK()
+	return l.Accepted.OK() && l.resolvable() && l.Conflicted.OK()
+}
+
+func (l *ListenerState) resolvable() bool {
+	return l.Resolved.OK() || l.Resolved.Reason == string(gatewayv1.ListenerReasonInvalidRouteKinds) && len(l.Kinds) > 0
 }
 
 // ingressFact is a Gateway.
@@ -111,6 +114,13 @@ func routeKinds(l *ingressListener) []gatewayv1.Kind {
 	switch l.protocol {
 	case gatewayv1.HTTPProtocolType, gatewayv1.HTTPSProtocolType:
 		return []gatewayv1.Kind{"HTTPRoute", "GRPCRoute"}
+	case gatewayv1.TLSProtocolType:
+		if l.passes {
+			return []gatewayv1.Kind{"TLSRoute"}
+		}
+		return []gatewayv1.Kind{"TLSRoute", "TCPRoute"}
+	case gatewayv1.TCPProtocolType:
+		return []gatewayv1.Kind{"TCPRoute"}
 	}
 	return nil
 }
@@ -141,6 +151,8 @@ func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
 			switch {
 			case first != nil && family(first) != family(&l):
 				l.conflicted = verdict(gatewayv1.ListenerReasonProtocolConflict, fmt.Sprintf("listener %s has port %d with protocol %s", first.name, l.port, first.protocol))
+			case same && l.protocol == gatewayv1.TCPProtocolType:
+				l.conflicted = verdict(gatewayv1.ListenerReasonProtocolConflict, fmt.Sprintf("listener %s has port %d, and connections without TLS tell no host", other, l.port))
 			case same:
 				l.conflicted = verdict(gatewayv1.ListenerReasonHostnameConflict, fmt.Sprintf("listener %s has port %d and the same hostname", other, l.port))
 			default:
@@ -202,18 +214,23 @@ func listenerOf(s *gatewayv1.Listener) ingressListener {
 	}
 	switch {
 	case len(kinds) == 0:
-		l.accepted = verdict(gatewayv1.ListenerReasonUnsupportedProtocol, "protocol "+string(s.Protocol)+" is not supported; HTTP and HTTPS are")
+		l.accepted = verdict(gatewayv1.ListenerReasonUnsupportedProtocol, "protocol "+string(s.Protocol)+" is not supported; HTTP, HTTPS, TLS and TCP are")
 	case slices.Contains(routing.GatewayPorts, l.port):
 		l.accepted = verdict(gatewayv1.ListenerReasonPortUnavailable, "port "+strconv.Itoa(int(l.port))+" is the gateway's own")
 	case l.protocol == gatewayv1.HTTPSProtocolType && l.passes:
 		l.resolved = verdict(gatewayv1.ListenerReasonInvalidCertificateRef, "tls.mode is Passthrough, with which there are no requests to route; use Terminate")
-	case l.protocol == gatewayv1.HTTPSProtocolType && len(l.refs) == 0:
+	case l.terminates() && len(l.refs) == 0:
 		l.resolved = verdict(gatewayv1.ListenerReasonInvalidCertificateRef, "tls.certificateRefs names no certificate")
 	}
 	if l.kinds == nil {
 		l.kinds = []gatewayv1.RouteGroupKind{}
 	}
 	return l
+}
+
+// terminates reports whether TLS ends at a listener.
+func (l *ingressListener) terminates() bool {
+	return l.protocol == gatewayv1.HTTPSProtocolType || l.protocol == gatewayv1.TLSProtocolType && !l.passes
 }
 
 func routeKind(k gatewayv1.Kind) gatewayv1.RouteGroupKind {
@@ -321,7 +338,7 @@ func (x *Index) attach(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundR
 		return b
 	}
 	b.parent.Accepted = r.Accepted // rules that cannot be followed fail what they match
-	b.rules = r.Rules
+	b.rules, b.backends = r.Rules, r.Backends
 	return b
 }
 
@@ -424,8 +441,10 @@ func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 			routes[p.route.fact.ref] = struct{}{}
 		}
 		s.Attached = int32(len(routes))
-		if l.protocol == gatewayv1.HTTPSProtocolType && s.Resolved.OK() {
-			s.Resolved = x.certificates(f, l, in)
+		if l.terminates() && s.resolvable() {
+			if v := x.certificates(f, l, in); !v.OK() {
+				s.Resolved = v
+			}
 		}
 		state.Listeners = append(state.Listeners, s)
 	}

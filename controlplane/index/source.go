@@ -138,6 +138,10 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().HTTPRoutes().Informer() }},
 	{GRPCRoute, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "grpcroutes"},
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().GRPCRoutes().Informer() }},
+	{TLSRoute, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "tlsroutes"},
+		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().TLSRoutes().Informer() }},
+	{TCPRoute, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "tcproutes"},
+		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().TCPRoutes().Informer() }},
 	// v1beta1 is what clusters with older definitions have too.
 	{ReferenceGrant, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1beta1", Resource: "referencegrants"},
 		func(f factories) cache.SharedIndexInformer {
@@ -460,6 +464,10 @@ func strip(obj any) (any, error) {
 	case *gatewayv1.HTTPRoute:
 		o.ManagedFields = nil
 	case *gatewayv1.GRPCRoute:
+		o.ManagedFields = nil
+	case *gatewayv1.TLSRoute:
+		o.ManagedFields = nil
+	case *gatewayv1.TCPRoute:
 		o.ManagedFields = nil
 	case *gatewayv1beta1.ReferenceGrant:
 		o.ManagedFields = nil

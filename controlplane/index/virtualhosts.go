@@ -29,7 +29,10 @@ func (x *Index) servePort(f *ingressFact, state *GatewayState, attached [][]plac
 			here = append(here, i)
 		}
 	}
-	if f.listeners[here[0]].protocol == gatewayv1.HTTPProtocolType {
+	switch f.listeners[here[0]].protocol {
+	case gatewayv1.TCPProtocolType:
+		return []mesh.IngressListener{connectionsOf(port, attached[here[0]])}
+	case gatewayv1.HTTPProtocolType:
 		out := mesh.IngressListener{Name: "http/" + strconv.Itoa(int(port)), Port: port, Hosts: []mesh.IngressHost{}}
 		for _, i := range here {
 			out.Hosts = append(out.Hosts, x.hostsOf(f, here, i, attached[i])...)
@@ -40,12 +43,13 @@ func (x *Index) servePort(f *ingressFact, state *GatewayState, attached [][]plac
 	var out []mesh.IngressListener
 	for _, i := range here {
 		l := &f.listeners[i]
-		in := mesh.IngressListener{Name: "https/" + strconv.Itoa(int(port)) + "/" + string(l.name), Port: port, TLS: &mesh.ListenerTLS{}, Hosts: x.hostsOf(f, here, i, attached[i])}
+		if l.protocol == gatewayv1.TLSProtocolType {
+			out = append(out, namedConnectionsOf(f, here, i, attached[i])...)
+			continue
+		}
+		in := mesh.IngressListener{Name: "https/" + strconv.Itoa(int(port)) + "/" + string(l.name), Port: port, TLS: f.tls(l), Hosts: x.hostsOf(f, here, i, attached[i])}
 		if l.host != "" {
 			in.Names = []string{l.host}
-		}
-		for _, r := range l.refs {
-			in.TLS.Certificates = append(in.TLS.Certificates, secretOf(f, r).String())
 		}
 		for _, j := range here {
 			if name := cmp.Or(f.listeners[j].host, "*"); j != i && !hasHost(in.Hosts, name) {
@@ -77,11 +81,8 @@ func (x *Index) hostsOf(f *ingressFact, here []int, own int, routes []placed) []
 	}
 	out := make([]mesh.IngressHost, 0, len(byHost))
 	for host := range byHost {
-		if slices.ContainsFunc(here, func(i int) bool {
-			other := f.listeners[i].host
-			return i != own && other != l.host && covers(l.host, other) && covers(other, host)
-		}) {
-			continue // another listener is more specific
+		if anothers(f, here, own, host) {
+			continue
 		}
 		h := mesh.IngressHost{Names: []string{host}}
 		var asked []*boundRoute
@@ -98,6 +99,15 @@ func (x *Index) hostsOf(f *ingressFact, here []int, own int, routes []placed) []
 		out = append(out, h)
 	}
 	return out
+}
+
+// anothers reports whether another listener of the port, which is more specific, decides about a host of one.
+func anothers(f *ingressFact, here []int, own int, host string) bool {
+	l := &f.listeners[own]
+	return slices.ContainsFunc(here, func(i int) bool {
+		other := f.listeners[i].host
+		return i != own && other != l.host && covers(l.host, other) && covers(other, host)
+	})
 }
 
 // wider are a host and the patterns that it is one of, the most specific first.
@@ -117,8 +127,6 @@ func wider(host string) []string {
 
 // merged are the rules of routes for the same hosts, in the order in which they are asked.
 func merged(routes []*boundRoute) []mesh.HTTPRule {
-	slices.SortFunc(routes, func(a, b *boundRoute) int {
-		return cmp.Or(a.fact.older(b.fact), cmp.Compare(a.nth, b.nth))
-	})
+	slices.SortFunc(routes, (*boundRoute).older)
 	return inOrder(routes, func(*boundRoute) []uint16 { return []uint16{0} })
 }

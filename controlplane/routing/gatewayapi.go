@@ -38,7 +38,8 @@ func (v *Verdict) and(reason gatewayv1.RouteConditionReason, format string, args
 
 // Route is what a route of the Gateway API says, whatever it is attached to.
 type Route struct {
-	Rules []Rule // one for each match, not yet in order
+	Rules    []Rule             // one for each match, not yet in order
+	Backends []mesh.HTTPBackend // of a route for connections, rather than Rules
 	// Accepted says why nothing of the route is followed as it stands, Partly why some of it is not: requests of such
 	// rules are answered with 500, and matches that cannot be had match nothing.
 	Accepted, Partly Verdict
@@ -490,10 +491,7 @@ func (c *gatewayConverter) backends(r *mesh.HTTPRule, refs []gatewayv1.HTTPBacke
 			c.out.Resolved.and(gatewayv1.RouteConditionReason(unresolved.Reason), "rules[%d]: %s", c.at, unresolved.Message)
 			b = mesh.HTTPBackend{Invalid: unresolved.Message}
 		}
-		b.Weight = 1
-		if ref.Weight != nil {
-			b.Weight = uint32(max(0, *ref.Weight))
-		}
+		b.Weight = weight(ref.Weight)
 		if b.Weight == 0 {
 			continue
 		}

@@ -58,7 +58,7 @@ type Routes struct {
 func NewRoutes(cfg RoutesConfig) *Routes {
 	r := &Routes{cfg: cfg, states: map[index.RouteKey]*index.RouteState{}, wrote: map[index.RouteKey]string{},
 		writes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "warren_route_status_writes_total", Help: "Writes of the conditions of HTTPRoutes and GRPCRoutes, by result.",
+			Name: "warren_route_status_writes_total", Help: "Writes of the conditions of routes of the Gateway API, by result.",
 		}, []string{"result"})}
 	if cfg.Metrics != nil {
 		cfg.Metrics.MustRegister(r.writes)
@@ -219,6 +219,10 @@ func RouteObjects(s *index.Source) func(index.RouteKey) (RouteObject, bool) {
 			return of(r, r.Status.RouteStatus)
 		case *gatewayv1.GRPCRoute:
 			return of(r, r.Status.RouteStatus)
+		case *gatewayv1.TLSRoute:
+			return of(r, r.Status.RouteStatus)
+		case *gatewayv1.TCPRoute:
+			return of(r, r.Status.RouteStatus)
 		}
 		return RouteObject{}, false
 	}
@@ -233,6 +237,10 @@ func WriteRouteStatus(client gatewayclient.Interface) func(context.Context, inde
 			_, err = client.GatewayV1().HTTPRoutes(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		case index.GRPCRoute:
 			_, err = client.GatewayV1().GRPCRoutes(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		case index.TLSRoute:
+			_, err = client.GatewayV1().TLSRoutes(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		case index.TCPRoute:
+			_, err = client.GatewayV1().TCPRoutes(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		default:
 			err = fmt.Errorf("not a route: %s", k.Kind)
 		}

@@ -31,6 +31,25 @@ func ingressGateway(t *testing.T, ns string) string {
 	return address
 }
 
+// ownTLS is the manifest of an application, and its Service, that speaks TLS itself with the certificate of the Secret own.
+func ownTLS(ns string) string {
+	return strings.NewReplacer("NS", ns, "IMAGE", lab.Image).Replace(`
+apiVersion: v1
+kind: Pod
+metadata: {name: own, namespace: NS, labels: {app: own}}
+spec:
+  securityContext: {runAsNonRoot: true, runAsUser: 65532, fsGroup: 65532}
+  containers:
+  - {name: demo, image: "IMAGE", imagePullPolicy: IfNotPresent, command: [/demo, hook, -cert, /tls], volumeMounts: [{name: tls, mountPath: /tls}]}
+  volumes: [{name: tls, secret: {secretName: own}}]
+---
+apiVersion: v1
+kind: Service
+metadata: {name: own, namespace: NS}
+spec: {selector: {app: own}, ports: [{name: tls, port: 443, targetPort: 8443}]}
+`)
+}
+
 // Gateways of Istio's own API and VirtualServices for them, as articles print them, are served by the pods that helm installs
 // with charts/gateway: requests in plaintext and over TLS, with and without clients' certificates, and TLS that goes on as it comes.
 func TestIstioGateway(t *testing.T) {
@@ -60,26 +79,13 @@ kind: Secret
 metadata: {name: shop-cacert, namespace: %s}
 data: {cacert: %s}
 `, ingress, base64.StdEncoding.EncodeToString([]byte(clientCert)))))
-	apply(fmt.Sprintf(`
+	apply(`
 apiVersion: v1
 kind: Service
 metadata: {name: productpage, namespace: NS}
 spec: {selector: {app: productpage}, ports: [{name: http, port: 9080, targetPort: 8080}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: own, namespace: NS, labels: {app: own}}
-spec:
-  securityContext: {runAsNonRoot: true, runAsUser: 65532, fsGroup: 65532}
-  containers:
-  - {name: demo, image: %q, imagePullPolicy: IfNotPresent, command: [/demo, hook, -cert, /tls], volumeMounts: [{name: tls, mountPath: /tls}]}
-  volumes: [{name: tls, secret: {secretName: own}}]
----
-apiVersion: v1
-kind: Service
-metadata: {name: own, namespace: NS}
-spec: {selector: {app: own}, ports: [{name: tls, port: 443, targetPort: 8443}]}
-`, lab.Image))
+`)
+	must(t, mesh.Apply(ctx, ownTLS(ns)))
 
 	// The Gateway and the VirtualService of Istio's own example, as they stand.
 	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
