@@ -32,6 +32,7 @@ var basicImages = []string{
 // claimedAtGateways are the features of gateways beyond those that the profiles have in any case.
 var claimedAtGateways = []features.FeatureName{
 	features.SupportGateway, features.SupportReferenceGrant, features.SupportHTTPRoute, features.SupportGRPCRoute,
+	features.SupportTLSRoute, features.SupportTLSRouteModeTerminate, features.SupportTLSRouteModeMixed, features.SupportTCPRoute,
 	features.SupportGatewayPort8080, features.SupportGatewayHTTPListenerIsolation, features.SupportGatewayHTTPSListenerDetectMisdirectedRequests,
 	features.SupportGatewayInfrastructure, features.SupportGatewayAddressEmpty,
 	features.SupportHTTPRouteBackendRequestHeaderModification, features.SupportHTTPRouteQueryParamMatching, features.SupportHTTPRouteMethodMatching,
@@ -95,9 +96,11 @@ func runGateways(t *testing.T) {
 	opts := options(t, "gateway-report.yaml")
 	opts.GatewayClassName = "istio"
 	opts.NamespaceLabels = map[string]string{lab.Label: "ambient"}
-	opts.ConformanceProfiles = []suite.ConformanceProfileName{suite.GatewayHTTPConformanceProfileName, suite.GatewayGRPCConformanceProfileName}
+	opts.ConformanceProfiles = []suite.ConformanceProfileName{suite.GatewayHTTPConformanceProfileName, suite.GatewayGRPCConformanceProfileName,
+		suite.GatewayTLSConformanceProfileName, suite.GatewayTCPConformanceProfileName}
 	opts.SupportedFeatures = claimedAtGateways
 	opts.TimeoutConfig.MaxTimeToConsistency = time.Minute
+	opts.TimeoutConfig.RequiredConsecutiveSuccesses = 20
 	ran, failed := 0, 0
 	opts.Hook = func(t *testing.T, test suite.ConformanceTest, s *suite.ConformanceTestSuite) {
 		asked := !slices.ContainsFunc(test.Features, func(f features.FeatureName) bool { return !slices.Contains(claimedAtGateways, f) })
