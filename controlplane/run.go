@@ -124,6 +124,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	cp.xds = xds.NewServer(xds.Config{
 		Callers: callers, NodeOf: authorizer.NodeOf, WaypointOf: cp.waypointOf, Waypoints: cp.envoys, Log: log.With("scope", "xds"), Metrics: cp.metrics,
 		OnProgress: func() { cp.policies.Progress() },
+		Replica:    xds.Replica{Namespace: cfg.Namespace, Pod: cfg.PodName, Version: cfg.Version},
 	}, cp.cache)
 	cp.policies = cp.newPolicies()
 	if clients.Gateways != nil {

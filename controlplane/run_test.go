@@ -46,6 +46,10 @@ var tokens = map[string]authenticationv1.TokenReviewStatus{
 	"node-1": boundToken("istio-system", "warren-node", "warren-node-a", "uid-node-a", "n1"),
 	"node-2": boundToken("istio-system", "warren-node", "warren-node-b", "uid-node-b", "n2"),
 	"app":    boundToken("shop", "ui", "ui-1", "uid-ui", "n1"),
+	// As istioctl makes them, and others of the same account.
+	"istioctl":          unboundToken("istio-system", "default"),
+	"istioctl-of-shop":  unboundToken("shop", "default"),
+	"istioctl-in-a-pod": boundToken("istio-system", "default", "warren-node-a", "uid-node-a", "n1"),
 	"foreign": func() authenticationv1.TokenReviewStatus {
 		s := boundToken("istio-system", "warren-node", "warren-node-a", "uid-node-a", "n1")
 		s.Audiences = []string{"vault"}
@@ -65,6 +69,12 @@ func boundToken(ns, sa, pod, uid, node string) authenticationv1.TokenReviewStatu
 			},
 		},
 	}
+}
+
+func unboundToken(ns, sa string) authenticationv1.TokenReviewStatus {
+	s := boundToken(ns, sa, "", "", "")
+	s.User.Extra = nil
+	return s
 }
 
 func testPod(ns, name, uid, sa, node, ip string, labels map[string]string) *corev1.Pod {

@@ -35,6 +35,7 @@ const Audience = "istio-ca"
 // Caller is an authenticated peer.
 type Caller struct {
 	Identity mesh.Identity
+	ByToken  bool // rather than by a certificate
 
 	// From the binding of a token to its pod; empty for a certificate or a token that is not bound.
 	PodName string
@@ -199,8 +200,8 @@ func (a *Authenticator) callerOf(s *authenticationv1.TokenReviewStatus) (*Caller
 		return ""
 	}
 	return &Caller{
-		Identity: mesh.Identity{TrustDomain: a.trustDomain, Namespace: ns, ServiceAccount: sa},
-		PodName:  extra(extraPodName), PodUID: extra(extraPodUID), Node: extra(extraNodeName),
+		Identity: mesh.Identity{TrustDomain: a.trustDomain, Namespace: ns, ServiceAccount: sa}, ByToken: true,
+		PodName: extra(extraPodName), PodUID: extra(extraPodUID), Node: extra(extraNodeName),
 	}, nil
 }
 

@@ -10,6 +10,8 @@
 // sent before the addresses that refer to them and taken back after those: a node denies what refers to a policy
 // it does not have. A response that was rejected is sent again with the next change, or after a while.
 //
+// istioctl asks on the other variant of the protocol, for istio.io/debug types, how far everybody is.
+//
 // It owns the wire side of the control plane's state and knows what each node has acknowledged. It knows nothing
 // of Kubernetes.
 package xds

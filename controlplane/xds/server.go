@@ -32,9 +32,11 @@ type Config struct {
 	Metrics    prometheus.Registerer
 	// OnProgress is called when [Server.Nodes] has changed. It must not block.
 	OnProgress func()
+	// Replica says to istioctl who answers it.
+	Replica Replica
 }
 
-// Server is envoy.service.discovery.v3.AggregatedDiscoveryService, the delta variant of it.
+// Server is envoy.service.discovery.v3.AggregatedDiscoveryService, the delta variant of it; the other one answers istioctl.
 type Server struct {
 	discovery.UnimplementedAggregatedDiscoveryServiceServer
 	cfg   Config
@@ -89,22 +91,16 @@ type Stream struct {
 	Connected time.Time
 
 	mu    sync.Mutex
-	id    string
+	self  described
 	types map[string]TypeState
-}
-
-// ID is the node id that the client gave itself.
-func (s *Stream) ID() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.id
 }
 
 // TypeState is what a client was sent of one type, and what it said about it. Revisions are those of
 // [Cache.Revision].
 type TypeState struct {
 	Sent, Acked string
-	Nack        string // of the last response; "" once a later one was accepted
+	Nack        string    // of the last response; "" once a later one was accepted
+	At          time.Time // of the last response
 }
 
 // Types returns the state by type URL.
@@ -247,7 +243,7 @@ func (s *Server) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscoveryR
 				return err
 			}
 			s.m.pushes.WithLabelValues(shortNames[res.TypeUrl]).Inc()
-			info.note(res.TypeUrl, func(t *TypeState) { t.Sent = res.SystemVersionInfo })
+			info.note(res.TypeUrl, func(t *TypeState) { t.Sent, t.At = res.SystemVersionInfo, time.Now() })
 		}
 	}
 }
@@ -260,9 +256,9 @@ func (s *Server) request(c *client, info *Stream, req *discovery.DeltaDiscoveryR
 		log.Debug("subscription to an unknown type", "type", req.TypeUrl)
 		return
 	}
-	if id := req.GetNode().GetId(); id != "" {
+	if n := req.GetNode(); n.GetId() != "" {
 		info.mu.Lock()
-		info.id = id
+		info.self = describe(n)
 		info.mu.Unlock()
 	}
 	w := c.watches[req.TypeUrl]

@@ -16,6 +16,10 @@ type Synced struct {
 	Connected *time.Time        `json:"connected,omitempty"`
 	States    map[string]string `json:"states"` // by the last word of the type's URL
 	Trouble   string            `json:"trouble,omitempty"`
+
+	// What istioctl version reads.
+	IstioVersion string `json:"istio_version,omitempty"`
+	ProxyType    string `json:"proxy_type,omitempty"`
 }
 
 // What a client does with a type, in the words that istioctl's users know.
@@ -45,7 +49,8 @@ func shortType(url string) string { return url[strings.LastIndexByte(url, '.')+1
 func (s *Server) Synced() []Synced {
 	out := []Synced{}
 	for _, st := range s.Streams() {
-		row := Synced{Proxy: st.Node, Type: "node", Connected: &st.Connected, States: map[string]string{}}
+		row := Synced{Proxy: st.Node, Type: "node", Connected: &st.Connected, States: map[string]string{}, ProxyType: "ztunnel",
+			IstioVersion: st.described().version}
 		for url, t := range st.Types() {
 			row.States[shortType(url)] = t.state()
 			if t.Nack != "" {
@@ -71,7 +76,8 @@ func (w *Waypoints) synced() []Synced {
 	for name, t := range w.open {
 		short, _, _ := strings.Cut(name.Hostname, ".")
 		for p := range t.pods {
-			row := Synced{Proxy: p.name, Namespace: name.Namespace, Waypoint: short, Type: "waypoint", States: map[string]string{}, Trouble: t.failed}
+			row := Synced{Proxy: p.name, Namespace: name.Namespace, Waypoint: short, Type: "waypoint", States: map[string]string{}, Trouble: t.failed,
+				ProxyType: "waypoint", IstioVersion: p.self.version}
 			for key, version := range t.versions {
 				kind, _, _ := strings.Cut(key, "/") // of waypoint.ActiveKey
 				if p.active[key] != version {

@@ -12,7 +12,7 @@ import (
 func TestSynced(t *testing.T) {
 	now := time.Now()
 	s := &Server{streams: map[*Stream]struct{}{
-		{Node: "node2", Connected: now, types: map[string]TypeState{TypeAddress: {Sent: "7", Acked: "6"}, TypeAuthorization: {}}}:                                         {},
+		{Node: "node2", Connected: now, self: described{version: "v1"}, types: map[string]TypeState{TypeAddress: {Sent: "7", Acked: "6"}, TypeAuthorization: {}}}:         {},
 		{Node: "node1", Connected: now, types: map[string]TypeState{TypeAddress: {Sent: "7", Acked: "7"}, TypeAuthorization: {Sent: "7", Acked: "5", Nack: "too large"}}}: {},
 	}, cfg: Config{Waypoints: &Waypoints{open: map[mesh.ServiceName]*told{
 		{Namespace: "shop", Hostname: "way.shop.svc.cluster.local"}: {
@@ -23,9 +23,9 @@ func TestSynced(t *testing.T) {
 		},
 	}}}}
 	want := []Synced{
-		{Proxy: "node1", Type: "node", Connected: &now, States: map[string]string{"Address": "SYNCED", "Authorization": "REFUSED"}, Trouble: "too large"},
-		{Proxy: "node2", Type: "node", Connected: &now, States: map[string]string{"Address": "STALE", "Authorization": "NOT SENT"}},
-		{Proxy: "way-1", Namespace: "shop", Waypoint: "way", Type: "waypoint", States: map[string]string{"listener": "STALE", "route": "SYNCED"}},
+		{Proxy: "node1", Type: "node", ProxyType: "ztunnel", Connected: &now, States: map[string]string{"Address": "SYNCED", "Authorization": "REFUSED"}, Trouble: "too large"},
+		{Proxy: "node2", Type: "node", ProxyType: "ztunnel", IstioVersion: "v1", Connected: &now, States: map[string]string{"Address": "STALE", "Authorization": "NOT SENT"}},
+		{Proxy: "way-1", Namespace: "shop", Waypoint: "way", Type: "waypoint", ProxyType: "waypoint", States: map[string]string{"listener": "STALE", "route": "SYNCED"}},
 	}
 	if d := cmp.Diff(want, s.Synced()); d != "" {
 		t.Error(d)

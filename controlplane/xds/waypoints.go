@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	core "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
@@ -51,9 +52,11 @@ type told struct {
 // envoyPod is one stream.
 type envoyPod struct {
 	name   string
-	active map[string]string // as its Envoy was read
-	nack   map[string]string // by type
-	at     uint64            // revision as of which its Envoy did all that it was told
+	self   described
+	active map[string]string    // as its Envoy was read
+	nack   map[string]string    // by type
+	told   map[string]TypeState // by type: of revisions it has the nonces of responses
+	at     uint64               // revision as of which its Envoy did all that it was told
 }
 
 // NewWaypoints knows no waypoint.
@@ -179,7 +182,7 @@ func (s served) GetResourcesAndTTL(kind string) map[string]envoytypes.ResourceWi
 
 // serve answers the Envoy of a waypoint until its stream ends.
 func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscoveryRequest, discovery.DeltaDiscoveryResponse], name mesh.ServiceName, peer string) error {
-	me := &envoyPod{name: peer, nack: map[string]string{}}
+	me := &envoyPod{name: peer, nack: map[string]string{}, told: map[string]TypeState{}}
 	w.mu.Lock()
 	t := w.open[name]
 	if t == nil {
@@ -223,7 +226,7 @@ func (s owned) Recv() (*discovery.DeltaDiscoveryRequest, error) {
 			s.heard.active(req)
 			continue
 		}
-		s.heard.named(req.GetNode().GetId())
+		s.heard.named(req.GetNode())
 		req.Node = &core.Node{Id: s.name}
 		return req, nil
 	}
@@ -253,29 +256,39 @@ func (h heard) active(req *discovery.DeltaDiscoveryRequest) {
 }
 
 // named notes what the pod calls itself, for who reads conditions.
-func (h heard) named(id string) {
-	if parts := strings.Split(id, "~"); len(parts) == 3 && len(id) < 512 {
+func (h heard) named(n *core.Node) {
+	if d := describe(n); d.proxy != "" {
 		h.w.mu.Lock()
-		h.pod.name = strings.SplitN(parts[2], ".", 2)[0]
+		h.pod.self = d
+		h.pod.name, _, _ = strings.Cut(d.proxy, ".")
 		h.w.mu.Unlock()
 	}
 }
 
 func (heard) OnDeltaStreamOpen(context.Context, int64, string) error { return nil }
 func (heard) OnDeltaStreamClosed(int64, *core.Node)                  {}
-func (heard) OnStreamDeltaResponse(int64, *discovery.DeltaDiscoveryRequest, *discovery.DeltaDiscoveryResponse) {
+
+func (h heard) OnStreamDeltaResponse(_ int64, _ *discovery.DeltaDiscoveryRequest, res *discovery.DeltaDiscoveryResponse) {
+	h.w.mu.Lock()
+	defer h.w.mu.Unlock()
+	t := h.pod.told[res.TypeUrl]
+	t.Sent, t.At = res.Nonce, time.Now()
+	h.pod.told[res.TypeUrl] = t
 }
 
 func (h heard) OnStreamDeltaRequest(_ int64, req *discovery.DeltaDiscoveryRequest) error {
+	h.w.mu.Lock()
+	t := h.pod.told[req.TypeUrl]
 	if req.ResponseNonce != "" {
-		h.w.mu.Lock()
 		if req.ErrorDetail != nil {
 			h.pod.nack[req.TypeUrl] = clip(req.ErrorDetail.Message)
 		} else {
+			t.Acked = req.ResponseNonce
 			delete(h.pod.nack, req.TypeUrl)
 		}
-		h.w.mu.Unlock()
 	}
+	h.pod.told[req.TypeUrl] = t // asked for, at least
+	h.w.mu.Unlock()
 	if req.ErrorDetail != nil {
 		h.w.failed.WithLabelValues(req.TypeUrl).Inc()
 		h.log.Error("the waypoint's Envoy rejected its configuration and keeps what it has", "type", req.TypeUrl, "error", clip(req.ErrorDetail.Message))

@@ -17,6 +17,7 @@ type Config struct {
 	PodName, PodNamespace, PodIP string
 	ServiceAccount               string
 	TrustDomain, ClusterID       string
+	Version                      string // of Warren
 
 	ControlAddress string // host:port of xDS and the CA
 	ControlName    string // in its certificate; empty: the host of the address
@@ -67,7 +68,7 @@ func (c Config) envoy() ([]byte, error) {
 	return json.MarshalIndent(object{
 		"node": object{
 			"id": "waypoint~" + c.PodIP + "~" + c.PodName + "." + c.PodNamespace, "cluster": c.ServiceAccount + "." + c.PodNamespace,
-			"metadata": object{"NAMESPACE": c.PodNamespace, "NAME": c.PodName, "CLUSTER_ID": c.ClusterID},
+			"metadata": object{"NAMESPACE": c.PodNamespace, "NAME": c.PodName, "CLUSTER_ID": c.ClusterID, "WARREN_VERSION": c.Version},
 		},
 		"admin": object{"address": address(c.AdminPort)},
 		// Series of the mesh's metrics that nothing was added to for so long are dropped.
