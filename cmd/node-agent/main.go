@@ -2,6 +2,7 @@
 //
 //	node-agent            runs it, configured by the environment
 //	node-agent uninstall  takes everything of Warren's off the node: capture, programs, CNI plugin, state
+//	node-agent idle       waits until it is told to end: what a node's pod does once the node is clean
 //	node-agent version    says which it is
 package main
 
@@ -34,20 +35,24 @@ func run(args []string) error {
 		fmt.Println(version)
 		return nil
 	}
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	if command == "idle" {
+		<-ctx.Done()
+		return nil
+	}
 	env := &environment{}
 	cfg := env.config()
 	defer env.flush()
 	if err := env.Err(); err != nil {
 		return err
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
-	defer stop()
 	switch command {
 	case "run":
 		return nodeagent.Run(ctx, cfg)
 	case "uninstall":
 		return nodeagent.Uninstall(ctx, cfg)
 	default:
-		return fmt.Errorf("command %q is none of run, uninstall, version", command)
+		return fmt.Errorf("command %q is none of run, uninstall, idle, version", command)
 	}
 }

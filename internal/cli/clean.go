@@ -172,8 +172,11 @@ func cleaner(agent *appsv1.DaemonSet) *appsv1.DaemonSet {
 	work.ReadinessProbe, work.LivenessProbe, work.StartupProbe = nil, nil, nil
 	work.TerminationMessagePolicy = corev1.TerminationMessageFallbackToLogsOnError // for whyUnclean
 	t.Spec.InitContainers = []corev1.Container{work}
-	// A DaemonSet's pods cannot end: once clean, they do something harmless until they are deleted.
-	idle := corev1.Container{Name: "done", Image: work.Image, ImagePullPolicy: work.ImagePullPolicy, Args: []string{"version"}}
+	// A DaemonSet's pods cannot end: once clean, they wait until they are deleted.
+	no, yes, user := false, true, int64(65532)
+	idle := corev1.Container{Name: "done", Image: work.Image, ImagePullPolicy: work.ImagePullPolicy, Args: []string{"idle"}, SecurityContext: &corev1.SecurityContext{
+		AllowPrivilegeEscalation: &no, ReadOnlyRootFilesystem: &yes, RunAsNonRoot: &yes, RunAsUser: &user, Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+	}}
 	t.Spec.Containers = []corev1.Container{idle}
 	// What the control plane writes may be gone; the work needs none of it.
 	optional := true

@@ -287,6 +287,9 @@ func TestCleanerIsTheAgentToldToUninstall(t *testing.T) {
 	if c.InitContainers[0].TerminationMessagePolicy != corev1.TerminationMessageFallbackToLogsOnError {
 		t.Error("nobody learns why it fails")
 	}
+	if len(c.Containers) != 1 || !slices.Equal(c.Containers[0].Args, []string{"idle"}) || c.Containers[0].Env != nil || *c.Containers[0].SecurityContext.RunAsUser == 0 {
+		t.Errorf("what stays until the pod is deleted does not only wait: %+v", c.Containers)
+	}
 	if agent.Spec.Template.Spec.InitContainers != nil || agent.Spec.Template.Spec.Containers[0].Name != "node-agent" {
 		t.Error("the agent's own template was changed")
 	}
