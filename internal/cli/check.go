@@ -46,15 +46,20 @@ func (a *app) checkCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if err := a.print(findings, func(w io.Writer) error { return a.printFindings(w, findings) }); err != nil {
-				return err
-			}
-			if slices.ContainsFunc(findings, func(f finding) bool { return f.Result == "failed" }) {
-				return errFound
-			}
-			return nil
+			return a.report(findings)
 		},
 	}
+}
+
+// report prints findings, and is an error where one has failed.
+func (a *app) report(list []finding) error {
+	if err := a.print(list, func(w io.Writer) error { return a.printFindings(w, list) }); err != nil {
+		return err
+	}
+	if slices.ContainsFunc(list, func(f finding) bool { return f.Result == "failed" }) {
+		return errFound
+	}
+	return nil
 }
 
 func (a *app) printFindings(w io.Writer, list []finding) error {

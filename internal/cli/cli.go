@@ -1,5 +1,5 @@
 // Package cli is the command line of Warren: install, upgrade, uninstall, manifest, profile, check, status, analyze, why, describe,
-// authz, waypoint, node-config, proxy-config, proxy-status, tap, top, sysdump, bench, version.
+// authz, waypoint, node-config, proxy-config, proxy-status, tap, top, dashboard, migrate, sysdump, bench, version.
 //
 // It owns what an operator reads: tables, JSON and YAML of the same values, and errors that say what to do. It
 // talks to the Kubernetes API and, through a port forward, to the admin port of node agents and waypoints; it must not
@@ -113,7 +113,7 @@ func (a *app) root() *cobra.Command {
 	f.StringVarP(&a.output, "output", "o", "table", "table, json or yaml")
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(a.installCommand(), a.upgradeCommand(), a.uninstallCommand(), a.manifestCommand(), a.profileCommand(),
-		a.checkCommand(), a.statusCommand(), a.analyzeCommand(), a.whyCommand(), a.describeCommand(), a.waypointCommand(), a.nodeConfigCommand(), a.proxyConfigCommand(), a.proxyStatusCommand(), a.tapCommand(), a.topCommand(), a.sysdumpCommand(), a.authzCommand(),
+		a.checkCommand(), a.statusCommand(), a.analyzeCommand(), a.whyCommand(), a.describeCommand(), a.waypointCommand(), a.nodeConfigCommand(), a.proxyConfigCommand(), a.proxyStatusCommand(), a.tapCommand(), a.topCommand(), a.dashboardCommand(), a.migrateCommand(), a.sysdumpCommand(), a.authzCommand(),
 		a.versionCommand(), a.benchCommand(), a.cleanCommand())
 	return root
 }

@@ -54,6 +54,8 @@ type conn struct {
 	ask func(ctx context.Context, pod *corev1.Pod, port int, path string) ([]byte, error)
 	// stream is the same for an answer that has no end of its own. The caller closes it.
 	stream func(ctx context.Context, pod *corev1.Pod, port int, path string) (io.ReadCloser, error)
+	// tunnel forwards a local port, 0 for any, to a pod's; another seam.
+	tunnel func(ctx context.Context, pod *corev1.Pod, local, port int) (*portForward, error)
 }
 
 func dialCluster(a *app) (*conn, error) {
@@ -86,7 +88,7 @@ func dialCluster(a *app) (*conn, error) {
 		return nil, fmt.Errorf("reading the kubeconfig: %w", err)
 	}
 	c := &conn{Interface: k, istio: i, rest: cfg, namespace: namespace, objects: release.Cluster{Client: d, Mapper: mapper}}
-	c.ask, c.stream = c.forward, c.open
+	c.ask, c.stream, c.tunnel = c.forward, c.open, c.listen
 	return c, nil
 }
 
@@ -187,48 +189,78 @@ func (f *forwarded) Close() error {
 	return f.ReadCloser.Close()
 }
 
-// open asks through the API's port forward: an agent's admin port listens on the node's loopback.
-func (c *conn) open(ctx context.Context, pod *corev1.Pod, port int, path string) (body io.ReadCloser, err error) {
+// portForward is a local port that leads to a pod's.
+type portForward struct {
+	port  int           // of 127.0.0.1
+	ended chan struct{} // closed when it is no more, of which failed says why
+	errs  *bytes.Buffer // what went wrong for single connections
+	stop  chan struct{}
+	err   error
+}
+
+// failed is why it is no more, once it has ended.
+func (f *portForward) failed() error { return f.err }
+
+func (f *portForward) close() {
+	close(f.stop)
+	<-f.ended
+}
+
+// listen forwards a local port, 0 for any, to a pod's.
+func (c *conn) listen(ctx context.Context, pod *corev1.Pod, local, port int) (*portForward, error) {
 	tr, up, err := spdy.RoundTripperFor(c.rest)
 	if err != nil {
 		return nil, err
 	}
 	u := c.CoreV1().RESTClient().Post().Resource("pods").Namespace(pod.Namespace).Name(pod.Name).SubResource("portforward").URL()
-	stop, up2 := make(chan struct{}), make(chan struct{})
-	var errs bytes.Buffer
-	f, err := portforward.NewOnAddresses(spdy.NewDialer(up, &http.Client{Transport: tr}, http.MethodPost, u),
-		[]string{"127.0.0.1"}, []string{fmt.Sprintf("0:%d", port)}, stop, up2, io.Discard, &errs)
+	f := &portForward{ended: make(chan struct{}), stop: make(chan struct{}), errs: new(bytes.Buffer)}
+	ready := make(chan struct{})
+	p, err := portforward.NewOnAddresses(spdy.NewDialer(up, &http.Client{Transport: tr}, http.MethodPost, u),
+		[]string{"127.0.0.1"}, []string{fmt.Sprintf("%d:%d", local, port)}, f.stop, ready, io.Discard, f.errs)
 	if err != nil {
 		return nil, err
 	}
-	done := make(chan error, 1)
-	go func() { done <- f.ForwardPorts() }()
-	end := sync.OnceFunc(func() { close(stop); <-done })
+	go func() {
+		defer close(f.ended)
+		f.err = p.ForwardPorts()
+	}()
+	select {
+	case <-ready:
+	case <-f.ended:
+		return nil, fmt.Errorf("forwarding a port to %s: %w; this needs the right to create pods/portforward", pod.Name, f.err)
+	case <-ctx.Done():
+		f.close()
+		return nil, ctx.Err()
+	}
+	ports, err := p.GetPorts()
+	if err != nil {
+		f.close()
+		return nil, err
+	}
+	f.port = int(ports[0].Local)
+	return f, nil
+}
+
+// open asks through the API's port forward: an agent's admin port listens on the node's loopback.
+func (c *conn) open(ctx context.Context, pod *corev1.Pod, port int, path string) (body io.ReadCloser, err error) {
+	f, err := c.listen(ctx, pod, 0, port)
+	if err != nil {
+		return nil, err
+	}
+	end := sync.OnceFunc(f.close)
 	defer func() {
 		if body == nil {
 			end()
 		}
 	}()
-	select {
-	case <-up2:
-	case err := <-done:
-		done <- nil
-		return nil, fmt.Errorf("forwarding a port to %s: %w; this needs the right to create pods/portforward", pod.Name, err)
-	case <-ctx.Done():
-		return nil, ctx.Err()
-	}
-	ports, err := f.GetPorts()
-	if err != nil {
-		return nil, err
-	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", ports[0].Local, path), nil)
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, fmt.Sprintf("http://127.0.0.1:%d%s", f.port, path), nil)
 	if err != nil {
 		return nil, err
 	}
 	req.Header.Set("Accept", "application/json")
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
-		return nil, fmt.Errorf("asking %s on node %s: %w %s", pod.Name, pod.Spec.NodeName, err, strings.TrimSpace(errs.String()))
+		return nil, fmt.Errorf("asking %s on node %s: %w %s", pod.Name, pod.Spec.NodeName, err, strings.TrimSpace(f.errs.String()))
 	}
 	if resp.StatusCode != http.StatusOK {
 		defer resp.Body.Close()

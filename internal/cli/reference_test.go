@@ -38,7 +38,7 @@ func reference() string {
 	root := (&app{env: Env{Program: "warren"}}).root()
 	var b strings.Builder
 	b.WriteString("# The command line\n\n" + root.Long + "\n\nThis page is made of what `--help` says (`go test ./internal/cli -update`). What the commands are for: [install.md](install.md), " +
-		"[looking.md](looking.md),\n[why.md](why.md), [analyze.md](analyze.md), [waypoints.md](waypoints.md), [benchmark.md](benchmark.md).\n\n## Flags of all commands\n\n")
+		"[looking.md](looking.md),\n[why.md](why.md), [analyze.md](analyze.md), [waypoints.md](waypoints.md), [addons.md](addons.md), [benchmark.md](benchmark.md).\n\n## Flags of all commands\n\n")
 	writeFlags(&b, root.PersistentFlags())
 	writeCommands(&b, root)
 	return strings.TrimRight(b.String(), "\n") + "\n"

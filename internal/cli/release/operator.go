@@ -188,3 +188,14 @@ func put(values map[string]any, path string, v any) {
 	}
 	values[keys[len(keys)-1]] = v
 }
+
+// IgnoredMeshConfig lists what of Istio's mesh configuration has no effect here, each with why.
+func IgnoredMeshConfig(mesh map[string]any) []string {
+	o := &operator{values: map[string]any{}}
+	o.walk(map[string]any{"meshConfig": mesh}, "", meanings())
+	slices.Sort(o.ignored)
+	for i, s := range o.ignored {
+		o.ignored[i] = strings.TrimPrefix(s, "spec.")
+	}
+	return o.ignored
+}
