@@ -174,6 +174,9 @@ func (r Rule) Compared() (string, bool) {
 func Rules(objects []runtime.Object) ([]Rule, error) {
 	var out []Rule
 	data := Data(objects, "prometheus")
+	if err := yaml.Unmarshal([]byte(data["prometheus.yml"]), &struct{}{}); err != nil {
+		return nil, fmt.Errorf("prometheus.yml: %w", err)
+	}
 	for _, file := range []string{"recording.yml", "alerts.yml"} {
 		var f struct{ Groups []struct{ Rules []Rule } }
 		if err := yaml.Unmarshal([]byte(data[file]), &f); err != nil {
