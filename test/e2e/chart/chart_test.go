@@ -25,7 +25,12 @@ func helm(t *testing.T, args ...string) (string, error) {
 
 func render(t *testing.T, set ...string) string {
 	t.Helper()
-	args := []string{"template", "warren", dir, "-n", "istio-system"}
+	return renderChart(t, "warren", dir, "istio-system", set)
+}
+
+func renderChart(t *testing.T, release, chart, namespace string, set []string) string {
+	t.Helper()
+	args := []string{"template", release, chart, "-n", namespace}
 	for _, s := range set {
 		args = append(args, "--set", s)
 	}

@@ -9,15 +9,7 @@ const gatewayDir = "../../../charts/gateway"
 
 func renderGateway(t *testing.T, set ...string) string {
 	t.Helper()
-	args := []string{"template", "istio-ingressgateway", gatewayDir, "-n", "istio-ingress"}
-	for _, s := range set {
-		args = append(args, "--set", s)
-	}
-	out, err := helm(t, args...)
-	if err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	return out
+	return renderChart(t, "istio-ingressgateway", gatewayDir, "istio-ingress", set)
 }
 
 func TestGatewayLint(t *testing.T) {
