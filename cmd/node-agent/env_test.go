@@ -2,6 +2,8 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
 	"strings"
 	"testing"
@@ -47,6 +49,33 @@ func TestWhatIsWrongIsSaidAllAtOnce(t *testing.T) {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("the error does not mention %q:\n%s", want, err)
 		}
+	}
+}
+
+// TestNoConnectionWaitsForALogThatNobodyReads: lines beyond a limit are left out and counted instead.
+func TestNoConnectionWaitsForALogThatNobodyReads(t *testing.T) {
+	r, w := io.Pipe()
+	_, access, flush := loggers(w, false, slog.LevelInfo)
+	line := strings.Repeat("x", 1<<10)
+	for range 3 * batchMost >> 10 {
+		access.Info(line)
+	}
+	go func() {
+		flush()
+		w.Close()
+	}()
+	all, err := io.ReadAll(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	told, left := strings.Count(string(all), line), 0
+	if i := strings.Index(string(all), "lines="); i < 0 {
+		t.Fatal("nobody was told of lines that were left out")
+	} else if _, err := fmt.Sscanf(string(all[i:]), "lines=%d", &left); err != nil {
+		t.Fatal(err)
+	}
+	if told == 0 || left == 0 || told+left != 3*batchMost>>10 {
+		t.Errorf("%d lines are there and %d said to be left out, of %d", told, left, 3*batchMost>>10)
 	}
 }
 

@@ -17,22 +17,33 @@ func loggers(w io.Writer, asJSON bool, level slog.Leveler) (log, access *slog.Lo
 	if asJSON {
 		target = "scope"
 	}
-	b := &batch{w: w}
+	direct := slog.New(logformat.New(w, asJSON, level))
+	b := &batch{w: w, lost: func(n int) {
+		direct.Warn("lines of the access log were left out: whoever reads this log is too slow", "lines", n)
+	}}
 	return slog.New(logformat.New(writer(b.now), asJSON, level)), slog.New(logformat.New(writer(b.soon), asJSON, level)).With(target, "access"), b.flush
 }
 
 const (
 	batchEvery = 100 * time.Millisecond
 	batchSize  = 64 << 10
+	batchMost  = 4 << 20
 )
 
-// batch keeps lines until there are many, or the first of them has waited for long enough.
+// batch keeps lines until there are many, or the first of them has waited for long enough. Whoever has a line for soon
+// never waits for w: a connection does not stand still because a reader of the log does. Beyond batchMost bytes, lines
+// are left out and counted.
 type batch struct {
-	w io.Writer
+	w    io.Writer
+	lost func(lines int) // writes to w how many
+
+	out sync.Mutex // held while w is written to; taken before mu
 
 	mu      sync.Mutex
 	lines   []byte
-	pending *time.Timer // nil without lines
+	spare   []byte      // to be the next lines
+	pending *time.Timer // of flush; nil without lines
+	left    int         // lines that were left out
 }
 
 type writer func([]byte) (int, error)
@@ -42,39 +53,58 @@ func (w writer) Write(p []byte) (int, error) { return w(p) }
 func (b *batch) soon(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.lines = append(b.lines, p...)
-	if len(b.lines) >= batchSize {
-		return len(p), b.write()
+	before := len(b.lines)
+	if before+len(p) > batchMost {
+		b.left++
+		return len(p), nil
 	}
-	if b.pending == nil {
+	b.lines = append(b.lines, p...)
+	switch {
+	case b.pending == nil:
 		b.pending = time.AfterFunc(batchEvery, b.flush)
+	case before < batchSize && len(b.lines) >= batchSize:
+		b.pending.Reset(0)
 	}
 	return len(p), nil
 }
 
 // now writes a line at once, after those that came before it.
 func (b *batch) now(p []byte) (int, error) {
+	b.out.Lock()
+	defer b.out.Unlock()
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	b.lines = append(b.lines, p...)
+	b.mu.Unlock()
 	return len(p), b.write()
 }
 
 func (b *batch) flush() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
+	b.out.Lock()
+	defer b.out.Unlock()
 	_ = b.write() // nobody could be told
 }
 
+// write is called under out.
 func (b *batch) write() error {
+	b.mu.Lock()
+	lines, left := b.lines, b.left
+	b.lines, b.spare, b.left = b.spare[:0], nil, 0
 	if b.pending != nil {
 		b.pending.Stop()
 		b.pending = nil
 	}
-	if len(b.lines) == 0 {
-		return nil
+	b.mu.Unlock()
+	var err error
+	if len(lines) > 0 {
+		_, err = b.w.Write(lines)
 	}
-	_, err := b.w.Write(b.lines)
-	b.lines = b.lines[:0]
+	if left > 0 {
+		b.lost(left)
+	}
+	b.mu.Lock()
+	if b.spare == nil && cap(lines) <= 2*batchSize {
+		b.spare = lines
+	}
+	b.mu.Unlock()
 	return err
 }
