@@ -19,7 +19,7 @@
 // is encrypted out of the buffer that it was read into and decrypted into the one that it is written from, many records
 // to a system call. Where that cannot be (FIPS 140, ChaCha20) crypto/tls goes on.
 //
-// A stream costs one goroutine, the caller's, and no buffer while nothing is in flight. A loop never waits for anything
+// A stream that [RelaySocket] has costs no goroutine, and no buffer while nothing is in flight. A loop never waits for anything
 // but sockets, and no socket keeps it for more than a buffer's worth: what a slow application leaves behind is bounded by
 // its stream's window, and the connection's window is returned on receipt, so that one stalled stream does not stall its
 // neighbours.

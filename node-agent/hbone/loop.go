@@ -89,6 +89,7 @@ type loop struct {
 	slots  []slot
 	free   []int32
 	posted []*sock // to be looked at although the kernel has no news of them
+	over   []*sink // to be ended
 }
 
 type slot struct {
@@ -183,6 +184,23 @@ func (l *loop) postLocked(s *sock) {
 	}
 }
 
+// finish has k ended, when those that are ready have had their turn and before anything is sent.
+func (l *loop) finish(k *sink) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.over = append(l.over, k)
+	l.wakeLocked()
+}
+
+// takeOver returns what is to be ended, in place of spare, which is empty.
+func (l *loop) takeOver(spare []*sink) []*sink {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	over := l.over
+	l.over = spare
+	return over
+}
+
 // add makes the loop wait for s.
 func (l *loop) add(s *sock, fd int) error {
 	l.mu.Lock()
@@ -233,6 +251,7 @@ func (l *loop) remove(s *sock, tell bool) {
 // run is the loop's goroutine.
 func (l *loop) run() {
 	defer close(l.done)
+	var over []*sink
 	for {
 		if !l.wait() {
 			l.file.Close()
@@ -250,6 +269,11 @@ func (l *loop) run() {
 			}
 		}
 		clear(l.batch)
+		over = l.takeOver(over[:0])
+		for _, k := range over {
+			k.end(l)
+		}
+		clear(over)
 		for i, c := range l.sends {
 			l.sends[i] = nil
 			c.endBatch()
@@ -275,10 +299,10 @@ func (l *loop) wait() bool {
 		l.mu.Unlock()
 		return false
 	}
-	posted := len(l.posted) > 0
-	l.asleep = !posted
+	busy := len(l.posted)+len(l.over) > 0
+	l.asleep = !busy
 	l.mu.Unlock()
-	if l.n = 0; posted {
+	if l.n = 0; busy {
 		l.poll(0)
 	} else {
 		_ = l.parked.Read(l.look)

@@ -42,24 +42,35 @@ func Relay(a, b net.Conn, stats *RelayStats) error {
 }
 
 // RelaySocket is Relay between a stream and a socket that nobody waits for. It counts in up what the socket sends, and in
-// down what it is sent.
-func RelaySocket(st *Stream, s *netns.Sock, up, down *atomic.Int64) error {
-	if st.c.loop == nil {
+// down what it is sent. It returns at once, also to a ServerConfig.Handler, which may return then: connections that
+// stand still hold no goroutine. ended is called with what Relay would return, once, when the stream and the socket
+// have been closed; it must not block, for it may be a loop that calls it.
+func RelaySocket(st *Stream, s *netns.Sock, up, down *atomic.Int64, ended func(error)) {
+	if st.c.loop == nil { // the tunnel is no socket
 		tcp, err := s.TCPConn()
 		if err != nil {
 			st.ResetCode(CodeConnect)
-			return err
+			ended(err)
+			return
 		}
-		var stats RelayStats // the tunnel is no socket
-		defer func() { up.Add(stats.BtoA.Load()); down.Add(stats.AtoB.Load()) }()
-		return relayAny(st, tcp, &stats)
+		st.keep()
+		go func() {
+			var stats RelayStats
+			err := relayAny(st, tcp, &stats)
+			up.Add(stats.BtoA.Load())
+			down.Add(stats.AtoB.Load())
+			st.letGo()
+			ended(err)
+		}()
+		return
 	}
 	fd, err := s.Take()
 	if err != nil {
 		st.ResetCode(CodeConnect)
-		return err
+		ended(err)
+		return
 	}
-	return relaySocket(st, fd, s.Hard, up, down)
+	relaySocket(st, fd, s.Hard, up, down, ended)
 }
 
 func relayConn(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
@@ -70,30 +81,26 @@ func relayConn(st *Stream, tcp *net.TCPConn, up, down *atomic.Int64) error {
 		st.ResetCode(CodeConnect)
 		return err
 	}
-	return relaySocket(st, fd, true, up, down)
+	ended := make(chan error, 1)
+	relaySocket(st, fd, true, up, down, func(err error) { ended <- err })
+	return <-ended
 }
 
-// relaySocket waits while a loop copies between a stream and an application's socket.
-func relaySocket(st *Stream, fd int, hard bool, up, down *atomic.Int64) error {
-	k, err := newSink(st, fd, hard, up, down)
+// relaySocket has a loop copy between a stream and an application's socket.
+func relaySocket(st *Stream, fd int, hard bool, up, down *atomic.Int64, ended func(error)) {
+	k, err := newSink(st, fd, hard, up, down, ended)
 	if err != nil {
 		st.ResetCode(CodeConnect)
-		return err
+		ended(err)
+		return
 	}
+	st.keep()
 	if err = st.attach(k); err == nil {
 		err = k.sock.start()
 	}
-	if err == nil {
-		<-k.done
-		err = k.failure()
-	}
-	k.sock.end(err == nil)
 	if err != nil {
-		st.ResetCode(CodeConnect)
-		return err
+		k.finish(err)
 	}
-	_ = st.Close()
-	return nil
 }
 
 // socketReader reads a socket with a buffer that is borrowed only once there is something to read: connections that

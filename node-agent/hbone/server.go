@@ -11,8 +11,9 @@ import (
 // ServerConfig is how one inbound tunnel connection is served. Zero durations take defaults.
 type ServerConfig struct {
 	// Handler is called in a goroutine of its own for each request. It must Accept or Reject and returns when it
-	// is done with the stream; one that it leaves unanswered or unfinished is reset. ctx ends when the stream
-	// fails, when the connection does, and when the handler has returned. A panic is not recovered.
+	// is done with the stream or has left it to RelaySocket; one that it leaves unanswered or unfinished is reset. ctx
+	// ends when the stream fails, when the connection does, and when the handler or the relay is through with the stream.
+	// A panic is not recovered.
 	Handler func(ctx context.Context, s *ServerStream)
 	// DrainTimeout is how long streams may go on once ctx of Serve has ended: 5 s. Then they are reset.
 	DrainTimeout time.Duration
@@ -204,6 +205,7 @@ func (s *server) begin() {
 		ss.st.begun = true
 		ctx, cancel := context.WithCancel(s.ctx)
 		ss.st.cancel = cancel
+		ss.st.done = func() { s.done(ss.st) }
 		s.handlers.Add(1)
 		s.cfg.Workers.Go(func() { s.handle(ctx, ss) })
 	}
@@ -211,9 +213,17 @@ func (s *server) begin() {
 }
 
 func (s *server) handle(ctx context.Context, ss *ServerStream) {
-	defer s.handlers.Done()
 	s.cfg.Handler(ctx, ss)
-	st := ss.st
+	s.mu.Lock()
+	kept := ss.st.kept
+	s.mu.Unlock()
+	if !kept {
+		s.done(ss.st)
+	}
+}
+
+func (s *server) done(st *Stream) {
+	defer s.handlers.Done()
 	st.cancel()
 	st.ResetCode(CodeInternal) // no effect on a stream that has ended
 	s.mu.Lock()

@@ -21,14 +21,14 @@ type sink struct {
 	mu      sync.Mutex
 	upEnded bool // nothing more is read from the socket
 	ended   bool // nothing more is written to it
-	over    bool // done is closed
+	over    bool // both directions have ended, or one has failed; the loop calls end
 	err     error
-	done    chan struct{} // closed when both directions have ended, or one has failed
+	report  func(error) // of relaySocket
 }
 
 // newSink takes over a socket, which is reset if nobody ends it in order.
-func newSink(st *Stream, fd int, hard bool, up, down *atomic.Int64) (*sink, error) {
-	k := &sink{st: st, up: up, down: down, done: make(chan struct{})}
+func newSink(st *Stream, fd int, hard bool, up, down *atomic.Int64, report func(error)) (*sink, error) {
+	k := &sink{st: st, up: up, down: down, report: report}
 	var err error
 	if k.sock, err = newSock(st.c.loop, fd, k); err == nil {
 		k.sock.hard = hard
@@ -56,6 +56,28 @@ func (k *sink) ready(l *loop, events uint32) (again bool) {
 		}
 	}
 	return again
+}
+
+// end closes socket and stream, and says so. It is called by the loop.
+func (k *sink) end(l *loop) {
+	st, c := k.st, k.st.c
+	k.mu.Lock()
+	err := k.err
+	k.mu.Unlock()
+	k.sock.end(err == nil)
+	c.mu.Lock()
+	gone := st.gone
+	c.mu.Unlock()
+	if !gone || err != nil { // something is to be sent, and not from here, where that might take long
+		c.beginBatch(l)
+	}
+	if err != nil {
+		st.ResetCode(CodeConnect)
+	} else {
+		_ = st.Close()
+	}
+	st.letGo()
+	k.report(err)
 }
 
 // pull moves what one read finds into the stream, as much as there is room for.
@@ -143,14 +165,8 @@ func (k *sink) stopReading() {
 func (k *sink) settle() {
 	if !k.over && k.ended && (k.upEnded || k.err != nil) {
 		k.over = true
-		close(k.done)
+		k.st.c.loop.finish(k)
 	}
-}
-
-func (k *sink) failure() error {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.err
 }
 
 // streamFailed is called under the connection's lock.

@@ -47,6 +47,8 @@ type Stream struct {
 
 	resp   Response           // client: the answer
 	cancel context.CancelFunc // server: ends the handler's context
+	done   func()             // server: the handler, or the relay that it left the stream to, is through with it
+	kept   bool               // a relay calls done
 }
 
 func newStream(c *conn, id uint32) *Stream {
@@ -454,6 +456,19 @@ func (st *Stream) closeLocked() {
 	st.wakeWriter()
 	if st.sink != nil {
 		st.sink.finish(ErrClosed)
+	}
+}
+
+// keep says that the stream is in use until letGo is called, though the handler returns.
+func (st *Stream) keep() {
+	st.c.mu.Lock()
+	defer st.c.mu.Unlock()
+	st.kept = true
+}
+
+func (st *Stream) letGo() {
+	if st.done != nil {
+		st.done()
 	}
 }
 

@@ -46,9 +46,10 @@ func (h *PodHandle) accept(l *listener) {
 		h.open.Add(1)
 		h.p.wg.Add(1)
 		h.p.workers.Go(func() {
-			defer h.p.wg.Done()
-			defer h.open.Add(-1)
-			l.serve(h, c)
+			l.serve(h, c, func() {
+				h.open.Add(-1)
+				h.p.wg.Done()
+			})
 		})
 	}
 }
@@ -57,14 +58,14 @@ func (h *PodHandle) accept(l *listener) {
 type listener struct {
 	name  string
 	dir   Direction
-	serve func(*PodHandle, *netns.Sock)
-	hard  bool // what it accepts is reset when it is closed
+	serve func(h *PodHandle, s *netns.Sock, over func()) // calls over once, when the connection has ended
+	hard  bool                                           // what it accepts is reset when it is closed
 	file  *os.File
 	conn  syscall.RawConn
 }
 
 // newListener listens where ln does, which may be closed then.
-func newListener(ln net.Listener, dir Direction, hard bool, serve func(*PodHandle, *netns.Sock)) (*listener, error) {
+func newListener(ln net.Listener, dir Direction, hard bool, serve func(*PodHandle, *netns.Sock, func())) (*listener, error) {
 	l := &listener{name: ln.Addr().String(), dir: dir, serve: serve, hard: hard}
 	t, ok := ln.(*net.TCPListener)
 	if !ok {
@@ -109,8 +110,9 @@ func (l *listener) accept() (s *netns.Sock, err error) {
 }
 
 // polled serves a connection that Go's poller waits for.
-func polled(serve func(*PodHandle, *net.TCPConn)) func(*PodHandle, *netns.Sock) {
-	return func(h *PodHandle, s *netns.Sock) {
+func polled(serve func(*PodHandle, *net.TCPConn)) func(*PodHandle, *netns.Sock, func()) {
+	return func(h *PodHandle, s *netns.Sock, over func()) {
+		defer over()
 		if c, err := s.TCPConn(); err != nil {
 			h.p.log.Error("accepted connection lost", "pod", h.Pod().UID, "peer", s.Remote, "error", err)
 		} else {

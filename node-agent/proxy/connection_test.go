@@ -464,12 +464,12 @@ func TestBudgetOfAnIdleConnection(t *testing.T) {
 	}
 	g, b := open(l.pods["ui"])
 	t.Logf("one idle connection: %.2f goroutines, %d bytes of heap and stack, the applications' included", float64(g)/conns, b/conns)
-	// Two for the agents (out, in), one and the dialler's nothing for the server application.
-	if per := float64(g) / conns; per > 3.1 {
-		t.Errorf("%.2f goroutines a connection, want at most 3", per)
+	// One is the server application's. The agents have none, but for those that wait for new connections.
+	if per := float64(g) / conns; per > 1.3 {
+		t.Errorf("%.2f goroutines a connection, want at most 1", per)
 	}
-	if per := b / conns; per > 28<<10 && !raceEnabled { // the race detector keeps shadows of its own
-		t.Errorf("%d bytes a connection, want at most 28 KiB", per)
+	if per := b / conns; per > 16<<10 && !raceEnabled { // the race detector keeps shadows of its own
+		t.Errorf("%d bytes a connection, want at most 16 KiB", per)
 	}
 }
 

@@ -78,13 +78,14 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		Workers:      &p.workers,
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
 			n := h.open.Add(1)
-			defer h.open.Add(-1)
+			over := func() { h.open.Add(-1) }
 			if n > int64(p.cfg.MaxConns) {
 				s.Reject(503)
 				h.refuse(Inbound, remote, local, fail(Overloaded, "the pod has %d connections", n))
+				over()
 				return
 			}
-			h.serveStream(ctx, s, tn, remote, local)
+			h.serveStream(ctx, s, tn, remote, local, over)
 		},
 	})
 	if hbone.Flooded(err) {
@@ -104,8 +105,14 @@ func (p *Proxy) trustDomains(b *identity.Bundle) []string {
 	return cfg.TrustDomains()
 }
 
-// serveStream serves one CONNECT of a peer.
-func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn *tunnel, remote, local netip.AddrPort) {
+// serveStream serves one CONNECT of a peer. It calls over when that has ended, which may be long after it has returned.
+func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn *tunnel, remote, local netip.AddrPort, over func()) {
+	relayed := false
+	defer func() {
+		if !relayed {
+			over()
+		}
+	}()
 	p, peer := h.p, tn.party.id
 	app, err := h.target(st.Request)
 	if err != nil {
@@ -133,7 +140,8 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn 
 	c.begin(ConnInfo{Direction: Inbound, Pod: h.Pod().WorkloadUID, Src: client, OriginalDst: local, ActualDst: app, Protocol: "HBONE", Peer: peer})
 	c.via.Store(tn)
 	p.conns.register(c)
-	defer p.conns.release(c)
+	before := over
+	over = func() { p.conns.release(c); before() }
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	c.onEnd(cancel)
@@ -155,7 +163,11 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn 
 	}
 	c.onEnd(func() { down.Reset(); up.Abort() })
 	r.established()
-	r.close(r.ended(hbone.RelaySocket(down, up, &c.bytes.BtoA, &c.bytes.AtoB)))
+	relayed = true
+	hbone.RelaySocket(down, up, &c.bytes.BtoA, &c.bytes.AtoB, func(err error) {
+		r.close(r.ended(err))
+		over()
+	})
 }
 
 // target is the address that a CONNECT asks for. It has to be one of the pod's, and no port of the agent's:

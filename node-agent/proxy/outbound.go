@@ -30,13 +30,20 @@ type Request struct {
 	Route  mesh.Route
 }
 
-func (h *PodHandle) serveOutbound(down *netns.Sock) {
+// serveOutbound calls over when the connection has ended, which may be long after it has returned.
+func (h *PodHandle) serveOutbound(down *netns.Sock, over func()) {
 	dst, src := down.Local, down.Remote
 	p := h.p
 	c := &conn{dir: Outbound, pod: h}
 	c.begin(ConnInfo{Pod: h.Pod().WorkloadUID, Src: src, OriginalDst: dst, Direction: Outbound})
 	p.conns.register(c)
-	defer p.conns.release(c)
+	relayed := false
+	defer func() {
+		if !relayed {
+			p.conns.release(c)
+			over()
+		}
+	}()
 	ctx, cancel := context.WithCancel(p.ctx)
 	defer cancel()
 	c.onEnd(func() { cancel(); down.Abort() })
@@ -77,12 +84,20 @@ func (h *PodHandle) serveOutbound(down *netns.Sock) {
 		r.close(r.relay(tcp, up))
 		return
 	}
-	if tn := p.peers.carrier(st); tn != nil {
+	tn := p.peers.carrier(st)
+	if tn != nil {
 		c.via.Store(tn)
 		tn.conns.Add(1)
-		defer tn.conns.Add(-1)
 	}
-	r.close(r.ended(hbone.RelaySocket(st, down, &c.bytes.AtoB, &c.bytes.BtoA)))
+	relayed = true
+	hbone.RelaySocket(st, down, &c.bytes.AtoB, &c.bytes.BtoA, func(err error) {
+		r.close(r.ended(err))
+		if tn != nil {
+			tn.conns.Add(-1)
+		}
+		p.conns.release(c)
+		over()
+	})
 }
 
 // decide asks the Snapshot where a connection goes. It leaves out the endpoints that were tried in vain.
