@@ -76,7 +76,8 @@ type controlPlane struct {
 	policies   *status.Policies
 	routes     *status.Routes // nil without the Gateway API
 	gateways   gatewayStates
-	secrets    *secretWatch
+	secrets    *followed[index.SecretKey, index.SecretState]
+	roots      *followed[index.RootsKey, index.RootsState]
 	grpc       *grpc.Server
 	serving    *ca.Serving
 	admission  *admission.Server
@@ -109,7 +110,8 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		cp.source.SetKeys(from, index.KeyState{Keys: keys, Problem: problem})
 	}, log.With("scope", "jwks"))
 	cp.keys.AllowHTTP = cfg.KeysByHTTP
-	cp.secrets = newSecretWatch(clients.Kube, cp.source.SetSecret, log.With("scope", "secrets"))
+	cp.secrets = newSecrets(clients.Kube, cp.source.SetSecret, log.With("scope", "secrets"))
+	cp.roots = newRoots(clients.Kube, cp.source.SetRoots, log.With("scope", "secrets"))
 	trusted := map[string]bool{}
 	for _, a := range cfg.TrustedNodes {
 		trusted[a] = true
@@ -211,6 +213,7 @@ func (cp *controlPlane) run(ctx context.Context) error {
 	g.Go(func() error { cp.authority.Follow(ctx); return nil })
 	g.Go(func() error { cp.keys.Run(ctx); return nil })
 	g.Go(func() error { cp.secrets.run(ctx); return nil })
+	g.Go(func() error { cp.roots.run(ctx); return nil })
 	if l := listeners[0]; l != nil {
 		g.Go(func() error { // only what has been read is served, and only then are pods known to the CA
 			select {
@@ -276,6 +279,7 @@ func (cp *controlPlane) publish(u *index.Update) {
 	cp.apiServer.Store(&u.APIServer)
 	cp.keys.Want(u.Keys)
 	cp.secrets.want(u.Secrets)
+	cp.roots.want(u.Roots)
 	cp.gateways.take(u.Gateways)
 	cp.notices.Take(u.Notices)
 	if cp.routes != nil {

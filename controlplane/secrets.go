@@ -15,25 +15,51 @@ import (
 	"github.com/warrenmesh/warren/controlplane/index"
 )
 
-// secretWatch follows the Secrets that gateways show to their clients, each by itself: no other is ever read.
-type secretWatch struct {
-	kube kubernetes.Interface
-	tell func(index.SecretKey, *index.SecretState)
-	log  *slog.Logger
+// followed has those objects followed that something refers to, each by itself: no other is ever read.
+type followed[K ~struct{ Namespace, Name string }, S any] struct {
+	kube     kubernetes.Interface
+	informer func(informers.SharedInformerFactory) cache.SharedIndexInformer
+	read     func(any) (metav1.Object, *S) // nil for what is no such object
+	tell     func(K, *S)
+	log      *slog.Logger
 
 	mu      sync.Mutex
 	ctx     context.Context // nil until run, and after it
-	wanted  map[index.SecretKey]context.CancelFunc
-	pending []index.SecretKey // asked for before run
+	wanted  map[K]context.CancelFunc
+	pending []K // asked for before run
 	work    sync.WaitGroup
 }
 
-func newSecretWatch(kube kubernetes.Interface, tell func(index.SecretKey, *index.SecretState), log *slog.Logger) *secretWatch {
-	return &secretWatch{kube: kube, tell: tell, log: log, wanted: map[index.SecretKey]context.CancelFunc{}}
+// newSecrets follows the Secrets that gateways show to their clients and to applications.
+func newSecrets(kube kubernetes.Interface, tell func(index.SecretKey, *index.SecretState), log *slog.Logger) *followed[index.SecretKey, index.SecretState] {
+	return &followed[index.SecretKey, index.SecretState]{kube: kube, tell: tell, log: log, wanted: map[index.SecretKey]context.CancelFunc{},
+		informer: func(f informers.SharedInformerFactory) cache.SharedIndexInformer {
+			return f.Core().V1().Secrets().Informer()
+		},
+		read: func(o any) (metav1.Object, *index.SecretState) {
+			if s, ok := o.(*corev1.Secret); ok {
+				return s, index.ReadSecret(s.Data)
+			}
+			return nil, nil
+		}}
+}
+
+// newRoots follows the ConfigMaps that certificates are checked against.
+func newRoots(kube kubernetes.Interface, tell func(index.RootsKey, *index.RootsState), log *slog.Logger) *followed[index.RootsKey, index.RootsState] {
+	return &followed[index.RootsKey, index.RootsState]{kube: kube, tell: tell, log: log, wanted: map[index.RootsKey]context.CancelFunc{},
+		informer: func(f informers.SharedInformerFactory) cache.SharedIndexInformer {
+			return f.Core().V1().ConfigMaps().Informer()
+		},
+		read: func(o any) (metav1.Object, *index.RootsState) {
+			if m, ok := o.(*corev1.ConfigMap); ok {
+				return m, index.ReadRoots(m.Data)
+			}
+			return nil, nil
+		}}
 }
 
 // run follows what is wanted until ctx ends.
-func (w *secretWatch) run(ctx context.Context) {
+func (w *followed[K, S]) run(ctx context.Context) {
 	w.mu.Lock()
 	w.ctx = ctx
 	pending := w.pending
@@ -47,14 +73,14 @@ func (w *secretWatch) run(ctx context.Context) {
 }
 
 // want has just these followed. It does not block.
-func (w *secretWatch) want(keys []index.SecretKey) {
+func (w *followed[K, S]) want(keys []K) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.ctx == nil {
 		w.pending = keys
 		return
 	}
-	next := map[index.SecretKey]bool{}
+	next := map[K]bool{}
 	for _, k := range keys {
 		next[k] = true
 		if w.wanted[k] == nil {
@@ -71,23 +97,24 @@ func (w *secretWatch) want(keys []index.SecretKey) {
 	}
 }
 
-func (w *secretWatch) follow(ctx context.Context, k index.SecretKey) {
-	factory := informers.NewSharedInformerFactoryWithOptions(w.kube, 0, informers.WithNamespace(k.Namespace),
+func (w *followed[K, S]) follow(ctx context.Context, k K) {
+	at := struct{ Namespace, Name string }(k)
+	factory := informers.NewSharedInformerFactoryWithOptions(w.kube, 0, informers.WithNamespace(at.Namespace),
 		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
-			o.FieldSelector = fields.OneTermEqualSelector("metadata.name", k.Name).String()
+			o.FieldSelector = fields.OneTermEqualSelector("metadata.name", at.Name).String()
 		}),
 		informers.WithTransform(func(o any) (any, error) {
-			if s, ok := o.(*corev1.Secret); ok { // nothing of it is kept here
-				return &kept{ObjectMeta: metav1.ObjectMeta{Namespace: s.Namespace, Name: s.Name, ResourceVersion: s.ResourceVersion}, state: index.ReadSecret(s.Data)}, nil
+			if m, state := w.read(o); state != nil { // nothing else of it is kept here
+				return &kept[S]{ObjectMeta: metav1.ObjectMeta{Namespace: m.GetNamespace(), Name: m.GetName(), ResourceVersion: m.GetResourceVersion()}, state: state}, nil
 			}
 			return o, nil
 		}))
 	saw := func(o any) {
-		if s, ok := o.(*kept); ok && ctx.Err() == nil && s.Name == k.Name {
+		if s, ok := o.(*kept[S]); ok && ctx.Err() == nil && s.Name == at.Name {
 			w.tell(k, s.state)
 		}
 	}
-	if _, err := factory.Core().V1().Secrets().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
+	if _, err := w.informer(factory).AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    saw,
 		UpdateFunc: func(_, is any) { saw(is) },
 		DeleteFunc: func(any) {
@@ -96,7 +123,7 @@ func (w *secretWatch) follow(ctx context.Context, k index.SecretKey) {
 			}
 		},
 	}); err != nil {
-		w.log.Error("a gateway's Secret is not followed", "namespace", k.Namespace, "secret", k.Name, "error", err)
+		w.log.Error("what a gateway refers to is not followed", "namespace", at.Namespace, "name", at.Name, "error", err)
 		return
 	}
 	factory.Start(ctx.Done())
@@ -104,8 +131,8 @@ func (w *secretWatch) follow(ctx context.Context, k index.SecretKey) {
 	factory.Shutdown()
 }
 
-// kept is what is left of a Secret.
-type kept struct {
+// kept is what is left of an object.
+type kept[S any] struct {
 	metav1.ObjectMeta
-	state *index.SecretState
+	state *S
 }

@@ -139,6 +139,7 @@ type target struct {
 	subset  string
 	http    bool
 	grpc    bool // HTTP/2 whatever the port says: what spans and logs are sent to
+	encrypt bool // connections of which TLS has ended at the gateway, and that get another
 }
 
 func (t target) name() string {
@@ -148,6 +149,9 @@ func (t target) name() string {
 	}
 	if t.grpc {
 		kind = "grpc"
+	}
+	if t.encrypt {
+		kind = "tls"
 	}
 	if t.subset != "" {
 		kind += "/" + t.subset

@@ -60,7 +60,7 @@ func (b *builder) toMain() *clusterv3.Cluster {
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 		ConnectTimeout:       durationpb.New(connectTimeout),
 		CircuitBreakers:      limits(&mesh.Traffic{}),
-		TransportSocket:      b.internal(),
+		TransportSocket:      b.internal(b.raw()),
 		LoadAssignment: &endpointv3.ClusterLoadAssignment{ClusterName: mainInternal, Endpoints: []*endpointv3.LocalityLbEndpoints{{
 			LbEndpoints: []*endpointv3.LbEndpoint{{HostIdentifier: &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{
 				Address: internalAddress(mainInternal, ""),
@@ -69,14 +69,14 @@ func (b *builder) toMain() *clusterv3.Cluster {
 	}
 }
 
-// internal is the socket between two listeners of one Envoy. The address of an endpoint travels with it.
-func (b *builder) internal() *corev3.TransportSocket {
+// internal is the socket between two listeners of one Envoy, and what is spoken on it. The address of an endpoint travels with it.
+func (b *builder) internal(inner *corev3.TransportSocket) *corev3.TransportSocket {
 	return b.transport("envoy.transport_sockets.internal_upstream", &internalupstreamv3.InternalUpstreamTransport{
 		PassthroughMetadata: []*internalupstreamv3.InternalUpstreamTransport_MetadataValueSource{{
 			Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}},
 			Name: metaOriginalDst,
 		}},
-		TransportSocket: b.raw(),
+		TransportSocket: inner,
 	})
 }
 
@@ -121,8 +121,8 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 		CircuitBreakers:      limits(use),
 		OutlierDetection:     outliers(use.Outliers),
 		TransportSocketMatches: []*clusterv3.Cluster_TransportSocketMatch{
-			{Name: "tunnel", Match: tunnelled(), TransportSocket: b.internal()},
-			{Name: "plaintext", Match: &structpb.Struct{}, TransportSocket: b.raw()},
+			{Name: "tunnel", Match: tunnelled(), TransportSocket: b.internal(b.application(t))},
+			{Name: "plaintext", Match: &structpb.Struct{}, TransportSocket: b.application(t)},
 		},
 		// Endpoints that are gone or unready are not waited for.
 		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
@@ -180,7 +180,7 @@ func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
 	}
 	i := slices.IndexFunc(svc.Ports, func(p mesh.ServicePort) bool { return p.Port == t.port })
 	labels, known := subsetLabels(svc, t.subset)
-	if i < 0 || !known {
+	if e := b.encryption(t); i < 0 || !known || e != nil && e.Invalid != "" {
 		return out
 	}
 	group := &endpointv3.LocalityLbEndpoints{LoadBalancingWeight: wrapperspb.UInt32(1)}

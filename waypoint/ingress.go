@@ -217,8 +217,9 @@ func (b *builder) forwardTCP(c chain, in *mesh.IngressListener) *listenerv3.Filt
 			continue
 		}
 		name := blackHole
-		if t.Invalid == "" && b.lookup(t.Service) != nil {
+		if svc := b.lookup(t.Service); t.Invalid == "" && svc != nil {
 			k := target{service: t.Service, port: b.portOf(c, &t), subset: t.Subset}
+			k.encrypt = in.TLS != nil && svc.TLSFor(k.port) != nil // what passes is TLS already
 			b.targets[k] = true
 			name = k.name()
 		}
@@ -255,8 +256,13 @@ func downstream(in *mesh.IngressListener) *tlsv3.DownstreamTlsContext {
 	out := &tlsv3.DownstreamTlsContext{CommonTlsContext: common}
 	if t.ClientRoots != "" {
 		out.RequireClientCertificate = wrapperspb.Bool(!t.Optional)
-		common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{
-			ValidationContextSdsSecretConfig: &tlsv3.SdsSecretConfig{Name: t.ClientRoots + rootsSuffix, SdsConfig: adsSource()},
+		roots := &tlsv3.SdsSecretConfig{Name: t.ClientRoots + rootsSuffix, SdsConfig: adsSource()}
+		common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContextSdsSecretConfig{ValidationContextSdsSecretConfig: roots}
+		if t.Untrusted {
+			common.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
+				DefaultValidationContext:         &tlsv3.CertificateValidationContext{TrustChainVerification: tlsv3.CertificateValidationContext_ACCEPT_UNTRUSTED},
+				ValidationContextSdsSecretConfig: roots,
+			}}
 		}
 	}
 	return out
@@ -267,9 +273,6 @@ const rootsSuffix = "-cacert"
 
 // secrets are what Envoy is given of a certificate.
 func secrets(c *mesh.Certificate) (out []*tlsv3.Secret) {
-	inline := func(s string) *corev3.DataSource {
-		return &corev3.DataSource{Specifier: &corev3.DataSource_InlineBytes{InlineBytes: []byte(s)}}
-	}
 	if c.Chain != "" {
 		out = append(out, &tlsv3.Secret{Name: c.Name, Type: &tlsv3.Secret_TlsCertificate{
 			TlsCertificate: &tlsv3.TlsCertificate{CertificateChain: inline(c.Chain), PrivateKey: inline(string(c.Key))},

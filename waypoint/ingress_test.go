@@ -65,11 +65,36 @@ func entrance(t *testing.T) *mesh.Ingress {
 }
 
 func TestIngress(t *testing.T) {
-	b := mesh.NewBuilder(shop(nil))
 	in := entrance(t)
 	in.Telemetry = told(&mesh.TelemetryProvider{Name: "zipkin", Kind: mesh.TelemetryZipkin, Path: "/api/v2/spans", Service: catalog, Port: 80, ShortIDs: true})
+	ingressGolden(t, "ingress", shop(nil), in)
+}
+
+// TestEncryptedBackends has a gateway speak TLS to applications, but where TLS passes it or where it cannot be had.
+func TestEncryptedBackends(t *testing.T) {
+	in := entrance(t)
+	in.BackendCertificate = "shop/site"
+	in.Listeners[2].TLS.Optional, in.Listeners[2].TLS.Untrusted = true, true
+	in.Listeners[1].Hosts[0].Rules[0].Backends = append(in.Listeners[1].Hosts[0].Rules[0].Backends,
+		mesh.HTTPBackend{Service: stock, Port: 50051, Weight: 1}, mesh.HTTPBackend{Service: stock, Port: 9000, Weight: 1})
+	s := shop(func(s *mesh.Service) {
+		s.TLS = []mesh.BackendTLS{{Host: "catalog.example", Names: []mesh.CertificateName{{Name: "catalog.example"}, {URI: true, Name: "spiffe://example/catalog"}}, Roots: in.Certificates[0].Chain}}
+	})
+	b := mesh.NewBuilder(s)
+	other := *s.Service(stock)
+	other.TLS = []mesh.BackendTLS{
+		{Host: "stock.example", Names: []mesh.CertificateName{{Name: "stock.example"}}, Roots: in.Certificates[0].Chain}, {Port: 9000, Invalid: "there are no roots"},
+	}
+	b.PutService(&other)
+	ingressGolden(t, "ingress-encrypted", b.Commit(2), in)
+}
+
+// ingressGolden compares what is written for a gateway with a file.
+func ingressGolden(t *testing.T, name string, s *mesh.Snapshot, in *mesh.Ingress) {
+	t.Helper()
+	b := mesh.NewBuilder(s)
 	b.PutIngress(in)
-	r, err := Build(b.Commit(2), ingress)
+	r, err := Build(b.Commit(s.Revision()+1), ingress)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +113,7 @@ func TestIngress(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	got, file := golden(t, "ingress", r), filepath.Join("testdata", "ingress.yaml")
+	got, file := golden(t, name, r), filepath.Join("testdata", name+".yaml")
 	if *update {
 		if err := os.WriteFile(file, got, 0o644); err != nil {
 			t.Fatal(err)

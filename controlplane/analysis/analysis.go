@@ -260,6 +260,8 @@ func typed(o *unstructured.Unstructured) (any, error) {
 		out = &gatewayv1.TLSRoute{}
 	case gatewayv1.GroupName + "/TCPRoute":
 		out = &gatewayv1.TCPRoute{}
+	case gatewayv1.GroupName + "/BackendTLSPolicy":
+		out = &gatewayv1.BackendTLSPolicy{}
 	case gatewayv1.GroupName + "/ReferenceGrant":
 		out = &gatewayv1beta1.ReferenceGrant{}
 	default:

@@ -90,6 +90,21 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 	status := g.Status.DeepCopy()
 	changed := meta.SetStatusCondition(&status.Conditions, acceptedNow)
 	changed = meta.SetStatusCondition(&status.Conditions, programmed) || changed
+	if t := g.Spec.TLS; t != nil && t.Backend != nil && t.Backend.ClientCertificateRef != nil && state != nil {
+		resolved := condition(string(gatewayv1.GatewayConditionResolvedRefs), true, string(gatewayv1.GatewayReasonResolvedRefs), "all references are resolved", g.Generation)
+		if v := state.Resolved; !v.OK() {
+			resolved.Status, resolved.Reason, resolved.Message = metav1.ConditionFalse, v.Reason, v.Message
+		}
+		changed = meta.SetStatusCondition(&status.Conditions, resolved) || changed
+	} else {
+		changed = meta.RemoveStatusCondition(&status.Conditions, string(gatewayv1.GatewayConditionResolvedRefs)) || changed
+	}
+	if ports := insecurePorts(g); ports != "" && state != nil {
+		changed = meta.SetStatusCondition(&status.Conditions, condition(string(gatewayv1.GatewayConditionInsecureFrontendValidationMode), true,
+			string(gatewayv1.GatewayReasonConfigurationChanged), "clients are let in without a valid certificate: "+ports, g.Generation)) || changed
+	} else {
+		changed = meta.RemoveStatusCondition(&status.Conditions, string(gatewayv1.GatewayConditionInsecureFrontendValidationMode)) || changed
+	}
 	next := []gatewayv1.GatewayStatusAddress{}
 	for _, a := range addresses {
 		next = append(next, gatewayv1.GatewayStatusAddress{Type: &a.kind, Value: a.value})
@@ -126,6 +141,26 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
 		d.Log.Warn("status of a Gateway not written", "namespace", g.Namespace, "gateway", g.Name, "error", err)
 	}
+}
+
+// insecurePorts says where a Gateway lets clients in whatever their certificates are; "" for nowhere.
+func insecurePorts(g *gatewayv1.Gateway) string {
+	if g.Spec.TLS == nil || g.Spec.TLS.Frontend == nil {
+		return ""
+	}
+	insecure := func(v *gatewayv1.FrontendTLSValidation) bool {
+		return v != nil && v.Mode == gatewayv1.AllowInsecureFallback
+	}
+	var out []string
+	if insecure(g.Spec.TLS.Frontend.Default.Validation) {
+		out = append(out, "by default")
+	}
+	for _, p := range g.Spec.TLS.Frontend.PerPort {
+		if insecure(p.TLS.Validation) {
+			out = append(out, fmt.Sprintf("on port %d", p.Port))
+		}
+	}
+	return strings.Join(out, ", ")
 }
 
 func invalidListeners(s *index.GatewayState) string {

@@ -103,5 +103,8 @@ func (f *ingressFact) tls(l *ingressListener) *mesh.ListenerTLS {
 	for _, r := range l.refs {
 		out.Certificates = append(out.Certificates, secretOf(f, r).String())
 	}
+	if c := l.clients; c != nil {
+		out.ClientRoots, out.Optional, out.Untrusted = clientsName(l.port), c.insecure, c.insecure
+	}
 	return out
 }

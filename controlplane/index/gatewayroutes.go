@@ -19,13 +19,14 @@ import (
 // of another namespace for the clients of that namespace alone, who then meet no other. What a route says is followed by the
 // Service's waypoint; without one it has no effect, which its conditions say.
 
-// RouteKey names a route.
+// RouteKey names a route, or a BackendTLSPolicy: what is said of it is of the same kind.
 type RouteKey struct {
 	Kind            Kind
 	Namespace, Name string
 }
 
-// RouteState is what has become of a route at each Service that it is attached to.
+// RouteState is what has become of a route at each Service and Gateway that it is attached to, of a policy at each Gateway that it
+// is for.
 type RouteState struct {
 	UID     string
 	Parents []RouteParent
@@ -313,8 +314,8 @@ func (x *Index) backends(f *gatewayRouteFact, parent mesh.ServiceName) routing.B
 		switch {
 		case i < 0:
 			return not(gatewayv1.RouteReasonBackendNotFound, "Service "+at+" has no port "+strconv.Itoa(int(port)))
-		case s.service.Ports[i].App == mesh.AppTLS && !f.connections():
-			return not(gatewayv1.RouteReasonUnsupportedProtocol, "port "+strconv.Itoa(int(port))+" of Service "+at+" is declared as TLS")
+		case s.service.Ports[i].App == mesh.AppTLS && !f.connections() && (parent != (mesh.ServiceName{}) || !x.encrypted(s, port)): // waypoints do not speak it
+			return not(gatewayv1.RouteReasonUnsupportedProtocol, "port "+strconv.Itoa(int(port))+" of Service "+at+" is declared as TLS; gateways speak it where a BackendTLSPolicy says how")
 		}
 		return mesh.HTTPBackend{Service: name, Port: port}, routing.Verdict{}
 	}

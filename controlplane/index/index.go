@@ -50,13 +50,14 @@ const (
 	IstioGateway // of networking.istio.io
 	TLSRoute
 	TCPRoute
+	BackendTLSPolicy
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
 	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry", "Gateway",
-	"TLSRoute", "TCPRoute",
+	"TLSRoute", "TCPRoute", "BackendTLSPolicy",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -126,6 +127,7 @@ type Update struct {
 	APIServer  []netip.Prefix     // from where it calls, changed or not
 	Keys       []policy.KeySource // that are needed, changed or not
 	Secrets    []SecretKey        // that gateways need, changed or not
+	Roots      []RootsKey         // the same, and policies about their backends
 }
 
 // source is an object that workloads are made from.
@@ -169,6 +171,7 @@ type Index struct {
 	gatewayAPI
 	ingressAPI
 	istioGatewayAPI
+	backendAPI
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -235,6 +238,7 @@ func New(cfg Config) (*Index, error) {
 		gatewayAPI:      newGatewayAPI(),
 		ingressAPI:      newIngressAPI(),
 		istioGatewayAPI: newIstioGatewayAPI(),
+		backendAPI:      newBackendAPI(),
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -310,6 +314,8 @@ func (x *Index) Set(obj any) {
 		x.setGatewayRoute(TLSRoute, keyOf(o), x.c.tlsRouteFactOf(o))
 	case *gatewayv1.TCPRoute:
 		x.setGatewayRoute(TCPRoute, keyOf(o), x.c.tcpRouteFactOf(o))
+	case *gatewayv1.BackendTLSPolicy:
+		x.setBackendTLS(keyOf(o), backendTLSFactOf(o))
 	case *gatewayv1beta1.ReferenceGrant:
 		x.setGrant(keyOf(o), &grantFact{key: keyOf(o), from: o.Spec.From, to: o.Spec.To})
 	case *unstructured.Unstructured:
@@ -366,6 +372,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setClass(name, "")
 	case HTTPRoute, GRPCRoute, TLSRoute, TCPRoute:
 		x.setGatewayRoute(kind, k, nil)
+	case BackendTLSPolicy:
+		x.setBackendTLS(k, nil)
 	case ReferenceGrant:
 		x.setGrant(k, nil)
 	}
@@ -385,6 +393,7 @@ func (x *Index) Commit() *Update {
 		Gateways:   map[GatewayKey]*GatewayState{},
 		Notices:    map[NoticeKey]*Notice{},
 	}
+	x.dirtyBackendTLS = x.dirtyBackendTLS || len(x.dirtyHosts)+len(x.dirtyGatewayRoutes)+len(x.dirtyIngress) > 0
 	x.commitUDP()
 	cfg := x.c.meshConfig()
 	cfg.UDPNamespaces = x.udp
@@ -400,6 +409,7 @@ func (x *Index) Commit() *Update {
 	x.commitNamespaces(u)
 	x.commitStates(u)
 	x.commitRoutes(u)
+	x.commitBackendTLS(u)
 
 	x.dirtyPolicies = emptied(x.dirtyPolicies)
 	x.dirtyHosts = emptied(x.dirtyHosts)
@@ -411,6 +421,7 @@ func (x *Index) Commit() *Update {
 		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
 	}
 	u.Snapshot, u.APIServer, u.Keys, u.Secrets = x.snapshot, x.apiServer, x.keySources(), x.wantedSecrets()
+	u.Roots = x.wantedRoots()
 	return u
 }
 
@@ -459,6 +470,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		x.route(s)
 		s.Access, s.Tokens = x.accessOf(is)
 		s.Telemetry = x.telemetryOf(is)
+		s.TLS = x.backendTLSOf(is)
 		b.PutService(s)
 	}
 }

@@ -84,6 +84,9 @@ func dump(x *Index) string {
 		if v.Telemetry != nil {
 			line("%s", toldText(v.Telemetry))
 		}
+		for _, e := range v.TLS {
+			line("  encrypted port %d host %s names %+v roots %d bytes invalid %q", e.Port, e.Host, e.Names, len(e.Roots), e.Invalid)
+		}
 		for _, s := range v.Subsets {
 			line("  subset %s %v", s.Name, s.Labels)
 		}
@@ -119,6 +122,9 @@ func dump(x *Index) string {
 	for _, k := range slices.SortedFunc(maps.Keys(x.gatewayStates), compareKeys) {
 		g := x.gatewayStates[k]
 		line("gateway %s accepted %+v", k, g.Accepted)
+		if !g.Resolved.OK() {
+			line("  resolved %+v", g.Resolved)
+		}
 		for _, l := range g.Listeners {
 			line("  listener %s attached %d accepted %+v resolved %+v conflicted %+v", l.Name, l.Attached, l.Accepted, l.Resolved, l.Conflicted)
 			for _, kind := range l.Kinds {
@@ -280,6 +286,8 @@ func decode(t testing.TB, doc string) any {
 		obj = &gatewayv1.TLSRoute{}
 	case "TCPRoute":
 		obj = &gatewayv1.TCPRoute{}
+	case "BackendTLSPolicy":
+		obj = &gatewayv1.BackendTLSPolicy{}
 	case "ReferenceGrant":
 		obj = &gatewayv1beta1.ReferenceGrant{}
 	default:
@@ -484,7 +492,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+11).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+12).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -542,6 +550,11 @@ func drawObject(t *rapid.T) (ref, any) {
 		r.Spec.ParentRefs = drawParents(t)
 		mustYAML(t, `{rules: [{backendRefs: [{name: s0, port: 80}]}]}`, &r.Spec)
 		return ref{kind, keyOf(r)}, r
+	case BackendTLSPolicy:
+		p := &gatewayv1.BackendTLSPolicy{ObjectMeta: drawMeta(t, "name", "bt0", "bt1")}
+		mustYAML(t, pick(t, "policy", `{targetRefs: [{group: "", kind: Service, name: s0}], validation: {hostname: a.x, caCertificateRefs: [{group: "", kind: ConfigMap, name: c}]}}`,
+			`{targetRefs: [{group: "", kind: Service, name: s0, sectionName: http}, {group: "", kind: Service, name: s1}], validation: {hostname: a.x, wellKnownCACertificates: System}}`), &p.Spec)
+		return ref{kind, keyOf(p)}, p
 	case ReferenceGrant:
 		g := &gatewayv1beta1.ReferenceGrant{ObjectMeta: drawMeta(t, "name", "g0", "g1")}
 		mustYAML(t, pick(t, "grant", `{from: [{group: gateway.networking.k8s.io, kind: HTTPRoute, namespace: a}], to: [{group: "", kind: Service}]}`,

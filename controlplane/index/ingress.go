@@ -40,6 +40,7 @@ type GatewayState struct {
 	UID        string
 	Generation int64
 	Accepted   routing.Verdict
+	Resolved   routing.Verdict // of what it is to show to applications
 	Listeners  []ListenerState // as many as the Gateway has
 }
 
@@ -69,6 +70,7 @@ type ingressFact struct {
 	name       string // of its pods
 	accepted   routing.Verdict
 	listeners  []ingressListener
+	shown      *gatewayv1.SecretObjectReference // to applications with which TLS is spoken
 }
 
 // ingressListener is what a listener says.
@@ -82,6 +84,7 @@ type ingressListener struct {
 	namespaces labels.Selector
 	refs       []gatewayv1.SecretObjectReference
 	passes     bool // TLS goes on as it comes
+	clients    *clientChecks
 
 	accepted, resolved, conflicted routing.Verdict
 }
@@ -91,6 +94,7 @@ type ingressAPI struct {
 	ingresses    map[string]map[string]*ingressFact
 	classes      map[string]string // class → controller
 	secrets      map[key]*SecretState
+	roots        map[key]*RootsState // ConfigMaps
 	dirtyIngress map[key]struct{}
 
 	routesOf map[key]map[ref]struct{} // by the Gateway that they name
@@ -103,7 +107,7 @@ type ingressAPI struct {
 
 func newIngressAPI() ingressAPI {
 	return ingressAPI{
-		ingresses: map[string]map[string]*ingressFact{}, classes: map[string]string{IngressClass: IngressController}, secrets: map[key]*SecretState{},
+		ingresses: map[string]map[string]*ingressFact{}, classes: map[string]string{IngressClass: IngressController}, secrets: map[key]*SecretState{}, roots: map[key]*RootsState{},
 		dirtyIngress: map[key]struct{}{}, routesOf: map[key]map[ref]struct{}{}, gatewayStates: map[key]*GatewayState{},
 		routesAttached: map[key]map[*boundRoute]struct{}{}, ingressNames: map[key]mesh.ServiceName{},
 	}
@@ -138,6 +142,9 @@ func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
 	if i := g.Spec.Infrastructure; i != nil && i.ParametersRef != nil {
 		f.accepted = verdict(gatewayv1.GatewayReasonInvalidParameters, "infrastructure.parametersRef is not supported")
 	}
+	if t := g.Spec.TLS; t != nil && t.Backend != nil {
+		f.shown = t.Backend.ClientCertificateRef
+	}
 	type at struct {
 		port uint16
 		host string
@@ -145,6 +152,7 @@ func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
 	taken, protocols := map[at]gatewayv1.SectionName{}, map[uint16]*ingressListener{}
 	for i := range g.Spec.Listeners {
 		l := listenerOf(&g.Spec.Listeners[i])
+		l.clients = checksOf(g.Spec.TLS, &l)
 		if l.accepted.OK() {
 			first, k := protocols[l.port], at{l.port, l.host}
 			other, same := taken[k]
@@ -356,34 +364,6 @@ func (x *Index) admits(g *ingressFact, l *ingressListener, ns string) bool {
 	return false
 }
 
-// covers reports whether every host of b is one of a; "" and "*" are all hosts.
-func covers(a, b string) bool {
-	switch {
-	case a == "" || a == "*" || a == b:
-		return true
-	case strings.HasPrefix(a, "*."):
-		return strings.HasSuffix(b, a[1:]) && len(b) > len(a)-1
-	}
-	return false
-}
-
-// intersection are the hosts of a listener that a route is for.
-func intersection(listener string, route []string) []string {
-	if len(route) == 0 {
-		return []string{cmp.Or(listener, "*")}
-	}
-	var out []string
-	for _, h := range route {
-		switch {
-		case covers(listener, h):
-			out = append(out, h)
-		case covers(h, listener) && !slices.Contains(out, listener):
-			out = append(out, listener)
-		}
-	}
-	return out
-}
-
 // commitIngress writes what gateways serve, after the routes have been bound.
 func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 	for k := range x.dirtyIngress {
@@ -413,7 +393,7 @@ func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 }
 
 func (s *GatewayState) equal(o *GatewayState) bool {
-	return s.UID == o.UID && s.Generation == o.Generation && s.Accepted == o.Accepted && slices.EqualFunc(s.Listeners, o.Listeners, func(a, b ListenerState) bool {
+	return s.UID == o.UID && s.Generation == o.Generation && s.Accepted == o.Accepted && s.Resolved == o.Resolved && slices.EqualFunc(s.Listeners, o.Listeners, func(a, b ListenerState) bool {
 		return a.Name == b.Name && a.Attached == b.Attached && a.Accepted == b.Accepted && a.Resolved == b.Resolved && a.Conflicted == b.Conflicted &&
 			slices.EqualFunc(a.Kinds, b.Kinds, func(p, q gatewayv1.RouteGroupKind) bool { return p.Kind == q.Kind })
 	})
@@ -425,6 +405,16 @@ func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 	in.Access, in.Tokens = x.ingressAccess(f)
 	in.Telemetry = x.ingressTelemetry(f)
 	state := &GatewayState{UID: f.uid, Generation: f.generation, Accepted: f.accepted}
+	if f.shown != nil {
+		c, v := x.certificate(f, *f.shown, gatewayv1.ListenerConditionReason(gatewayv1.GatewayReasonInvalidClientCertificateRef))
+		if v.OK() {
+			in.AddCertificate(c)
+			in.BackendCertificate = c.Name
+		} else {
+			v.Message = "tls.backend.clientCertificateRef: " + v.Message
+		}
+		state.Resolved = v
+	}
 	attached := make([][]placed, len(f.listeners))
 	for b := range x.routesAttached[f.key] {
 		for _, a := range b.at {
@@ -444,6 +434,15 @@ func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 		if l.terminates() && s.resolvable() {
 			if v := x.certificates(f, l, in); !v.OK() {
 				s.Resolved = v
+			}
+		}
+		if l.clients != nil && s.resolvable() {
+			accepted, resolved := x.clientRootsAt(f, l, in)
+			if !resolved.OK() {
+				s.Resolved = resolved
+			}
+			if s.Accepted.OK() {
+				s.Accepted = accepted
 			}
 		}
 		state.Listeners = append(state.Listeners, s)

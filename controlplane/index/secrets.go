@@ -97,12 +97,18 @@ func isSecret(r gatewayv1.SecretObjectReference) bool {
 
 // wants are the Secrets that a Gateway refers to.
 func (f *ingressFact) wants() (out []key) {
+	add := func(r gatewayv1.SecretObjectReference) {
+		if isSecret(r) {
+			out = append(out, secretOf(f, r))
+		}
+	}
 	for _, l := range f.listeners {
 		for _, r := range l.refs {
-			if isSecret(r) {
-				out = append(out, secretOf(f, r))
-			}
+			add(r)
 		}
+	}
+	if f.shown != nil {
+		add(*f.shown)
 	}
 	return out
 }
@@ -150,29 +156,36 @@ func (x *Index) secretGranted(f *ingressFact, k key) bool {
 func (x *Index) certificates(f *ingressFact, l *ingressListener, in *mesh.Ingress) routing.Verdict {
 	var found []mesh.Certificate
 	for i, r := range l.refs {
-		at := fmt.Sprintf("tls.certificateRefs[%d]: ", i)
-		k := secretOf(f, r)
-		switch {
-		case !isSecret(r):
-			return verdict(gatewayv1.ListenerReasonInvalidCertificateRef, at+"of kind "+string(deref(r.Kind, "Secret"))+"; only Secrets are followed")
-		case k.Namespace != f.Namespace && !x.secretGranted(f, k):
-			return verdict(gatewayv1.ListenerReasonRefNotPermitted, at+"no ReferenceGrant in "+k.Namespace+" lets Gateways of "+f.Namespace+" have Secret "+k.String())
+		c, v := x.certificate(f, r, gatewayv1.ListenerReasonInvalidCertificateRef)
+		if !v.OK() {
+			v.Message = fmt.Sprintf("tls.certificateRefs[%d]: %s", i, v.Message)
+			return v
 		}
-		s := x.secrets[k]
-		if s == nil {
-			return verdict(gatewayv1.ListenerReasonInvalidCertificateRef, at+"there is no Secret "+k.String())
-		}
-		if s.Problem != "" {
-			return verdict(gatewayv1.ListenerReasonInvalidCertificateRef, at+"Secret "+k.String()+": "+s.Problem)
-		}
-		c := s.Certificate
-		c.Name = k.String()
 		found = append(found, c)
 	}
 	for _, c := range found {
-		if !slices.ContainsFunc(in.Certificates, func(o mesh.Certificate) bool { return o.Name == c.Name }) {
-			in.Certificates = append(in.Certificates, c)
-		}
+		in.AddCertificate(c)
 	}
 	return routing.Verdict{}
+}
+
+// certificate is the one that a Gateway refers to; the verdict says why it cannot have it.
+func (x *Index) certificate(f *ingressFact, r gatewayv1.SecretObjectReference, invalid gatewayv1.ListenerConditionReason) (mesh.Certificate, routing.Verdict) {
+	k := secretOf(f, r)
+	switch {
+	case !isSecret(r):
+		return mesh.Certificate{}, verdict(invalid, "of kind "+string(deref(r.Kind, "Secret"))+"; only Secrets are followed")
+	case k.Namespace != f.Namespace && !x.secretGranted(f, k):
+		return mesh.Certificate{}, verdict(gatewayv1.ListenerReasonRefNotPermitted, "no ReferenceGrant in "+k.Namespace+" lets Gateways of "+f.Namespace+" have Secret "+k.String())
+	}
+	s := x.secrets[k]
+	if s == nil {
+		return mesh.Certificate{}, verdict(invalid, "there is no Secret "+k.String())
+	}
+	if s.Problem != "" {
+		return mesh.Certificate{}, verdict(invalid, "Secret "+k.String()+": "+s.Problem)
+	}
+	c := s.Certificate
+	c.Name = k.String()
+	return c, routing.Verdict{}
 }

@@ -157,7 +157,7 @@ func (s *serving) terminate(g *istioGatewayFact, server *routing.Server) *mesh.L
 		}
 		c := state.Certificate
 		c.Name, c.Roots, c.CRL = k.String(), "", ""
-		s.certificate(c)
+		s.out.AddCertificate(c)
 		t.Certificates = append(t.Certificates, c.Name)
 	}
 	if server.ClientRoots != "" {
@@ -169,15 +169,9 @@ func (s *serving) terminate(g *istioGatewayFact, server *routing.Server) *mesh.L
 			return nil
 		}
 		t.ClientRoots = "roots of " + k.String()
-		s.certificate(mesh.Certificate{Name: t.ClientRoots, Roots: state.Certificate.Roots, CRL: state.Certificate.CRL})
+		s.out.AddCertificate(mesh.Certificate{Name: t.ClientRoots, Roots: state.Certificate.Roots, CRL: state.Certificate.CRL})
 	}
 	return &t
-}
-
-func (s *serving) certificate(c mesh.Certificate) {
-	if !slices.ContainsFunc(s.out.Certificates, func(o mesh.Certificate) bool { return o.Name == c.Name }) {
-		s.out.Certificates = append(s.out.Certificates, c)
-	}
 }
 
 // at yields the VirtualServices for a server, the oldest first.

@@ -59,6 +59,7 @@ type Source struct {
 	changed map[ref]cache.Store           // what changed, and where its state is
 	keys    map[policy.KeySource]KeyState // that were fetched since
 	secrets map[SecretKey]*SecretState    // that changed since
+	roots   map[RootsKey]*RootsState
 	wake    chan struct{}
 }
 
@@ -142,6 +143,10 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().TLSRoutes().Informer() }},
 	{TCPRoute, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "tcproutes"},
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().TCPRoutes().Informer() }},
+	{BackendTLSPolicy, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "backendtlspolicies"},
+		func(f factories) cache.SharedIndexInformer {
+			return f.gateways.Gateway().V1().BackendTLSPolicies().Informer()
+		}},
 	// v1beta1 is what clusters with older definitions have too.
 	{ReferenceGrant, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1beta1", Resource: "referencegrants"},
 		func(f factories) cache.SharedIndexInformer {
@@ -364,26 +369,21 @@ func (s *Source) handler(kind Kind, store cache.Store) cache.ResourceEventHandle
 }
 
 // SetKeys tells what came of fetching a key set.
-func (s *Source) SetKeys(k policy.KeySource, state KeyState) {
-	s.mu.Lock()
-	if s.keys == nil {
-		s.keys = map[policy.KeySource]KeyState{}
-	}
-	s.keys[k] = state
-	s.mu.Unlock()
-	select {
-	case s.wake <- struct{}{}:
-	default:
-	}
-}
+func (s *Source) SetKeys(k policy.KeySource, state KeyState) { note(s, &s.keys, k, state) }
 
 // SetSecret tells what a Secret holds that an Update asked for; nil where there is none.
-func (s *Source) SetSecret(k SecretKey, state *SecretState) {
+func (s *Source) SetSecret(k SecretKey, state *SecretState) { note(s, &s.secrets, k, state) }
+
+// SetRoots tells what a ConfigMap holds that an Update asked for; nil where there is none.
+func (s *Source) SetRoots(k RootsKey, state *RootsState) { note(s, &s.roots, k, state) }
+
+// note keeps what is told until the next commit, and asks for that.
+func note[K comparable, V any](s *Source, in *map[K]V, k K, v V) {
 	s.mu.Lock()
-	if s.secrets == nil {
-		s.secrets = map[SecretKey]*SecretState{}
+	if *in == nil {
+		*in = map[K]V{}
 	}
-	s.secrets[k] = state
+	(*in)[k] = v
 	s.mu.Unlock()
 	select {
 	case s.wake <- struct{}{}:
@@ -395,11 +395,14 @@ func (s *Source) commit() *Update {
 	s.mu.Lock()
 	changed := s.changed
 	s.changed = map[ref]cache.Store{}
-	keys, secrets := s.keys, s.secrets
-	s.keys, s.secrets = nil, nil
+	keys, secrets, roots := s.keys, s.secrets, s.roots
+	s.keys, s.secrets, s.roots = nil, nil, nil
 	s.mu.Unlock()
 	for k, state := range secrets {
 		s.index.SetSecret(k, state)
+	}
+	for k, state := range roots {
+		s.index.SetRoots(k, state)
 	}
 	for k, state := range keys {
 		s.index.SetKeys(k, state)
@@ -468,6 +471,8 @@ func strip(obj any) (any, error) {
 	case *gatewayv1.TLSRoute:
 		o.ManagedFields = nil
 	case *gatewayv1.TCPRoute:
+		o.ManagedFields = nil
+	case *gatewayv1.BackendTLSPolicy:
 		o.ManagedFields = nil
 	case *gatewayv1beta1.ReferenceGrant:
 		o.ManagedFields = nil

@@ -130,3 +130,31 @@ func merged(routes []*boundRoute) []mesh.HTTPRule {
 	slices.SortFunc(routes, (*boundRoute).older)
 	return inOrder(routes, func(*boundRoute) []uint16 { return []uint16{0} })
 }
+
+// covers reports whether every host of b is one of a; "" and "*" are all hosts.
+func covers(a, b string) bool {
+	switch {
+	case a == "" || a == "*" || a == b:
+		return true
+	case strings.HasPrefix(a, "*."):
+		return strings.HasSuffix(b, a[1:]) && len(b) > len(a)-1
+	}
+	return false
+}
+
+// intersection are the hosts of a listener that a route is for.
+func intersection(listener string, route []string) []string {
+	if len(route) == 0 {
+		return []string{cmp.Or(listener, "*")}
+	}
+	var out []string
+	for _, h := range route {
+		switch {
+		case covers(listener, h):
+			out = append(out, h)
+		case covers(h, listener) && !slices.Contains(out, listener):
+			out = append(out, listener)
+		}
+	}
+	return out
+}

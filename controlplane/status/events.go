@@ -108,7 +108,7 @@ func reference(k index.NoticeKey, v index.Notice) corev1.ObjectReference {
 		ref.APIVersion = "security.istio.io/v1"
 	case index.Telemetry:
 		ref.APIVersion = "telemetry.istio.io/v1"
-	case index.HTTPRoute, index.GRPCRoute, index.TLSRoute, index.TCPRoute, index.Gateway:
+	case index.HTTPRoute, index.GRPCRoute, index.TLSRoute, index.TCPRoute, index.BackendTLSPolicy, index.Gateway:
 		ref.APIVersion = "gateway.networking.k8s.io/v1"
 	case index.ServiceEntry, index.WorkloadEntry, index.VirtualService, index.DestinationRule, index.IstioGateway:
 		ref.APIVersion = "networking.istio.io/v1"

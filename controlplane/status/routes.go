@@ -43,7 +43,8 @@ type RoutesConfig struct {
 	Metrics prometheus.Registerer
 }
 
-// Routes writes on routes of the Gateway API what has become of them at each Service and Gateway that they are attached to.
+// Routes writes on routes of the Gateway API, and on BackendTLSPolicies, what has become of them at each Service and Gateway
+// that they are attached to.
 type Routes struct {
 	cfg    RoutesConfig
 	writes *prometheus.CounterVec
@@ -58,7 +59,7 @@ type Routes struct {
 func NewRoutes(cfg RoutesConfig) *Routes {
 	r := &Routes{cfg: cfg, states: map[index.RouteKey]*index.RouteState{}, wrote: map[index.RouteKey]string{},
 		writes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "warren_route_status_writes_total", Help: "Writes of the conditions of routes of the Gateway API, by result.",
+			Name: "warren_route_status_writes_total", Help: "Writes of the conditions of routes and BackendTLSPolicies of the Gateway API, by result.",
 		}, []string{"result"})}
 	if cfg.Metrics != nil {
 		cfg.Metrics.MustRegister(r.writes)
@@ -118,7 +119,7 @@ func (r *Routes) reconcile(ctx context.Context, queue toWrite[index.RouteKey], l
 		return
 	}
 	patch, err := json.Marshal(map[string]any{
-		"metadata": map[string]any{"uid": o.UID, "resourceVersion": o.ResourceVersion}, "status": map[string]any{"parents": parents},
+		"metadata": map[string]any{"uid": o.UID, "resourceVersion": o.ResourceVersion}, "status": statusOf(k, parents),
 	})
 	if err == nil && limit.Wait(ctx) == nil {
 		err = r.cfg.Write(ctx, k, patch)
@@ -195,6 +196,22 @@ func routeStatus(o RouteObject, s *index.RouteState, now metav1.Time) (parents [
 	return parents, changed
 }
 
+// mostAncestors is how many the status of a policy may have.
+const mostAncestors = 16
+
+// statusOf is the status of a route, or of a policy, which calls the same by other names. A policy for more Gateways than its
+// status has room for says nothing of the last of them.
+func statusOf(k index.RouteKey, parents []gatewayv1.RouteParentStatus) any {
+	if k.Kind != index.BackendTLSPolicy {
+		return map[string]any{"parents": parents}
+	}
+	out := []gatewayv1.PolicyAncestorStatus{}
+	for _, p := range parents[:min(len(parents), mostAncestors)] {
+		out = append(out, gatewayv1.PolicyAncestorStatus{AncestorRef: p.ParentRef, ControllerName: p.ControllerName, Conditions: p.Conditions})
+	}
+	return gatewayv1.PolicyStatus{Ancestors: out}
+}
+
 // clipped is a message as long as a condition may have it.
 func clipped(s string) string {
 	const most = 4096
@@ -223,6 +240,12 @@ func RouteObjects(s *index.Source) func(index.RouteKey) (RouteObject, bool) {
 			return of(r, r.Status.RouteStatus)
 		case *gatewayv1.TCPRoute:
 			return of(r, r.Status.RouteStatus)
+		case *gatewayv1.BackendTLSPolicy:
+			var at gatewayv1.RouteStatus
+			for _, a := range r.Status.Ancestors {
+				at.Parents = append(at.Parents, gatewayv1.RouteParentStatus{ParentRef: a.AncestorRef, ControllerName: a.ControllerName, Conditions: a.Conditions})
+			}
+			return of(r, at)
 		}
 		return RouteObject{}, false
 	}
@@ -241,6 +264,8 @@ func WriteRouteStatus(client gatewayclient.Interface) func(context.Context, inde
 			_, err = client.GatewayV1().TLSRoutes(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		case index.TCPRoute:
 			_, err = client.GatewayV1().TCPRoutes(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		case index.BackendTLSPolicy:
+			_, err = client.GatewayV1().BackendTLSPolicies(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		default:
 			err = fmt.Errorf("not a route: %s", k.Kind)
 		}

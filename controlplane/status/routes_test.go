@@ -62,6 +62,27 @@ func TestRouteStatus(t *testing.T) {
 	}
 }
 
+// TestPolicyStatus has a policy's status say the same as a route's by its own names, and no more than there is room for.
+func TestPolicyStatus(t *testing.T) {
+	parents := make([]gatewayv1.RouteParentStatus, 20)
+	for i := range parents {
+		parents[i] = gatewayv1.RouteParentStatus{ParentRef: gatewayv1.ParentReference{Name: "edge"}, ControllerName: RouteController, Conditions: []metav1.Condition{{Type: "Accepted"}}}
+	}
+	b, err := json.Marshal(statusOf(index.RouteKey{Kind: index.BackendTLSPolicy}, parents))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got struct {
+		Ancestors []gatewayv1.PolicyAncestorStatus
+	}
+	if err := json.Unmarshal(b, &got); err != nil || len(got.Ancestors) != 16 || got.Ancestors[15].AncestorRef.Name != "edge" || len(got.Ancestors[0].Conditions) != 1 || got.Ancestors[0].ControllerName != RouteController {
+		t.Errorf("%s %v", b, err)
+	}
+	if b, err := json.Marshal(statusOf(index.RouteKey{Kind: index.BackendTLSPolicy}, []gatewayv1.RouteParentStatus{})); err != nil || string(b) != `{"ancestors":[]}` {
+		t.Errorf("for no Gateway: %s %v", b, err)
+	}
+}
+
 // TestRoutesAreWrittenOnce follows an API server that keeps what is written.
 func TestRoutesAreWrittenOnce(t *testing.T) {
 	k := index.RouteKey{Kind: index.HTTPRoute, Namespace: "shop", Name: "r"}

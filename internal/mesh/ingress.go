@@ -3,6 +3,7 @@ package mesh
 import (
 	"iter"
 	"reflect"
+	"slices"
 )
 
 // Ingress is what the pods of a gateway serve: ways into the mesh, or out of it, on ports of their own. Nodes know nothing
@@ -15,6 +16,8 @@ type Ingress struct {
 	Access       []AccessPolicy // by name
 	Tokens       []TokenRule
 	Telemetry    *Telemetry // nil: the default
+
+	BackendCertificate string // of Certificates, the one that is shown to applications with which it speaks TLS; "": none
 
 	Revision uint64
 }
@@ -44,6 +47,7 @@ type ListenerTLS struct {
 	Certificates []string // names of an Ingress' Certificates, of which the client's abilities choose
 	ClientRoots  string   // name of the one against whose roots clients' certificates are checked; "": none is asked for
 	Optional     bool     // a client may have none
+	Untrusted    bool     // and one that no root has signed
 	MinVersion   uint16   // of crypto/tls; 0: TLS 1.2
 	MaxVersion   uint16   // 0: TLS 1.3
 	Ciphers      []string // as Envoy names them; empty: its own choice
@@ -77,6 +81,13 @@ func (g *Ingress) Equal(o *Ingress) bool {
 	a, b := *g, *o
 	a.Revision, b.Revision = 0, 0
 	return reflect.DeepEqual(a, b)
+}
+
+// AddCertificate adds one that is not there yet, before the gateway is in a Snapshot.
+func (g *Ingress) AddCertificate(c Certificate) {
+	if !slices.ContainsFunc(g.Certificates, func(o Certificate) bool { return o.Name == c.Name }) {
+		g.Certificates = append(g.Certificates, c)
+	}
 }
 
 // Ingress returns what a gateway serves, or nil.

@@ -108,6 +108,8 @@ type Service struct {
 
 	Telemetry *Telemetry // of its waypoint; nil: the default
 
+	TLS []BackendTLS // of gateways, by port
+
 	Revision uint64
 }
 

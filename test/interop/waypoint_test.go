@@ -92,6 +92,7 @@ func placed(t *testing.T, b []byte) []byte {
 	clusters, routes, extensions := static(t, g)
 	inline(t, g.Listeners, routes, extensions)
 	inlineSecrets(t, g.Listeners, g.Secrets)
+	inlineSecrets(t, clusters, g.Secrets)
 	out, err := json.Marshal(object{
 		"node": object{"id": "test", "cluster": "test"},
 		"bootstrap_extensions": []any{object{"name": "envoy.bootstrap.internal_listener", "typed_config": object{
