@@ -110,6 +110,11 @@ func (a *app) analyze(cmd *cobra.Command, files []string, kube, recursive bool, 
 	if err != nil {
 		return err
 	}
+	ofMesh, err := meshFindings(a.namespace, settings["mesh"])
+	if err != nil {
+		return err
+	}
+	findings = append(findings, ofMesh...)
 	findings = slices.DeleteFunc(findings, func(f Finding) bool {
 		of := f.Namespace
 		if f.Kind == "Namespace" {
@@ -124,6 +129,16 @@ func (a *app) analyze(cmd *cobra.Command, files []string, kube, recursive bool, 
 		return errFound
 	}
 	return nil
+}
+
+// meshFindings are about the mesh's configuration.
+func meshFindings(root, text string) ([]Finding, error) {
+	ignored, err := ignoredMeshConfig(root, text)
+	var out []Finding
+	for _, s := range ignored {
+		out = append(out, Finding{Severity: "warning", Code: "partly-ignored", Kind: "ConfigMap", Namespace: root, Name: "istio", Field: "mesh", Message: s})
+	}
+	return out, err
 }
 
 func (a *app) printAnalysis(w io.Writer, findings []Finding, looked int) error {

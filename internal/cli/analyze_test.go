@@ -85,3 +85,25 @@ func TestAnalyzeOver(t *testing.T) {
 		t.Errorf("%v", alone)
 	}
 }
+
+// What the mesh's configuration asks for in vain is said.
+func TestAnalyzeMeshConfiguration(t *testing.T) {
+	for text, want := range map[string]string{
+		"": "",
+		"rootNamespace: mesh\ntrustDomain: a.b\ndefaultConfig: {discoveryAddress: istiod.mesh.svc:15012}": "",
+		"rootNamespace: mesh\nenableTracing: true":                                                        "meshConfig.enableTracing has no effect",
+		"defaultConfig: {tracing: {zipkin: {address: zipkin.mesh:9411}}}":                                 "meshConfig.defaultConfig.tracing.zipkin.address has no effect",
+	} {
+		found, err := meshFindings("mesh", text)
+		if err != nil || len(found) > 1 || want == "" != (len(found) == 0) {
+			t.Errorf("%q: %v, %v", text, found, err)
+			continue
+		}
+		if want != "" && (!strings.Contains(found[0].Message, want) || found[0].Name != "istio" || found[0].Code != "partly-ignored") {
+			t.Errorf("%q: %v", text, found[0])
+		}
+	}
+	if _, err := meshFindings("mesh", "a: ["); err == nil || !strings.Contains(err.Error(), "ConfigMap mesh/istio") {
+		t.Errorf("a configuration that cannot be read: %v", err)
+	}
+}

@@ -165,18 +165,12 @@ func istioConfig(ctx context.Context, c *conn, root string) (map[string]string, 
 	if err != nil {
 		return nil, nil, fmt.Errorf("reading the mesh's configuration: %w", err)
 	}
-	var mesh map[string]any
-	if err := yaml.Unmarshal([]byte(cm.Data["mesh"]), &mesh); err != nil {
-		return nil, nil, fmt.Errorf("reading the mesh's configuration: ConfigMap %s/istio, key mesh: %w", root, err)
-	}
-	if mesh["rootNamespace"] == root {
-		delete(mesh, "rootNamespace")
-	}
-	if d, ok := mesh["defaultConfig"].(map[string]any); ok {
-		delete(d, "discoveryAddress") // where it is, Warren's own is too
+	ignored, err := ignoredMeshConfig(root, cm.Data["mesh"])
+	if err != nil {
+		return nil, nil, err
 	}
 	var out []finding
-	for _, s := range release.IgnoredMeshConfig(mesh) {
+	for _, s := range ignored {
 		out = append(out, finding{"mesh configuration", "warning", s, ""})
 	}
 	var networks struct{ Networks map[string]any }
@@ -187,6 +181,21 @@ func istioConfig(ctx context.Context, c *conn, root string) (map[string]string, 
 		out = append(out, finding{"mesh configuration", "ok", "all of it is followed", "hand it over: warren install --set-string mesh.trustDomain=…, or -f with an IstioOperator"})
 	}
 	return cm.Data, out, nil
+}
+
+// ignoredMeshConfig is what of the mesh's configuration has no effect here, each with why.
+func ignoredMeshConfig(root, text string) ([]string, error) {
+	var mesh map[string]any
+	if err := yaml.Unmarshal([]byte(text), &mesh); err != nil {
+		return nil, fmt.Errorf("reading the mesh's configuration: ConfigMap %s/istio, key mesh: %w", root, err)
+	}
+	if mesh["rootNamespace"] == root {
+		delete(mesh, "rootNamespace")
+	}
+	if d, ok := mesh["defaultConfig"].(map[string]any); ok {
+		delete(d, "discoveryAddress") // where it is, Warren's own is too
+	}
+	return release.IgnoredMeshConfig(mesh), nil
 }
 
 // istioPods counts who is captured, and names who has a sidecar.

@@ -65,13 +65,15 @@ func meanings() map[string]string {
 
 // reasons say of what has no place here why not, by the beginning of its path.
 var reasons = []struct{ path, why string }{
-	{"components.ingressGateways", "no gateway is installed with the mesh: make a Gateway of the Gateway API"},
-	{"components.egressGateways", "no gateway is installed with the mesh: make a Gateway of the Gateway API"},
-	{"values.gateways", "no gateway is installed with the mesh: make a Gateway of the Gateway API"},
+	{"components.ingressGateways", "no gateway is installed with the mesh: install the chart of one (charts/gateway), or make a Gateway of the Gateway API"},
+	{"components.egressGateways", "no gateway is installed with the mesh: install the chart of one (charts/gateway), or make a Gateway of the Gateway API"},
+	{"values.gateways", "no gateway is installed with the mesh: install the chart of one (charts/gateway), or make a Gateway of the Gateway API"},
 	{"values.sidecarInjectorWebhook", "there are no sidecars"},
 	{"values.global.proxy", "there are no sidecars"},
 	{"components.istiodRemote", "see the profile external"},
-	{"addonComponents", "add-ons are not installed with the mesh"},
+	{"addonComponents", "add-ons are not installed with the mesh: kubectl apply -f samples/addons"},
+	{"meshConfig.enableTracing", "name a provider of meshConfig.extensionProviders in meshConfig.defaultProviders.tracing or in a Telemetry"},
+	{"meshConfig.defaultConfig.tracing", "name a provider of meshConfig.extensionProviders in meshConfig.defaultProviders.tracing or in a Telemetry"},
 	{"hub", "Warren's images are elsewhere: image.registry"},
 	{"tag", "Warren's images have tags of their own: image.tag"},
 	{"values.global.hub", "Warren's images are elsewhere: image.registry"},
