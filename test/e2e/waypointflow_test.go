@@ -3,8 +3,10 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"strings"
 	"sync"
@@ -111,8 +113,11 @@ func startRequests(t *testing.T, ns, pod, url string, rate float64) func() reque
 	return stop
 }
 
+var rollouts = flag.Int("rollouts", 0, "how many rollouts TestRolloutsThroughAWaypoint makes, instead of a check's or a soak's")
+
 // An application behind a waypoint is rolled out, again and again, and so is its waypoint: no request fails.
 func TestRolloutsThroughAWaypoint(t *testing.T) {
+	times := func(check, soak int) int { return cmp.Or(*rollouts, size(check, soak)) }
 	ns := behindWaypoint(t, "e2e-rollouts", size(5, 15), "client")
 	rollout := func(what string, n int, rate float64) requestReport {
 		t.Helper()
@@ -136,7 +141,7 @@ func TestRolloutsThroughAWaypoint(t *testing.T) {
 	}
 	fast := float64(size(100, 500))
 	for _, rate := range []float64{2, fast} {
-		n := size(1, 50)
+		n := times(5, 50)
 		r := rollout("deployment/inventory", n, rate)
 		name := "rollout-errors"
 		if rate == 2 {
@@ -144,7 +149,7 @@ func TestRolloutsThroughAWaypoint(t *testing.T) {
 		}
 		record("rollout-errors", name, r.Requests, r.Failed, float64(n), fmt.Sprintf("rollouts of %d pods at %g requests/s", size(5, 15), rate))
 	}
-	n := size(1, 10)
+	n := times(1, 10)
 	r := rollout("deployment/way", n, fast)
 	record("waypoint-rollout", "waypoint-rollout", r.Requests, r.Failed, float64(n), fmt.Sprintf("rollouts of the waypoint at %g requests/s", fast))
 }
