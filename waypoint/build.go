@@ -85,12 +85,13 @@ type builder struct {
 	from       map[mesh.ServiceName]*mesh.Service // what was looked at, nil where there was nothing
 	ingress    *mesh.Ingress                      // nil for a waypoint
 	targets    map[target]bool                    // what routes refer to
+	through    map[mesh.ServiceName]bool          // waypoints that something is sent by
 	extensions []*corev3.TypedExtensionConfig
 	err        error
 }
 
 func newBuilder(s *mesh.Snapshot, self mesh.ServiceName) *builder {
-	return &builder{s: s, self: self, from: map[mesh.ServiceName]*mesh.Service{}, targets: map[target]bool{}}
+	return &builder{s: s, self: self, from: map[mesh.ServiceName]*mesh.Service{}, targets: map[target]bool{}, through: map[mesh.ServiceName]bool{}}
 }
 
 // lookup finds a service.

@@ -86,6 +86,10 @@ func (b *builder) raw() *corev3.TransportSocket {
 
 // hbone is the tunnel to the pod that has the address, whichever it is.
 func (b *builder) hbone() *clusterv3.Cluster {
+	where := &clusterv3.Cluster_OriginalDstLbConfig{UpstreamPortOverride: wrapperspb.UInt32(mesh.HBONEPort)}
+	if b.ingress != nil {
+		where.MetadataKey = tunnelTo()
+	}
 	return &clusterv3.Cluster{
 		Name:                 hboneCluster,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
@@ -93,9 +97,7 @@ func (b *builder) hbone() *clusterv3.Cluster {
 		ConnectTimeout:       durationpb.New(connectTimeout),
 		CleanupInterval:      durationpb.New(time.Minute),
 		CircuitBreakers:      limits(&mesh.Traffic{}),
-		LbConfig: &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: &clusterv3.Cluster_OriginalDstLbConfig{
-			UpstreamPortOverride: wrapperspb.UInt32(mesh.HBONEPort),
-		}},
+		LbConfig:             &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: where},
 		TypedExtensionProtocolOptions: b.protocol(&upstreamhttpv3.HttpProtocolOptions{
 			UpstreamProtocolOptions: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
 				ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: b.tunnelOptions()},
@@ -183,6 +185,10 @@ func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
 	if e := b.encryption(t); i < 0 || !known || e != nil && e.Invalid != "" {
 		return out
 	}
+	if b.goesThrough(svc) {
+		out.Endpoints = b.throughWaypoint(svc, t.port)
+		return out
+	}
 	group := &endpointv3.LocalityLbEndpoints{LoadBalancingWeight: wrapperspb.UInt32(1)}
 	for w, ports := range b.s.Endpoints(t.service) {
 		if w.Network != b.s.Config().Network || len(w.Addrs) == 0 || !hasLabels(w.Labels, labels) {
@@ -208,15 +214,19 @@ func endpoint(w *mesh.Workload, at netip.AddrPort, unreadyToo bool) *endpointv3.
 	if !w.Healthy && !unreadyToo {
 		e.HealthStatus = corev3.HealthStatus_UNHEALTHY
 	}
-	address := socket(at.Addr().String(), uint32(at.Port()))
 	e.Metadata = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metaPeer: describe(w)}}
+	e.HostIdentifier = &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socket(at.Addr().String(), uint32(at.Port()))}}
 	if w.Tunnel == mesh.TunnelHBONE {
-		address = internalAddress(connectOriginate, at.String())
-		e.Metadata.FilterMetadata[metaOriginalDst] = &structpb.Struct{Fields: map[string]*structpb.Value{"local": structpb.NewStringValue(at.String())}}
-		e.Metadata.FilterMetadata[metaTransport] = tunnelled()
+		tunnel(e, at.String(), map[string]*structpb.Value{"local": structpb.NewStringValue(at.String())})
 	}
-	e.HostIdentifier = &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: address}}
 	return e
+}
+
+// tunnel has an endpoint be at the end of a tunnel.
+func tunnel(e *endpointv3.LbEndpoint, id string, original map[string]*structpb.Value) {
+	e.GetEndpoint().Address = internalAddress(connectOriginate, id)
+	e.Metadata.FilterMetadata[metaOriginalDst] = &structpb.Struct{Fields: original}
+	e.Metadata.FilterMetadata[metaTransport] = tunnelled()
 }
 
 // subsetLabels returns what an endpoint of a subset must have; known is false where the service has no such subset.

@@ -33,6 +33,7 @@ type ingressPart struct {
 	gateway *mesh.Ingress
 	from    map[mesh.ServiceName]*mesh.Service
 	targets map[target]bool
+	through map[mesh.ServiceName]bool
 	ipv6    bool
 }
 
@@ -44,6 +45,9 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 		unchanged := true
 		for t := range was.targets {
 			unchanged = unchanged && s.SameEndpoints(w.snapshot, t.service)
+		}
+		for n := range was.through {
+			unchanged = unchanged && s.SameEndpoints(w.snapshot, n)
 		}
 		if unchanged {
 			w.snapshot = s
@@ -95,7 +99,7 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 	if b.err != nil {
 		return nil, b.err
 	}
-	w.snapshot, w.ingress = s, &ingressPart{g, b.from, b.targets, b.hasIPv6()}
+	w.snapshot, w.ingress = s, &ingressPart{g, b.from, b.targets, b.through, b.hasIPv6()}
 	return w.keep(all), nil
 }
 

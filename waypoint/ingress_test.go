@@ -3,8 +3,10 @@ package waypoint
 import (
 	"bytes"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -87,6 +89,56 @@ func TestEncryptedBackends(t *testing.T) {
 	}
 	b.PutService(&other)
 	ingressGolden(t, "ingress-encrypted", b.Commit(2), in)
+}
+
+// TestIngressThroughWaypoint has a gateway send by the waypoint of a Service that asks for it. Without a pod of the waypoint
+// it sends nothing there.
+func TestIngressThroughWaypoint(t *testing.T) {
+	in := entrance(t)
+	s := shop(func(s *mesh.Service) { s.IngressUseWaypoint = true })
+	b := mesh.NewBuilder(s)
+	other := *s.Service(stock)
+	other.IngressUseWaypoint, other.Waypoint = true, &mesh.Gateway{Service: mesh.ServiceName{Namespace: "shop", Hostname: "gone.shop.svc.cluster.local"}}
+	b.PutService(&other)
+	b.PutWorkload(&mesh.Workload{
+		UID: "Kubernetes//Pod/shop/way-1", Namespace: "shop", Name: "way-1", Healthy: true, Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.9")},
+		Services: map[mesh.ServiceName][]mesh.ServicePort{gateway: {{Port: 15008, Target: 15008}}},
+	})
+	s = b.Commit(2)
+	ingressGolden(t, "ingress-waypoint", s, in)
+
+	// It follows the waypoint's pods.
+	b = mesh.NewBuilder(s)
+	b.PutIngress(in)
+	s = b.Commit(3)
+	w := NewWriter(ingress)
+	was, err := w.Write(s, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b = mesh.NewBuilder(s)
+	b.DeleteWorkload("Kubernetes//Pod/shop/way-1")
+	is, err := w.Write(b.Commit(4), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := countEndpoints(was, catalog); n != 1 {
+		t.Errorf("%d ways to the catalog, want the waypoint's pod", n)
+	}
+	if n := countEndpoints(is, catalog); n != 0 {
+		t.Errorf("without the waypoint there are %d ways to the catalog", n)
+	}
+}
+
+func countEndpoints(r *Resources, of mesh.ServiceName) (n int) {
+	for _, e := range r.Endpoints {
+		if strings.Contains(e.ClusterName, of.Hostname) {
+			for _, l := range e.Endpoints {
+				n = max(n, len(l.LbEndpoints))
+			}
+		}
+	}
+	return n
 }
 
 // ingressGolden compares what is written for a gateway with a file.

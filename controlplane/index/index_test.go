@@ -72,6 +72,9 @@ func dump(x *Index) string {
 		if v.Waypoint != nil {
 			line("  waypoint %s", v.Waypoint.Service)
 		}
+		if v.IngressUseWaypoint {
+			line("  gateways send by it")
+		}
 		for _, r := range v.HTTP {
 			line("  http %s port %d from %q matches %+v backends %+v invalid %q", r.Name, r.Port, r.From, r.Matches, r.Backends, r.Invalid)
 		}
@@ -609,13 +612,13 @@ func drawObject(t *rapid.T) (ref, any) {
 		n := &corev1.Namespace{}
 		n.Name = pick(t, "namespace", "a", "b", "istio-system")
 		n.Labels = pick(t, "labels", nil, map[string]string{labelMode: "ambient"}, map[string]string{labelMode: "odd"},
-			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"}, map[string]string{LabelWaypoint: "w"},
+			map[string]string{labelInjection: "enabled"}, map[string]string{"team": "meshed"}, map[string]string{LabelWaypoint: "w"}, map[string]string{labelIngressUses: "true"},
 			map[string]string{labelUDP: udpEnforce}, map[string]string{labelUDP: "odd"})
 		n.Annotations = pick(t, "annotations", nil, map[string]string{annotationTrafficDistribution: "PreferClose"})
 		return ref{kind, key{"", n.Name}}, n
 	case Service:
 		s := &corev1.Service{ObjectMeta: drawMeta(t, "service", "s0", "s1")}
-		s.Labels = pick(t, "labels", nil, map[string]string{LabelWaypoint: "w"})
+		s.Labels = pick(t, "labels", nil, map[string]string{LabelWaypoint: "w"}, map[string]string{LabelWaypoint: "w", labelIngressUses: "false"})
 		s.Spec.Selector = pick(t, "selector", nil, map[string]string{"app": "x"}, map[string]string{"app": "z"})
 		s.Spec.ClusterIP = pick(t, "vip", "None", "10.96.0.1", "10.96.0.2")
 		s.Spec.Type = pick(t, "type", corev1.ServiceTypeClusterIP, corev1.ServiceTypeClusterIP, corev1.ServiceTypeExternalName)

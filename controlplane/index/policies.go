@@ -33,6 +33,7 @@ func (c Config) PolicyMesh() policy.Mesh {
 const (
 	LabelWaypoint          = "istio.io/use-waypoint"
 	LabelWaypointNamespace = "istio.io/use-waypoint-namespace"
+	labelIngressUses       = "istio.io/ingress-use-waypoint" // gateways send by the waypoint, too
 )
 
 // WaypointClass is that of the Gateways that are waypoints.

@@ -28,7 +28,8 @@ type serviceFact struct {
 
 	waypoint     key // asked for by labels; the zero key where it wants none
 	waypointSaid bool
-	managed      bool // made for a Gateway: a waypoint's own
+	ingressUses  string // whether gateways send by the waypoint; "" where that is left to the namespace
+	managed      bool   // made for a Gateway: a waypoint's own
 }
 
 // portFact is how a service port finds its target on one endpoint.
@@ -78,6 +79,7 @@ func (c *compiled) serviceFactOf(s *corev1.Service) *serviceFact {
 		local:    s.Spec.InternalTrafficPolicy != nil && *s.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal,
 	}
 	f.waypoint, f.waypointSaid = waypointOf(s.Labels, s.Namespace)
+	f.ingressUses = s.Labels[labelIngressUses]
 	f.managed = s.Labels[labelManaged] != ""
 	if s.Spec.TrafficDistribution != nil {
 		if d := distributionOf(*s.Spec.TrafficDistribution); d != spreadAny {
@@ -163,6 +165,11 @@ func appProtocolOf(port uint16, name string) mesh.AppProtocol {
 // finish adds what the namespace says to a service of its own.
 func (f *serviceFact) finish(ns *namespaceFact) *mesh.Service {
 	s := f.service
+	uses := f.ingressUses
+	if uses == "" && ns != nil {
+		uses = ns.labels[labelIngressUses]
+	}
+	s.IngressUseWaypoint = uses == "true"
 	if f.fixedLB {
 		return &s
 	}
@@ -266,6 +273,7 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 		spread:  distributionOf(e.Annotations[annotationTrafficDistribution]),
 	}
 	template.waypoint, template.waypointSaid = waypointOf(e.Labels, e.Namespace)
+	template.ingressUses = e.Labels[labelIngressUses]
 	if spec.WorkloadSelector != nil {
 		template.selector = spec.WorkloadSelector.Labels
 	}
