@@ -47,6 +47,7 @@ type told struct {
 	versions  map[string]string   // of them, by waypoint.ActiveKey
 	failed    string              // why they are not told what holds now
 	pods      map[*envoyPod]struct{}
+	late      lateNames
 }
 
 // envoyPod is one stream.
@@ -146,8 +147,7 @@ func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service)
 	if r == t.resources {
 		return
 	}
-	w.serial++
-	if err := w.cache.SetSnapshot(context.Background(), name.String(), served{r, strconv.FormatUint(w.serial, 10)}); err != nil {
+	if err := w.send(name, t, r); err != nil {
 		t.failed = clip(err.Error())
 		w.log.Error("configuration of a waypoint not sent", "waypoint", name.String(), "error", err)
 		return
@@ -161,20 +161,45 @@ func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service)
 	}
 }
 
+// send has the cache serve resources.
+func (w *Waypoints) send(name mesh.ServiceName, t *told, r *waypoint.Resources) error {
+	w.serial++
+	return w.cache.SetSnapshot(context.Background(), name.String(), served{r, strconv.FormatUint(w.serial, 10), t.late.endpoints(r)})
+}
+
 // served is what the library's cache serves: whoever wrote the resources knows their hashes.
 type served struct {
 	*waypoint.Resources
 	serial string
+	late   map[string]envoytypes.Resource
 }
 
-func (s served) GetVersion(string) string                                { return s.serial }
-func (s served) GetVersionMap(kind string) map[string]string             { return s.Versions(kind) }
-func (s served) GetResources(kind string) map[string]envoytypes.Resource { return s.ByName(kind) }
-func (s served) ConstructVersionMap() error                              { return nil }
+func (s served) GetVersion(string) string   { return s.serial }
+func (s served) ConstructVersionMap() error { return nil }
+
+func (s served) GetVersionMap(kind string) map[string]string {
+	if kind != envoyresource.EndpointType || len(s.late) == 0 {
+		return s.Versions(kind)
+	}
+	out := maps.Clone(s.Versions(kind))
+	for name := range s.late {
+		out[name] = lateVersion
+	}
+	return out
+}
+
+func (s served) GetResources(kind string) map[string]envoytypes.Resource {
+	if kind != envoyresource.EndpointType || len(s.late) == 0 {
+		return s.ByName(kind)
+	}
+	out := maps.Clone(s.ByName(kind))
+	maps.Copy(out, s.late)
+	return out
+}
 
 func (s served) GetResourcesAndTTL(kind string) map[string]envoytypes.ResourceWithTTL {
 	out := map[string]envoytypes.ResourceWithTTL{}
-	for name, r := range s.ByName(kind) {
+	for name, r := range s.GetResources(kind) {
 		out[name] = envoytypes.ResourceWithTTL{Resource: r}
 	}
 	return out
@@ -186,7 +211,7 @@ func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscove
 	w.mu.Lock()
 	t := w.open[name]
 	if t == nil {
-		t = &told{writer: waypoint.NewWriter(name), pods: map[*envoyPod]struct{}{}}
+		t = &told{writer: waypoint.NewWriter(name), pods: map[*envoyPod]struct{}{}, late: lateNames{}}
 		w.open[name] = t
 		w.build(name, t, waypoint.Bound(w.snapshot)[name])
 	}
@@ -194,6 +219,7 @@ func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscove
 	w.mu.Unlock()
 	defer func() {
 		w.mu.Lock()
+		t.late.forget(me)
 		if delete(t.pods, me); len(t.pods) == 0 {
 			delete(w.open, name)
 			w.cache.ClearSnapshot(name.String())
@@ -203,7 +229,7 @@ func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscove
 	}()
 	log := w.log.With("waypoint", name.String(), "peer", peer)
 	log.Info("waypoint connected")
-	h := heard{w, t, me, log}
+	h := heard{w, t, me, name, log}
 	err := delta.NewServer(stream.Context(), w.cache, h).DeltaStreamHandler(owned{stream, name.String(), h}, envoyresource.AnyType)
 	log.Info("waypoint disconnected", "error", err)
 	return err
@@ -226,6 +252,9 @@ func (s owned) Recv() (*discovery.DeltaDiscoveryRequest, error) {
 			s.heard.active(req)
 			continue
 		}
+		if req.TypeUrl == envoyresource.EndpointType {
+			s.heard.asked(req)
+		}
 		s.heard.named(req.GetNode())
 		req.Node = &core.Node{Id: s.name}
 		return req, nil
@@ -237,6 +266,7 @@ type heard struct {
 	w    *Waypoints
 	told *told
 	pod  *envoyPod
+	name mesh.ServiceName // of the waypoint
 	log  *slog.Logger
 }
 
