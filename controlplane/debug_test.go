@@ -39,7 +39,8 @@ func (c *cluster) ask(token string, req *discovery.DiscoveryRequest) (*discovery
 // istioctl learns of every client how far it is, with a token that only who may make one has.
 func TestIstioctlAsks(t *testing.T) {
 	c := start(t)
-	sync := &discovery.DiscoveryRequest{TypeUrl: "istio.io/debug/syncz", Node: &core.Node{Id: "sidecar~10.0.0.9~test-1.default~default.svc.cluster.local"}}
+	sync := &discovery.DiscoveryRequest{TypeUrl: "istio.io/debug/syncz", Node: &core.Node{Id: "sidecar~10.0.0.9~test-1.default~default.svc.cluster.local"},
+		ResponseNonce: "2026-11-22 15:30:00 +0000 UTC"}
 	w := c.watch("node-1")
 	if err := w.stream.Send(&discovery.DeltaDiscoveryRequest{TypeUrl: xds.TypeAddress, Node: &core.Node{
 		Id: "ztunnel~10.0.0.1~warren-node-a.istio-system~istio-system.svc.cluster.local",

@@ -19,6 +19,7 @@ var (
 	kernelDesc   = prometheus.NewDesc("warren_datapath_outcomes_total", "Outcomes of the BPF programs since they were first loaded.", []string{"outcome"}, nil)
 	waysDesc     = prometheus.NewDesc("warren_same_node_pods", "Captured pods of this node, by the way of their direct connections: redirected from veth to veth, or through the node's stack and why.", []string{"way", "reason"}, nil)
 	driftDesc    = prometheus.NewDesc("warren_datapath_drift_total", "What audits have found wrong in the kernel, and repaired: rows of its maps, and pods.", []string{"map"}, nil)
+	repairsDesc  = prometheus.NewDesc("warren_datapath_repairs_total", "The sum of warren_datapath_drift_total, which is there from the start.", nil, nil)
 	identityDesc = prometheus.NewDesc("warren_identities", "Identities that the agent has certificates for.", nil, nil)
 	signedDesc   = prometheus.NewDesc("warren_certificates_signed_total", "Certificates received from the CA.", nil, nil)
 	unsignedDesc = prometheus.NewDesc("warren_certificates_failed_total", "Requests to the CA that failed.", nil, nil)
@@ -69,9 +70,12 @@ func (t *telemetry) Collect(ch chan<- prometheus.Metric) {
 			counter(kernelDesc, n, name)
 		}
 	}
+	repairs := uint64(0)
 	for name, n := range a.datapath.Drift() {
 		counter(driftDesc, n, name)
+		repairs += n
 	}
+	counter(repairsDesc, repairs)
 	ways := map[datapath.Detour]int{}
 	for _, why := range a.datapath.Detours() {
 		ways[why]++

@@ -103,7 +103,8 @@ func (s *Server) StreamAggregatedResources(stream grpc.BidiStreamingServer[disco
 	if err != nil {
 		return err
 	}
-	for nonce := 1; ; nonce++ {
+	nonce := ""
+	for n := 1; ; n++ {
 		req, err := stream.Recv()
 		if err != nil {
 			if errors.Is(err, io.EOF) {
@@ -111,15 +112,16 @@ func (s *Server) StreamAggregatedResources(stream grpc.BidiStreamingServer[disco
 			}
 			return err
 		}
-		if req.ResponseNonce != "" { // it has the answer
+		if nonce != "" && req.ResponseNonce == nonce { // it has the answer; in a question istioctl has a nonce of its own
 			continue
 		}
 		resources, err := s.debug(req)
 		if err != nil {
 			return err
 		}
+		nonce = strconv.Itoa(n)
 		if err := stream.Send(&discovery.DiscoveryResponse{
-			TypeUrl: req.TypeUrl, Nonce: strconv.Itoa(nonce), VersionInfo: strconv.FormatUint(s.cache.Revision(), 10),
+			TypeUrl: req.TypeUrl, Nonce: nonce, VersionInfo: strconv.FormatUint(s.cache.Revision(), 10),
 			Resources: resources, ControlPlane: &core.ControlPlane{Identifier: identifier},
 		}); err != nil {
 			return err

@@ -78,6 +78,9 @@ func NewServer(cfg Config, cache *Cache) *Server {
 			Name: "warren_xds_refused_total", Help: "Streams refused because of who asked.",
 		}),
 	}}
+	for _, short := range shortNames { // from the start: a series that begins with its first event has no increase
+		s.m.rejects.WithLabelValues(short)
+	}
 	if cfg.Metrics != nil {
 		cfg.Metrics.MustRegister(s.m.connected, s.m.pushes, s.m.rejects, s.m.pushErrors, s.m.convergence, s.m.refused)
 	}

@@ -69,6 +69,10 @@ func NewWaypoints(log *slog.Logger, metrics prometheus.Registerer) *Waypoints {
 			Name: "warren_waypoint_rejects_total", Help: "Responses that a waypoint's Envoy rejected, by type.",
 		}, []string{"type"}),
 	}
+	for _, url := range []string{envoyresource.ClusterType, envoyresource.EndpointType, envoyresource.ListenerType, envoyresource.RouteType,
+		envoyresource.ExtensionConfigType, envoyresource.SecretType} {
+		w.failed.WithLabelValues(url) // from the start: a series that begins with its first event has no increase
+	}
 	if metrics != nil {
 		metrics.MustRegister(w.failed)
 	}

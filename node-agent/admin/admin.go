@@ -180,11 +180,12 @@ var levels = map[string]slog.Level{
 
 // logging tells or sets the log level. As with ztunnel and Envoy only POST does.
 func (s *Server) logging(w http.ResponseWriter, r *http.Request) {
-	if q := r.URL.Query(); q.Has("level") || q.Has("reset") {
-		want := q.Get("level")
-		if q.Has("reset") && want == "" {
-			want = "info"
-		}
+	q := r.URL.Query()
+	want := q.Get("level") // istioctl asks with an empty one
+	if q.Has("reset") && want == "" {
+		want = "info"
+	}
+	if want != "" {
 		l, ok := levels[want]
 		if !ok {
 			http.Error(w, fmt.Sprintf("level %q is invalid: take error, warn, info, debug or off", want), http.StatusBadRequest)
