@@ -126,7 +126,7 @@ var dashboards = []dashboard{
 				{title: "With the control plane", unit: "short", stat: true, queries: one("sum(warren_xds_connected)", "")},
 				{title: "With a holder", unit: "short", stat: true, queries: one("sum(warren_holder_connected)", "")},
 				{title: "Pending pods", unit: "short", stat: true, about: "Pods of the mesh that are not captured yet.", queries: one("sum(workload_manager_pending_proxy_count)", "")},
-				{title: "Repairs in an hour", unit: "short", stat: true, about: "What audits found wrong in the kernel.", queries: one("sum(increase(warren_datapath_drift_total[1h]))", "")},
+				{title: "Repairs in an hour", unit: "short", stat: true, about: "What audits found wrong in the kernel.", queries: one("sum(increase(warren_datapath_repairs_total[1h]))", "")},
 			}},
 			{"Pods and tunnels", []panel{
 				{title: "Captured pods", unit: "short", queries: one("workload_manager_active_proxy_count", "{{node}}")},
