@@ -51,11 +51,20 @@ func TestUninstall(t *testing.T) {
 			}
 		}
 	}
+	// The pods that clean stay until they are deleted, and do not start over and over.
+	events, err := mesh.Kubectl(t.Context(), "-n", lab.Namespace, "get", "events", "--field-selector=reason=BackOff",
+		"-o", `jsonpath={range .items[*]}{.involvedObject.name}: {.message}{"\n"}{end}`)
+	must(t, err)
+	for line := range strings.Lines(events) {
+		if strings.HasPrefix(line, "warren-uninstall-") {
+			t.Errorf("a pod that cleans: %s", line)
+		}
+	}
 	must(t, mesh.Run(t.Context(), lab.PodSpec{Namespace: ns, Name: "later", Node: nodes[0], Args: []string{"sleep"}}))
 	must(t, mesh.AwaitReady(t.Context(), ns, time.Minute))
 
 	must(t, mesh.Install(t.Context()))
-	_, err := mesh.AwaitRedirection(t.Context(), ns, "enabled", time.Minute)
+	_, err = mesh.AwaitRedirection(t.Context(), ns, "enabled", time.Minute)
 	must(t, err)
 	must(t, lab.Eventually(t.Context(), 10*time.Second, func() error {
 		if err := dial(); err != nil {

@@ -150,6 +150,11 @@ spec:
 `, namespace, config, node, Image, prometheusDir))
 }
 
+// OnDisk puts Prometheus on the disk of a node of our own cluster and returns its directory there.
+func (l *Lab) OnDisk(prometheus, node string) (string, error) {
+	return prometheusDir, l.install(prometheus, node, prometheusDir, "prometheus")
+}
+
 // install puts a program on the disk of a node of our own cluster.
 func (l *Lab) install(program, node, dir, name string) error {
 	n, err := l.Cluster.Node(node)
@@ -180,9 +185,13 @@ func copyProgram(from, to string) error {
 	return out.Close()
 }
 
-// AskPrometheus calls Prometheus' API, through the API server, and decodes the answer's data.
+// AskPrometheus calls the API of the Prometheus of a namespace, through the API server, and decodes the answer's data.
 func (l *Lab) AskPrometheus(ctx context.Context, namespace, path string, query url.Values, data any) error {
-	out, err := l.Kubectl(ctx, "get", "--raw", "/api/v1/namespaces/"+namespace+"/pods/prometheus:9090/proxy/api/v1/"+path+"?"+query.Encode())
+	at := "pods"
+	if namespace == Namespace { // that of samples/addons
+		at = "services"
+	}
+	out, err := l.Kubectl(ctx, "get", "--raw", "/api/v1/namespaces/"+namespace+"/"+at+"/prometheus:9090/proxy/api/v1/"+path+"?"+query.Encode())
 	if err != nil {
 		return err
 	}
