@@ -24,6 +24,8 @@ func TestGatewayConnections(t *testing.T) {
 	must(t, mesh.Apply(ctx, tlsSecret(ns, "ends", cert, key)))
 	must(t, mesh.Apply(ctx, tlsSecret(ns, "own", ownCert, ownKey)))
 	must(t, mesh.Apply(ctx, ownTLS(ns)))
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	inMesh(t, ns) // before there are pods that are not captured
 	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
 apiVersion: v1
 kind: Service
@@ -64,7 +66,6 @@ spec:
   rules: [{backendRefs: [{name: inventory, port: 80}]}]
 `, "NS", ns)))
 	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
-	inMesh(t, ns)
 	client := outside{address: addressOf(t, ns, "data"), roots: roots}
 	pages := map[string]int64{ // and the certificate that is shown
 		"https://own.example/apis/own/v1": 2, "https://ends.example/stock": 1, "http://anything.example:9000/stock": 0,

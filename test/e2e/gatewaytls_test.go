@@ -31,7 +31,12 @@ func TestGatewayTLS(t *testing.T) {
 	ownCert, ownKey, _ := site(t, 2, "own.internal")
 	clientCert, clientKey, _ := site(t, 3, "client")
 	otherCert, otherKey, _ := site(t, 4, "client")
-	for _, manifest := range []string{tlsSecret(ns, "shop", cert, key), tlsSecret(ns, "own", ownCert, ownKey), rootsMap(t, ns, "own-roots", ownCert), rootsMap(t, ns, "clients", clientCert), ownTLS(ns), `
+	for _, manifest := range []string{tlsSecret(ns, "shop", cert, key), tlsSecret(ns, "own", ownCert, ownKey), rootsMap(t, ns, "own-roots", ownCert), rootsMap(t, ns, "clients", clientCert), ownTLS(ns)} {
+		must(t, mesh.Apply(ctx, manifest))
+	}
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	inMesh(t, ns) // before there are pods that are not captured
+	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata: {name: shop, namespace: NS}
@@ -56,11 +61,8 @@ metadata: {name: own, namespace: NS}
 spec:
   targetRefs: [{group: "", kind: Service, name: own}]
   validation: {hostname: own.internal, caCertificateRefs: [{group: "", kind: ConfigMap, name: own-roots}]}
-`} {
-		must(t, mesh.Apply(ctx, strings.ReplaceAll(manifest, "NS", ns)))
-	}
+`, "NS", ns)))
 	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
-	inMesh(t, ns)
 	strict(t, ns)
 	client := outside{address: addressOf(t, ns, "shop"), roots: roots}
 	const plain, encrypted = "http://shop.example/apis/own/v1", "https://shop.example/apis/own/v1"

@@ -17,6 +17,8 @@ func TestGatewayThroughWaypoint(t *testing.T) {
 	balance(t)
 	ns := namespace(t, "e2e-through", ambient)
 	must(t, mesh.Run(ctx, lab.PodSpec{Namespace: ns, Name: "inventory", Account: "inventory", Node: nodes[1], Args: []string{"inventory"}}))
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	inMesh(t, ns) // before there are pods that are not captured
 	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
 apiVersion: v1
 kind: Service
@@ -52,7 +54,6 @@ spec:
   rules: [{from: [{source: {principals: [cluster.local/ns/NS/sa/edge-istio]}}], to: [{operation: {paths: [/secret]}}]}]
 `, "NS", ns)))
 	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
-	inMesh(t, ns)
 	enforced(t, ns, "no-secrets")
 	client := outside{address: addressOf(t, ns, "edge")}
 	client.becomes(t, "http://shop.example/stock", 503)
