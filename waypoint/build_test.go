@@ -103,6 +103,11 @@ func told(to *mesh.TelemetryProvider) *mesh.Telemetry {
 
 var cases = map[string]func(*mesh.Service){
 	"plain": nil,
+	"connections": func(s *mesh.Service) {
+		s.Ports = append(s.Ports, mesh.ServicePort{Port: 9000, Target: 9000}, mesh.ServicePort{Port: 5432, Target: 5432, App: mesh.AppTCP})
+		s.Routed = []mesh.Routed{{Port: 5432, Backends: []mesh.HTTPBackend{{Invalid: "there is no such Service", Weight: 1}}},
+			{Port: 9000, Backends: []mesh.HTTPBackend{{Service: stock, Port: 3306, Weight: 3}, {Service: catalog, Port: 9000, Weight: 1}, {Service: catalog, Port: 80}}}}
+	},
 	"split": one(mesh.HTTPRule{Name: "shop/canary/0", Backends: []mesh.HTTPBackend{to("v1", 80), to("v2", 20)}}),
 	"matches": rules(
 		mesh.HTTPRule{Name: "exact", Backends: []mesh.HTTPBackend{to("v1", 1)}, Matches: []mesh.HTTPMatch{

@@ -201,6 +201,9 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 		fmt.Fprintf(h, "%s\n", vip.Addr)
 	}
 	for _, port := range svc.Ports {
+		if svc.RoutedAt(port.Port) != nil { // requests, too
+			port.App = mesh.AppTCP
+		}
 		c := chain{svc: svc, port: port}
 		if c.http() {
 			p.routes = append(p.routes, b.item(old.routes, c.name("http"), b.routes(c)))

@@ -210,20 +210,30 @@ func (b *builder) ingressRoutes(c chain, in *mesh.IngressListener) *routev3.Rout
 
 // forwardTCP shares connections out to backends.
 func (b *builder) forwardTCP(c chain, in *mesh.IngressListener) *listenerv3.Filter {
-	p := &tcpproxyv3.TcpProxy{
-		StatPrefix: c.name("tcp"), ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: blackHole}, IdleTimeout: durationpb.New(0),
-		AccessLog:        b.tells(c, false),
+	p := b.tcpProxy(c)
+	b.share(p, c, in.Backends)
+	return b.networkFilter("envoy.filters.network.tcp_proxy", p)
+}
+
+// tcpProxy passes connections on.
+func (b *builder) tcpProxy(c chain) *tcpproxyv3.TcpProxy {
+	return &tcpproxyv3.TcpProxy{
+		StatPrefix: c.name("tcp"), IdleTimeout: durationpb.New(0), AccessLog: b.tells(c, false),
 		AccessLogOptions: &tcpproxyv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
 	}
+}
+
+// share has connections go to backends by their weights.
+func (b *builder) share(p *tcpproxyv3.TcpProxy, c chain, backends []mesh.HTTPBackend) {
 	w := &tcpproxyv3.TcpProxy_WeightedCluster{}
-	for _, t := range in.Backends {
+	for _, t := range backends {
 		if t.Weight == 0 {
 			continue
 		}
 		name := blackHole
 		if svc := b.lookup(t.Service); t.Invalid == "" && svc != nil {
 			k := target{service: t.Service, port: b.portOf(c, &t), subset: t.Subset}
-			k.encrypt = in.TLS != nil && svc.TLSFor(k.port) != nil // what passes is TLS already
+			k.encrypt = c.ingress != nil && c.ingress.TLS != nil && svc.TLSFor(k.port) != nil // what passes is TLS already
 			b.targets[k] = true
 			name = k.name()
 		}
@@ -231,12 +241,12 @@ func (b *builder) forwardTCP(c chain, in *mesh.IngressListener) *listenerv3.Filt
 	}
 	switch len(w.Clusters) {
 	case 0:
+		p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: blackHole}
 	case 1:
 		p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: w.Clusters[0].Name}
 	default:
 		p.ClusterSpecifier = &tcpproxyv3.TcpProxy_WeightedClusters{WeightedClusters: w}
 	}
-	return b.networkFilter("envoy.filters.network.tcp_proxy", p)
 }
 
 var tlsVersions = map[uint16]tlsv3.TlsParameters_TlsProtocol{

@@ -312,14 +312,13 @@ func (b *builder) noEnvoyHeaders() *corev3.TypedExtensionConfig {
 }
 
 func (b *builder) serveTCP(c chain) *listenerv3.Filter {
-	return b.networkFilter("envoy.filters.network.tcp_proxy", &tcpproxyv3.TcpProxy{
-		HashPolicy:       b.connectionHash(c),
-		StatPrefix:       c.name("tcp"),
-		ClusterSpecifier: &tcpproxyv3.TcpProxy_Cluster{Cluster: target{service: c.svc.Name, port: c.port.Port}.name()},
-		IdleTimeout:      durationpb.New(0),
-		AccessLog:        b.tells(c, false),
-		AccessLogOptions: &tcpproxyv3.TcpProxy_TcpAccessLogOptions{FlushAccessLogOnConnected: true},
-	})
+	p := b.tcpProxy(c)
+	p.HashPolicy = b.connectionHash(c)
+	p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: target{service: c.svc.Name, port: c.port.Port}.name()}
+	if r := c.svc.RoutedAt(c.port.Port); r != nil {
+		b.share(p, c, r.Backends)
+	}
+	return b.networkFilter("envoy.filters.network.tcp_proxy", p)
 }
 
 // logFields are what is written about each request or connection.

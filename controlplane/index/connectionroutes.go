@@ -108,3 +108,23 @@ func (f *ingressFact) tls(l *ingressListener) *mesh.ListenerTLS {
 	}
 	return out
 }
+
+// routed are the ports of a service of which TCPRoutes share the connections out. Of several routes the oldest has a port.
+func (x *Index) routed(name mesh.ServiceName) (out []mesh.Routed) {
+	var routes []*boundRoute
+	for b := range x.routesAt[name] {
+		if b.fact.kind == TCPRoute && len(b.backends) > 0 {
+			routes = append(routes, b)
+		}
+	}
+	slices.SortFunc(routes, (*boundRoute).older)
+	for _, b := range routes {
+		for _, port := range x.portsOf(b) {
+			if !slices.ContainsFunc(out, func(o mesh.Routed) bool { return o.Port == port }) {
+				out = append(out, mesh.Routed{Port: port, Backends: b.backends})
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b mesh.Routed) int { return cmp.Compare(a.Port, b.Port) })
+	return out
+}

@@ -343,33 +343,37 @@ func (x *Index) bind(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundRou
 	case len(s.service.VIPs) == 0:
 		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" is headless: without an address of its own nothing can be routed")
 	}
-	if f.connections() {
-		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), f.kind.String()+"s are followed at Gateways alone, not at Services")
+	switch {
+	case f.kind == TLSRoute:
+		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "TLSRoutes are followed at Gateways alone, not at Services; a TCPRoute is, whatever the server name")
+	case f.kind == TCPRoute && b.from != "":
+		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "a TCPRoute of another namespace, for its own clients, is not followed; write it in the namespace "+k.Namespace)
 	}
-	var opaque []string
+	var other []string
 	for i, port := range s.service.Ports {
 		if p.Port != nil && uint16(*p.Port) != port.Port || p.SectionName != nil && string(*p.SectionName) != s.ports[i].name {
 			continue
 		}
-		switch port.App {
-		case mesh.AppTCP, mesh.AppTLS:
-			opaque = append(opaque, strconv.Itoa(int(port.Port)))
-		default:
+		if opaquely := port.App == mesh.AppTCP || port.App == mesh.AppTLS; port.App == mesh.AppUnknown || opaquely == f.connections() {
 			b.ports = append(b.ports, port.Port)
+		} else {
+			other = append(other, strconv.Itoa(int(port.Port)))
 		}
 	}
 	slices.Sort(b.ports)
 	switch {
-	case len(b.ports) == 0 && len(opaque) == 0:
+	case len(b.ports) == 0 && len(other) == 0:
 		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" has no such port")
+	case len(b.ports) == 0 && f.connections():
+		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "port "+strings.Join(other, ", ")+" of "+at+" is declared as HTTP, which HTTPRoutes are for")
 	case len(b.ports) == 0:
-		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "port "+strings.Join(opaque, ", ")+" of "+at+" is declared as other than HTTP")
+		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "port "+strings.Join(other, ", ")+" of "+at+" is declared as other than HTTP")
 	case x.waypointFor(s) == nil:
 		return refuse(reasonNoWaypoint, "it has no effect: "+at+" is not behind a waypoint for Services (label istio.io/use-waypoint)")
 	case !r.Accepted.OK():
 		b.parent.Accepted = r.Accepted // its rules are there, and fail what they match
 	}
-	b.rules = r.Rules
+	b.rules, b.backends = r.Rules, r.Backends
 	return b
 }
 
@@ -448,7 +452,11 @@ func (x *Index) stateRoute(u *Update, r ref) {
 	for _, b := range x.routesBound[r] {
 		p := b.parent
 		if b.gateway == (key{}) && p.Accepted.OK() && len(x.portsOf(b)) == 0 {
-			p.Accepted = routing.Verdict{Reason: ReasonConflicted, Message: "GRPCRoutes are attached to the same ports of the Service, and hold there"}
+			others := "GRPCRoutes"
+			if f.connections() {
+				others = "HTTPRoutes or GRPCRoutes"
+			}
+			p.Accepted = routing.Verdict{Reason: ReasonConflicted, Message: others + " are attached to the same ports of the Service, and hold there"}
 			p.Partly = routing.Verdict{}
 		}
 		next.Parents = append(next.Parents, p)
@@ -481,14 +489,15 @@ func SameParent(a, b gatewayv1.ParentReference) bool {
 		deref(a.Namespace, "") == deref(b.Namespace, "") && a.Name == b.Name && deref(a.SectionName, "") == deref(b.SectionName, "") && same(a.Port, b.Port)
 }
 
-// portsOf are the ports where a route holds: those where the routes of its clients are of its kind. GRPCRoutes come first.
+// portsOf are the ports where a route holds: those where the routes of its clients are of its kind. GRPCRoutes come first, then
+// HTTPRoutes, whomever they are for where the other is for connections.
 func (x *Index) portsOf(b *boundRoute) []uint16 {
 	if b.fact.kind == GRPCRoute {
 		return b.ports
 	}
 	var taken []uint16
 	for o := range x.routesAt[b.name] {
-		if o.fact.kind == GRPCRoute && o.from == b.from && len(o.rules) > 0 {
+		if len(o.rules) > 0 && (o.fact.kind == GRPCRoute && o.from == b.from || b.fact.connections()) {
 			taken = append(taken, o.ports...)
 		}
 	}

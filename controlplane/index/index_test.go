@@ -87,6 +87,9 @@ func dump(x *Index) string {
 		if v.Telemetry != nil {
 			line("%s", toldText(v.Telemetry))
 		}
+		for _, r := range v.Routed {
+			line("  routed port %d to %+v", r.Port, r.Backends)
+		}
 		for _, e := range v.TLS {
 			line("  encrypted port %d host %s names %+v roots %d bytes invalid %q", e.Port, e.Host, e.Names, len(e.Roots), e.Invalid)
 		}

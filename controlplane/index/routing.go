@@ -172,7 +172,7 @@ func (x *Index) route(s *mesh.Service) {
 			rules = append(rules, mesh.HTTPRule{Name: v.Namespace + "/" + v.Name, Direct: &mesh.HTTPDirect{Status: 404}})
 		}
 	}
-	s.HTTP = rules
+	s.HTTP, s.Routed = rules, x.routed(s.Name)
 	if d := oldest(x.destinations, s.Name); d != nil {
 		s.Subsets, s.Traffic = d.subsets, d.traffic
 	}

@@ -82,6 +82,22 @@ type HTTPBackend struct {
 	Invalid  string // why nothing can be sent there: its share is answered with 500
 }
 
+// Routed is a port of a service of which connections, whatever is in them, are shared out to backends.
+type Routed struct {
+	Port     uint16
+	Backends []HTTPBackend
+}
+
+// RoutedAt is what says where connections to a port go; nil where that is the service itself.
+func (s *Service) RoutedAt(port uint16) *Routed {
+	for i := range s.Routed {
+		if s.Routed[i].Port == port {
+			return &s.Routed[i]
+		}
+	}
+	return nil
+}
+
 // HTTPHeader is a header and its value.
 type HTTPHeader struct{ Name, Value string }
 
@@ -165,6 +181,6 @@ type Subset struct {
 }
 
 func equalHTTP(a, b *Service) bool {
-	return reflect.DeepEqual(a.HTTP, b.HTTP) && reflect.DeepEqual(a.Subsets, b.Subsets) && reflect.DeepEqual(a.Access, b.Access) && reflect.DeepEqual(a.Tokens, b.Tokens) && reflect.DeepEqual(a.Traffic, b.Traffic) &&
+	return reflect.DeepEqual(a.HTTP, b.HTTP) && reflect.DeepEqual(a.Routed, b.Routed) && reflect.DeepEqual(a.Subsets, b.Subsets) && reflect.DeepEqual(a.Access, b.Access) && reflect.DeepEqual(a.Tokens, b.Tokens) && reflect.DeepEqual(a.Traffic, b.Traffic) &&
 		reflect.DeepEqual(a.Telemetry, b.Telemetry) && reflect.DeepEqual(a.TLS, b.TLS)
 }

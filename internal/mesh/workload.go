@@ -101,6 +101,7 @@ type Service struct {
 
 	// For waypoints alone; not sent to nodes.
 	HTTP    []HTTPRule // nil: requests go to the service as they come
+	Routed  []Routed   // ports of which connections do not
 	Subsets []Subset
 	Traffic []Traffic
 	Access  []AccessPolicy // by name

@@ -1,0 +1,88 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// A TCPRoute at a Service shares the connections to a port out to other Services, by the Service's waypoint: those that a client
+// has in its tunnel, whatever is in them.
+func TestWaypointConnections(t *testing.T) {
+	ownCluster(t)
+	ctx := t.Context()
+	must(t, mesh.LoadWaypoint(ctx))
+	ns := namespace(t, "e2e-waypoint-tcp", ambient)
+	must(t, mesh.Run(ctx,
+		lab.PodSpec{Namespace: ns, Name: "client", Account: "client", Node: nodes[0], Args: []string{"sleep"}},
+		lab.PodSpec{Namespace: ns, Name: "old", Account: "stock", Node: nodes[1], Args: []string{"inventory"}},
+		lab.PodSpec{Namespace: ns, Name: "new", Account: "stock", Node: nodes[0], Args: []string{"inventory"}},
+	))
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	inMesh(t, ns) // before there are pods that are not captured
+	apply := func(weights string) {
+		t.Helper()
+		must(t, mesh.Apply(ctx, strings.NewReplacer("NS", ns, "REFS", weights).Replace(`
+apiVersion: v1
+kind: Service
+metadata: {name: old, namespace: NS, labels: {istio.io/use-waypoint: way}}
+spec: {selector: {app: old}, ports: [{name: tcp, port: 80, targetPort: 8080}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: new, namespace: NS}
+spec: {selector: {app: new}, ports: [{name: tcp, port: 80, targetPort: 8080}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
+spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TCPRoute
+metadata: {name: old, namespace: NS}
+spec:
+  parentRefs: [{group: "", kind: Service, name: old, port: 80}]
+  rules: [{backendRefs: [REFS]}]
+`)))
+	}
+	apply("{name: old, port: 80}")
+	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
+	strict(t, ns)
+	requests := func(pod string) int {
+		out, err := mesh.Kubectl(ctx, "-n", ns, "logs", pod)
+		must(t, err)
+		return strings.Count(out, `"msg":"request"`)
+	}
+	const n = 60 // connections, of one request each
+	shared := func(least, most int) {
+		t.Helper()
+		must(t, lab.Eventually(ctx, 2*time.Minute, func() error {
+			before := requests("new")
+			for range n {
+				if out, err := mesh.Exec(ctx, ns, "client", "/demo", "get", "http://old/stock"); err != nil {
+					return fmt.Errorf("%w: %s", err, out)
+				}
+			}
+			if got := requests("new") - before; got < least || got > most {
+				return fmt.Errorf("of %d connections the other Service got %d, want %d to %d", n, got, least, most)
+			}
+			return nil
+		}))
+	}
+	shared(0, 0)
+	apply("{name: old, port: 80, weight: 1}, {name: new, port: 80, weight: 3}")
+	shared(n*3/4-12, n*3/4+12)
+	apply("{name: new, port: 80}")
+	shared(n, n)
+	apply("{name: nowhere, port: 80}")
+	must(t, lab.Eventually(ctx, time.Minute, func() error {
+		if out, err := mesh.Exec(ctx, ns, "client", "/demo", "get", "http://old/stock"); err == nil {
+			return fmt.Errorf("a route to a Service that is not there still leads somewhere: %s", out)
+		}
+		return nil
+	}))
+}
