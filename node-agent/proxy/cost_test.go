@@ -21,11 +21,13 @@ import (
 // its memory: how many of these there are depends on what else the machine does.
 type callCounter struct{ fds []int }
 
+// countCalls returns nil where the kernel does not count.
 func countCalls(t *testing.T) *callCounter {
 	t.Helper()
 	b, err := os.ReadFile("/sys/kernel/tracing/events/raw_syscalls/sys_enter/id")
 	if err != nil {
-		t.Skip("the kernel does not count system calls: ", err)
+		t.Log("the kernel does not count system calls: ", err)
+		return nil
 	}
 	id, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64)
 	check(t, err)
@@ -55,7 +57,8 @@ func countCalls(t *testing.T) *callCounter {
 			if err == unix.ESRCH {
 				continue
 			} else if err != nil {
-				t.Skip("system calls cannot be counted: ", err)
+				t.Log("system calls cannot be counted: ", err)
+				return nil
 			}
 			c.fds = append(c.fds, fd)
 			f, err := unix.BytePtrFromString(strings.Join(filter, " && "))
@@ -70,6 +73,9 @@ func countCalls(t *testing.T) *callCounter {
 
 func (c *callCounter) total(t *testing.T) (n uint64) {
 	t.Helper()
+	if c == nil {
+		return 0
+	}
 	for _, fd := range c.fds {
 		var b [8]byte
 		_, err := unix.Read(fd, b[:])
@@ -136,11 +142,11 @@ func TestAConnectionCostsFewSystemCallsAndAllocations(t *testing.T) {
 	direct, directAllocs := cost(l.pods["outside"], 0)
 	meshed, meshedAllocs := cost(l.pods["catalog-1"], 2)
 	calls, allocs := meshed-direct, meshedAllocs-directAllocs
-	t.Logf("a connection takes %.1f system calls and %.1f allocations in both agents", calls, allocs)
+	t.Logf("a connection takes %.1f system calls (0: not counted) and %.1f allocations in both agents", calls, allocs)
 	if calls > 54 {
 		t.Errorf("a connection takes %.1f system calls in both agents", calls)
 	}
-	if allocs > 105 && !raceEnabled {
+	if allocs > 95 && !raceEnabled {
 		t.Errorf("a connection takes %.1f allocations in both agents", allocs)
 	}
 }
