@@ -54,7 +54,7 @@ func run(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	if o.Variants, err = bench.SelectVariants(all, list(*variants)); err != nil {
+	if o.Variants, err = bench.SelectVariants(append(all, wire), list(*variants)); err != nil {
 		return err
 	}
 	for _, v := range o.Variants {

@@ -39,7 +39,7 @@ func TestNamespaces(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	variants, err := bench.SelectVariants(all, []string{"same-node", "same-node-encrypt", "cross-node"})
+	variants, err := bench.SelectVariants(append(all, wire), []string{"same-node", "same-node-encrypt", "cross-node", "wire"})
 	if err != nil {
 		t.Fatal(err)
 	}

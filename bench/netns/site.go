@@ -28,6 +28,10 @@ const (
 	encryptNode = "encrypt"
 )
 
+// wire is the floor for two pods on one node: their packets meet nothing but the stacks at both ends. Kubernetes has no such
+// pods.
+var wire = &bench.Variant{Name: "wire", About: "No mesh and no node: a veth from pod to pod", SameNode: true}
+
 // site runs every variant in namespaces of this machine.
 type site struct {
 	dir, load, envoy string
@@ -75,7 +79,9 @@ func open(ctx context.Context, dir, load, envoy string, variants []*bench.Varian
 				from, to = encryptNode, encryptNode
 			}
 		}
-		if st.client, err = s.topology.addPod(from); err == nil {
+		if v == wire {
+			st.client, st.server, err = s.topology.addPair(from)
+		} else if st.client, err = s.topology.addPod(from); err == nil {
 			st.server, err = s.topology.addPod(to)
 		}
 		if err != nil {

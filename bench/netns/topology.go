@@ -153,14 +153,21 @@ table ip kube-proxy {
 }
 `
 
-func (t *topology) addPod(nodeName string) (*pod, error) {
+// newPod is a pod that nothing leads to.
+func (t *topology) newPod(nodeName string) (p *pod, err error) {
 	n := t.nodes[nodeName]
 	n.pods++
-	p := &pod{node: n, addr: netip.AddrFrom4([4]byte{10, 79, byte(n.number), byte(n.pods + 1)})}
-	var err error
-	if p.ns, err = netns.New(); err != nil {
+	p = &pod{node: n, addr: netip.AddrFrom4([4]byte{10, 79, byte(n.number), byte(n.pods + 1)})}
+	p.ns, err = netns.New()
+	return p, err
+}
+
+func (t *topology) addPod(nodeName string) (*pod, error) {
+	p, err := t.newPod(nodeName)
+	if err != nil {
 		return nil, err
 	}
+	n := p.node
 	veth := fmt.Sprint("pod", n.pods)
 	err = n.ns.Do(func() error {
 		return p.ns.WithFD(func(fd int) error {
@@ -175,6 +182,29 @@ func (t *topology) addPod(nodeName string) (*pod, error) {
 		return errors.Join(up("lo"), up("eth0"), address("eth0", netip.PrefixFrom(p.addr, 32)), route("eth0", netip.PrefixFrom(gateway, 32), netip.Addr{}),
 			route("eth0", netip.PrefixFrom(netip.IPv4Unspecified(), 0), gateway))
 	})
+}
+
+// addPair makes two pods with a veth between them, past the node.
+func (t *topology) addPair(nodeName string) (a, b *pod, err error) {
+	if a, err = t.newPod(nodeName); err != nil {
+		return nil, nil, err
+	}
+	if b, err = t.newPod(nodeName); err != nil {
+		return nil, nil, err
+	}
+	if err := a.ns.Do(func() error {
+		return b.ns.WithFD(func(fd int) error {
+			return netlink.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: "eth0"}, PeerName: "eth0", PeerNamespace: netlink.NsFd(fd)})
+		})
+	}); err != nil {
+		return nil, nil, err
+	}
+	for own, other := range map[*pod]*pod{a: b, b: a} {
+		err = errors.Join(err, own.ns.Do(func() error {
+			return errors.Join(up("lo"), up("eth0"), address("eth0", netip.PrefixFrom(own.addr, 32)), route("eth0", netip.PrefixFrom(other.addr, 32), netip.Addr{}))
+		}))
+	}
+	return a, b, err
 }
 
 // close removes the cgroups; the namespaces end with their last user.
