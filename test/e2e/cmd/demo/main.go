@@ -102,7 +102,7 @@ func run(ctx context.Context, kubeconfig string, watch time.Duration) error {
 	if err != nil {
 		return err
 	}
-	answer, err := l.Exec(ctx, "shop", "deploy/load", "/demo", "get", "http://ui:8080/")
+	answer, err := l.Kubectl(ctx, "-n", "shop", "exec", "deploy/load", "--", "/demo", "get", "http://ui:8080/")
 	if err != nil {
 		return fmt.Errorf("the shop does not answer: %w", err)
 	}
