@@ -41,10 +41,27 @@ func stages() []stage {
 	}}
 	e2e := stage{name: "e2e", about: "on a cluster of two nodes", steps: []step{
 		{name: "end to end", dir: "test/e2e", run: goTest("-count=1", "-timeout=39m", "."), limit: 40 * time.Minute},
+		{name: "the demo", dir: "test/e2e", run: demo, limit: 15 * time.Minute},
 		{name: "a real istiod", run: goTest("-count=1", "-timeout=39m", "-run=Istiod", "./test/interop", "-istiod=build"), limit: 40 * time.Minute},
 		{name: "the cluster itself", dir: "test/cluster", run: goTest("-count=1", "-timeout=11m", "./..."), limit: 12 * time.Minute},
 	}}
 	return []stage{house, unit, fuzzing, e2e}
+}
+
+// demo runs make demo's program, on a cluster of its own that goes with it, or on the one that the tests are for.
+func demo(ctx context.Context, s step) result {
+	args := []string{"run", "./cmd/demo"}
+	if on := os.Getenv("WARREN_E2E_KUBECONFIG"); on != "" {
+		return program("go", append(args, "-kubeconfig", on)...)(ctx, s)
+	}
+	own := append(os.Environ(), "WARREN_CLUSTER_DIR=/var/lib/warren-cluster-demo")
+	run := command(ctx, s.dir, "go", args...)
+	run.Env = own
+	out, err := run.CombinedOutput()
+	down := command(context.WithoutCancel(ctx), "test/cluster", "go", "run", "./cmd/cluster", "down")
+	down.Env = own
+	said, ended := down.CombinedOutput()
+	return verdict(errors.Join(err, ended), string(out)+string(said))
 }
 
 // program is a step that passes when the program exits with 0.
