@@ -37,11 +37,11 @@ type batch struct {
 	w    io.Writer
 	lost func(lines int) // writes to w how many
 
-	out sync.Mutex // held while w is written to; taken before mu
+	out   sync.Mutex // held while w is written to; taken before mu
+	spare []byte     // to be the next lines; guarded by out
 
 	mu      sync.Mutex
 	lines   []byte
-	spare   []byte      // to be the next lines
 	pending *time.Timer // of flush; nil without lines
 	left    int         // lines that were left out
 }
@@ -88,7 +88,7 @@ func (b *batch) flush() {
 func (b *batch) write() error {
 	b.mu.Lock()
 	lines, left := b.lines, b.left
-	b.lines, b.spare, b.left = b.spare[:0], nil, 0
+	b.lines, b.left = b.spare[:0], 0
 	if b.pending != nil {
 		b.pending.Stop()
 		b.pending = nil
@@ -101,10 +101,8 @@ func (b *batch) write() error {
 	if left > 0 {
 		b.lost(left)
 	}
-	b.mu.Lock()
-	if b.spare == nil && cap(lines) <= 2*batchSize {
-		b.spare = lines
+	if b.spare = lines; cap(lines) > 2*batchSize {
+		b.spare = nil
 	}
-	b.mu.Unlock()
 	return err
 }

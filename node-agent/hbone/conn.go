@@ -75,6 +75,7 @@ type conn struct {
 	onReq      func(id uint32, end bool) // server, under mu
 	onBatch    func()                    // server, under mu: what has been read is dealt with
 	onTooLarge func(id uint32, end bool) // server, under mu
+	onDone     func(*Stream)             // server: the handler, or the relay that it left the stream to, is through with it
 }
 
 // newConn starts the timers of a connection; reading is up to the caller.

@@ -111,6 +111,7 @@ func Serve(ctx context.Context, nc net.Conn, cfg ServerConfig) error {
 	s.onReq = s.request
 	s.onBatch = s.begin
 	s.onTooLarge = s.tooLarge
+	s.onDone = s.streamDone
 	defer s.handlers.Wait()
 
 	s.mu.Lock()
@@ -205,7 +206,6 @@ func (s *server) begin() {
 		ss.st.begun = true
 		ctx, cancel := context.WithCancel(s.ctx)
 		ss.st.cancel = cancel
-		ss.st.done = func() { s.done(ss.st) }
 		s.handlers.Add(1)
 		s.cfg.Workers.Go(func() { s.handle(ctx, ss) })
 	}
@@ -218,11 +218,11 @@ func (s *server) handle(ctx context.Context, ss *ServerStream) {
 	kept := ss.st.kept
 	s.mu.Unlock()
 	if !kept {
-		s.done(ss.st)
+		s.streamDone(ss.st)
 	}
 }
 
-func (s *server) done(st *Stream) {
+func (s *server) streamDone(st *Stream) {
 	defer s.handlers.Done()
 	st.cancel()
 	st.ResetCode(CodeInternal) // no effect on a stream that has ended

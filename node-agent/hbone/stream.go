@@ -47,8 +47,7 @@ type Stream struct {
 
 	resp   Response           // client: the answer
 	cancel context.CancelFunc // server: ends the handler's context
-	done   func()             // server: the handler, or the relay that it left the stream to, is through with it
-	kept   bool               // a relay calls done
+	kept   bool               // a relay calls letGo
 }
 
 func newStream(c *conn, id uint32) *Stream {
@@ -466,9 +465,10 @@ func (st *Stream) keep() {
 	st.kept = true
 }
 
+// letGo says that whoever kept the stream is through with it.
 func (st *Stream) letGo() {
-	if st.done != nil {
-		st.done()
+	if st.c.onDone != nil {
+		st.c.onDone(st)
 	}
 }
 

@@ -46,26 +46,29 @@ func (h *PodHandle) accept(l *listener) {
 		h.open.Add(1)
 		h.p.wg.Add(1)
 		h.p.workers.Go(func() {
-			l.serve(h, c, func() {
-				h.open.Add(-1)
-				h.p.wg.Done()
-			})
+			l.serve(h, c)
 		})
 	}
+}
+
+// over takes a connection that was accepted out of account.
+func (h *PodHandle) over() {
+	h.open.Add(-1)
+	h.p.wg.Done()
 }
 
 // listener is one of a pod's.
 type listener struct {
 	name  string
 	dir   Direction
-	serve func(h *PodHandle, s *netns.Sock, over func()) // calls over once, when the connection has ended
-	hard  bool                                           // what it accepts is reset when it is closed
+	serve func(*PodHandle, *netns.Sock) // calls over once, when the connection has ended
+	hard  bool                          // what it accepts is reset when it is closed
 	file  *os.File
 	conn  syscall.RawConn
 }
 
 // newListener listens where ln does, which may be closed then.
-func newListener(ln net.Listener, dir Direction, hard bool, serve func(*PodHandle, *netns.Sock, func())) (*listener, error) {
+func newListener(ln net.Listener, dir Direction, hard bool, serve func(*PodHandle, *netns.Sock)) (*listener, error) {
 	l := &listener{name: ln.Addr().String(), dir: dir, serve: serve, hard: hard}
 	t, ok := ln.(*net.TCPListener)
 	if !ok {
@@ -110,9 +113,9 @@ func (l *listener) accept() (s *netns.Sock, err error) {
 }
 
 // polled serves a connection that Go's poller waits for.
-func polled(serve func(*PodHandle, *net.TCPConn)) func(*PodHandle, *netns.Sock, func()) {
-	return func(h *PodHandle, s *netns.Sock, over func()) {
-		defer over()
+func polled(serve func(*PodHandle, *net.TCPConn)) func(*PodHandle, *netns.Sock) {
+	return func(h *PodHandle, s *netns.Sock) {
+		defer h.over()
 		if c, err := s.TCPConn(); err != nil {
 			h.p.log.Error("accepted connection lost", "pod", h.Pod().UID, "peer", s.Remote, "error", err)
 		} else {

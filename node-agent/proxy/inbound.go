@@ -78,14 +78,13 @@ func (h *PodHandle) serveTunnel(raw *net.TCPConn) {
 		Workers:      &p.workers,
 		Handler: func(ctx context.Context, s *hbone.ServerStream) {
 			n := h.open.Add(1)
-			over := func() { h.open.Add(-1) }
 			if n > int64(p.cfg.MaxConns) {
 				s.Reject(503)
 				h.refuse(Inbound, remote, local, fail(Overloaded, "the pod has %d connections", n))
-				over()
+				h.open.Add(-1)
 				return
 			}
-			h.serveStream(ctx, s, tn, remote, local, over)
+			h.serveStream(ctx, s, tn, remote, local)
 		},
 	})
 	if hbone.Flooded(err) {
@@ -105,9 +104,9 @@ func (p *Proxy) trustDomains(b *identity.Bundle) []string {
 	return cfg.TrustDomains()
 }
 
-// serveStream serves one CONNECT of a peer. It calls over when that has ended, which may be long after it has returned.
-func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn *tunnel, remote, local netip.AddrPort, over func()) {
-	relayed := false
+// serveStream serves one CONNECT of a peer, which is one less in open when it has ended: that may be long after it has returned.
+func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn *tunnel, remote, local netip.AddrPort) {
+	relayed, over := false, func() { h.open.Add(-1) }
 	defer func() {
 		if !relayed {
 			over()
@@ -140,8 +139,7 @@ func (h *PodHandle) serveStream(ctx context.Context, st *hbone.ServerStream, tn 
 	c.begin(ConnInfo{Direction: Inbound, Pod: h.Pod().WorkloadUID, Src: client, OriginalDst: local, ActualDst: app, Protocol: "HBONE", Peer: peer})
 	c.via.Store(tn)
 	p.conns.register(c)
-	before := over
-	over = func() { p.conns.release(c); before() }
+	over = func() { p.conns.release(c); h.open.Add(-1) }
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	c.onEnd(cancel)

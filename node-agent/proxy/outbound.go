@@ -30,17 +30,16 @@ type Request struct {
 	Route  mesh.Route
 }
 
-// serveOutbound calls over when the connection has ended, which may be long after it has returned.
-func (h *PodHandle) serveOutbound(down *netns.Sock, over func()) {
+// serveOutbound serves a connection until its end, which may come long after it has returned.
+func (h *PodHandle) serveOutbound(down *netns.Sock) {
 	dst, src := down.Local, down.Remote
 	p := h.p
 	c := &conn{dir: Outbound, pod: h}
 	c.begin(ConnInfo{Pod: h.Pod().WorkloadUID, Src: src, OriginalDst: dst, Direction: Outbound})
 	p.conns.register(c)
-	relayed := false
+	relayed, over := false, func() { p.conns.release(c); h.over() }
 	defer func() {
 		if !relayed {
-			p.conns.release(c)
 			over()
 		}
 	}()
@@ -95,7 +94,6 @@ func (h *PodHandle) serveOutbound(down *netns.Sock, over func()) {
 		if tn != nil {
 			tn.conns.Add(-1)
 		}
-		p.conns.release(c)
 		over()
 	})
 }

@@ -210,7 +210,7 @@ func (h *PodHandle) listen(ls Listeners) error {
 		listeners []net.Listener
 		dir       Direction
 		hard      bool
-		serve     func(*PodHandle, *netns.Sock, func())
+		serve     func(*PodHandle, *netns.Sock)
 	}{
 		{ls.Outbound, Outbound, true, (*PodHandle).serveOutbound},
 		{ls.Inbound, Inbound, false, polled((*PodHandle).servePlaintext)},
