@@ -24,9 +24,9 @@ type backendTLSFact struct {
 	generation int64
 	created    metav1.Time
 	targets    []backendTarget
-	refs       []gatewayv1.LocalObjectReference
-	tls        mesh.BackendTLS // but for port and roots
-	accepted   routing.Verdict // as far as it alone says
+	refs       []gatewayv1.ObjectReference // in its own namespace
+	tls        mesh.BackendTLS             // but for port and roots
+	accepted   routing.Verdict             // as far as it alone says
 }
 
 // backendTarget is a Service of the policy's namespace.
@@ -46,7 +46,10 @@ func newBackendAPI() backendAPI {
 
 func backendTLSFactOf(p *gatewayv1.BackendTLSPolicy) *backendTLSFact {
 	v := &p.Spec.Validation
-	f := &backendTLSFact{key: keyOf(p), uid: string(p.UID), generation: p.Generation, created: p.CreationTimestamp, refs: v.CACertificateRefs}
+	f := &backendTLSFact{key: keyOf(p), uid: string(p.UID), generation: p.Generation, created: p.CreationTimestamp}
+	for _, r := range v.CACertificateRefs {
+		f.refs = append(f.refs, gatewayv1.ObjectReference{Group: r.Group, Kind: r.Kind, Name: r.Name})
+	}
 	for _, t := range p.Spec.TargetRefs {
 		if t.Group == "" && t.Kind == "Service" {
 			f.targets = append(f.targets, backendTarget{string(t.Name), string(deref(t.SectionName, ""))})
@@ -101,27 +104,9 @@ func (x *Index) touchBackendTLS(f *backendTLSFact) {
 
 // policyRoots are the roots that a policy names, and what is wrong with them.
 func (x *Index) policyRoots(f *backendTLSFact) (roots string, accepted, resolved routing.Verdict) {
-	bad := 0
-	for i, r := range f.refs {
-		at, k := fmt.Sprintf("validation.caCertificateRefs[%d]: ", i), key{f.Namespace, string(r.Name)}
-		state := x.roots[k]
-		problem := verdict(gatewayv1.BackendTLSPolicyReasonInvalidCACertificateRef, "")
-		switch {
-		case r.Group != "" || r.Kind != "ConfigMap":
-			problem = verdict(gatewayv1.BackendTLSPolicyReasonInvalidKind, at+"of kind "+string(r.Kind)+"; only ConfigMaps are followed")
-		case state == nil:
-			problem.Message = at + "there is no ConfigMap " + k.String()
-		case state.Problem != "":
-			problem.Message = at + "ConfigMap " + k.String() + ": " + state.Problem
-		default:
-			roots += state.Roots
-			continue
-		}
-		bad++
-		if resolved.OK() {
-			resolved = problem
-		}
-	}
+	roots, bad, resolved := x.gatherRoots(f.refs, f.Namespace,
+		rootsReasons{string(gatewayv1.BackendTLSPolicyReasonInvalidKind), string(gatewayv1.BackendTLSPolicyReasonInvalidCACertificateRef)},
+		func(i int) string { return fmt.Sprintf("validation.caCertificateRefs[%d]: ", i) })
 	if bad > 0 && bad == len(f.refs) {
 		accepted = verdict(gatewayv1.BackendTLSPolicyReasonNoValidCACertificate, resolved.Message)
 	}

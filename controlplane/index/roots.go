@@ -49,7 +49,7 @@ func (x *Index) SetRoots(k RootsKey, s *RootsState) {
 		}
 	}
 	for _, f := range x.backendTLS[k.Namespace] {
-		if slices.ContainsFunc(f.refs, func(r gatewayv1.LocalObjectReference) bool { return string(r.Name) == k.Name }) {
+		if slices.Contains(configMaps(f.refs, f.Namespace), key(k)) {
 			x.touchBackendTLS(f)
 		}
 	}
@@ -69,10 +69,8 @@ func (x *Index) wantedRoots() []RootsKey {
 	}
 	for _, all := range x.backendTLS {
 		for _, f := range all {
-			for _, r := range f.refs {
-				if r.Group == "" && r.Kind == "ConfigMap" {
-					seen[key{f.Namespace, string(r.Name)}] = true
-				}
+			for _, k := range configMaps(f.refs, f.Namespace) {
+				seen[k] = true
 			}
 		}
 	}
@@ -117,50 +115,69 @@ func checksOf(t *gatewayv1.GatewayTLSConfig, l *ingressListener) *clientChecks {
 // wantsRoots are the ConfigMaps that a Gateway refers to.
 func (f *ingressFact) wantsRoots() (out []key) {
 	for _, l := range f.listeners {
-		if l.clients == nil {
-			continue
-		}
-		for _, r := range l.clients.refs {
-			if r.Group == "" && r.Kind == "ConfigMap" {
-				out = append(out, rootsOf(f, r))
-			}
+		if l.clients != nil {
+			out = append(out, configMaps(l.clients.refs, f.Namespace)...)
 		}
 	}
 	return out
 }
 
-func rootsOf(f *ingressFact, r gatewayv1.ObjectReference) key {
-	return key{string(deref(r.Namespace, gatewayv1.Namespace(f.Namespace))), string(r.Name)}
+func rootsOf(r gatewayv1.ObjectReference, namespace string) key {
+	return key{string(deref(r.Namespace, gatewayv1.Namespace(namespace))), string(r.Name)}
 }
 
 // clientsName is what the roots for the clients of a port are called. Its listeners share them.
 func clientsName(port uint16) string { return fmt.Sprintf("clients of %d", port) }
 
-// clientRootsAt adds to what a gateway has the roots for a listener's clients, and says what is wrong with them.
-func (x *Index) clientRootsAt(f *ingressFact, l *ingressListener, in *mesh.Ingress) (accepted, resolved routing.Verdict) {
-	c, bad := mesh.Certificate{Name: clientsName(l.port)}, 0
-	for i, r := range l.clients.refs {
-		at, k := fmt.Sprintf("caCertificateRefs[%d] for port %d: ", i, l.port), rootsOf(f, r)
+// configMaps are the ConfigMaps that references of a namespace name.
+func configMaps(refs []gatewayv1.ObjectReference, namespace string) (out []key) {
+	for _, r := range refs {
+		if isConfigMap(r) {
+			out = append(out, rootsOf(r, namespace))
+		}
+	}
+	return out
+}
+
+func isConfigMap(r gatewayv1.ObjectReference) bool { return r.Group == "" && r.Kind == "ConfigMap" }
+
+// rootsReasons are those of a reference that leads to no roots.
+type rootsReasons struct{ kind, invalid string }
+
+// gatherRoots puts the roots together that references of a namespace lead to, and tells how many lead to none and why the first
+// of these does not. at names a reference.
+func (x *Index) gatherRoots(refs []gatewayv1.ObjectReference, namespace string, not rootsReasons, at func(i int) string) (roots string, bad int, why routing.Verdict) {
+	for i, r := range refs {
+		k := rootsOf(r, namespace)
 		state := x.roots[k]
-		problem := verdict(gatewayv1.ListenerReasonInvalidCACertificateRef, "")
+		problem := routing.Verdict{Reason: not.invalid}
 		switch {
-		case r.Group != "" || r.Kind != "ConfigMap":
-			problem = verdict(gatewayv1.ListenerReasonInvalidCACertificateKind, at+"of kind "+string(r.Kind)+"; only ConfigMaps are followed")
-		case k.Namespace != f.Namespace && !x.grantedTo("Gateway", f.Namespace, "ConfigMap", k):
-			problem = verdict(gatewayv1.ListenerReasonRefNotPermitted, at+"no ReferenceGrant in "+k.Namespace+" lets Gateways of "+f.Namespace+" have ConfigMap "+k.String())
+		case !isConfigMap(r):
+			problem = routing.Verdict{Reason: not.kind, Message: "of kind " + string(r.Kind) + "; only ConfigMaps are followed"}
+		case k.Namespace != namespace && !x.grantedTo("Gateway", namespace, "ConfigMap", k):
+			problem = verdict(gatewayv1.ListenerReasonRefNotPermitted, "no ReferenceGrant in "+k.Namespace+" lets Gateways of "+namespace+" have ConfigMap "+k.String())
 		case state == nil:
-			problem.Message = at + "there is no ConfigMap " + k.String()
+			problem.Message = "there is no ConfigMap " + k.String()
 		case state.Problem != "":
-			problem.Message = at + "ConfigMap " + k.String() + ": " + state.Problem
+			problem.Message = "ConfigMap " + k.String() + ": " + state.Problem
 		default:
-			c.Roots += state.Roots
+			roots += state.Roots
 			continue
 		}
 		bad++
-		if resolved.OK() {
-			resolved = problem
+		if why.OK() {
+			problem.Message = at(i) + problem.Message
+			why = problem
 		}
 	}
+	return roots, bad, why
+}
+
+// clientRootsAt adds to what a gateway has the roots for a listener's clients, and says what is wrong with them.
+func (x *Index) clientRootsAt(f *ingressFact, l *ingressListener, in *mesh.Ingress) (accepted, resolved routing.Verdict) {
+	roots, bad, resolved := x.gatherRoots(l.clients.refs, f.Namespace,
+		rootsReasons{string(gatewayv1.ListenerReasonInvalidCACertificateKind), string(gatewayv1.ListenerReasonInvalidCACertificateRef)},
+		func(i int) string { return fmt.Sprintf("caCertificateRefs[%d] for port %d: ", i, l.port) })
 	switch {
 	case len(l.clients.refs) == 0:
 		resolved = verdict(gatewayv1.ListenerReasonInvalidCACertificateRef, "caCertificateRefs names no roots")
@@ -168,7 +185,7 @@ func (x *Index) clientRootsAt(f *ingressFact, l *ingressListener, in *mesh.Ingre
 	case bad == len(l.clients.refs):
 		accepted = verdict(gatewayv1.ListenerReasonNoValidCACertificate, resolved.Message)
 	case bad == 0:
-		in.AddCertificate(c)
+		in.AddCertificate(mesh.Certificate{Name: clientsName(l.port), Roots: roots})
 	}
 	return accepted, resolved
 }

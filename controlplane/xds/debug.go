@@ -181,14 +181,9 @@ func (w *Waypoints) clients() []*statusv3.ClientConfig {
 			d := p.self
 			d.proxy, d.namespace = cmp.Or(d.proxy, p.name+"."+name.Namespace), name.Namespace
 			types := maps.Clone(p.told)
-			stale := map[string]bool{} // acknowledged, and not what Envoy does
+			stale, kinds := map[string]bool{}, t.stale(p) // acknowledged, and not what Envoy does
 			for _, url := range waypoint.ActiveTypes {
-				if t.resources == nil {
-					break
-				}
-				for n, version := range t.resources.Versions(url) {
-					stale[url] = stale[url] || p.active[waypoint.ActiveKey(url, n)] != version
-				}
+				stale[url] = kinds[activeKind(waypoint.ActiveKey(url, ""))]
 			}
 			for url, why := range p.nack {
 				x := types[url]

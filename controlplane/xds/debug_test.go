@@ -26,10 +26,12 @@ func TestDebugOfAWaypoint(t *testing.T) {
 		t.Fatal("a waypoint without listeners proves nothing")
 	}
 	told1 := map[string]TypeState{envoyresource.ListenerType: {Sent: "1", Acked: "1"}, envoyresource.ClusterType: {Sent: "2", Acked: "1"}, envoyresource.RouteType: {}}
-	w := &Waypoints{open: map[mesh.ServiceName]*told{name: {resources: r, pods: map[*envoyPod]struct{}{
+	way := &told{pods: map[*envoyPod]struct{}{
 		{name: "way-1", self: described{proxy: "way-1.shop", namespace: "elsewhere", version: "v1"}, active: active, told: told1}: {},
 		{name: "way-2", told: told1, nack: map[string]string{envoyresource.ClusterType: "too many"}}:                              {},
-	}}}}
+	}}
+	way.sent(r)
+	w := &Waypoints{open: map[mesh.ServiceName]*told{name: way}}
 	s := &Server{cfg: Config{Waypoints: w}, streams: map[*Stream]struct{}{}}
 	want := map[string]map[string]statusv3.ConfigStatus{
 		"way-1.shop": {envoyresource.ListenerType: statusv3.ConfigStatus_SYNCED, envoyresource.ClusterType: statusv3.ConfigStatus_STALE, envoyresource.RouteType: statusv3.ConfigStatus_NOT_SENT},

@@ -68,6 +68,22 @@ func (s *Server) Synced() []Synced {
 	return out
 }
 
+// stale says of each kind of which there is something, as keys of waypoint.ActiveKey begin, whether a pod's Envoy does not use
+// all of it as it was sent.
+func (t *told) stale(p *envoyPod) map[string]bool {
+	out := map[string]bool{}
+	for key, version := range t.versions {
+		kind := activeKind(key)
+		out[kind] = out[kind] || p.active[key] != version
+	}
+	return out
+}
+
+func activeKind(key string) string {
+	kind, _, _ := strings.Cut(key, "/")
+	return kind
+}
+
 // synced lists the waypoints' pods: of theirs a type is synced when Envoy uses what it was sent.
 func (w *Waypoints) synced() []Synced {
 	w.mu.Lock()
@@ -78,12 +94,10 @@ func (w *Waypoints) synced() []Synced {
 		for p := range t.pods {
 			row := Synced{Proxy: p.name, Namespace: name.Namespace, Waypoint: short, Type: "waypoint", States: map[string]string{}, Trouble: t.failed,
 				ProxyType: "waypoint", IstioVersion: p.self.version}
-			for key, version := range t.versions {
-				kind, _, _ := strings.Cut(key, "/") // of waypoint.ActiveKey
-				if p.active[key] != version {
+			for kind, stale := range t.stale(p) {
+				row.States[kind] = stateSynced
+				if stale {
 					row.States[kind] = stateStale
-				} else if row.States[kind] == "" {
-					row.States[kind] = stateSynced
 				}
 			}
 			for url, why := range p.nack {

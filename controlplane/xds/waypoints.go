@@ -156,6 +156,11 @@ func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service)
 		w.log.Error("configuration of a waypoint not sent", "waypoint", name.String(), "error", err)
 		return
 	}
+	t.sent(r)
+}
+
+// sent notes what its Envoys are told.
+func (t *told) sent(r *waypoint.Resources) {
 	t.resources = r
 	t.versions = map[string]string{}
 	for _, kind := range waypoint.ActiveTypes {
