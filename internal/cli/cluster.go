@@ -192,14 +192,11 @@ func (f *forwarded) Close() error {
 // portForward is a local port that leads to a pod's.
 type portForward struct {
 	port  int           // of 127.0.0.1
-	ended chan struct{} // closed when it is no more, of which failed says why
+	ended chan struct{} // closed when it is no more
 	errs  *bytes.Buffer // what went wrong for single connections
 	stop  chan struct{}
-	err   error
+	err   error // why it is no more, once it has ended
 }
-
-// failed is why it is no more, once it has ended.
-func (f *portForward) failed() error { return f.err }
 
 func (f *portForward) close() {
 	close(f.stop)

@@ -174,7 +174,7 @@ func (a *app) show(ctx context.Context, c *conn, p page, local int, browser bool
 		f.close()
 		return nil
 	case <-f.ended:
-		return fmt.Errorf("the connection to %s has ended: %w", o.Pod, f.failed())
+		return fmt.Errorf("the connection to %s has ended: %w", o.Pod, f.err)
 	}
 }
 
