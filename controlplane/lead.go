@@ -70,6 +70,7 @@ func (cp *controlPlane) leaderWork(ctx context.Context) {
 	wg.Go(func() { cp.notices.Run(ctx) })
 	wg.Go(func() { cp.policies.Run(ctx) })
 	wg.Go(func() { cp.waypoints().Run(ctx) })
+	wg.Go(func() { cp.addresses().Run(ctx) })
 	if cp.routes != nil {
 		wg.Go(func() { cp.routes.Run(ctx) })
 	}

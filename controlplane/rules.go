@@ -31,6 +31,8 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies/status", "peerauthentications/status", "requestauthentications/status"},
 		Verbs: []string{"patch"}},
 	{APIGroups: []string{"telemetry.istio.io"}, Resources: []string{"telemetries/status"}, Verbs: []string{"patch"}},
+	// The addresses of hosts of ServiceEntries that have none.
+	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries/status"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"services/status"}, Verbs: []string{"patch"}},
 	// The annotation ambient.istio.io/redirection.
 	{APIGroups: []string{""}, Resources: []string{"pods"}, Verbs: []string{"patch"}},

@@ -112,3 +112,8 @@ func (cp *controlPlane) waypoints() *status.Waypoints {
 		},
 	}
 }
+
+// addresses gives hosts of ServiceEntries addresses.
+func (cp *controlPlane) addresses() *status.Addresses {
+	return &status.Addresses{Istio: cp.clients.Istio, Entries: cp.source.ServiceEntries, Log: cp.cfg.Log.With("scope", "status")}
+}

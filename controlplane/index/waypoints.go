@@ -1,6 +1,7 @@
 package index
 
 import (
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/tools/cache"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
@@ -89,4 +90,19 @@ func (s *Source) IsWaypoint(namespace, name string) bool {
 	o, _ := s.Object(Gateway, namespace, name)
 	g, ok := o.(*gatewayv1.Gateway)
 	return ok && g.Spec.GatewayClassName == WaypointClass
+}
+
+// ServiceEntries lists them as the watch has them now.
+func (s *Source) ServiceEntries() []*networkingv1.ServiceEntry {
+	store, ok := s.stores.Load(ServiceEntry)
+	if !ok {
+		return nil
+	}
+	var out []*networkingv1.ServiceEntry
+	for _, o := range store.(cache.Store).List() {
+		if e, ok := o.(*networkingv1.ServiceEntry); ok {
+			out = append(out, e)
+		}
+	}
+	return out
 }
