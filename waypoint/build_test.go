@@ -3,6 +3,7 @@ package waypoint
 import (
 	"encoding/json"
 	"flag"
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -23,6 +24,8 @@ var update = flag.Bool("update", false, "write the golden files")
 var (
 	gateway = mesh.ServiceName{Namespace: "shop", Hostname: "way.shop.svc.cluster.local"}
 	catalog = mesh.ServiceName{Namespace: "shop", Hostname: "catalog.shop.svc.cluster.local"}
+	outside = mesh.ServiceName{Namespace: "shop", Hostname: "api.example"}    // two endpoints are names, one an address, one a pod
+	single  = mesh.ServiceName{Namespace: "shop", Hostname: "single.example"} // of whose name one address is used at a time
 	stock   = mesh.ServiceName{Namespace: "shop", Hostname: "stock.shop.svc.cluster.local"}
 )
 
@@ -46,6 +49,8 @@ func shop(change func(*mesh.Service)) *mesh.Snapshot {
 		Ports: []mesh.ServicePort{{Port: 50051, Target: 50051, App: mesh.AppGRPC}, {Port: 9000, Target: 9000}, {Port: 3306, Target: 3306, App: mesh.AppTCP}},
 	})
 	b.PutService(&mesh.Service{Name: gateway, Short: "way", Canonical: true, Ports: []mesh.ServicePort{{Port: 15008, Target: 15008}}})
+	b.PutService(&mesh.Service{Name: outside, Short: "api", Ports: []mesh.ServicePort{{Port: 80, Target: 8080, App: mesh.AppTCP}}})
+	b.PutService(&mesh.Service{Name: single, Short: "single", Ports: []mesh.ServicePort{{Port: 80, Target: 80, App: mesh.AppTCP}}, OneAddress: true})
 	backs := func(n mesh.ServiceName, ports ...mesh.ServicePort) map[mesh.ServiceName][]mesh.ServicePort {
 		return map[mesh.ServiceName][]mesh.ServicePort{n: ports}
 	}
@@ -56,6 +61,15 @@ func shop(change func(*mesh.Service)) *mesh.Snapshot {
 	} {
 		w.UID, w.Namespace = "Kubernetes//Pod/shop/"+w.Name, "shop"
 		w.Addrs = []netip.Addr{netip.AddrFrom4([4]byte{10, 0, 0, byte(i + 1)})}
+		b.PutWorkload(w)
+	}
+	for _, w := range []*mesh.Workload{
+		{Hostname: "one.example", Capacity: 3, Services: backs(outside)}, {Hostname: "two.example", Services: backs(outside, mesh.ServicePort{Port: 80, Target: 9090})},
+		{Addrs: []netip.Addr{netip.MustParseAddr("192.0.2.7")}, Services: backs(outside)},
+		{Addrs: []netip.Addr{netip.MustParseAddr("10.0.0.9")}, Tunnel: mesh.TunnelHBONE, Services: backs(outside)},
+		{Hostname: "single.example", Services: backs(single)},
+	} {
+		w.UID, w.Namespace, w.Name, w.Healthy = "Kubernetes/networking.istio.io/ServiceEntry/shop/"+w.Hostname+fmt.Sprint(w.Addrs), "shop", "api", true
 		b.PutWorkload(w)
 	}
 	return b.Commit(1)
@@ -107,6 +121,9 @@ var cases = map[string]func(*mesh.Service){
 		s.Ports = append(s.Ports, mesh.ServicePort{Port: 9000, Target: 9000}, mesh.ServicePort{Port: 5432, Target: 5432, App: mesh.AppTCP})
 		s.Routed = []mesh.Routed{{Port: 5432, Backends: []mesh.HTTPBackend{{Invalid: "there is no such Service", Weight: 1}}},
 			{Port: 9000, Backends: []mesh.HTTPBackend{{Service: stock, Port: 3306, Weight: 3}, {Service: catalog, Port: 9000, Weight: 1}, {Service: catalog, Port: 80}}}}
+	},
+	"names": func(s *mesh.Service) {
+		s.Routed = []mesh.Routed{{Port: 80, Backends: []mesh.HTTPBackend{{Service: outside, Port: 80, Weight: 1}, {Service: single, Port: 80, Weight: 1}}}}
 	},
 	"split": one(mesh.HTTPRule{Name: "shop/canary/0", Backends: []mesh.HTTPBackend{to("v1", 80), to("v2", 20)}}),
 	"matches": rules(

@@ -43,10 +43,14 @@ func (b *builder) fixedClusters() []*clusterv3.Cluster {
 	}
 }
 
-// reach writes how a target is reached.
+// reach writes how a target is reached. Endpoints that are names are in the cluster, and do not come apart from it.
 func (b *builder) reach(t target) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
 	c := b.cluster(t)
 	e := b.endpoints(t)
+	if b.resolves(t.service) {
+		b.resolved(c, e, t)
+		return c, nil
+	}
 	// A cluster that changes waits for its endpoints, which nobody sends again unless they have another name.
 	e.ClusterName = t.name() + "@" + b.hash(c)
 	c.EdsClusterConfig.ServiceName = e.ClusterName
@@ -190,15 +194,22 @@ func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
 		return out
 	}
 	group := &endpointv3.LocalityLbEndpoints{LoadBalancingWeight: wrapperspb.UInt32(1)}
+	names := b.resolves(t.service)
 	for w, ports := range b.s.Endpoints(t.service) {
-		if w.Network != b.s.Config().Network || len(w.Addrs) == 0 || !hasLabels(w.Labels, labels) {
+		if w.Network != b.s.Config().Network || !hasLabels(w.Labels, labels) {
 			continue
 		}
 		port := svc.Ports[i].Target
 		if j := slices.IndexFunc(ports, func(p mesh.ServicePort) bool { return p.Port == t.port }); j >= 0 {
 			port = ports[j].Target
 		}
-		if port == 0 {
+		switch {
+		case port == 0:
+			continue
+		case isNamed(w):
+			group.LbEndpoints = append(group.LbEndpoints, namedEndpoint(w, port))
+			continue
+		case len(w.Addrs) == 0 || names && w.Tunnel == mesh.TunnelHBONE: // where there are names there are no tunnels
 			continue
 		}
 		group.LbEndpoints = append(group.LbEndpoints, endpoint(w, netip.AddrPortFrom(w.Addrs[0], port), svc.LB.AllowUnhealthy))

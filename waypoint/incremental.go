@@ -59,7 +59,7 @@ type reached struct {
 	target
 	from               map[mesh.ServiceName]*mesh.Service
 	name               string
-	cluster, endpoints *item
+	cluster, endpoints *item // endpoints: nil where the cluster has them
 }
 
 // collection is all resources of a type.
@@ -136,7 +136,10 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 		routes, extensions = append(routes, p.routes...), append(extensions, p.extensions...)
 	}
 	for _, r := range list {
-		clusters, endpoints = append(clusters, r.cluster), append(endpoints, r.endpoints)
+		clusters = append(clusters, r.cluster)
+		if r.endpoints != nil {
+			endpoints = append(endpoints, r.endpoints)
+		}
 	}
 	slices.SortFunc(endpoints, func(x, y *item) int { return strings.Compare(x.name, y.name) })
 	w.snapshot, w.services, w.targets, w.served, w.main = s, services, targets, parts, main
@@ -250,7 +253,11 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 					r = &reached{}
 				}
 				c, e := b.reach(t)
-				r = &reached{target: t, from: b.from, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c), endpoints: b.item([]*item{r.endpoints}, e.ClusterName, e)}
+				next := &reached{target: t, from: b.from, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c)}
+				if e != nil {
+					next.endpoints = b.item([]*item{r.endpoints}, e.ClusterName, e)
+				}
+				r = next
 				if b.err != nil {
 					return nil, nil, fmt.Errorf("%s: %w", r.name, b.err)
 				}

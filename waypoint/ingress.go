@@ -93,7 +93,9 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 		c, e := b.reach(t)
 		c.Metadata = b.named(t)
 		add(resource.ClusterType, c.Name, c)
-		add(resource.EndpointType, e.ClusterName, e)
+		if e != nil {
+			add(resource.EndpointType, e.ClusterName, e)
+		}
 	}
 	slices.SortFunc(all[resource.EndpointType], func(x, y *item) int { return strings.Compare(x.name, y.name) })
 	if b.err != nil {

@@ -45,7 +45,7 @@ var Explanations = []Explanation{
 	{"unknown-dataplane-mode", Error, "The value of `istio.io/dataplane-mode` is neither `ambient` nor `none`."},
 	{"unknown-udp-policy", Error, "The value of `warren.io/udp-policy` is neither `enforce` nor `none`."},
 	{"injection-label-ignored", Warning, "A namespace asks for sidecars, and is not in the mesh."},
-	{kebab(policy.ReasonNoWaypoint), Error, "What can be decided or routed by a waypoint alone, where none is in front of the Service. For policies, [it is refused meanwhile](policies.md#for-a-waypoint)."},
+	{kebab(policy.ReasonNoWaypoint), Error, "What can be decided, routed or resolved by a waypoint alone, where none is in front of the Service or ServiceEntry. For policies, [it is refused meanwhile](policies.md#for-a-waypoint)."},
 	{kebab(index.ReasonNoProxy), Warning, "A Telemetry is for waypoints and gateways, and there is none that it is for."},
 	{kebab(index.ReasonTargetNotFound), Error, "A `targetRef` names what is not there."},
 	{kebab(policy.ReasonUnsupported), Error, "Values that mean nothing. What is enforced instead is stricter."},

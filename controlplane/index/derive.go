@@ -1,11 +1,13 @@
 package index
 
 import (
+	"cmp"
 	"net/netip"
 	"reflect"
 	"slices"
 	"strings"
 
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
@@ -17,6 +19,7 @@ func (x *Index) derive(src source, u *Update) []*mesh.Workload {
 	case EndpointSlice:
 		return x.deriveSlice(src.key)
 	case ServiceEntry:
+		x.noteEntry(src.key, u)
 		return x.deriveEntry(src.key)
 	case WorkloadEntry:
 		return x.deriveWorkloadEntry(src.key)
@@ -232,6 +235,35 @@ func (x *Index) deriveEntry(k key) []*mesh.Workload {
 		}
 	}
 	return out
+}
+
+// reasonPartlyIgnored is that of a notice about an object of which something is not followed.
+const reasonPartlyIgnored = "PartlyIgnored"
+
+// noteEntry tells the author of a ServiceEntry what of it does not hold.
+func (x *Index) noteEntry(k key, u *Update) {
+	nk := NoticeKey{Kind: ServiceEntry, Namespace: k.Namespace, Name: k.Name}
+	f := x.entries[k.Namespace][k.Name]
+	if f == nil {
+		x.notice(u, nk, "", "", "")
+		return
+	}
+	problems, reason := slices.Clone(f.problems), ""
+	if len(problems) > 0 {
+		reason = reasonPartlyIgnored
+	}
+	named := f.implicit || slices.ContainsFunc(f.endpoints, func(e *endpointFact) bool { return !e.addr.IsValid() })
+	for _, h := range f.hosts {
+		if !named || strings.HasPrefix(h.service.Name.Hostname, "*") {
+			continue
+		}
+		if w := x.winners[h.service.Name]; w == h && x.waypointFor(w) == nil {
+			reason = cmp.Or(reason, policy.ReasonNoWaypoint)
+			problems = append(problems, "the endpoints of "+h.service.Name.Hostname+" are names, which waypoints resolve and nodes do not, and it asks for none: "+
+				"connections to its addresses leave as they come; label it, or its namespace, "+LabelWaypoint)
+		}
+	}
+	x.notice(u, nk, f.uid, reason, strings.Join(problems, "; "))
 }
 
 func (x *Index) deriveWorkloadEntry(k key) []*mesh.Workload {

@@ -467,7 +467,7 @@ func (x *Index) stateRoute(u *Update, r ref) {
 		}
 	}
 	if worst.OK() && len(f.hostnames) > 0 && f.services {
-		worst = routing.Verdict{Reason: "PartlyIgnored", Message: "hostnames mean nothing at a Service, which is known by its address; match the header Host instead"}
+		worst = routing.Verdict{Reason: reasonPartlyIgnored, Message: "hostnames mean nothing at a Service, which is known by its address; match the header Host instead"}
 	}
 	x.notice(u, nk, f.uid, worst.Reason, worst.Message)
 	if old := x.routeStates[k]; old == nil || !sameState(old, next) {

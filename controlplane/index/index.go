@@ -465,6 +465,9 @@ func (x *Index) commitServices(b *mesh.Builder) {
 			continue
 		}
 		x.winners[name] = is
+		if is.owner.entry { // whether it has a waypoint is told to its author
+			x.touch(ServiceEntry, is.owner.key)
+		}
 		s := is.finish(x.namespaces[name.Namespace])
 		s.Waypoint = x.waypointFor(is)
 		x.route(s)

@@ -180,7 +180,7 @@ func (x *Index) commitEntrances(b *mesh.Builder, u *Update) {
 			problems = append(problems, texts[g.key]...)
 			switch {
 			case len(problems) > 0:
-				x.notice(u, nk, g.uid, "PartlyIgnored", strings.Join(slices.Compact(problems), "; "))
+				x.notice(u, nk, g.uid, reasonPartlyIgnored, strings.Join(slices.Compact(problems), "; "))
 			case !x.entered(g):
 				x.notice(u, nk, g.uid, reasonNoPods, "no pod of a gateway (label "+labelServing+": true) has the labels of its selector, so that nothing serves it; charts/gateway makes such pods")
 			default:

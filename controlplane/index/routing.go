@@ -191,7 +191,7 @@ func (x *Index) commitRoutes(u *Update) {
 			x.notice(u, nk, "", "", "")
 			continue
 		}
-		problems, reason := slices.Clone(f.problems), "PartlyIgnored"
+		problems, reason := slices.Clone(f.problems), reasonPartlyIgnored
 		for _, h := range f.hosts {
 			if h.Namespace != f.Namespace {
 				problems = append(problems, h.Hostname+" is of another namespace, where this holds for nobody; write it in the namespace "+h.Namespace)

@@ -3,6 +3,7 @@ package index
 import (
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 
 	networkingv1alpha3 "istio.io/api/networking/v1alpha3"
@@ -246,6 +247,8 @@ type entryFact struct {
 	hosts     []*serviceFact // one to a host
 	endpoints []*endpointFact
 	implicit  bool // endpoints are the hosts themselves, by DNS
+	uid       string
+	problems  []string // what of it is not followed
 }
 
 // endpointFact is a WorkloadEntry, or an endpoint written inside a ServiceEntry.
@@ -265,7 +268,7 @@ type endpointFact struct {
 }
 
 func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
-	f := &entryFact{key: keyOf(e), labels: e.Labels}
+	f := &entryFact{key: keyOf(e), uid: string(e.UID), labels: e.Labels}
 	spec := &e.Spec
 	template := serviceFact{
 		owner:   owner{entry: true, key: f.key},
@@ -292,6 +295,7 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 		})
 		template.ports = append(template.ports, portFact{name: p.Name})
 	}
+	template.service.OneAddress = spec.Resolution == networkingv1alpha3.ServiceEntry_DNS_ROUND_ROBIN
 	if spec.Resolution == networkingv1alpha3.ServiceEntry_NONE {
 		template.fixedLB = true
 		template.service.LB = mesh.LoadBalancing{Mode: mesh.LBPassthrough, AllowUnhealthy: true}
@@ -320,6 +324,7 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 		}
 		f.hosts = append(f.hosts, &h)
 	}
+	f.problems = entryProblems(spec)
 	for _, w := range spec.Endpoints {
 		ep := c.endpointFactOf(key{e.Namespace, e.Name}, w, w.Labels, nil)
 		ep.created = e.CreationTimestamp
@@ -328,6 +333,27 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 	byName := spec.Resolution == networkingv1alpha3.ServiceEntry_DNS || spec.Resolution == networkingv1alpha3.ServiceEntry_DNS_ROUND_ROBIN
 	f.implicit = len(f.endpoints) == 0 && byName && spec.WorkloadSelector == nil
 	return f
+}
+
+// entryProblems is what of a ServiceEntry is not followed, whatever else there is.
+func entryProblems(spec *networkingv1alpha3.ServiceEntry) (out []string) {
+	wild := slices.ContainsFunc(spec.Hosts, func(h string) bool { return strings.HasPrefix(h, "*") })
+	switch spec.Resolution {
+	case networkingv1alpha3.ServiceEntry_DYNAMIC_DNS:
+		out = append(out, "resolution: DYNAMIC_DNS is not followed: it has no endpoint; write the hosts that are meant, with resolution: DNS")
+	case networkingv1alpha3.ServiceEntry_DNS, networkingv1alpha3.ServiceEntry_DNS_ROUND_ROBIN:
+		if wild && len(spec.Endpoints) == 0 && spec.WorkloadSelector == nil {
+			out = append(out, "a host with a wildcard cannot be resolved: it has no endpoint; write endpoints, or the hosts that are meant")
+		}
+	}
+	for i, a := range spec.Addresses {
+		if _, err := netip.ParsePrefix(a); err != nil {
+			if _, err := netip.ParseAddr(a); err != nil {
+				out = append(out, "addresses["+strconv.Itoa(i)+"] is neither an address nor a range of them, and left out")
+			}
+		}
+	}
+	return out
 }
 
 func (c *compiled) workloadEntryFactOf(e *networkingv1.WorkloadEntry) *endpointFact {

@@ -214,7 +214,7 @@ func (x *Index) telemetryState(f *telemetryFact) *PolicyState {
 	}
 	s.Waypoints = waypoints
 	if len(f.Problems) > 0 {
-		not("PartlyIgnored", f.ProblemText())
+		not(reasonPartlyIgnored, f.ProblemText())
 	}
 	for _, name := range f.Services {
 		if x.winners[name] == nil {

@@ -109,6 +109,8 @@ type Service struct {
 
 	Telemetry *Telemetry // of its waypoint; nil: the default
 
+	OneAddress bool // of a name among the endpoints one address is used at a time, and connections to another last (DNS_ROUND_ROBIN)
+
 	TLS []BackendTLS // of gateways, by port
 
 	Revision uint64
