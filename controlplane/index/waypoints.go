@@ -1,6 +1,8 @@
 package index
 
 import (
+	"slices"
+
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/tools/cache"
@@ -72,14 +74,20 @@ func (s *Source) Balanced(namespace, name string) []corev1.LoadBalancerIngress {
 
 // Classes lists the GatewayClasses for gateways that this control plane is the controller of.
 func (s *Source) Classes() []*gatewayv1.GatewayClass {
-	store, ok := s.stores.Load(GatewayClass)
+	return slices.DeleteFunc(listed[*gatewayv1.GatewayClass](s, GatewayClass), func(c *gatewayv1.GatewayClass) bool {
+		return c.Spec.ControllerName != IngressController || c.Name == WaypointClass
+	})
+}
+
+// listed are the objects of a kind.
+func listed[T any](s *Source, kind Kind) (out []T) {
+	store, ok := s.stores.Load(kind)
 	if !ok {
 		return nil
 	}
-	var out []*gatewayv1.GatewayClass
 	for _, o := range store.(cache.Store).List() {
-		if c, ok := o.(*gatewayv1.GatewayClass); ok && c.Spec.ControllerName == IngressController && c.Name != WaypointClass {
-			out = append(out, c)
+		if t, ok := o.(T); ok {
+			out = append(out, t)
 		}
 	}
 	return out
@@ -94,15 +102,5 @@ func (s *Source) IsWaypoint(namespace, name string) bool {
 
 // ServiceEntries lists them as the watch has them now.
 func (s *Source) ServiceEntries() []*networkingv1.ServiceEntry {
-	store, ok := s.stores.Load(ServiceEntry)
-	if !ok {
-		return nil
-	}
-	var out []*networkingv1.ServiceEntry
-	for _, o := range store.(cache.Store).List() {
-		if e, ok := o.(*networkingv1.ServiceEntry); ok {
-			out = append(out, e)
-		}
-	}
-	return out
+	return listed[*networkingv1.ServiceEntry](s, ServiceEntry)
 }
