@@ -8,7 +8,7 @@ ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))
 endif
 
-.PHONY: conformance bench bench-netns fuzz demo test test-kernels soak lint unit e2e generate images cluster cluster-down deps
+.PHONY: conformance bench bench-netns fuzz demo test test-kernels soak lint unit e2e generate images release cluster cluster-down deps
 
 demo: deps
 	@cd test/e2e && go run ./cmd/demo $(ON)

@@ -22,12 +22,10 @@ import (
 
 	"github.com/warrenmesh/warren/controlplane"
 	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/internal/build"
 	"github.com/warrenmesh/warren/internal/environ"
 	"github.com/warrenmesh/warren/internal/logformat"
 )
-
-// version is set when the binary is linked.
-var version = "dev"
 
 func main() {
 	if err := run(os.Args[1:]); err != nil {
@@ -39,7 +37,7 @@ func main() {
 func run(args []string) error {
 	if len(args) > 0 {
 		if args[0] == "version" && len(args) == 1 {
-			fmt.Println(version)
+			fmt.Println(build.Version)
 			return nil
 		}
 		return fmt.Errorf("arguments %q: the only command is version; settings are read from the environment", args)
@@ -68,7 +66,7 @@ func connect() (controlplane.Clients, error) {
 	if err != nil {
 		return controlplane.Clients{}, fmt.Errorf("find the API server: %w", err)
 	}
-	restConfig.UserAgent = "warren-control/" + version
+	restConfig.UserAgent = "warren-control/" + build.Version
 	restConfig.QPS, restConfig.Burst = 80, 160
 	kube, err := kubernetes.NewForConfig(restConfig)
 	if err != nil {
@@ -102,7 +100,7 @@ func config(e *environ.Reader) controlplane.Config {
 		PodName:        e.Text("POD_NAME"),
 		Revision:       e.Text("REVISION"),
 		ServiceAccount: e.Text("SERVICE_ACCOUNT"),
-		Version:        version,
+		Version:        build.Version,
 		Mesh: index.Config{
 			ClusterID:     e.Text("CLUSTER_ID"),
 			ClusterDomain: e.Text("CLUSTER_DOMAIN"),

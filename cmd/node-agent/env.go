@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/warrenmesh/warren/internal/build"
 	"github.com/warrenmesh/warren/internal/environ"
 	nodeagent "github.com/warrenmesh/warren/node-agent"
 	"github.com/warrenmesh/warren/node-agent/enroll/cni"
@@ -25,7 +26,7 @@ func (e *environment) config() nodeagent.Config {
 		Node: e.Text("NODE_NAME"), PodName: e.Text("POD_NAME"), PodNamespace: e.Text("POD_NAMESPACE"), PodUID: e.Text("POD_UID"),
 		ServiceAccount: e.Text("SERVICE_ACCOUNT"),
 		Cluster:        e.Text("CLUSTER_ID", "ISTIO_META_CLUSTER_ID"), ClusterDomain: e.Text("CLUSTER_DOMAIN"),
-		TrustDomain: e.Text("TRUST_DOMAIN"), Network: e.Text("NETWORK"), Version: version,
+		TrustDomain: e.Text("TRUST_DOMAIN"), Network: e.Text("NETWORK"), Version: build.Version,
 
 		XDSAddress: e.Text("XDS_ADDRESS"), XDSServerName: e.Text("ALT_XDS_HOSTNAME"), XDSRoot: e.Text("XDS_ROOT_CA"),
 		CAAddress: e.Text("CA_ADDRESS"), CAServerName: e.Text("ALT_CA_HOSTNAME"), CARoot: e.Text("CA_ROOT_CA"),

@@ -14,10 +14,9 @@ import (
 	"syscall"
 
 	nodeagent "github.com/warrenmesh/warren/node-agent"
-)
 
-// version is set when the binary is linked.
-var version = "dev"
+	"github.com/warrenmesh/warren/internal/build"
+)
 
 func main() {
 	if err := run(os.Args[1:]); err != nil {
@@ -32,7 +31,7 @@ func run(args []string) error {
 		command = args[0]
 	}
 	if command == "version" {
-		fmt.Println(version)
+		fmt.Println(build.Version)
 		return nil
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)

@@ -9,17 +9,15 @@ import (
 	"syscall"
 
 	"github.com/warrenmesh/warren/controlplane/analysis"
+	"github.com/warrenmesh/warren/internal/build"
 	"github.com/warrenmesh/warren/internal/cli"
 )
-
-// version is set when the binary is linked.
-var version = "dev"
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	os.Exit(cli.Main(ctx, cli.Env{
-		Program: os.Args[0], Args: os.Args[1:], Version: version,
+		Program: os.Args[0], Args: os.Args[1:], Version: build.Version,
 		Out: os.Stdout, Err: os.Stderr, NoColor: os.Getenv("NO_COLOR") != "" || os.Getenv("TERM") == "dumb",
 		Analyze: analyze,
 	}))

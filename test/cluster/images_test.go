@@ -20,7 +20,7 @@ func TestProgramsBuildReproducibly(t *testing.T) {
 		var digests []string
 		for range 2 {
 			p := product{name: "probe", programs: []program{{"images/probe", "probe"}, {"images/pause", "pause"}}}
-			v, err := p.build(t.Context(), root, t.TempDir(), image.Platform{Arch: arch}, func(string) {})
+			v, err := p.build(t.Context(), root, t.TempDir(), "v0.1.0", image.Platform{Arch: arch}, func(string) {})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -40,7 +40,7 @@ func TestProgramsBuildReproducibly(t *testing.T) {
 func TestMissingProgramsAreLeftOutAndNamed(t *testing.T) {
 	var said []string
 	p := product{name: "x", programs: []program{{"cmd/nowhere", "nowhere"}}}
-	v, err := p.build(t.Context(), t.TempDir(), t.TempDir(), image.Platform{Arch: "amd64"}, func(s string) { said = append(said, s) })
+	v, err := p.build(t.Context(), t.TempDir(), t.TempDir(), "dev", image.Platform{Arch: "amd64"}, func(s string) { said = append(said, s) })
 	if err != nil || len(v.Files) != 0 {
 		t.Fatalf("%+v, %v", v, err)
 	}

@@ -30,7 +30,8 @@ func stages() []stage {
 	for _, m := range modules {
 		house.steps = append(house.steps, step{name: "vet " + m, dir: m, run: program("go", "vet", "./..."), limit: 15 * time.Minute})
 	}
-	house.steps = append(house.steps, step{name: "staticcheck", run: program("go", "tool", "staticcheck", "./..."), limit: 15 * time.Minute})
+	house.steps = append(house.steps, step{name: "staticcheck", run: program("go", "tool", "staticcheck", "./..."), limit: 15 * time.Minute},
+		step{name: "workflows", run: program("go", "tool", "actionlint")})
 	unit := stage{name: "unit", about: "all packages with the race detector", steps: []step{
 		{name: "root module", run: goTest("-race", "-p", "2", "./..."), limit: 25 * time.Minute},
 		{name: "test/e2e/lab", dir: "test/e2e", run: goTest("./lab/...")},

@@ -25,6 +25,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/warrenmesh/warren/charts"
+	"github.com/warrenmesh/warren/internal/build"
 )
 
 // Name is the release's, as Helm lists it.
@@ -67,7 +68,21 @@ func chart() (*chartv2.Chart, error) {
 	if err != nil {
 		return nil, err
 	}
-	return loader.LoadFiles(files)
+	c, err := loader.LoadFiles(files)
+	if err != nil {
+		return nil, err
+	}
+	Stamp(c, build.Version)
+	return c, nil
+}
+
+// Stamp makes a chart one of a version of Warren, whose images it installs. Helm wants a chart's own version
+// without the v.
+func Stamp(c *chartv2.Chart, version string) {
+	c.Metadata.AppVersion = version
+	if v, released := strings.CutPrefix(version, "v"); released {
+		c.Metadata.Version = v
+	}
 }
 
 // Render renders the chart. The values have been checked by [Sources.Values].
