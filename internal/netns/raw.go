@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"os"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -51,6 +52,13 @@ func State(fd int) (int, error) {
 	var state uint8 // the first of struct tcp_info
 	err := option(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&state), unsafe.Sizeof(state))
 	return int(state), err
+}
+
+// LastAck is how long ago the peer of a TCP socket has acknowledged anything, by its kernel's clock of milliseconds.
+func LastAck(fd int) (time.Duration, error) {
+	var info unix.TCPInfo
+	err := option(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&info), unsafe.Sizeof(info))
+	return time.Duration(info.Last_ack_recv) * time.Millisecond, err
 }
 
 func option(fd, level, name int, value unsafe.Pointer, size uintptr) error {

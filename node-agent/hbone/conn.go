@@ -1,7 +1,6 @@
 package hbone
 
 import (
-	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -24,6 +23,7 @@ const (
 	handshakeWait     = 10 * time.Second
 	defaultPingEvery  = 2500 * time.Millisecond
 	defaultPingWait   = 4 * time.Second
+	slowPeer          = 8 // times pingWait of silence, while the peer's kernel acknowledges
 	defaultIdle       = 5 * time.Minute
 	defaultMaxStreams = 100
 	tcpUserTimeout    = 10 * time.Second
@@ -63,7 +63,8 @@ type conn struct {
 	reads      uint64 // by the read loop; tells that the peer is alive
 	seenReads  uint64
 	pingOut    bool
-	pingAt     time.Time
+	pingAt     time.Time // of the last
+	askedAt    time.Time // of the first that is not answered
 	pingEvery  time.Duration
 	pingWait   time.Duration
 	idleAfter  time.Duration // 0: stays open without streams
@@ -90,14 +91,7 @@ func newConn(nc net.Conn, s *session, loops *Loops, ping, wait, idle time.Durati
 	if c.pingWait == 0 {
 		c.pingWait = defaultPingWait
 	}
-	inner := nc
-	if t, ok := nc.(*tls.Conn); ok {
-		inner = t.NetConn()
-	}
-	if w, ok := inner.(*wire); ok {
-		inner = w.Conn
-	}
-	if t, ok := inner.(*net.TCPConn); ok {
+	if t, ok := carrier(nc).(*net.TCPConn); ok {
 		setUserTimeout(t, tcpUserTimeout)
 		c.loop = loops.take()
 	}
@@ -504,8 +498,14 @@ func (c *conn) tick() {
 	case c.pingOut:
 		left := c.pingWait - time.Since(c.pingAt)
 		if left <= 0 {
-			c.failLocked(ErrPeerDead)
-			return
+			// A peer that has no processor time is not dead: to end all that it carries would have all of it come
+			// again, to a peer that has less time then.
+			if time.Since(c.askedAt) >= slowPeer*c.pingWait || !acknowledged(c.nc, time.Since(c.pingAt)) {
+				c.failLocked(ErrPeerDead)
+				return
+			}
+			c.ping()
+			left = c.pingWait
 		}
 		next = min(next, left)
 	case len(c.streams) > 0:
@@ -529,7 +529,11 @@ func (c *conn) tick() {
 
 // ping asks the peer for a sign of life.
 func (c *conn) ping() {
-	c.pingOut, c.pingAt = true, time.Now()
+	now := time.Now()
+	if !c.pingOut {
+		c.askedAt = now
+	}
+	c.pingOut, c.pingAt = true, now
 	c.out = appendPing(c.out, false, [8]byte{'w', 'a', 'r', 'r', 'e', 'n'})
 	c.flush(false)
 }

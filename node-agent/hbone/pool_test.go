@@ -238,6 +238,65 @@ func TestDeadPeerIsNoticed(t *testing.T) {
 	})
 }
 
+// TestSlowPeerIsNotDead: the peer gets no processor time for a while, or never again. Its kernel acknowledges what comes.
+func TestSlowPeerIsNotDead(t *testing.T) {
+	const wait = 100 * time.Millisecond
+	for name, secured := range map[string]bool{"sockets of the loop": true, "sockets of Go": false} {
+		t.Run(name, func(t *testing.T) {
+			a, b := net.Conn(nil), net.Conn(nil)
+			if secured {
+				a, b = tlsPair(t)
+			} else {
+				a, b = tcpPair(t)
+			}
+			var served sync.WaitGroup
+			defer served.Wait()
+			slow := &slowReader{Conn: b}
+			served.Go(func() { _ = Serve(context.Background(), slow, ServerConfig{Handler: echo}) })
+			defer b.Close()
+			c := NewClient(a, ClientConfig{PingEvery: wait / 2, PingWait: wait})
+			defer c.Close()
+			st := mustOpen(t, c)
+			ask := func() error {
+				if _, err := io.WriteString(st, "x"); err != nil {
+					return err
+				}
+				_, err := io.ReadFull(st, make([]byte, 1))
+				return err
+			}
+			if err := ask(); err != nil {
+				t.Fatal(err)
+			}
+			slow.mu.Lock()
+			wakes := time.AfterFunc(4*wait, slow.mu.Unlock)
+			defer wakes.Stop()
+			if err := ask(); err != nil {
+				t.Fatalf("a peer that slept for %v: %v", 4*wait, err)
+			}
+			slow.mu.Lock()
+			defer slow.mu.Unlock()
+			start := time.Now()
+			err := ask()
+			if d := time.Since(start); !errors.Is(err, ErrPeerDead) || d < slowPeer*wait {
+				t.Errorf("a peer that sleeps for ever: %v after %v", err, d)
+			}
+		})
+	}
+}
+
+// slowReader has nothing to read while its lock is held.
+type slowReader struct {
+	net.Conn
+	mu sync.Mutex
+}
+
+func (r *slowReader) Read(p []byte) (int, error) {
+	n, err := r.Conn.Read(p)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return n, err
+}
+
 // blackhole drops what is written and withholds what arrives once it is on.
 type blackhole struct {
 	net.Conn

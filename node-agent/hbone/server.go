@@ -18,7 +18,8 @@ type ServerConfig struct {
 	// DrainTimeout is how long streams may go on once ctx of Serve has ended: 5 s. Then they are reset.
 	DrainTimeout time.Duration
 	// PingEvery and PingWait: a PING after a silence of the first (2.5 s) while there are streams, and the peer is
-	// dead if nothing comes within the second (4 s). Together they notice a dead peer within 10 s.
+	// dead if nothing comes within the second (4 s). Together they notice a dead peer within 10 s. One whose kernel
+	// acknowledges what it is sent is only slow, up to eight times as long.
 	PingEvery, PingWait time.Duration
 	// MaxFrame is the longest DATA frame that the client is told to send: 1 MiB, which is the most.
 	MaxFrame int

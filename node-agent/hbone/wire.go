@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/internal/netns"
 )
 
 // TLSServer is tls.Server for a connection that goes to [Serve]: after the handshake the codec protects records
@@ -127,15 +129,42 @@ func (w *wire) NetConn() net.Conn { return w.below() }
 
 // ResetTLS ends a connection that TLSServer or TLSClient made, with all it carries, by a TCP reset.
 func ResetTLS(t *tls.Conn) {
-	c := t.NetConn()
-	if w, ok := c.(*wire); ok {
-		c = w.below()
-	}
+	c := carrier(t)
 	if s, ok := c.(*sock); ok {
 		s.end(false)
 		return
 	}
 	resetConn(c)
+}
+
+// carrier is what is below TLS.
+func carrier(c net.Conn) net.Conn {
+	if t, ok := c.(*tls.Conn); ok {
+		c = t.NetConn()
+	}
+	if w, ok := c.(*wire); ok {
+		c = w.below()
+	}
+	return c
+}
+
+// acknowledged reports whether the peer's kernel has acknowledged anything within a time: what carries the peer is there,
+// whatever the peer does. It is false where that cannot be known.
+func acknowledged(c net.Conn, within time.Duration) bool {
+	ago, err := time.Duration(0), net.ErrClosed
+	ask := func(fd int) { ago, err = netns.LastAck(fd) }
+	switch s := carrier(c).(type) {
+	case *sock:
+		s.mu.Lock()
+		ask(s.fd)
+		s.mu.Unlock()
+	case *net.TCPConn:
+		if rc, e := s.SyscallConn(); e == nil {
+			_ = rc.Control(func(fd uintptr) { ask(int(fd)) })
+		}
+	}
+	const tick = 10 * time.Millisecond // of the kernel's clock, at the longest
+	return err == nil && ago <= within+tick
 }
 
 // setUserTimeout makes the kernel give up on a peer that acknowledges nothing.
