@@ -384,9 +384,13 @@ func substitute(pattern, by string) *matcherv3.RegexMatchAndSubstitute {
 // defaultRetryOn is what nobody can have acted on.
 const defaultRetryOn = "connect-failure,refused-stream,unavailable,cancelled"
 
+// defaultAttempts is how often. Who refuses has the fewest requests and is chosen first: while 3 of 15 endpoints are gone and
+// not known to be, as in a rollout, one request in 70 finds all three with its first attempt and two more.
+const defaultAttempts = 5
+
 func (b *builder) retries(r *mesh.HTTPRetries) *routev3.RetryPolicy {
 	if r == nil {
-		r = &mesh.HTTPRetries{Attempts: 2}
+		r = &mesh.HTTPRetries{Attempts: defaultAttempts}
 	}
 	if r.Attempts == 0 {
 		return nil
