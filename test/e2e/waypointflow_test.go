@@ -26,17 +26,31 @@ func behindWaypoint(t *testing.T, name string, replicas int, clients ...string) 
 	for i, c := range clients {
 		must(t, mesh.Run(ctx, lab.PodSpec{Namespace: ns, Name: c, Account: c, Node: nodes[i%2], Args: []string{"sleep"}}))
 	}
-	must(t, mesh.Apply(ctx, strings.NewReplacer("NS", ns, "IMAGE", lab.Image, "REPLICAS", fmt.Sprint(replicas)).Replace(`
+	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
 spec:
   gatewayClassName: istio-waypoint
   listeners: [{name: mesh, port: 15008, protocol: HBONE}]
----
+`, "NS", ns)))
+	inventory(t, ns, "istio.io/use-waypoint: way", replicas)
+	for _, wait := range [][]string{{"--for=condition=Programmed", "gateway/way"}, {"--for=condition=istio.io/WaypointBound", "service/inventory"}} {
+		if out, err := mesh.Kubectl(ctx, append([]string{"-n", ns, "wait", "--timeout=180s"}, wait...)...); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	return ns
+}
+
+// inventory makes a service of some replicas, and waits for them.
+func inventory(t *testing.T, ns, label string, replicas int) {
+	t.Helper()
+	must(t, mesh.Apply(t.Context(), strings.NewReplacer("NS", ns, "IMAGE", lab.Image, "LABEL", label, "REPLICAS", fmt.Sprint(replicas)).Replace(`
 apiVersion: v1
 kind: Service
-metadata: {name: inventory, namespace: NS, labels: {istio.io/use-waypoint: way}}
+metadata: {name: inventory, namespace: NS, labels: {LABEL}}
 spec: {selector: {app: inventory}, ports: [{name: http, port: 80, targetPort: 8080}]}
 ---
 apiVersion: apps/v1
@@ -57,13 +71,9 @@ spec:
         readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
         securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, runAsNonRoot: true, runAsUser: 65532, seccompProfile: {type: RuntimeDefault}}
 `)))
-	for _, wait := range [][]string{{"--for=condition=Programmed", "gateway/way"}, {"--for=condition=istio.io/WaypointBound", "service/inventory"}, {"--for=condition=Available", "deployment/inventory"}} {
-		if out, err := mesh.Kubectl(ctx, append([]string{"-n", ns, "wait", "--timeout=180s"}, wait...)...); err != nil {
-			t.Fatal(err, out)
-		}
+	if out, err := mesh.Kubectl(t.Context(), "-n", ns, "wait", "--timeout=180s", "--for=condition=Available", "deployment/inventory"); err != nil {
+		t.Fatal(err, out)
 	}
-	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
-	return ns
 }
 
 // requestReport is what `tcpcheck requests` prints.
@@ -115,11 +125,12 @@ func startRequests(t *testing.T, ns, pod, url string, rate float64) func() reque
 
 var rollouts = flag.Int("rollouts", 0, "how many rollouts TestRolloutsThroughAWaypoint makes, instead of a check's or a soak's")
 
-// An application behind a waypoint is rolled out, again and again, and so is its waypoint: no request fails.
+// An application behind a waypoint is rolled out, again and again, and so is its waypoint: no request fails. What becomes of the
+// same requests where there is no mesh says what the machine has to do with it.
 func TestRolloutsThroughAWaypoint(t *testing.T) {
 	times := func(check, soak int) int { return cmp.Or(*rollouts, size(check, soak)) }
 	ns := behindWaypoint(t, "e2e-rollouts", size(5, 15), "client")
-	rollout := func(what string, n int, rate float64) requestReport {
+	under := func(ns, what string, n int, rate float64) requestReport {
 		t.Helper()
 		stop := startRequests(t, ns, "client", "http://inventory/stock", rate)
 		began := time.Now()
@@ -133,7 +144,12 @@ func TestRolloutsThroughAWaypoint(t *testing.T) {
 		}
 		time.Sleep(2 * time.Second) // what ends then ends after its successors are ready
 		r := stop()
-		t.Logf("%d rollouts of %s in %s at %g requests/s: %+v", n, what, time.Since(began).Round(time.Second), rate, r)
+		t.Logf("%s: %d rollouts of %s in %s at %g requests/s: %+v", ns, n, what, time.Since(began).Round(time.Second), rate, r)
+		return r
+	}
+	rollout := func(what string, n int, rate float64) requestReport {
+		t.Helper()
+		r := under(ns, what, n, rate)
 		if r.Failed > 0 || r.Requests == 0 {
 			t.Errorf("%s: %d of %d requests failed: %v", what, r.Failed, r.Requests, r.Examples)
 		}
@@ -146,12 +162,25 @@ func TestRolloutsThroughAWaypoint(t *testing.T) {
 		name := "rollout-errors"
 		if rate == 2 {
 			name = "at 2 requests a second"
+		} else {
+			record("rollout-errors", "p99", r.Requests, 0, float64(r.P99MS), fmt.Sprintf("ms at %g requests/s", rate))
 		}
 		record("rollout-errors", name, r.Requests, r.Failed, float64(n), fmt.Sprintf("rollouts of %d pods at %g requests/s", size(5, 15), rate))
 	}
 	n := times(1, 10)
 	r := rollout("deployment/way", n, fast)
 	record("waypoint-rollout", "waypoint-rollout", r.Requests, r.Failed, float64(n), fmt.Sprintf("rollouts of the waypoint at %g requests/s", fast))
+	if !*long {
+		return
+	}
+	bare := namespace(t, "e2e-rollouts-bare")
+	must(t, mesh.Run(t.Context(), lab.PodSpec{Namespace: bare, Name: "client", Account: "client", Node: nodes[0], Args: []string{"sleep"}}))
+	inventory(t, bare, "", size(5, 15))
+	must(t, mesh.AwaitReady(t.Context(), bare, time.Minute))
+	n = times(5, 50)
+	r = under(bare, "deployment/inventory", n, fast)
+	record("rollout-errors", "without a mesh", r.Requests, 0, float64(r.Failed), fmt.Sprintf("requests failed in %d rollouts", n))
+	record("rollout-errors", "p99 without a mesh", r.Requests, 0, float64(r.P99MS), fmt.Sprintf("ms at %g requests/s", fast))
 }
 
 // A policy about requests is changed from one that lets a client in to one that keeps it out and back: once it says Enforced
