@@ -1,6 +1,8 @@
 package waypoint
 
 import (
+	"strings"
+
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	envoymatcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
@@ -8,21 +10,45 @@ import (
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
-// encryption is how a gateway speaks TLS to a target; nil where what it sends goes as it is.
+// How TLS is spoken to applications: as a BackendTLSPolicy says, which is for gateways, or else as a DestinationRule does.
+
+// encryption is how TLS is spoken to a target; nil where what is sent goes as it is.
 func (b *builder) encryption(t target) *mesh.BackendTLS {
-	if b.ingress == nil || !t.http && !t.encrypt {
+	if !t.http && !t.encrypt {
 		return nil
 	}
-	if svc := b.lookup(t.service); svc != nil {
-		return svc.TLSFor(t.port)
+	if svc := b.lookup(t.service); svc != nil && b.ingress != nil {
+		if e := svc.TLSFor(t.port); e != nil {
+			return e
+		}
 	}
-	return nil
+	return b.traffic(t).TLS
+}
+
+// unreachable reports whether TLS that is to be spoken cannot be.
+func (b *builder) unreachable(e *mesh.BackendTLS) bool {
+	return e != nil && (e.Invalid != "" || e.Credential != "" && e.CredentialOf(b.self.Namespace) == nil)
+}
+
+// overTLS decides whether connections to a target get TLS on the way. What passes is TLS already, and a BackendTLSPolicy is about
+// what has been taken out of TLS.
+func (b *builder) overTLS(c chain, t target) target {
+	passes, ended := c.port.App == mesh.AppTLS, false
+	if c.ingress != nil {
+		passes, ended = c.ingress.TLS == nil && len(c.ingress.Names) > 0, c.ingress.TLS != nil
+	}
+	if svc := b.lookup(t.service); svc != nil && c.ingress != nil && svc.TLSFor(t.port) != nil {
+		t.encrypt = ended
+	} else {
+		t.encrypt = !passes && b.traffic(t).TLS != nil
+	}
+	return t
 }
 
 // application is the socket on which an application is spoken to, whatever carries it there.
 func (b *builder) application(t target) *corev3.TransportSocket {
 	e := b.encryption(t)
-	if e == nil || e.Invalid != "" {
+	if e == nil || b.unreachable(e) {
 		return b.raw()
 	}
 	common := &tlsv3.CommonTlsContext{
@@ -34,11 +60,20 @@ func (b *builder) application(t target) *corev3.TransportSocket {
 	case t.http:
 		common.AlpnProtocols = []string{"http/1.1"}
 	}
-	if name := b.ingress.BackendCertificate; name != "" {
-		common.TlsCertificateSdsSecretConfigs = []*tlsv3.SdsSecretConfig{{Name: name, SdsConfig: adsSource()}}
+	host, names := e.Host, e.Names
+	if svc := b.lookup(t.service); host == "" && svc != nil && !strings.HasPrefix(svc.Name.Hostname, "*") {
+		host = svc.Name.Hostname
 	}
-	v := &tlsv3.CertificateValidationContext{TrustedCa: inline(e.Roots)}
-	for _, n := range e.Names {
+	if svc := b.lookup(t.service); len(names) == 0 && svc != nil {
+		if names = mesh.CertificateNames(svc.SANs); len(names) == 0 {
+			names = []mesh.CertificateName{{Name: host}}
+		}
+	}
+	v := &tlsv3.CertificateValidationContext{}
+	if e.Roots != "" {
+		v.TrustedCa = inline(e.Roots)
+	}
+	for _, n := range names {
 		kind := tlsv3.SubjectAltNameMatcher_DNS
 		if n.URI {
 			kind = tlsv3.SubjectAltNameMatcher_URI
@@ -47,8 +82,34 @@ func (b *builder) application(t target) *corev3.TransportSocket {
 			SanType: kind, Matcher: &envoymatcherv3.StringMatcher{MatchPattern: &envoymatcherv3.StringMatcher_Exact{Exact: n.Name}},
 		})
 	}
-	common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContext{ValidationContext: v}
-	return b.transport("envoy.transport_sockets.tls", &tlsv3.UpstreamTlsContext{CommonTlsContext: common, Sni: e.Host})
+	shown := ""
+	roots := &tlsv3.SdsSecretConfig{Name: PublicRootsSecret, SdsConfig: sdsSource()}
+	switch {
+	case e.Credential != "":
+		c := e.CredentialOf(b.self.Namespace)
+		b.credentials[c.Name] = c
+		if e.Mutual {
+			shown = c.Name
+		}
+		if !e.PublicRoots {
+			roots = &tlsv3.SdsSecretConfig{Name: c.Name + rootsSuffix, SdsConfig: adsSource()}
+		}
+	case !e.PublicRoots && !e.Unchecked && b.ingress != nil:
+		shown = b.ingress.BackendCertificate
+	}
+	if shown != "" {
+		common.TlsCertificateSdsSecretConfigs = []*tlsv3.SdsSecretConfig{{Name: shown, SdsConfig: adsSource()}}
+	}
+	switch {
+	case e.Unchecked:
+	case e.Roots != "":
+		common.ValidationContextType = &tlsv3.CommonTlsContext_ValidationContext{ValidationContext: v}
+	default:
+		common.ValidationContextType = &tlsv3.CommonTlsContext_CombinedValidationContext{CombinedValidationContext: &tlsv3.CommonTlsContext_CombinedCertificateValidationContext{
+			DefaultValidationContext: v, ValidationContextSdsSecretConfig: roots,
+		}}
+	}
+	return b.transport("envoy.transport_sockets.tls", &tlsv3.UpstreamTlsContext{CommonTlsContext: common, Sni: host})
 }
 
 func inline(s string) *corev3.DataSource {

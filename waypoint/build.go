@@ -18,9 +18,10 @@ import (
 
 // Names that the bootstrap and the generated resources share.
 const (
-	AgentCluster = "agent"   // the process beside Envoy: ADS and SDS over a unix socket
-	CertSecret   = "default" // the waypoint's certificate
-	RootsSecret  = "ROOTCA"  // what peers are checked against
+	AgentCluster      = "agent"        // the process beside Envoy: ADS and SDS over a unix socket
+	CertSecret        = "default"      // the waypoint's certificate
+	RootsSecret       = "ROOTCA"       // what peers are checked against
+	PublicRootsSecret = "public-roots" // what servers outside of the mesh are checked against where nobody names roots
 )
 
 // Names of the listeners and clusters that every waypoint has.
@@ -40,7 +41,7 @@ type Resources struct {
 	Clusters   []*clusterv3.Cluster
 	Endpoints  []*endpointv3.ClusterLoadAssignment
 	Extensions []*corev3.TypedExtensionConfig // filters whose configuration changes apart from their listener's
-	Secrets    []*tlsv3.Secret                // of gateways: what they show to clients from outside
+	Secrets    []*tlsv3.Secret                // what is shown to clients from outside and to applications, and their roots
 
 	byType map[string]*collection
 }
@@ -80,18 +81,19 @@ func Build(s *mesh.Snapshot, self mesh.ServiceName) (*Resources, error) {
 
 // builder writes one part of a configuration, and notes what it is written from.
 type builder struct {
-	s          *mesh.Snapshot
-	self       mesh.ServiceName
-	from       map[mesh.ServiceName]*mesh.Service // what was looked at, nil where there was nothing
-	ingress    *mesh.Ingress                      // nil for a waypoint
-	targets    map[target]bool                    // what routes refer to
-	through    map[mesh.ServiceName]bool          // waypoints that something is sent by
-	extensions []*corev3.TypedExtensionConfig
-	err        error
+	s           *mesh.Snapshot
+	self        mesh.ServiceName
+	from        map[mesh.ServiceName]*mesh.Service // what was looked at, nil where there was nothing
+	ingress     *mesh.Ingress                      // nil for a waypoint
+	targets     map[target]bool                    // what routes refer to
+	through     map[mesh.ServiceName]bool          // waypoints that something is sent by
+	credentials map[string]*mesh.Certificate       // that are shown to applications, or that those are checked against
+	extensions  []*corev3.TypedExtensionConfig
+	err         error
 }
 
 func newBuilder(s *mesh.Snapshot, self mesh.ServiceName) *builder {
-	return &builder{s: s, self: self, from: map[mesh.ServiceName]*mesh.Service{}, targets: map[target]bool{}, through: map[mesh.ServiceName]bool{}}
+	return &builder{s: s, self: self, from: map[mesh.ServiceName]*mesh.Service{}, targets: map[target]bool{}, through: map[mesh.ServiceName]bool{}, credentials: map[string]*mesh.Certificate{}}
 }
 
 // lookup finds a service.
@@ -140,7 +142,7 @@ type target struct {
 	subset  string
 	http    bool
 	grpc    bool // HTTP/2 whatever the port says: what spans and logs are sent to
-	encrypt bool // connections of which TLS has ended at the gateway, and that get another
+	encrypt bool // connections that get TLS on the way
 }
 
 func (t target) name() string {

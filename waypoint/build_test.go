@@ -122,6 +122,20 @@ var cases = map[string]func(*mesh.Service){
 		s.Routed = []mesh.Routed{{Port: 5432, Backends: []mesh.HTTPBackend{{Invalid: "there is no such Service", Weight: 1}}},
 			{Port: 9000, Backends: []mesh.HTTPBackend{{Service: stock, Port: 3306, Weight: 3}, {Service: catalog, Port: 9000, Weight: 1}, {Service: catalog, Port: 80}}}}
 	},
+	"encrypted": func(s *mesh.Service) {
+		s.Subsets = versions
+		s.HTTP = []mesh.HTTPRule{{Name: "both", Backends: []mesh.HTTPBackend{to("", 1), to("v1", 1), to("v2", 1), {Service: stock, Port: 50051, Weight: 1}}}}
+		s.Ports = append(s.Ports, mesh.ServicePort{Port: 443, Target: 8443, App: mesh.AppTLS}, mesh.ServicePort{Port: 5432, Target: 5432, App: mesh.AppTCP}, mesh.ServicePort{Port: 6379, Target: 6379, App: mesh.AppTCP})
+		chain, key := site()
+		s.Traffic = []mesh.Traffic{
+			{TLS: &mesh.BackendTLS{PublicRoots: true}},
+			{Subset: "v1", TLS: &mesh.BackendTLS{Host: "api.example", Names: []mesh.CertificateName{{URI: true, Name: "spiffe://d/ns/a/sa/b"}}, Mutual: true, Credential: "shown",
+				Credentials: []mesh.Certificate{{Name: "edge/shown"}, {Name: "shop/shown", Chain: chain, Key: mesh.Redacted(key), Roots: chain}}}},
+			{Subset: "v2", TLS: &mesh.BackendTLS{Mutual: true, Credential: "absent"}},
+			{Port: 5432, TLS: &mesh.BackendTLS{Unchecked: true}},
+			{Port: 6379, TLS: &mesh.BackendTLS{Invalid: "it is a file"}},
+		}
+	},
 	"names": func(s *mesh.Service) {
 		s.Routed = []mesh.Routed{{Port: 80, Backends: []mesh.HTTPBackend{{Service: outside, Port: 80, Weight: 1}, {Service: single, Port: 80, Weight: 1}}}}
 	},

@@ -143,7 +143,7 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
 			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}},
 		}}
-	case b.ingress != nil: // what clients from outside speak says nothing of the application
+	case b.ingress != nil || b.encryption(t) != nil: // what the client speaks says nothing of the application; by TLS it would be asked
 		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
 			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_HttpProtocolOptions{HttpProtocolOptions: &corev3.Http1ProtocolOptions{}},
 		}}
@@ -186,7 +186,7 @@ func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
 	}
 	i := slices.IndexFunc(svc.Ports, func(p mesh.ServicePort) bool { return p.Port == t.port })
 	labels, known := subsetLabels(svc, t.subset)
-	if e := b.encryption(t); i < 0 || !known || e != nil && e.Invalid != "" {
+	if e := b.encryption(t); i < 0 || !known || b.unreachable(e) {
 		return out
 	}
 	if b.goesThrough(svc) {

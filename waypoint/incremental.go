@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 	"hash"
+	"maps"
 	"slices"
 	"strings"
 
@@ -60,6 +61,7 @@ type reached struct {
 	from               map[mesh.ServiceName]*mesh.Service
 	name               string
 	cluster, endpoints *item // endpoints: nil where the cluster has them
+	secrets            []*item
 }
 
 // collection is all resources of a type.
@@ -131,21 +133,28 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 		return nil, b.err
 	}
 	listeners = append(listeners, main)
-	var routes, extensions, endpoints []*item
+	var routes, extensions, endpoints, shared []*item
 	for _, p := range parts {
 		routes, extensions = append(routes, p.routes...), append(extensions, p.extensions...)
 	}
 	for _, r := range list {
 		clusters = append(clusters, r.cluster)
+		for _, i := range r.secrets {
+			if !slices.ContainsFunc(shared, func(o *item) bool { return o.name == i.name }) {
+				shared = append(shared, i)
+			}
+		}
 		if r.endpoints != nil {
 			endpoints = append(endpoints, r.endpoints)
 		}
 	}
-	slices.SortFunc(endpoints, func(x, y *item) int { return strings.Compare(x.name, y.name) })
+	for _, list := range [][]*item{endpoints, shared} {
+		slices.SortFunc(list, func(x, y *item) int { return strings.Compare(x.name, y.name) })
+	}
 	w.snapshot, w.services, w.targets, w.served, w.main = s, services, targets, parts, main
 	return w.keep(map[string][]*item{
 		resource.ListenerType: listeners, resource.RouteType: routes, resource.ClusterType: clusters, resource.EndpointType: endpoints,
-		resource.ExtensionConfigType: extensions,
+		resource.ExtensionConfigType: extensions, resource.SecretType: shared,
 	}), nil
 }
 
@@ -213,7 +222,7 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 			b.targets[target{service: svc.Name, port: port.Port, http: true}] = true
 		}
 		if c.tcp() {
-			b.targets[target{service: svc.Name, port: port.Port}] = true
+			b.targets[b.overTLS(c, target{service: svc.Name, port: port.Port})] = true
 		}
 		ready := b.serve(c)
 		fmt.Fprintf(h, "%d %d\n", port.Port, port.App)
@@ -254,6 +263,7 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 				}
 				c, e := b.reach(t)
 				next := &reached{target: t, from: b.from, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c)}
+				next.secrets = b.secretItems(r.secrets)
 				if e != nil {
 					next.endpoints = b.item([]*item{r.endpoints}, e.ClusterName, e)
 				}
@@ -270,6 +280,16 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 		return cmp.Or(x.service.Compare(y.service), cmp.Compare(x.port, y.port), strings.Compare(x.name, y.name))
 	})
 	return out, list, nil
+}
+
+// secretItems are the secrets that what was written refers to.
+func (b *builder) secretItems(old []*item) (out []*item) {
+	for _, name := range slices.Sorted(maps.Keys(b.credentials)) {
+		for _, m := range secrets(b.credentials[name]) {
+			out = append(out, b.item(old, m.Name, m))
+		}
+	}
+	return out
 }
 
 // mainItem puts the main listener together.

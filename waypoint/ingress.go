@@ -97,6 +97,11 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 			add(resource.EndpointType, e.ClusterName, e)
 		}
 	}
+	for _, i := range b.secretItems(w.previous(resource.SecretType).all()) {
+		if !slices.ContainsFunc(all[resource.SecretType], func(o *item) bool { return o.name == i.name }) { // its own to clients
+			all[resource.SecretType] = append(all[resource.SecretType], i)
+		}
+	}
 	slices.SortFunc(all[resource.EndpointType], func(x, y *item) int { return strings.Compare(x.name, y.name) })
 	if b.err != nil {
 		return nil, b.err
@@ -235,7 +240,7 @@ func (b *builder) share(p *tcpproxyv3.TcpProxy, c chain, backends []mesh.HTTPBac
 		name := blackHole
 		if svc := b.lookup(t.Service); t.Invalid == "" && svc != nil {
 			k := target{service: t.Service, port: b.portOf(c, &t), subset: t.Subset}
-			k.encrypt = c.ingress != nil && c.ingress.TLS != nil && svc.TLSFor(k.port) != nil // what passes is TLS already
+			k = b.overTLS(c, k)
 			b.targets[k] = true
 			name = k.name()
 		}

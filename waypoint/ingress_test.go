@@ -17,24 +17,20 @@ import (
 var ingress = mesh.ServiceName{Namespace: "shop", Hostname: "shop-istio.shop.svc.cluster.local"}
 
 // site is a certificate of a host and its key, for tests alone.
-func site(t *testing.T) (chain, key string) {
-	t.Helper()
-	for _, f := range []struct {
-		name string
-		to   *string
-	}{{"site.crt", &chain}, {"site.key", &key}} {
-		b, err := os.ReadFile(filepath.Join("testdata", "certificates", f.name))
+func site() (chain, key string) {
+	for name, to := range map[string]*string{"site.crt": &chain, "site.key": &key} {
+		b, err := os.ReadFile(filepath.Join("testdata", "certificates", name))
 		if err != nil {
-			t.Fatal(err)
+			panic(err)
 		}
-		*f.to = string(b)
+		*to = string(b)
 	}
 	return chain, key
 }
 
 // entrance is a gateway for the catalog, with every kind of listener.
-func entrance(t *testing.T) *mesh.Ingress {
-	chain, key := site(t)
+func entrance() *mesh.Ingress {
+	chain, key := site()
 	rule := func(name string) mesh.HTTPRule {
 		return mesh.HTTPRule{Name: name, Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/")}}, Backends: []mesh.HTTPBackend{{Service: catalog, Port: 80, Weight: 1}}}
 	}
@@ -67,14 +63,14 @@ func entrance(t *testing.T) *mesh.Ingress {
 }
 
 func TestIngress(t *testing.T) {
-	in := entrance(t)
+	in := entrance()
 	in.Telemetry = told(&mesh.TelemetryProvider{Name: "zipkin", Kind: mesh.TelemetryZipkin, Path: "/api/v2/spans", Service: catalog, Port: 80, ShortIDs: true})
 	ingressGolden(t, "ingress", shop(nil), in)
 }
 
 // TestEncryptedBackends has a gateway speak TLS to applications, but where TLS passes it or where it cannot be had.
 func TestEncryptedBackends(t *testing.T) {
-	in := entrance(t)
+	in := entrance()
 	in.BackendCertificate = "shop/site"
 	in.Listeners[2].TLS.Optional, in.Listeners[2].TLS.Untrusted = true, true
 	in.Listeners[1].Hosts[0].Rules[0].Backends = append(in.Listeners[1].Hosts[0].Rules[0].Backends,
@@ -87,6 +83,10 @@ func TestEncryptedBackends(t *testing.T) {
 	other.TLS = []mesh.BackendTLS{
 		{Host: "stock.example", Names: []mesh.CertificateName{{Name: "stock.example"}}, Roots: in.Certificates[0].Chain}, {Port: 9000, Invalid: "there are no roots"},
 	}
+	// Without a BackendTLSPolicy a DestinationRule says how, with a Secret of the gateway's own namespace.
+	other.Traffic = []mesh.Traffic{{Port: 3306, TLS: &mesh.BackendTLS{Mutual: true, Credential: "site", Credentials: []mesh.Certificate{in.Certificates[0]}}}}
+	other.TLS = append(other.TLS[1:], other.TLS[0])
+	other.TLS[1].Port = 50051
 	b.PutService(&other)
 	ingressGolden(t, "ingress-encrypted", b.Commit(2), in)
 }
@@ -94,7 +94,7 @@ func TestEncryptedBackends(t *testing.T) {
 // TestIngressThroughWaypoint has a gateway send by the waypoint of a Service that asks for it. Without a pod of the waypoint
 // it sends nothing there.
 func TestIngressThroughWaypoint(t *testing.T) {
-	in := entrance(t)
+	in := entrance()
 	s := shop(func(s *mesh.Service) { s.IngressUseWaypoint = true })
 	b := mesh.NewBuilder(s)
 	other := *s.Service(stock)
@@ -183,7 +183,7 @@ func ingressGolden(t *testing.T, name string, s *mesh.Snapshot, in *mesh.Ingress
 
 // TestKeysAreNotPrinted prints a gateway in every way in which a log might.
 func TestKeysAreNotPrinted(t *testing.T) {
-	g := entrance(t)
+	g := entrance()
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q"} {
 		if out := fmt.Sprintf(verb, *g); bytes.Contains([]byte(out), []byte("PRIVATE KEY")) {
 			t.Errorf("%s shows the key", verb)

@@ -172,6 +172,7 @@ type Index struct {
 	ingressAPI
 	istioGatewayAPI
 	backendAPI
+	credentialAPI
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -239,6 +240,7 @@ func New(cfg Config) (*Index, error) {
 		ingressAPI:      newIngressAPI(),
 		istioGatewayAPI: newIstioGatewayAPI(),
 		backendAPI:      newBackendAPI(),
+		credentialAPI:   newCredentialAPI(),
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -402,6 +404,7 @@ func (x *Index) Commit() *Update {
 	x.commitGatewayRoutes(u)
 	x.commitIngress(b, u)
 	x.commitEntrances(b, u)
+	x.commitReaders()
 	x.commitServices(b) // before workloads: who owns a host decides what backs it
 	x.commitSources(b, u)
 	x.commitExemptions(b) // after the workloads, which need them or no more

@@ -133,6 +133,9 @@ func (c *compiled) destinationRuleFactOf(d *networkingv1.DestinationRule) *route
 
 func (x *Index) setRoutes(kind Kind, all map[string]map[string]*routeFact, k key, f *routeFact) {
 	old := put(all, k, f)
+	if kind == DestinationRule {
+		x.setCredentialed(k, f)
+	}
 	for _, r := range []*routeFact{old, f} {
 		if r == nil {
 			continue
@@ -174,7 +177,7 @@ func (x *Index) route(s *mesh.Service) {
 	}
 	s.HTTP, s.Routed = rules, x.routed(s.Name)
 	if d := oldest(x.destinations, s.Name); d != nil {
-		s.Subsets, s.Traffic = d.subsets, d.traffic
+		s.Subsets, s.Traffic = d.subsets, x.equipped(s.Name, d)
 	}
 }
 
@@ -191,7 +194,7 @@ func (x *Index) commitRoutes(u *Update) {
 			x.notice(u, nk, "", "", "")
 			continue
 		}
-		problems, reason := slices.Clone(f.problems), reasonPartlyIgnored
+		problems, reason := append(slices.Clone(f.problems), x.missing(f)...), reasonPartlyIgnored
 		for _, h := range f.hosts {
 			if h.Namespace != f.Namespace {
 				problems = append(problems, h.Hostname+" is of another namespace, where this holds for nobody; write it in the namespace "+h.Namespace)

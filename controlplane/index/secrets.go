@@ -79,6 +79,7 @@ func (x *Index) SetSecret(k SecretKey, s *SecretState) {
 			}
 		}
 	}
+	x.touchCredential(k)
 	for _, e := range x.entrances {
 		x.dirtyEntrance = x.dirtyEntrance || slices.Contains(e.wants(), key(k))
 	}
@@ -128,6 +129,12 @@ func (x *Index) wantedSecrets() []SecretKey {
 					out = append(out, SecretKey(k))
 				}
 			}
+		}
+	}
+	for _, k := range x.wantedCredentials() {
+		if !seen[k] {
+			seen[k] = true
+			out = append(out, SecretKey(k))
 		}
 	}
 	for _, e := range x.entrances {

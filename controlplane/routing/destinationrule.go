@@ -16,7 +16,7 @@ import (
 // work.
 func DestinationRule(d *networking.DestinationRule) (subsets []mesh.Subset, traffic []mesh.Traffic, problems []string) {
 	c := &trafficConverter{}
-	base := settings{d.TrafficPolicy.GetLoadBalancer(), d.TrafficPolicy.GetConnectionPool(), d.TrafficPolicy.GetOutlierDetection()}
+	base := settings{d.TrafficPolicy.GetLoadBalancer(), d.TrafficPolicy.GetConnectionPool(), d.TrafficPolicy.GetOutlierDetection(), d.TrafficPolicy.GetTls()}
 	c.at = "trafficPolicy"
 	c.unfollowed(d.TrafficPolicy)
 	traffic = c.add(traffic, "", base, d.TrafficPolicy.GetPortLevelSettings())
@@ -31,7 +31,7 @@ func DestinationRule(d *networking.DestinationRule) (subsets []mesh.Subset, traf
 		}
 		c.at = fmt.Sprintf("subsets[%d].trafficPolicy", i)
 		c.unfollowed(p)
-		own := settings{cmp.Or(p.LoadBalancer, base.balancer), cmp.Or(p.ConnectionPool, base.pool), cmp.Or(p.OutlierDetection, base.outliers)}
+		own := settings{cmp.Or(p.LoadBalancer, base.balancer), cmp.Or(p.ConnectionPool, base.pool), cmp.Or(p.OutlierDetection, base.outliers), cmp.Or(p.Tls, base.tls)}
 		ports := p.PortLevelSettings
 		if len(ports) == 0 {
 			ports = d.TrafficPolicy.GetPortLevelSettings()
@@ -46,6 +46,7 @@ type settings struct {
 	balancer *networking.LoadBalancerSettings
 	pool     *networking.ConnectionPoolSettings
 	outliers *networking.OutlierDetection
+	tls      *networking.ClientTLSSettings
 }
 
 type trafficConverter struct {
@@ -65,7 +66,6 @@ func (c *trafficConverter) ignored(there bool, field string) {
 }
 
 func (c *trafficConverter) unfollowed(p *networking.TrafficPolicy) {
-	c.ignored(p.GetTls() != nil, "tls")
 	c.ignored(p.GetTunnel() != nil, "tunnel")
 	c.ignored(p.GetProxyProtocol() != nil, "proxyProtocol")
 	c.ignored(p.GetRetryBudget() != nil, "retryBudget")
@@ -85,8 +85,7 @@ func (c *trafficConverter) add(out []mesh.Traffic, subset string, s settings, po
 			c.say("port.number", "is no port")
 			continue
 		}
-		c.ignored(p.GetTls() != nil, "tls")
-		out = append(out, c.convert(mesh.Traffic{Subset: subset, Port: uint16(n)}, settings{p.LoadBalancer, p.ConnectionPool, p.OutlierDetection}))
+		out = append(out, c.convert(mesh.Traffic{Subset: subset, Port: uint16(n)}, settings{p.LoadBalancer, p.ConnectionPool, p.OutlierDetection, p.Tls}))
 	}
 	return out
 }
@@ -95,6 +94,7 @@ func (c *trafficConverter) convert(t mesh.Traffic, s settings) mesh.Traffic {
 	c.balance(&t, s.balancer)
 	c.pool(&t, s.pool)
 	c.outliers(&t, s.outliers)
+	t.TLS = c.tls(s.tls)
 	return t
 }
 

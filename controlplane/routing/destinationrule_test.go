@@ -30,8 +30,21 @@ func TestDestinationRule(t *testing.T) {
 		{"a subset takes what it does not say from the service", `{trafficPolicy: {loadBalancer: {simple: RANDOM}, connectionPool: {tcp: {maxConnections: 1}}, portLevelSettings: [{port: {number: 80}, connectionPool: {tcp: {maxConnections: 2}}}]}, subsets: [{name: v1, trafficPolicy: {loadBalancer: {consistentHash: {httpCookie: {name: u, ttl: 3600s}}}}}]}`,
 			[]mesh.Traffic{{Balance: mesh.BalanceRandom, MaxConnections: 1}, {Port: 80, MaxConnections: 2},
 				{Subset: "v1", MaxConnections: 1, Hash: &mesh.HashKey{Cookie: "u", CookieTTL: &hour}}, {Subset: "v1", Port: 80, MaxConnections: 2}}, nil},
-		{"what is not followed is said", `trafficPolicy: {tls: {mode: SIMPLE}, loadBalancer: {simple: PASSTHROUGH, localityLbSetting: {enabled: true}}, portLevelSettings: [{port: {number: 0}}]}`,
-			[]mesh.Traffic{{}}, []string{"trafficPolicy.tls", "localityLbSetting", "PASSTHROUGH", "portLevelSettings[0].port.number"}},
+		{"TLS, as subsets and ports have it", `{trafficPolicy: {tls: {mode: SIMPLE, sni: API.example, subjectAltNames: [api.example, "spiffe://d/ns/a/sa/b"]}, portLevelSettings: [{port: {number: 80}, tls: {mode: DISABLE}}, {port: {number: 443}, tls: {mode: MUTUAL, credentialName: shown}}]}, subsets: [{name: v1, trafficPolicy: {tls: {mode: ISTIO_MUTUAL}}}, {name: v2, trafficPolicy: {tls: {mode: SIMPLE, insecureSkipVerify: true}, portLevelSettings: [{port: {number: 80}}]}}]}`,
+			[]mesh.Traffic{
+				{TLS: &mesh.BackendTLS{Host: "api.example", PublicRoots: true, Names: []mesh.CertificateName{{Name: "api.example"}, {URI: true, Name: "spiffe://d/ns/a/sa/b"}}}},
+				{Port: 80}, {Port: 443, TLS: &mesh.BackendTLS{Mutual: true, Credential: "shown"}},
+				{Subset: "v1"}, {Subset: "v1", Port: 80}, {Subset: "v1", Port: 443, TLS: &mesh.BackendTLS{Mutual: true, Credential: "shown"}},
+				{Subset: "v2", TLS: &mesh.BackendTLS{Unchecked: true}}, {Subset: "v2", Port: 80},
+			}, nil},
+		{"TLS that cannot be followed sends nothing", `{trafficPolicy: {tls: {mode: MUTUAL, clientCertificate: /a, privateKey: /b, caCertificates: /c}}, subsets: [{name: v1, trafficPolicy: {tls: {mode: MUTUAL}}}, {name: v2, trafficPolicy: {tls: {mode: SIMPLE, credentialName: a/b}}}]}`,
+			[]mesh.Traffic{
+				{TLS: &mesh.BackendTLS{Mutual: true, PublicRoots: true, Invalid: "clientCertificate is a file, which is not read; put it into a Secret of the waypoint's or gateway's namespace and write credentialName"}},
+				{Subset: "v1", TLS: &mesh.BackendTLS{Mutual: true, PublicRoots: true, Invalid: "credentialName is missing: which Secret has the certificate to show?"}},
+				{Subset: "v2", TLS: &mesh.BackendTLS{Credential: "a/b", Invalid: "credentialName is not the name of a Secret"}},
+			}, []string{"trafficPolicy.tls.clientCertificate is a file", "privateKey", "caCertificates", "credentialName is missing", "credentialName is not"}},
+		{"what is not followed is said", `trafficPolicy: {tunnel: {targetHost: a, targetPort: 1}, loadBalancer: {simple: PASSTHROUGH, localityLbSetting: {enabled: true}}, portLevelSettings: [{port: {number: 0}}]}`,
+			[]mesh.Traffic{{}}, []string{"trafficPolicy.tunnel", "localityLbSetting", "PASSTHROUGH", "portLevelSettings[0].port.number"}},
 		{"a hash of nothing", `trafficPolicy: {loadBalancer: {consistentHash: {useSourceIp: false}}}`, []mesh.Traffic{{}}, []string{"names nothing"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

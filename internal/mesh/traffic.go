@@ -20,6 +20,7 @@ type Traffic struct {
 	MaxRequestsPerConnection uint32
 
 	Outliers *Outliers
+	TLS      *BackendTLS // nil: none but the mesh's own
 }
 
 // Balance says which endpoint is next.

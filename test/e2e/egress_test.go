@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"strings"
 	"testing"
@@ -63,6 +64,9 @@ func TestEgress(t *testing.T) {
 		lab.PodSpec{Namespace: e.clients, Name: "other", Account: "other", Node: nodes[1], Args: []string{"sleep"}},
 		lab.PodSpec{Namespace: e.outside, Name: "stock", Account: "default", Node: nodes[1], Args: []string{"inventory"}},
 	))
+	ownCert, ownKey, _ := site(t, 2, "own.example")
+	must(t, mesh.Apply(ctx, tlsSecret(e.outside, "own", ownCert, ownKey)))
+	must(t, mesh.Apply(ctx, ownTLS(e.outside)))
 	e.apply(t, `
 apiVersion: v1
 kind: Service
@@ -77,13 +81,22 @@ spec:
   location: MESH_EXTERNAL
   resolution: DNS
   ports: [{number: 80, name: http, protocol: HTTP}]
+---
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: own, namespace: WAY}
+spec:
+  hosts: [own.OUTSIDE.svc]
+  location: MESH_EXTERNAL
+  resolution: DNS
+  ports: [{number: 80, name: http, protocol: HTTP, targetPort: 443}]
 `)
 	must(t, mesh.AwaitReady(ctx, e.clients, time.Minute))
 	must(t, mesh.AwaitReady(ctx, e.outside, time.Minute))
 	inMesh(t, e.clients)
 
 	// A name that nobody resolves is not called, and the ServiceEntry's author is told why.
-	address := e.allocated(t, "stock")
+	address, own := e.allocated(t, "stock"), e.allocated(t, "own")
 	if out, err := e.get(ctx, "client", address, "/stock"); err == nil {
 		t.Errorf("an address that leads nowhere answers: %s", out)
 	}
@@ -126,4 +139,50 @@ spec:
 	e.becomes(t, "other", address, "/stock", "403")
 	e.becomes(t, "client", address, "/healthz", "403")
 	e.becomes(t, "client", address, "/stock", answered)
+	e.encrypts(t, own, ownCert)
+}
+
+// encrypts has the waypoint speak TLS to a server outside, for pods that call it in plaintext, and to no other than that server.
+func (e egress) encrypts(t *testing.T, address, roots string) {
+	const path, answered = "/apis/own/v1", "APIResourceList"
+	rule := func(settings string) {
+		t.Helper()
+		e.apply(t, `
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: own, namespace: WAY}
+spec:
+  host: own.OUTSIDE.svc
+  trafficPolicy: {portLevelSettings: [{port: {number: 80}, tls: {sni: own.example, `+settings+`}}]}
+`)
+	}
+	e.becomes(t, "client", address, path, "400") // plaintext, to a server that speaks TLS
+	rule("mode: SIMPLE")
+	e.becomes(t, "client", address, path, "503") // nobody who is trusted everywhere has signed its certificate
+	rule("mode: SIMPLE, credentialName: own")
+	must(t, lab.Eventually(t.Context(), time.Minute, func() error {
+		out, err := mesh.Kubectl(t.Context(), "-n", e.way, "get", "events", "-o", "jsonpath={.items[*].message}")
+		if err == nil && !strings.Contains(out, "Secret "+e.way+"/own, of the waypoint's namespace, is not there") {
+			err = fmt.Errorf("nobody says that the Secret is missing: %s", out)
+		}
+		return err
+	}))
+	secret, err := json.Marshal(object{"apiVersion": "v1", "kind": "Secret", "metadata": object{"name": "own", "namespace": e.way}, "stringData": object{"ca.crt": roots}})
+	must(t, err)
+	must(t, mesh.Apply(t.Context(), string(secret)))
+	e.becomes(t, "client", address, path, answered)
+	rule("mode: SIMPLE, credentialName: own, subjectAltNames: [other.example]")
+	e.becomes(t, "client", address, path, "503")
+	rule("mode: MUTUAL, clientCertificate: /a, privateKey: /b, caCertificates: /c")
+	e.becomes(t, "client", address, path, "503")
+	rule("mode: SIMPLE, insecureSkipVerify: true")
+	e.becomes(t, "client", address, path, answered)
+	rule("mode: DISABLE")
+	e.becomes(t, "client", address, path, "400")
+	rule("mode: MUTUAL, credentialName: own-client")
+	e.becomes(t, "client", address, path, "503")
+	clientCert, clientKey, _ := site(t, 3, "client")
+	must(t, mesh.Apply(t.Context(), tlsSecret(e.way, "own-client", clientCert, clientKey)))
+	must(t, mesh.Apply(t.Context(), strings.ReplaceAll(string(secret), `"own"`, `"own-client-cacert"`)))
+	e.becomes(t, "client", address, path, answered)
 }

@@ -25,6 +25,7 @@ import (
 type secrets struct {
 	cache  cache.SnapshotCache
 	serial uint64
+	public []byte // roots
 }
 
 type oneNode struct{}
@@ -32,7 +33,7 @@ type oneNode struct{}
 func (oneNode) ID(*corev3.Node) string { return "" }
 
 func newSecrets() *secrets {
-	return &secrets{cache: cache.NewSnapshotCache(false, oneNode{}, nil)}
+	return &secrets{cache: cache.NewSnapshotCache(false, oneNode{}, nil), public: publicRoots(rootFiles)}
 }
 
 func (s *secrets) register(ctx context.Context, g *grpc.Server) {
@@ -55,6 +56,9 @@ func (s *secrets) set(b *identity.Bundle) error {
 		}},
 		&tlsv3.Secret{Name: waypoint.RootsSecret, Type: &tlsv3.Secret_ValidationContext{
 			ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(roots)},
+		}},
+		&tlsv3.Secret{Name: waypoint.PublicRootsSecret, Type: &tlsv3.Secret_ValidationContext{
+			ValidationContext: &tlsv3.CertificateValidationContext{TrustedCa: inline(s.public)},
 		}},
 	}})
 	if err != nil {
