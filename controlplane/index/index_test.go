@@ -121,6 +121,9 @@ func dump(x *Index) string {
 		for _, a := range g.Access {
 			line("  access %s action %d dry-run %t rules %+v", a.Name, a.Action, a.DryRun, a.Rules)
 		}
+		for _, r := range g.Tokens {
+			line("  tokens %+v", r)
+		}
 		if g.Telemetry != nil {
 			line("%s", toldText(g.Telemetry))
 		}
@@ -474,6 +477,7 @@ var podLabels = []map[string]string{
 	nil, {"app": "x"}, {"app": "z"}, {"app": "x", labelMode: "none"}, {"app": "x", labelMode: "ambient"}, {labelMode: "odd"}, {"app": "z", labelTunnel: "http"},
 	{"app": "z", LabelWaypoint: "w", LabelWaypointNamespace: "b"}, {LabelWaypoint: "none"},
 	{"app": "x", labelServing: "true"}, {"app": "z", labelServing: "true"}, {labelServing: "true"},
+	{"app": "x", labelManaged: "istio.io-gateway-controller", policy.LabelGateway: "w"}, {labelManaged: "istio.io-gateway-controller", policy.LabelGateway: "w1"},
 }
 
 func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
@@ -578,7 +582,11 @@ func drawObject(t *rapid.T) (ref, any) {
 		p.ObjectMeta = drawMeta(t, "name", "te0", "te1")
 		return ref{kind, keyOf(p)}, p
 	case RequestAuthentication:
-		r := &securityv1.RequestAuthentication{ObjectMeta: drawMeta(t, "name", "ra0", "ra1")}
+		r := &securityv1.RequestAuthentication{}
+		mustYAML(t, pick(t, "tokens", `{}`, `spec: {jwtRules: [{issuer: https://a.x, jwksUri: "https://a.x/k"}]}`,
+			`spec: {selector: {matchLabels: {app: x}}, jwtRules: [{issuer: https://a.x, jwks: '{"keys":[]}'}]}`,
+			`spec: {targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], jwtRules: [{issuer: https://b.x}]}`), r)
+		r.ObjectMeta = drawMeta(t, "name", "ra0", "ra1")
 		return ref{kind, keyOf(r)}, r
 	case NetworkPolicy:
 		p := &kubenetworkingv1.NetworkPolicy{ObjectMeta: drawMeta(t, "name", "np0", "np1")}

@@ -270,6 +270,7 @@ func (x *Index) touchIngress(k key) {
 	}
 	x.touchTargeting(k.Namespace)
 	x.touchTargeting(x.c.RootNamespace)
+	x.touchUntargeted()
 }
 
 // setClass notes whose a class is; "" where it is gone.
@@ -402,7 +403,9 @@ func (s *GatewayState) equal(o *GatewayState) bool {
 // serve is what a Gateway serves, and how far that is what it asks for.
 func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 	in := &mesh.Ingress{Name: x.c.serviceName(key{f.Namespace, f.name}), Workload: f.name}
-	in.Access, in.Tokens = x.ingressAccess(f)
+	in.Access, in.Tokens = x.gatewayAccess(f.Namespace, x.labelsOf(f), func(ns string, targets []policy.Target) bool {
+		return slices.ContainsFunc(targets, func(t policy.Target) bool { return x.targetsIngress(ns, t, f) })
+	})
 	in.Telemetry = x.ingressTelemetry(f)
 	state := &GatewayState{UID: f.uid, Generation: f.generation, Accepted: f.accepted}
 	if f.shown != nil {
@@ -467,30 +470,6 @@ func portsOfListeners(f *ingressFact, s *GatewayState) map[uint16]struct{} {
 		}
 	}
 	return out
-}
-
-// ingressAccess are the policies that are about a Gateway.
-func (x *Index) ingressAccess(f *ingressFact) (access []mesh.AccessPolicy, tokens []mesh.TokenRule) {
-	var requests []*requestFact
-	for _, ns := range namespacesOf(f.Namespace, x.c.RootNamespace) {
-		is := func(t policy.Target) bool { return x.targetsIngress(ns, t, f) }
-		for _, a := range x.authz[ns] {
-			if a.Attached != nil && slices.ContainsFunc(a.Targets, is) {
-				access = append(access, mesh.AccessPolicy{Name: a.Policy.Name, Action: a.Attached.Action, DryRun: a.Attached.DryRun, Ask: a.Attached.Ask, Rules: a.Attached.Rules})
-			}
-		}
-		for _, r := range x.requests[ns] {
-			if slices.ContainsFunc(r.Targets, is) {
-				requests = append(requests, r)
-			}
-		}
-	}
-	slices.SortFunc(access, func(a, b mesh.AccessPolicy) int { return a.Name.Compare(b.Name) })
-	slices.SortFunc(requests, func(a, b *requestFact) int { return compareKeys(a.key, b.key) })
-	for _, r := range requests {
-		tokens = append(tokens, x.tokenRules(r)...)
-	}
-	return access, tokens
 }
 
 // targetsIngress reports whether a target of a policy of a namespace is a Gateway.

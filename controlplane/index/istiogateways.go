@@ -83,10 +83,38 @@ func (x *Index) setIstioGateway(k key, f *istioGatewayFact) {
 }
 
 // touchServing notes that a pod has come, gone or changed that may be a gateway's.
-func (x *Index) touchServing(pods ...*podFact) {
-	for _, p := range pods {
+func (x *Index) touchServing(old, next *podFact) {
+	for _, p := range []*podFact{old, next} {
 		x.dirtyServing = x.dirtyServing || p != nil && p.serves()
 	}
+	a, b := old.gateway(), next.gateway()
+	if a == b && (a == key{} || maps.Equal(old.labels, next.labels)) {
+		return
+	}
+	for _, k := range []key{a, b} {
+		if x.ingress(k) != nil {
+			x.dirtyIngress[k] = struct{}{}
+			x.touchUntargeted()
+		}
+	}
+}
+
+// gateway is the Gateway that a pod was made for.
+func (f *podFact) gateway() key {
+	if f == nil || f.labels[labelManaged] == "" || f.phase == podFinished {
+		return key{}
+	}
+	return key{f.Namespace, f.labels[policy.LabelGateway]}
+}
+
+// labelsOf are the labels of the pods that were made for a Gateway.
+func (x *Index) labelsOf(f *ingressFact) (out []map[string]string) {
+	for _, p := range x.pods[f.Namespace] {
+		if p.gateway() == f.key && !slices.ContainsFunc(out, func(l map[string]string) bool { return maps.Equal(l, p.labels) }) {
+			out = append(out, p.labels)
+		}
+	}
+	return out
 }
 
 // serves reports whether a pod is a gateway's for Gateways of Istio's.
@@ -293,10 +321,62 @@ func (f *routeFact) visible(namespace string) bool {
 	})
 }
 
-// bound reports whether a policy without targets is for a gateway: as Istio has it, by the labels of the gateway's pods.
-func (x *Index) bound(f *authorizationFact, e *entrance) bool {
-	return len(f.Targets) == 0 && (f.Namespace == e.Namespace || f.Namespace == x.c.RootNamespace) &&
-		(len(f.Selector) == 0 || slices.ContainsFunc(e.labels, func(l map[string]string) bool { return selects(f.Selector, l) }))
+// untargeted is what of a policy without targets says whom it is for.
+type untargeted struct {
+	namespace string
+	selector  map[string]string
+}
+
+// bound reports whether such a policy is for a gateway: as Istio has it, by the labels of the gateway's pods.
+func (x *Index) bound(p untargeted, namespace string, pods []map[string]string) bool {
+	return (p.namespace == namespace || p.namespace == x.c.RootNamespace) &&
+		(len(p.selector) == 0 || slices.ContainsFunc(pods, func(l map[string]string) bool { return selects(p.selector, l) }))
+}
+
+// boundGateways are the gateways that a policy without targets is for.
+func (x *Index) boundGateways(p untargeted) (out []mesh.ServiceName) {
+	for _, e := range x.entrances {
+		if x.bound(p, e.Namespace, e.labels) {
+			out = append(out, e.name)
+		}
+	}
+	for _, all := range x.ingresses {
+		for _, f := range all {
+			if x.classes[f.class] == IngressController && x.bound(p, f.Namespace, x.labelsOf(f)) {
+				out = append(out, x.c.serviceName(key{f.Namespace, f.name}))
+			}
+		}
+	}
+	slices.SortFunc(out, mesh.ServiceName.Compare)
+	return out
+}
+
+// gatewaysAlone reports whether a policy without targets selects no more than gateways: the pods of a Gateway, or what a Gateway of
+// Istio's does.
+func (x *Index) gatewaysAlone(selector map[string]string) bool {
+	if policy.ForGateway(selector) {
+		return true
+	}
+	for _, all := range x.istioGateways {
+		for _, g := range all {
+			if selects(g.selector, selector) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// touchGateways marks the gateways that a policy of a namespace without targets may be for.
+func (x *Index) touchGateways(namespace string) {
+	x.dirtyEntrance = true
+	for _, all := range x.ingresses {
+		for _, f := range all {
+			if namespace == f.Namespace || namespace == x.c.RootNamespace {
+				x.dirtyIngress[f.key] = struct{}{}
+			}
+		}
+	}
 }
 
 // gatewayPolicy is what gateways do about a policy without targets.
@@ -307,19 +387,38 @@ func (x *Index) gatewayPolicy(f *authorizationFact) *policy.Attached {
 	return f.atGateway
 }
 
-// entranceAccess are the policies of a gateway.
-func (x *Index) entranceAccess(e *entrance) (access []mesh.AccessPolicy) {
-	for _, ns := range namespacesOf(e.Namespace, x.c.RootNamespace) {
+// gatewayAccess are the policies of a gateway in a namespace: those that are for it by a target, and those by the labels of its pods.
+func (x *Index) gatewayAccess(namespace string, pods []map[string]string, is func(ns string, targets []policy.Target) bool) (access []mesh.AccessPolicy, tokens []mesh.TokenRule) {
+	var requests []*requestFact
+	for _, ns := range namespacesOf(namespace, x.c.RootNamespace) {
 		for _, f := range x.authz[ns] {
-			if x.bound(f, e) {
-				a := x.gatewayPolicy(f)
-				access = append(access, mesh.AccessPolicy{Name: f.Policy.Name, Action: a.Action, DryRun: a.DryRun, Ask: a.Ask, Rules: a.Rules})
+			var a *policy.Attached
+			switch {
+			case len(f.Targets) == 0 && x.bound(f.untargeted(), namespace, pods):
+				a = x.gatewayPolicy(f)
+			case f.Attached != nil && is(ns, f.Targets):
+				a = f.Attached
+			default:
+				continue
+			}
+			access = append(access, mesh.AccessPolicy{Name: f.Policy.Name, Action: a.Action, DryRun: a.DryRun, Ask: a.Ask, Rules: a.Rules})
+		}
+		for _, r := range x.requests[ns] {
+			if len(r.Targets) == 0 && x.bound(r.untargeted(), namespace, pods) || is(ns, r.Targets) {
+				requests = append(requests, r)
 			}
 		}
 	}
 	slices.SortFunc(access, func(a, b mesh.AccessPolicy) int { return a.Name.Compare(b.Name) })
-	return access
+	slices.SortFunc(requests, func(a, b *requestFact) int { return compareKeys(a.key, b.key) })
+	for _, r := range requests {
+		tokens = append(tokens, x.tokenRules(r)...)
+	}
+	return access, tokens
 }
+
+func (f *authorizationFact) untargeted() untargeted { return untargeted{f.Namespace, f.Selector} }
+func (f *requestFact) untargeted() untargeted       { return untargeted{f.Namespace, f.Selector} }
 
 // touchUntargeted marks the policies that gateways may have come to be among the workloads of.
 func (x *Index) touchUntargeted() {
@@ -330,30 +429,24 @@ func (x *Index) touchUntargeted() {
 			}
 		}
 	}
-}
-
-// atEntrances adds to the state of a policy what gateways do about it. One that selects no more than a Gateway of Istio's does is
-// theirs alone.
-func (x *Index) atEntrances(f *authorizationFact, s *PolicyState) {
-	for _, e := range x.entrances {
-		if x.bound(f, e) {
-			s.Waypoints = append(s.Waypoints, e.name)
-		}
-	}
-	if len(s.Waypoints) == 0 {
-		return
-	}
-	slices.SortFunc(s.Waypoints, mesh.ServiceName.Compare)
-	for _, all := range x.istioGateways {
-		for _, g := range all {
-			if selects(g.selector, f.Selector) {
-				a := x.gatewayPolicy(f)
-				s.Compiled, s.Exact, s.Reason, s.Message = nil, a.Message == "", a.Reason, a.Message
-				if s.Exact {
-					s.Message = reported(f)
-				}
-				return
+	for _, all := range x.requests {
+		for _, f := range all {
+			if len(f.Targets) == 0 {
+				x.dirtyStates[PolicyKey{RequestAuthentication, f.Namespace, f.Name}] = struct{}{}
 			}
 		}
+	}
+}
+
+// atGatewaysToo adds to the state of a policy what gateways do about it.
+func (x *Index) atGatewaysToo(f *authorizationFact, s *PolicyState) {
+	s.Waypoints = x.boundGateways(f.untargeted())
+	if len(s.Waypoints) == 0 || !x.gatewaysAlone(f.Selector) {
+		return
+	}
+	a := x.gatewayPolicy(f)
+	s.Compiled, s.Exact, s.Reason, s.Message = nil, a.Message == "", a.Reason, a.Message
+	if s.Exact {
+		s.Message = reported(f)
 	}
 }

@@ -196,7 +196,6 @@ func (x *Index) setAuthorization(k key, f *authorizationFact) {
 	if old == nil && f == nil {
 		return
 	}
-	x.dirtyEntrance = true
 	x.dirtyPolicies[mesh.PolicyName(k)] = struct{}{}
 	x.dirtyStates[PolicyKey{AuthorizationPolicy, k.Namespace, k.Name}] = struct{}{}
 	for _, p := range []*authorizationFact{old, f} {
@@ -205,6 +204,9 @@ func (x *Index) setAuthorization(k key, f *authorizationFact) {
 		}
 		for _, t := range p.Targets {
 			x.touchTarget(k.Namespace, t)
+		}
+		if len(p.Targets) == 0 {
+			x.touchGateways(k.Namespace)
 		}
 		if len(p.Selector) == 0 {
 			continue

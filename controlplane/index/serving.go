@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/controlplane/routing"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -50,7 +51,7 @@ func (s *serving) say(g *istioGatewayFact, server *routing.Server, format string
 
 func (s *serving) serve() *mesh.Ingress {
 	s.out, s.ports = &mesh.Ingress{Name: s.entrance.name, Workload: s.entrance.workload}, map[uint16]*servedPort{}
-	s.out.Access = s.x.entranceAccess(s.entrance)
+	s.out.Access, s.out.Tokens = s.x.gatewayAccess(s.entrance.Namespace, s.entrance.labels, func(string, []policy.Target) bool { return false })
 	for _, g := range s.entrance.gateways {
 		for i := range g.servers {
 			s.server(g, &g.servers[i])

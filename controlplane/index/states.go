@@ -114,7 +114,7 @@ func (x *Index) authorizationState(f *authorizationFact) *PolicyState {
 		return s
 	}
 	if len(f.Targets) == 0 {
-		x.atEntrances(f, s)
+		x.atGatewaysToo(f, s)
 	}
 	x.misses(f.Namespace, f.Targets, s)
 	return s

@@ -48,9 +48,9 @@ func (x *Index) setRequestAuth(k key, f *requestFact) {
 	}
 }
 
-// sources are where the keys of the rules of a RequestAuthentication are fetched from that a waypoint may need.
+// sources are where the keys of the rules of a RequestAuthentication are fetched from that a waypoint or a gateway may need.
 func (f *requestFact) sources() []policy.KeySource {
-	if f == nil || len(f.Targets) == 0 {
+	if f == nil {
 		return nil
 	}
 	var out []policy.KeySource
@@ -63,6 +63,9 @@ func (f *requestFact) sources() []policy.KeySource {
 }
 
 func (x *Index) touchRequest(f *requestFact) {
+	if len(f.Targets) == 0 {
+		x.touchGateways(f.Namespace)
+	}
 	for _, t := range f.Targets {
 		x.touchTarget(f.Namespace, t)
 	}
@@ -111,16 +114,22 @@ const noTokens = "tokens are of HTTP, which only a waypoint sees; AuthorizationP
 
 func (x *Index) requestState(f *requestFact) *PolicyState {
 	s := &PolicyState{UID: f.uid, Generation: f.generation, Reason: policy.ReasonNoWaypoint, Message: noTokens}
-	if len(f.Targets) == 0 {
-		s.Message += ". For a waypoint write targetRefs"
-		return s
-	}
 	waypoints, guards, without := x.decidedAt(f.Namespace, f.Targets)
+	elsewhere := ""
+	if len(f.Targets) == 0 {
+		if waypoints = x.boundGateways(f.untargeted()); len(waypoints) == 0 {
+			s.Message += ". For a waypoint write targetRefs"
+			return s
+		}
+		if !x.gatewaysAlone(f.Selector) {
+			elsewhere = "gateways alone verify them: elsewhere " + noTokens
+		}
+	}
 	if len(waypoints) == 0 {
 		x.misses(f.Namespace, f.Targets, s)
 		return s
 	}
-	s.Waypoints, s.Compiled, s.Exact, s.Reason, s.Message = waypoints, guards, true, "", ""
+	s.Waypoints, s.Compiled, s.Exact, s.Reason, s.Message = waypoints, guards, true, "", elsewhere
 	not := func(reason, message string) {
 		s.Exact, s.Reason, s.Message = false, reason, strings.TrimPrefix(s.Message+"; "+message, "; ")
 	}
@@ -145,7 +154,7 @@ func (x *Index) requestState(f *requestFact) *PolicyState {
 		not(policy.ReasonNoWaypoint, fmt.Sprintf("no waypoint is in front of %s, where nobody looks at tokens", strings.Join(without, ", ")))
 	}
 	if s.Exact && len(late) > 0 {
-		s.Message = "the keys fetched before are kept, because the last attempt failed: " + strings.Join(late, "; ")
+		s.Message = strings.TrimPrefix(s.Message+"; ", "; ") + "the keys fetched before are kept, because the last attempt failed: " + strings.Join(late, "; ")
 	}
 	return s
 }

@@ -144,6 +144,10 @@ func (c *checker) enforcement(p *securityv1.AuthorizationPolicy) {
 		default:
 			c.warn(NeedsWaypoint, "spec", "it is for the waypoint of %s; while there is none, connections to the workloads behind it are refused", some(names, 5))
 		}
+	case ForGateway(compiled.Selector):
+		if a := c.mesh.AtGateway(p); a.Message != "" {
+			c.warn(NeedsWaypoint, "spec", "%s", a.Message)
+		}
 	case p.Spec.Action == securityv1beta1.AuthorizationPolicy_CUSTOM:
 		c.warn(NeedsWaypoint, "spec", "%s", compiled.Message)
 	case len(compiled.HTTP) > 0:

@@ -34,10 +34,12 @@ type TokenRule struct {
 	From KeySource
 }
 
-// Tokens is what waypoints do about one RequestAuthentication.
+// Tokens is what waypoints and gateways do about one RequestAuthentication.
 type Tokens struct {
 	Rules   []TokenRule
 	Targets []Target
+	// Selector are the labels of the gateways' pods that it is for where it has no targets.
+	Selector map[string]string
 	// Problems are what of it means nothing; no token is valid for that.
 	Problems []string
 }
@@ -52,6 +54,7 @@ func (m Mesh) CompileTokens(p *securityv1.RequestAuthentication) Tokens {
 	for _, r := range refs[:min(len(refs), 16)] { // as many as the API allows
 		out.Targets = append(out.Targets, targetOf(r))
 	}
+	out.Selector = p.Spec.GetSelector().GetMatchLabels()
 	rules := p.Spec.JwtRules
 	if len(rules) > MaxTokenRules {
 		out.Problems = append(out.Problems, fmt.Sprintf("%d rules, of which there may be %d; the others are left out, so that their tokens are not valid", len(rules), MaxTokenRules))

@@ -15,10 +15,16 @@ func (c *checker) request(p *securityv1.RequestAuthentication) {
 	for i, r := range p.Spec.JwtRules {
 		c.tokens(fmt.Sprintf("spec.jwtRules[%d]", i), r)
 	}
-	if len(p.Spec.TargetRefs) == 0 && p.Spec.TargetRef == nil {
+	if len(p.Spec.TargetRefs) == 0 && p.Spec.TargetRef == nil && !ForGateway(p.Spec.GetSelector().GetMatchLabels()) {
 		c.warn(NeedsWaypoint, "spec", "tokens are of HTTP, which only a waypoint sees: without targetRefs no request is looked at, and AuthorizationPolicies that ask for requestPrincipals deny meanwhile. "+Waypoints)
 	}
 }
+
+// LabelGateway names, on the pods that are made for a Gateway, which.
+const LabelGateway = "gateway.networking.k8s.io/gateway-name"
+
+// ForGateway reports whether a selector selects the pods of a Gateway and no others.
+func ForGateway(selector map[string]string) bool { return selector[LabelGateway] != "" }
 
 // tokens checks what Istio's validation refuses and its definitions do not.
 func (c *checker) tokens(at string, r *securityv1beta1.JWTRule) {
