@@ -26,7 +26,7 @@ const (
 )
 
 // order is that of the built-in variants in reports; others come after them by name.
-var order = []string{baselineNear, "same-node", "same-node-encrypt", Baseline, "cross-node", "envoy-tcp", "envoy-http", "relay", "relay-encrypt"}
+var order = []string{baselineNear, "same-node", "same-node-encrypt", Baseline, "cross-node", "waypoint", "envoy-tcp", "envoy-http", "relay", "relay-encrypt"}
 
 // Variant is one way from a client to a server, read from a folder: variant.yaml, and what it refers to.
 type Variant struct {
@@ -44,7 +44,10 @@ type Variant struct {
 	// Annotations that the pods have once they are in.
 	Await map[string]string `json:"await"`
 	// Whose processor time and memory is the mesh's, besides the sidecar's.
-	Proxies Proxies  `json:"proxies"`
+	Proxies Proxies `json:"proxies"`
+	// Between are more of them, in pods of the variant's own namespace that its objects bring about: what they do is the mesh's
+	// too, and nothing is measured before one is ready. Only Kubernetes has them.
+	Between *Proxies `json:"between"`
 	Sidecar *Sidecar `json:"sidecar"`
 	// Idle says whether a proxy process here may hold 15,000 connections at a time on a machine that gives it
 	// 20,000 descriptors: it needs no more than one for each.
@@ -77,6 +80,7 @@ type Sidecar struct {
 type Place struct {
 	Role      string // client or server
 	Server    string // address of the server
+	Service   string // address of the Service "server", if the variant's objects have one
 	Dir       string // where the sidecar finds its files
 	Namespace string
 }
@@ -203,7 +207,7 @@ func (v *Variant) validate() error {
 	if v.About == "" {
 		return errors.New("variant.yaml does not say what it is about")
 	}
-	p := Place{Role: "client", Server: "192.0.2.1", Dir: "/", Namespace: "bench"}
+	p := Place{Role: "client", Server: "192.0.2.1", Service: "192.0.2.2", Dir: "/", Namespace: "bench"}
 	_, _, err := v.Targets(p)
 	if _, e := v.Objects(p); e != nil {
 		err = errors.Join(err, e)

@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -54,6 +55,7 @@ func run(ctx context.Context, args []string) (err error) {
 	if err != nil {
 		return err
 	}
+	all = slices.DeleteFunc(all, func(v *bench.Variant) bool { return v.Between != nil })
 	if o.Variants, err = bench.SelectVariants(append(all, wire), list(*variants)); err != nil {
 		return err
 	}

@@ -7,9 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	yamlutil "k8s.io/apimachinery/pkg/util/yaml"
@@ -73,15 +76,20 @@ func (s *benchSite) Stage(ctx context.Context, v *bench.Variant) (bench.Stage, e
 			return nil, err
 		}
 		if role == "server" {
-			place.Server = p.Status.PodIP
-			if strings.Contains(place.Server, ":") {
-				place.Server = "[" + place.Server + "]"
-			}
+			place.Server = bracketed(p.Status.PodIP)
 		}
 		st.pod = p.Name
 		if v.Sidecar != nil {
 			st.addProxies(p, "sidecar")
 		}
+	}
+	if v.Between != nil {
+		if err := s.between(ctx, st, v.Between); err != nil {
+			return nil, err
+		}
+	}
+	if place.Service, err = s.service(ctx, st.namespace); err != nil {
+		return nil, err
 	}
 	if st.http, st.tcp, err = v.Targets(place); err != nil {
 		return nil, err
@@ -101,6 +109,48 @@ func (s *benchSite) Stage(ctx context.Context, v *bench.Variant) (bench.Stage, e
 		return nil, fmt.Errorf("no container %s in pods %s of %s on these nodes: is the mesh installed?", v.Proxies.Container, v.Proxies.Selector, v.Proxies.Namespace)
 	}
 	return st, nil
+}
+
+// between waits for the proxies of a variant's own namespace.
+func (s *benchSite) between(ctx context.Context, st *benchStage, what *bench.Proxies) error {
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Minute)
+	defer cancel()
+	return s.app.poll(ctx, "waiting for "+what.Selector+" in "+st.namespace, func() (string, error) {
+		list, err := s.c.CoreV1().Pods(st.namespace).List(ctx, metav1.ListOptions{LabelSelector: what.Selector})
+		if err != nil {
+			return "", err
+		}
+		i := slices.IndexFunc(list.Items, func(p corev1.Pod) bool { return ready(&p) })
+		if i < 0 {
+			return "none is ready", nil
+		}
+		p := &list.Items[i]
+		if n := p.Spec.NodeName; n != s.client && n != s.server {
+			return "", fmt.Errorf("%s runs on node %s, where nothing is measured: cordon all nodes but %s and %s, or name it with --nodes", p.Name, n, s.client, s.server)
+		}
+		st.addProxies(p, what.Container)
+		return "", nil
+	})
+}
+
+// service is the address of a variant's Service, if it has one.
+func (s *benchSite) service(ctx context.Context, namespace string) (string, error) {
+	svc, err := s.c.CoreV1().Services(namespace).Get(ctx, "server", metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	return bracketed(svc.Spec.ClusterIP), nil
+}
+
+// bracketed is an address as it stands before a port.
+func bracketed(addr string) string {
+	if strings.Contains(addr, ":") {
+		return "[" + addr + "]"
+	}
+	return addr
 }
 
 // addProxies keeps the id of a container.

@@ -42,6 +42,9 @@ func run(ctx context.Context, args []string) error {
 		if err != nil {
 			return err
 		}
+		if err := l.LoadWaypoint(ctx); err != nil {
+			return err
+		}
 		args = append([]string{"--sidecar-image", envoy}, args...)
 	}
 	cmd, err := l.Bench(ctx, args...)
