@@ -25,7 +25,7 @@ var (
 	mesh   *lab.Lab
 	nodes  []string // names of two nodes
 	long   = flag.Bool("long", false, "the numbers of a soak instead of those of a check")
-	within = flag.Duration("within", 0, "pods that start while agents die: no more after this long, and those that there were are the result")
+	within = flag.Duration("within", 0, "pods that start while agents die, flips of policies about requests: no more after this long, and those that there were are the result")
 )
 
 func TestMain(m *testing.M) {

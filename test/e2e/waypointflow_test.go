@@ -212,7 +212,12 @@ func TestRequestPolicyFlips(t *testing.T) {
 	n := size(100, 10000)
 	var flips []flip
 	var took []time.Duration
+	began := time.Now()
 	for i := range n {
+		if *within > 0 && time.Since(began) > *within {
+			n = i
+			break
+		}
 		f := change(i % 2)
 		flips = append(flips, f)
 		took = append(took, f.enforced.Sub(f.applied))
