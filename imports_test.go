@@ -175,7 +175,7 @@ var rules = []rule{
 		name: "Envoy configuration is written in one place",
 		why:  "Envoy protos belong to waypoint and controlplane/xds; others need the discovery protocol at most",
 		broken: func(f sourceFile, imp, _ string, _ bool) bool {
-			if !imports(imp, "github.com/envoyproxy/go-control-plane") || within(f.dir, "waypoint", "controlplane/xds", "test") {
+			if !imports(imp, "github.com/envoyproxy/go-control-plane") || within(f.dir, "waypoint", "controlplane/xds", "test", "examples/tcpcheck") {
 				return false
 			}
 			discovery := imports(imp, "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3",

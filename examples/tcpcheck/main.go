@@ -10,6 +10,8 @@
 //	tcpcheck decide NAME=HOST:PORT ...  whether connections are let in, again and again
 //	tcpcheck ask IP:PORT ...      which servers answer a datagram
 //	tcpcheck resolve IP:PORT ...  a name at these servers, again and again
+//	tcpcheck authority        keys that verify tokens, and decisions about requests
+//	tcpcheck get URL          a page, with headers
 package main
 
 import (
@@ -31,11 +33,17 @@ const (
 	portReset  = 9002 // resets the connection after the first byte
 	portDigest = 9003 // reads to the end, answers with count and SHA-256
 	portSource = 9004 // reads a number, sends that many bytes, then their SHA-256
-	portHTTP   = 9005 // /healthz, /ends: how connections to 9007 ended
+	portHTTP   = 9005 // /healthz, /ends: how connections to 9007 ended, /headers: those of the request
 	portGRPC   = 9006 // grpc.health.v1
 	portEnds   = 9007 // reads an id, then remembers how the connection ended
 	portStall  = 9008 // reads nothing for two seconds, then as portDigest
 	portNobody = 9010 // nobody listens
+)
+
+// Ports of `tcpcheck authority`.
+const (
+	portKeys    = 9011 // /keys
+	portDecides = 9012 // envoy.service.auth.v3
 )
 
 func main() {
@@ -43,9 +51,10 @@ func main() {
 	defer stop()
 	verbs := map[string]func(context.Context, []string) error{
 		"serve": serve, "manners": manners, "load": load, "first": first, "who": who, "decide": decide, "ask": ask, "resolve": resolve, "requests": requests,
+		"authority": authority, "get": get,
 	}
 	if len(os.Args) < 2 || verbs[os.Args[1]] == nil {
-		fmt.Fprintln(os.Stderr, "usage: tcpcheck serve|manners|load|first|who|decide|ask|resolve|requests [flags] [HOST[:PORT]]")
+		fmt.Fprintln(os.Stderr, "usage: tcpcheck serve|manners|load|first|who|decide|ask|resolve|requests|authority|get [flags] [HOST[:PORT]]")
 		os.Exit(2)
 	}
 	if err := verbs[os.Args[1]](ctx, os.Args[2:]); err != nil {

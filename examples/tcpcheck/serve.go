@@ -54,6 +54,7 @@ func serve(ctx context.Context, _ []string) error {
 		defer e.mu.Unlock()
 		_ = json.NewEncoder(w).Encode(e.by) // the client went away
 	})
+	mux.HandleFunc("GET /headers", func(w http.ResponseWriter, r *http.Request) { _ = r.Header.Write(w) })
 	go func() { failed <- http.ListenAndServe(fmt.Sprintf(":%d", portHTTP), mux) }()
 	l, err := net.Listen("tcp", fmt.Sprintf(":%d", portGRPC))
 	if err != nil {

@@ -26,6 +26,7 @@ type outside struct {
 	address string // of the Gateway
 	roots   *x509.CertPool
 	cert    *tls.Certificate
+	bearer  string // token
 }
 
 // get asks a Gateway for a host's page; the host is the one in the URL.
@@ -51,6 +52,9 @@ func (o outside) get(ctx context.Context, url string) (status int, body string, 
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
 		return 0, "", nil, err
+	}
+	if o.bearer != "" {
+		req.Header.Set("Authorization", "Bearer "+o.bearer)
 	}
 	res, err := c.Do(req)
 	if err != nil {
@@ -244,4 +248,37 @@ spec:
 		t.Fatal(err)
 	}
 	both.becomes(t, "https://shop.example/stock", 200)
+
+	// So it does by policies that select its pods.
+	member, stranger := newSigner(t, "key"), newSigner(t, "key")
+	apply(`
+apiVersion: security.istio.io/v1
+kind: RequestAuthentication
+metadata: {name: tokens, namespace: NS}
+spec:
+  selector: {matchLabels: {gateway.networking.k8s.io/gateway-name: shop}}
+  jwtRules: [{issuer: "` + issuer + `", jwks: '` + keySet(t, member) + `'}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: staff, namespace: NS}
+spec:
+  selector: {matchLabels: {gateway.networking.k8s.io/gateway-name: shop}}
+  rules: [{when: [{key: "request.auth.claims[group]", values: [staff]}]}]
+`)
+	for _, p := range []string{"requestauthentication/tokens", "authorizationpolicy/staff"} {
+		if out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", p, "--timeout=120s"); err != nil {
+			said, _ := mesh.Kubectl(ctx, "-n", ns, "get", p, "-o", "jsonpath={.status}")
+			t.Fatal(err, out, said)
+		}
+	}
+	for _, c := range []struct {
+		bearer string
+		want   int
+	}{{"", 403}, {member.token(t, "staff", time.Hour), 200}, {member.token(t, "guests", time.Hour), 403}, {stranger.token(t, "staff", time.Hour), 401}} {
+		both.bearer = c.bearer
+		if got, body, _, err := both.get(ctx, "https://shop.example/stock"); err != nil || got != c.want {
+			t.Errorf("by the gateway's own policies: %d %s %v, want %d", got, body, err, c.want)
+		}
+	}
 }
