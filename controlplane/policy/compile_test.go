@@ -9,6 +9,7 @@ import (
 	"time"
 
 	securityv1beta1 "istio.io/api/security/v1beta1"
+	typev1beta1 "istio.io/api/type/v1beta1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -139,6 +140,23 @@ func TestTrustDomainsBesidePrincipals(t *testing.T) {
 		conn := mesh.Conn{Source: mesh.Identity{TrustDomain: c.domain, Namespace: "n", ServiceAccount: c.account}}
 		if m := got.Policy.Matches(conn); m != c.want {
 			t.Errorf("%s: %t, want %t", conn.Source, m, c.want)
+		}
+	}
+}
+
+// What selects the pods of a Gateway is decided there, request by request: nobody is told that it takes a waypoint.
+func TestPoliciesOfGatewaysNeedNoWaypoint(t *testing.T) {
+	for label, warned := range map[string]bool{LabelGateway: false, "app": true} {
+		selector := &typev1beta1.WorkloadSelector{MatchLabels: map[string]string{label: "edge"}}
+		a := &securityv1.AuthorizationPolicy{Spec: securityv1beta1.AuthorizationPolicy{Selector: selector,
+			Rules: []*securityv1beta1.Rule{{To: []*securityv1beta1.Rule_To{{Operation: &securityv1beta1.Operation{Paths: []string{"/a"}}}}}}}}
+		r := &securityv1.RequestAuthentication{Spec: securityv1beta1.RequestAuthentication{Selector: selector,
+			JwtRules: []*securityv1beta1.JWTRule{{Issuer: "https://issuer.example"}}}}
+		for _, obj := range []any{a, r} {
+			got := Mesh{RootNamespace: "istio-system", TrustDomain: "cluster.local"}.Check(obj)
+			if has := slices.ContainsFunc(got, func(p Problem) bool { return p.Code == NeedsWaypoint }); has != warned {
+				t.Errorf("%T by the label %s: %v", obj, label, got)
+			}
 		}
 	}
 }
