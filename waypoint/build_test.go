@@ -136,6 +136,17 @@ var cases = map[string]func(*mesh.Service){
 			{Port: 6379, TLS: &mesh.BackendTLS{Invalid: "it is a file"}},
 		}
 	},
+	"server-names": func(s *mesh.Service) {
+		s.Ports = append(s.Ports, mesh.ServicePort{Port: 443, Target: 8443, App: mesh.AppTLS}, mesh.ServicePort{Port: 9000, Target: 9000}, mesh.ServicePort{Port: 5432, Target: 5432, App: mesh.AppTCP})
+		s.Subsets = versions
+		other := []mesh.HTTPBackend{{Service: stock, Port: 3306, Weight: 1}}
+		s.Routed = []mesh.Routed{
+			{Port: 443, Names: []string{"*.example", "*"}, Beside: true, Backends: other}, {Port: 443, Names: []string{"a.example", "*.b.example"}, Beside: true, Backends: []mesh.HTTPBackend{to("v1", 1), to("v2", 3)}},
+			{Port: 443, Names: []string{"a.example"}, Beside: true, Backends: []mesh.HTTPBackend{{Invalid: "it is the second", Weight: 1}}},
+			{Port: 9000, Names: []string{"c.example"}, Beside: true, Backends: other}, {Port: 9000, Beside: true, Backends: []mesh.HTTPBackend{to("v2", 1)}},
+			{Port: 5432, Beside: true, Backends: []mesh.HTTPBackend{{Invalid: "the route cannot be followed", Weight: 1}}},
+		}
+	},
 	"names": func(s *mesh.Service) {
 		s.Routed = []mesh.Routed{{Port: 80, Backends: []mesh.HTTPBackend{{Service: outside, Port: 80, Weight: 1}, {Service: single, Port: 80, Weight: 1}}}}
 	},

@@ -213,7 +213,7 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 		fmt.Fprintf(h, "%s\n", vip.Addr)
 	}
 	for _, port := range svc.Ports {
-		if svc.RoutedAt(port.Port) != nil { // requests, too
+		if r := svc.RoutedAt(port.Port); r != nil && !r.Beside { // requests, too
 			port.App = mesh.AppTCP
 		}
 		c := chain{svc: svc, port: port}

@@ -2,6 +2,7 @@ package waypoint
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"time"
@@ -21,6 +22,7 @@ import (
 	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_filter_state/v3"
 	httpinspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/http_inspector/v3"
 	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
+	tlsinspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	tcpproxyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/tcp_proxy/v3"
 	earlyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/early_header_mutation/header_mutation/v3"
@@ -133,6 +135,7 @@ type served struct {
 	chain
 	chains []*listenerv3.FilterChain
 	on     *matcherv3.Matcher_OnMatch
+	named  bool // server names in TLS decide
 }
 
 // serve writes the filter chains of a port.
@@ -143,11 +146,13 @@ func (b *builder) serve(c chain) served {
 		out.chains = append(out.chains, &listenerv3.FilterChain{Name: c.name("http"), Filters: []*listenerv3.Filter{b.serveHTTP(c)}})
 	}
 	if c.tcp() {
+		requests := out.on
 		out.on = b.chainNamed(c.name("tcp"))
 		out.chains = append(out.chains, &listenerv3.FilterChain{Name: c.name("tcp"), Filters: append(b.connectionAccess(c), b.serveTCP(c))})
-	}
-	if c.sniffed() {
-		out.on = b.byProtocol(c)
+		b.byServerName(&out)
+		if c.sniffed() {
+			out.on = b.byProtocol(requests, out.on)
+		}
 	}
 	return out
 }
@@ -160,8 +165,11 @@ func (b *builder) main(ports []served) *listenerv3.Listener {
 		ListenerFilters:   []*listenerv3.ListenerFilter{b.listenerFilter("envoy.filters.listener.original_dst", &originaldstv3.OriginalDst{})},
 	}
 	taken := map[string]map[string]*matcherv3.Matcher_OnMatch{} // by address and port
-	sniffed, declared := map[uint16]bool{}, map[uint16]bool{}
+	sniffed, declared, named := map[uint16]bool{}, map[uint16]bool{}, map[uint16]bool{}
 	for _, p := range ports {
+		if p.named {
+			named[p.port.Port] = true
+		}
 		if p.sniffed() {
 			sniffed[p.port.Port] = true
 		} else {
@@ -193,6 +201,14 @@ func (b *builder) main(ports []served) *listenerv3.Listener {
 		addrs["0.0.0.0"] = b.chainNamed("none")
 	}
 	l.FilterChainMatcher = exactly("ip", b.extension(&networkinputsv3.DestinationIPInput{}), addrs)
+	if len(named) > 0 {
+		inspector := b.listenerFilter("envoy.filters.listener.tls_inspector", &tlsinspectorv3.TlsInspector{})
+		inspector.FilterDisabled = &listenerv3.ListenerFilterChainMatchPredicate{Rule: &listenerv3.ListenerFilterChainMatchPredicate_NotMatch{
+			NotMatch: onPorts(slices.Sorted(maps.Keys(named))),
+		}}
+		l.ListenerFilters = append(l.ListenerFilters, inspector)
+		l.ListenerFiltersTimeout, l.ContinueOnListenerFiltersTimeout = durationpb.New(5*time.Second), true
+	}
 	if len(sniffed) > 0 {
 		inspector := b.listenerFilter("envoy.filters.listener.http_inspector", &httpinspectorv3.HttpInspector{})
 		// Whoever declared a protocol is not waited for: on some ports the server speaks first.
@@ -230,12 +246,11 @@ func onPorts(ports []uint16) *listenerv3.ListenerFilterChainMatchPredicate {
 }
 
 // byProtocol tells requests from other bytes.
-func (b *builder) byProtocol(c chain) *matcherv3.Matcher_OnMatch {
-	http := b.chainNamed(c.name("http"))
+func (b *builder) byProtocol(http, others *matcherv3.Matcher_OnMatch) *matcherv3.Matcher_OnMatch {
 	m := exactly("protocol", b.extension(&networkinputsv3.ApplicationProtocolInput{}), map[string]*matcherv3.Matcher_OnMatch{
 		"'http/1.0'": http, "'http/1.1'": http, "'h2c'": http,
 	})
-	m.OnNoMatch = b.chainNamed(c.name("tcp"))
+	m.OnNoMatch = others
 	return nested(m)
 }
 

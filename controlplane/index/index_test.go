@@ -88,7 +88,7 @@ func dump(x *Index) string {
 			line("%s", toldText(v.Telemetry))
 		}
 		for _, r := range v.Routed {
-			line("  routed port %d to %+v", r.Port, r.Backends)
+			line("  routed port %d%v to %+v", r.Port, r.Names, r.Backends)
 		}
 		for _, e := range v.TLS {
 			line("  encrypted port %d host %s names %+v roots %d bytes invalid %q", e.Port, e.Host, e.Names, len(e.Roots), e.Invalid)

@@ -81,6 +81,9 @@ type routeFact struct {
 	traffic  []mesh.Traffic
 	problems []string
 
+	// Of a VirtualService, for connections by server name and for others:
+	named, connections []routing.ConnectionRule
+
 	// Of a VirtualService that is for Gateways of Istio's:
 	at        map[key]*routing.AtGateway
 	hostnames []string
@@ -120,7 +123,8 @@ func (c *compiled) virtualServiceFactOf(v *networkingv1.VirtualService) *routeFa
 	for _, h := range v.Spec.Hosts {
 		f.hosts = append(f.hosts, c.ResolveHost(v.Namespace, h))
 	}
-	f.rules, f.problems = routing.VirtualService(v.Namespace, v.Name, &v.Spec, c.ResolveHost)
+	here, problems := routing.VirtualService(v.Namespace, v.Name, &v.Spec, c.ResolveHost)
+	f.rules, f.named, f.connections, f.problems = here.HTTP, here.TLS, here.TCP, problems
 	f.atGateways(v, c)
 	return f
 }
@@ -176,9 +180,35 @@ func (x *Index) route(s *mesh.Service) {
 		}
 	}
 	s.HTTP, s.Routed = rules, x.routed(s.Name)
+	if v := oldest(x.virtuals, s.Name); v != nil {
+		s.Routed = v.routeConnections(s, s.Routed)
+	}
 	if d := oldest(x.destinations, s.Name); d != nil {
 		s.Subsets, s.Traffic = d.subsets, x.equipped(s.Name, d)
 	}
+}
+
+// routeConnections adds what a VirtualService says about connections to ports of a service, where no TCPRoute does. On ports that
+// are declared as HTTP there are none but requests.
+func (f *routeFact) routeConnections(s *mesh.Service, routed []mesh.Routed) []mesh.Routed {
+	for _, p := range s.Ports {
+		taken := slices.ContainsFunc(routed, func(r mesh.Routed) bool { return r.Port == p.Port })
+		if taken || p.App == mesh.AppHTTP1 || p.App == mesh.AppHTTP2 || p.App == mesh.AppGRPC {
+			continue
+		}
+		for _, r := range f.named {
+			if r.Port == 0 || r.Port == p.Port {
+				routed = append(routed, mesh.Routed{Port: p.Port, Names: r.Names, Beside: true, Backends: r.Backends})
+			}
+		}
+		for _, r := range f.connections {
+			if r.Port == 0 || r.Port == p.Port {
+				routed = append(routed, mesh.Routed{Port: p.Port, Beside: true, Backends: r.Backends})
+				break
+			}
+		}
+	}
+	return routed
 }
 
 // commitRoutes tells authors what of their objects does not hold.

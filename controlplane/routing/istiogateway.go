@@ -239,7 +239,7 @@ func (c *serverConverter) credential(field, name string) string {
 	return name
 }
 
-// AtGateway is what a VirtualService says at a Gateway.
+// AtGateway is what a VirtualService says at a Gateway, or within the mesh.
 type AtGateway struct {
 	HTTP []mesh.HTTPRule // nil where it says nothing about requests
 	TLS  []ConnectionRule
@@ -262,14 +262,23 @@ func VirtualServiceAt(namespace, name string, v *networking.VirtualService, here
 	if len(v.Http) > 0 {
 		out.HTTP = c.http(namespace+"/"+name, v.Http)
 	}
+	out.TLS, out.TCP = c.connectionRules(namespace, name, v)
+	for _, rules := range []*[]ConnectionRule{&out.TLS, &out.TCP} { // what nothing is for is closed
+		*rules = slices.DeleteFunc(*rules, func(r ConnectionRule) bool { return r.Backends == nil })
+	}
+	return out, c.problems
+}
+
+// connectionRules are the tls and the tcp routes of a VirtualService that are for here. One that cannot be followed has no backends.
+func (c *converter) connectionRules(namespace, name string, v *networking.VirtualService) (byName, all []ConnectionRule) {
 	for i, r := range v.Tls {
 		c.at = fmt.Sprintf("tls[%d]", i)
-		backends, ok := c.connections(r.Route)
+		backends := c.connections(r.Route)
 		for j, m := range r.Match {
 			switch {
-			case !ok || len(m.Gateways) > 0 && !here(m.Gateways):
+			case len(m.Gateways) > 0 && !c.here(m.Gateways):
 			case len(m.DestinationSubnets) > 0 || len(m.SourceLabels) > 0 || m.SourceNamespace != "":
-				c.say("match[%d] has destinationSubnets, sourceLabels or sourceNamespace, which a gateway does not know: it matches nothing", j)
+				c.say("match[%d] has destinationSubnets, sourceLabels or sourceNamespace, which is not known here: it matches nothing", j)
 			case m.Port > 65535 || len(m.SniHosts) == 0 || slices.ContainsFunc(m.SniHosts, func(h string) bool { return !validHost(strings.ToLower(h)) }):
 				c.say("match[%d] has no sniHosts, or one that is no host, or a port above 65535: it matches nothing", j)
 			default:
@@ -277,42 +286,39 @@ func VirtualServiceAt(namespace, name string, v *networking.VirtualService, here
 				for _, h := range m.SniHosts {
 					rule.Names = append(rule.Names, strings.ToLower(h))
 				}
-				out.TLS = append(out.TLS, rule)
+				byName = append(byName, rule)
 			}
 		}
 	}
 	for i, r := range v.Tcp {
 		c.at = fmt.Sprintf("tcp[%d]", i)
-		backends, ok := c.connections(r.Route)
-		if !ok {
-			continue
-		}
+		backends := c.connections(r.Route)
 		rule := ConnectionRule{Name: fmt.Sprintf("%s/%s/%d", namespace, name, i), Backends: backends}
 		if len(r.Match) == 0 {
-			out.TCP = append(out.TCP, rule)
+			all = append(all, rule)
 		}
 		for j, m := range r.Match {
 			switch {
-			case len(m.Gateways) > 0 && !here(m.Gateways):
+			case len(m.Gateways) > 0 && !c.here(m.Gateways):
 			case len(m.DestinationSubnets) > 0 || m.SourceSubnet != "" || len(m.SourceLabels) > 0 || m.SourceNamespace != "" || m.Port > 65535:
 				c.say("match[%d] is by more than a port: it matches nothing", j)
 			default:
 				rule.Port = uint16(m.Port)
-				out.TCP = append(out.TCP, rule)
+				all = append(all, rule)
 			}
 		}
 	}
-	return out, c.problems
+	return byName, all
 }
 
-// connections are where connections go; false where that cannot be followed.
-func (c *converter) connections(routes []*networking.RouteDestination) (out []mesh.HTTPBackend, ok bool) {
+// connections are where connections go; nil where that cannot be followed.
+func (c *converter) connections(routes []*networking.RouteDestination) (out []mesh.HTTPBackend) {
 	var total int64
 	for _, d := range routes {
 		b, ok := c.destination(d.Destination)
 		if !ok || d.Weight < 0 {
 			c.say("a destination without a host, with a port above 65535 or with a negative weight: connections that it matches are closed")
-			return nil, false
+			return nil
 		}
 		b.Weight = uint32(d.Weight)
 		total += int64(d.Weight)
@@ -323,7 +329,7 @@ func (c *converter) connections(routes []*networking.RouteDestination) (out []me
 		out[0].Weight = 1 // whatever its weight
 	case total == 0 || total > 1<<32-1:
 		c.say("it has no destination with a weight, or weights above 2^32-1 together: connections that it matches are closed")
-		return nil, false
+		return nil
 	}
-	return out, true
+	return out
 }

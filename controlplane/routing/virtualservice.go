@@ -25,21 +25,22 @@ func ForMesh(v *networking.VirtualService) bool {
 	return len(v.Gateways) == 0 || slices.Contains(v.Gateways, MeshGateway)
 }
 
-// VirtualService returns the rules of a VirtualService, and in words what of it does not work.
-func VirtualService(namespace, name string, v *networking.VirtualService, resolve Resolve) (rules []mesh.HTTPRule, problems []string) {
+// VirtualService returns what a VirtualService says within the mesh, and in words what of it does not work.
+func VirtualService(namespace, name string, v *networking.VirtualService, resolve Resolve) (*AtGateway, []string) {
 	c := &converter{namespace: namespace, resolve: resolve, here: func(gateways []string) bool { return slices.Contains(gateways, MeshGateway) }}
-	rules = c.http(namespace+"/"+name, v.Http)
-	c.at = "spec"
-	if len(v.Tcp) > 0 {
-		c.say("tcp routes are not followed: connections go to the service as they come")
+	out := &AtGateway{}
+	if len(v.Http) > 0 { // else it is not about requests
+		out.HTTP = c.http(namespace+"/"+name, v.Http)
 	}
-	if len(v.Tls) > 0 {
-		c.say("tls routes are not followed: connections go to the service as they come")
+	out.TLS, out.TCP = c.connectionRules(namespace, name, v)
+	for _, list := range [][]ConnectionRule{out.TLS, out.TCP} { // otherwise they would go to the service
+		for i := range list {
+			if list[i].Backends == nil {
+				list[i].Backends = []mesh.HTTPBackend{{Weight: 1, Invalid: "the route cannot be followed"}}
+			}
+		}
 	}
-	if len(v.Http) == 0 { // it is not about requests
-		rules = nil
-	}
-	return rules, c.problems
+	return out, c.problems
 }
 
 type converter struct {
@@ -108,7 +109,7 @@ func (c *converter) rule(h *networking.HTTPRoute) (r mesh.HTTPRule, ok bool) {
 			r.Direct.Body = string(b.Bytes)
 		}
 	case h.Delegate != nil:
-		c.broken(&r, "delegate is not followed")
+		c.broken(&r, "delegate %s/%s is no VirtualService without hosts and gateways that may be one, or there are routes beside it", cmp.Or(h.Delegate.Namespace, c.namespace), h.Delegate.Name)
 	case len(h.Route) == 0:
 		c.broken(&r, "it has neither route, redirect nor directResponse")
 	default:

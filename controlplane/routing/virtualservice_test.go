@@ -58,9 +58,9 @@ func TestVirtualService(t *testing.T) {
 		{"mirror", `http: [{mirror: {host: ui, subset: v2}, mirrorPercentage: {value: 50}, route: [{destination: {host: ui}}]}]`,
 			[]mesh.HTTPRule{{Name: "shop/v/0", Backends: all, Mirrors: []mesh.HTTPMirror{{Backend: ui("v2", 0), Millionths: 500_000}}}}, nil},
 		{"what is not followed fails its requests", `http: [{delegate: {name: x}}, {name: empty}]`,
-			[]mesh.HTTPRule{{Name: "shop/v/0", Invalid: "delegate is not followed"}, {Name: "empty", Invalid: "it has neither route, redirect nor directResponse"}},
+			[]mesh.HTTPRule{{Name: "shop/v/0", Invalid: "delegate shop/x is no VirtualService without hosts and gateways that may be one, or there are routes beside it"}, {Name: "empty", Invalid: "it has neither route, redirect nor directResponse"}},
 			[]string{"delegate", "neither"}},
-		{"nothing about requests", `tcp: [{route: [{destination: {host: ui}}]}]`, nil, []string{"spec: tcp routes"}},
+		{"nothing about requests", `tcp: [{route: [{destination: {host: ui}}]}]`, nil, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var v networking.VirtualService
@@ -68,7 +68,7 @@ func TestVirtualService(t *testing.T) {
 				t.Fatal(err)
 			}
 			got, problems := VirtualService("shop", "v", &v, host)
-			if d := cmp.Diff(c.want, got); d != "" {
+			if d := cmp.Diff(c.want, got.HTTP); d != "" {
 				t.Errorf("-want +got:\n%s", d)
 			}
 			if len(problems) != len(c.problems) {
@@ -80,5 +80,40 @@ func TestVirtualService(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// Connections have routes of their own; one that cannot be followed closes what it is for, rather than let it go on.
+func TestVirtualServiceForConnections(t *testing.T) {
+	var v networking.VirtualService
+	if err := yaml.Unmarshal([]byte(`
+hosts: [ui]
+gateways: [mesh, edge]
+tls:
+- match: [{sniHosts: [A.example, "*.b.example"], port: 443}, {sniHosts: [c.example], gateways: [edge]}, {port: 443}]
+  route: [{destination: {host: ui, subset: v1, port: {number: 8443}}}]
+tcp:
+- {match: [{port: 9000}, {port: 9001, gateways: [edge]}, {port: 9002, sourceLabels: {a: b}}], route: [{destination: {host: ui, subset: v1}, weight: 1}, {destination: {host: ui, subset: v2}, weight: 3}]}
+- {route: [{destination: {host: ""}}]}
+`), &v); err != nil {
+		t.Fatal(err)
+	}
+	got, problems := VirtualService("shop", "v", &v, host)
+	to := ui("v1", 1)
+	to.Port = 8443
+	want := &AtGateway{
+		TLS: []ConnectionRule{{Name: "shop/v/0/0", Port: 443, Names: []string{"a.example", "*.b.example"}, Backends: []mesh.HTTPBackend{to}}},
+		TCP: []ConnectionRule{
+			{Name: "shop/v/0", Port: 9000, Backends: []mesh.HTTPBackend{ui("v1", 1), ui("v2", 3)}},
+			{Name: "shop/v/1", Backends: []mesh.HTTPBackend{{Weight: 1, Invalid: "the route cannot be followed"}}},
+		},
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("-want +got:\n%s", d)
+	}
+	for i, p := range []string{"tls[0]: match[2] has no sniHosts", "tcp[0]: match[2] is by more than a port", "tcp[1]: a destination without a host"} {
+		if len(problems) != 3 || !strings.Contains(problems[i], p) {
+			t.Fatalf("problems %q, want %q", problems, p)
+		}
 	}
 }

@@ -82,16 +82,18 @@ type HTTPBackend struct {
 	Invalid  string // why nothing can be sent there: its share is answered with 500
 }
 
-// Routed is a port of a service of which connections, whatever is in them, are shared out to backends.
+// Routed is a port of a service of which connections are shared out to backends.
 type Routed struct {
 	Port     uint16
+	Names    []string // only those with TLS that ask for one of these server names, perhaps "*.domain"; empty: all others
+	Beside   bool     // only those that are no requests, where both may come; false: whatever is in them
 	Backends []HTTPBackend
 }
 
-// RoutedAt is what says where connections to a port go; nil where that is the service itself.
+// RoutedAt is what says where connections to a port go that no server name decides about; nil where that is the service itself.
 func (s *Service) RoutedAt(port uint16) *Routed {
 	for i := range s.Routed {
-		if s.Routed[i].Port == port {
+		if s.Routed[i].Port == port && len(s.Routed[i].Names) == 0 {
 			return &s.Routed[i]
 		}
 	}

@@ -29,7 +29,7 @@ func TestWaypointConnections(t *testing.T) {
 apiVersion: v1
 kind: Service
 metadata: {name: old, namespace: NS, labels: {istio.io/use-waypoint: way}}
-spec: {selector: {app: old}, ports: [{name: tcp, port: 80, targetPort: 8080}]}
+spec: {selector: {app: old}, ports: [{name: tcp, port: 80, targetPort: 8080}, {name: tls, port: 443, targetPort: 8080}]}
 ---
 apiVersion: v1
 kind: Service
@@ -85,4 +85,34 @@ spec:
 		}
 		return nil
 	}))
+
+	// VirtualServices share them out where no TCPRoute does, and by the server name that is asked for in TLS.
+	virtual := func(tcp string) {
+		t.Helper()
+		must(t, mesh.Apply(ctx, strings.NewReplacer("NS", ns, "TCP", tcp).Replace(`
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: old, namespace: NS}
+spec:
+  hosts: [old]
+  tcp: [{match: [{port: 80}], route: [TCP]}]
+  tls: [{match: [{port: 443, sniHosts: [old.NS]}], route: [{destination: {host: kubernetes.default.svc.cluster.local, port: {number: 443}}}]}]
+`)))
+	}
+	virtual("{destination: {host: old}, weight: 1}, {destination: {host: new}, weight: 3}")
+	if out, err := mesh.Kubectl(ctx, "-n", ns, "delete", "tcproute", "old"); err != nil {
+		t.Fatal(err, out)
+	}
+	shared(n*3/4-12, n*3/4+12)
+	virtual("{destination: {host: new}}")
+	shared(n, n)
+	for _, c := range [][2]string{{"old." + ns, "certificate"}, {"old", "gave HTTP response"}} { // of the API server, and by whom there is no TLS
+		host, want := c[0], c[1]
+		must(t, lab.Eventually(ctx, time.Minute, func() error {
+			if out, err := mesh.Exec(ctx, ns, "client", "/demo", "get", "https://"+host+"/"); err == nil || !strings.Contains(err.Error()+out, want) {
+				return fmt.Errorf("TLS for %s: %q (%v), want %q", host, out, err, want)
+			}
+			return nil
+		}))
+	}
 }
