@@ -173,6 +173,7 @@ type Index struct {
 	istioGatewayAPI
 	backendAPI
 	credentialAPI
+	delegateAPI
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -241,6 +242,7 @@ func New(cfg Config) (*Index, error) {
 		istioGatewayAPI: newIstioGatewayAPI(),
 		backendAPI:      newBackendAPI(),
 		credentialAPI:   newCredentialAPI(),
+		delegateAPI:     newDelegateAPI(),
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -298,7 +300,7 @@ func (x *Index) Set(obj any) {
 	case *admissionv1.MutatingWebhookConfiguration:
 		x.setCalled(ref{MutatingWebhookConfiguration, keyOf(o)}, calledByMutating(o))
 	case *networkingv1.VirtualService:
-		x.setRoutes(VirtualService, x.virtuals, keyOf(o), x.c.virtualServiceFactOf(o))
+		x.setVirtualService(keyOf(o), o)
 	case *networkingv1.DestinationRule:
 		x.setRoutes(DestinationRule, x.destinations, keyOf(o), x.c.destinationRuleFactOf(o))
 	case *networkingv1.Gateway:
@@ -362,7 +364,7 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 	case NetworkPolicy:
 		x.setNetworkPolicy(k, nil)
 	case VirtualService:
-		x.setRoutes(VirtualService, x.virtuals, k, nil)
+		x.setVirtualService(k, nil)
 	case DestinationRule:
 		x.setRoutes(DestinationRule, x.destinations, k, nil)
 	case Gateway:

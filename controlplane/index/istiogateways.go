@@ -316,8 +316,13 @@ func (f *routeFact) atGateways(v *networkingv1.VirtualService, c *compiled) {
 
 // visible reports whether a VirtualService is for the gateways of a namespace.
 func (f *routeFact) visible(namespace string) bool {
-	return len(f.exportTo) == 0 || slices.ContainsFunc(f.exportTo, func(to string) bool {
-		return to == "*" || to == namespace || to == "." && f.Namespace == namespace
+	return visible(f.exportTo, f.Namespace, namespace)
+}
+
+// visible reports whether an object of a namespace is for another one.
+func visible(exportTo []string, from, namespace string) bool {
+	return len(exportTo) == 0 || slices.ContainsFunc(exportTo, func(to string) bool {
+		return to == "*" || to == namespace || to == "." && from == namespace
 	})
 }
 
