@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
@@ -53,14 +54,14 @@ func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) er
 		fmt.Fprintln(a.env.Out, "no node agents in "+a.namespace+", nothing to clean")
 		return nil
 	}
-	var agent appsv1.DaemonSet
-	if len(list.Items) > 0 {
-		agent = list.Items[0]
-	} else {
-		agent = *fallback
-	}
-	if err := sets.Delete(ctx, agent.Name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("deleting DaemonSet %s: %w", agent.Name, err)
+	// Those that are for all nodes go last: what is interrupted finds them again.
+	slices.SortStableFunc(list.Items, func(a, b appsv1.DaemonSet) int { return cmp.Compare(b.Labels[canaryLabel], a.Labels[canaryLabel]) })
+	agent := fallback
+	for i := range list.Items {
+		agent = &list.Items[i]
+		if err := sets.Delete(ctx, agent.Name, metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+			return fmt.Errorf("deleting DaemonSet %s: %w", agent.Name, err)
+		}
 	}
 	// An agent that still runs would capture again what is released.
 	if err := a.poll(ctx, "waiting for the agents to end", func() (string, error) {
@@ -72,7 +73,7 @@ func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) er
 	}); err != nil {
 		return fmt.Errorf("%w; %s", err, goneForGood)
 	}
-	if _, err := sets.Create(ctx, cleaner(&agent), metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+	if _, err := sets.Create(ctx, cleaner(agent), metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("creating DaemonSet %s: %w", cleanName, err)
 	}
 	defer func() {
@@ -162,7 +163,24 @@ func lastLine(s string) string {
 	return s[strings.LastIndexByte(s, '\n')+1:]
 }
 
-// cleaner is the agent's DaemonSet with the agent told to uninstall.
+// alsoOn takes out of an affinity that nodes with a label are not meant.
+func alsoOn(a *corev1.Affinity, label string) {
+	if a == nil || a.NodeAffinity == nil || a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution == nil {
+		return
+	}
+	terms := a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
+	for i := range terms {
+		terms[i].MatchExpressions = slices.DeleteFunc(terms[i].MatchExpressions, func(r corev1.NodeSelectorRequirement) bool {
+			return r.Key == label && r.Operator == corev1.NodeSelectorOpNotIn
+		})
+		if len(terms[i].MatchExpressions)+len(terms[i].MatchFields) == 0 { // it had nothing else, and an empty one is for no node
+			a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution = nil
+			return
+		}
+	}
+}
+
+// cleaner is the agent's DaemonSet with the agent told to uninstall, also on the nodes that are the canaries'.
 func cleaner(agent *appsv1.DaemonSet) *appsv1.DaemonSet {
 	t := *agent.Spec.Template.DeepCopy()
 	labels := map[string]string{"app": cleanName, "app.kubernetes.io/part-of": "warren", modeLabel: "none"}
@@ -184,6 +202,9 @@ func cleaner(agent *appsv1.DaemonSet) *appsv1.DaemonSet {
 		if m := t.Spec.Volumes[i].ConfigMap; m != nil {
 			m.Optional = &optional
 		}
+	}
+	if key, _, ok := strings.Cut(agent.Annotations[canaryNodes], "="); ok {
+		alsoOn(t.Spec.Affinity, key)
 	}
 	grace := int64(1)
 	t.Spec.TerminationGracePeriodSeconds = &grace

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -292,6 +293,32 @@ func TestCleanerIsTheAgentToldToUninstall(t *testing.T) {
 	}
 	if agent.Spec.Template.Spec.InitContainers != nil || agent.Spec.Template.Spec.Containers[0].Name != "node-agent" {
 		t.Error("the agent's own template was changed")
+	}
+}
+
+// Nodes of canaries are cleaned with the others.
+func TestCleanerGoesToNodesOfCanariesToo(t *testing.T) {
+	in := func(key string, op corev1.NodeSelectorOperator) corev1.NodeSelectorRequirement {
+		return corev1.NodeSelectorRequirement{Key: key, Operator: op, Values: []string{"canary"}}
+	}
+	without := in("pool", corev1.NodeSelectorOpNotIn)
+	for name, c := range map[string]struct{ had, has []corev1.NodeSelectorTerm }{
+		"nothing else": {had: []corev1.NodeSelectorTerm{{MatchExpressions: []corev1.NodeSelectorRequirement{without}}}},
+		"one that is all": {had: []corev1.NodeSelectorTerm{{MatchExpressions: []corev1.NodeSelectorRequirement{in("arch", corev1.NodeSelectorOpIn), without}},
+			{MatchExpressions: []corev1.NodeSelectorRequirement{without}}}},
+		"more": {had: []corev1.NodeSelectorTerm{{MatchExpressions: []corev1.NodeSelectorRequirement{in("arch", corev1.NodeSelectorOpIn), without, in("pool", corev1.NodeSelectorOpIn)}}},
+			has: []corev1.NodeSelectorTerm{{MatchExpressions: []corev1.NodeSelectorRequirement{in("arch", corev1.NodeSelectorOpIn), in("pool", corev1.NodeSelectorOpIn)}}}},
+	} {
+		agent := &appsv1.DaemonSet{ObjectMeta: metav1.ObjectMeta{Name: "warren-node", Annotations: map[string]string{canaryNodes: "pool=canary"}}}
+		agent.Spec.Template.Spec = corev1.PodSpec{Containers: []corev1.Container{{}}, Affinity: &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{
+			RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: c.had}}}}
+		var has []corev1.NodeSelectorTerm
+		if r := cleaner(agent).Spec.Template.Spec.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution; r != nil {
+			has = r.NodeSelectorTerms
+		}
+		if !reflect.DeepEqual(has, c.has) {
+			t.Errorf("%s: %v, want %v", name, has, c.has)
+		}
 	}
 }
 

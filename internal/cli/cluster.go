@@ -33,6 +33,8 @@ import (
 // Labels and annotations that the mesh's objects carry.
 const (
 	agentSelector   = "app=ztunnel"
+	canaryLabel     = "warren.io/canary"       // of agents that are tried first
+	canaryNodes     = "warren.io/canary-nodes" // annotation of the other agents' DaemonSet: the label of nodes that are not theirs
 	holderSelector  = "app=warren-holder"
 	controlSelector = "app=istiod"
 	modeLabel       = "istio.io/dataplane-mode"

@@ -172,13 +172,7 @@ func (a *app) roll(ctx context.Context, c *conn, p *progress, ch *change, record
 	if err := records.Put(ctx, rec); err != nil {
 		return err
 	}
-	agentGoes := slices.ContainsFunc(gone, func(o *unstructured.Unstructured) bool {
-		return o.GetKind() == "DaemonSet" && o.GetLabels()["app"] == "ztunnel"
-	}) &&
-		!slices.ContainsFunc(objects, func(o *unstructured.Unstructured) bool {
-			return o.GetKind() == "DaemonSet" && o.GetLabels()["app"] == "ztunnel"
-		})
-	if agentGoes {
+	if slices.ContainsFunc(gone, isAgents) && !slices.ContainsFunc(objects, isAgents) {
 		p.now("cleaning the nodes: what is to be has no agents")
 		if err := a.clean(ctx, c, nil); err != nil {
 			return err
@@ -186,31 +180,76 @@ func (a *app) roll(ctx context.Context, c *conn, p *progress, ch *change, record
 	}
 	release.Own(objects, a.namespace)
 	n := 0
-	if err := c.objects.Apply(ctx, objects, func(*unstructured.Unstructured) {
-		if n++; p.terminal {
-			p.now("applying %d/%d", n, len(objects))
-		}
-	}); err != nil {
+	apply := func(some []*unstructured.Unstructured) error {
+		return c.objects.Apply(ctx, some, func(*unstructured.Unstructured) {
+			if n++; p.terminal {
+				p.now("applying %d/%d", n, len(objects))
+			}
+		})
+	}
+	removed := 0
+	remove := func(some []*unstructured.Unstructured) error {
+		n, err := c.objects.Delete(ctx, some)
+		removed += n
 		return err
 	}
-	p.done("%s applied", plural(len(objects), "object"))
-	if len(gone) > 0 {
-		n, err := c.objects.Delete(ctx, gone)
-		if err != nil {
+	// Agents of a node end once there are others: those of canaries come before the others leave their nodes, and go after.
+	first, others := objects, []*unstructured.Unstructured(nil)
+	if slices.ContainsFunc(objects, isCanary) {
+		first, others = split(objects, func(o *unstructured.Unstructured) bool { return !isAgents(o) || isCanary(o) })
+	}
+	went, late := split(gone, func(o *unstructured.Unstructured) bool { return !isAgents(o) })
+	if err := apply(first); err != nil {
+		return err
+	}
+	if err := remove(went); err != nil {
+		return err
+	}
+	if len(others) > 0 {
+		if err := a.await(ctx, c, p, ch.poll, first); err != nil {
 			return err
 		}
-		if n > 0 {
-			p.done("%s removed that it no longer has", plural(n, "object"))
+		if err := apply(others); err != nil {
+			return err
 		}
 	}
+	p.done("%s applied", plural(len(objects), "object"))
 	if err := a.await(ctx, c, p, ch.poll, objects); err != nil {
 		return err
+	}
+	if err := remove(late); err != nil {
+		return err
+	}
+	if removed > 0 {
+		p.done("%s removed that it no longer has", plural(removed, "object"))
 	}
 	what := "Install complete"
 	if len(history) > 0 {
 		what = "Upgrade complete"
 	}
 	return records.Deployed(ctx, history, rec, what)
+}
+
+// isAgents reports whether an object is a DaemonSet of agents.
+func isAgents(o *unstructured.Unstructured) bool {
+	return o.GetKind() == "DaemonSet" && o.GetLabels()["app"] == "ztunnel"
+}
+
+// isCanary reports whether an object is the DaemonSet of agents that are tried first.
+func isCanary(o *unstructured.Unstructured) bool {
+	return isAgents(o) && o.GetLabels()[canaryLabel] != ""
+}
+
+// split keeps the order.
+func split(all []*unstructured.Unstructured, is func(*unstructured.Unstructured) bool) (those, others []*unstructured.Unstructured) {
+	for _, o := range all {
+		if is(o) {
+			those = append(those, o)
+		} else {
+			others = append(others, o)
+		}
+	}
+	return those, others
 }
 
 // target is the cluster as the templates see it.
@@ -274,8 +313,11 @@ func (a *app) await(ctx context.Context, c *conn, p *progress, every time.Durati
 				continue
 			}
 			what := names[o.GetLabels()["app"]]
-			if what == "" {
+			switch {
+			case what == "":
 				what = o.GetName()
+			case isCanary(o):
+				what = "canaries' " + what
 			}
 			var state string
 			if state, err = a.rollout(ctx, c, o); err != nil {
@@ -345,6 +387,9 @@ func (a *app) behind(ctx context.Context, c *conn, d *appsv1.DaemonSet) string {
 	}
 	done := map[string]bool{}
 	for _, p := range pods.Items {
+		if p.Labels[canaryLabel] != d.Spec.Template.Labels[canaryLabel] { // the selector of the others matches canaries too
+			continue
+		}
 		current := template == "" || p.Labels["pod-template-generation"] == template
 		done[p.Spec.NodeName] = done[p.Spec.NodeName] || current && ready(&p) && p.DeletionTimestamp == nil
 	}

@@ -124,7 +124,7 @@ func (a *app) installedObjects(history []*release.Record) ([]*unstructured.Unstr
 	for _, names := range []bool{false, true} {
 		on := map[string]any{"enabled": true}
 		r, err := release.Render(map[string]any{"compat": map[string]any{"istioNames": names}, "networkPolicies": on, "resourceQuotas": on,
-			"securityContextConstraints": on}, release.Target{Namespace: a.namespace})
+			"securityContextConstraints": on, "node": map[string]any{"canary": map[string]any{"nodes": "of=any"}}}, release.Target{Namespace: a.namespace})
 		if err != nil {
 			return nil, err
 		}
@@ -135,13 +135,10 @@ func (a *app) installedObjects(history []*release.Record) ([]*unstructured.Unstr
 
 // cleanAll cleans the nodes, with the chart's own agent where that in the cluster is gone.
 func (a *app) cleanAll(ctx context.Context, c *conn, found, objects []*unstructured.Unstructured) error {
-	isAgent := func(o *unstructured.Unstructured) bool {
-		return o.GetKind() == "DaemonSet" && o.GetLabels()["app"] == "ztunnel"
-	}
-	if slices.ContainsFunc(found, isAgent) {
+	if slices.ContainsFunc(found, isAgents) {
 		return a.clean(ctx, c, nil)
 	}
-	i := slices.IndexFunc(objects, isAgent)
+	i := slices.IndexFunc(objects, func(o *unstructured.Unstructured) bool { return isAgents(o) && !isCanary(o) })
 	if i < 0 { // it never had agents
 		return a.clean(ctx, c, nil)
 	}

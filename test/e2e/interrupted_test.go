@@ -30,12 +30,15 @@ func TestWhatIsInterruptedIsCompleted(t *testing.T) {
 	took := map[string]time.Duration{"upgrade": 4 * time.Second, "uninstall": 4 * time.Second, "install": 4 * time.Second} // the whole run before
 	runs, killed, failed := 0, 0, 0
 	for round := range size(1, 8) {
-		build := fmt.Sprintf("podAnnotations.build=%d", time.Now().Unix())
+		build, canary := fmt.Sprintf("podAnnotations.build=%d", time.Now().Unix()), ""
+		if round%2 == 0 { // two DaemonSets of agents
+			canary = "kubernetes.io/hostname=" + nodes[0]
+		}
 		for _, tc := range []struct {
 			args []string
 			then func() error
 		}{
-			{[]string{"upgrade", "--set-string", "node." + build, "--set-string", "control." + build}, dial},
+			{[]string{"upgrade", "--set-string", "node." + build, "--set-string", "control." + build, "--set", "node.canary.nodes=" + canary}, dial},
 			{[]string{"uninstall"}, func() error {
 				if left := residue(t); len(left) > 0 {
 					return fmt.Errorf("left on the nodes:\n%s", strings.Join(left, "\n"))

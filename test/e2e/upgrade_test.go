@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"maps"
 	"strings"
 	"testing"
 	"time"
@@ -24,15 +25,23 @@ func TestUpgradeUnderLoad(t *testing.T) {
 	_, err := warrenProgram()
 	must(t, err)
 	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]))
-	agents := func() map[string]bool {
+	on := func() map[string]string { // node: its agent
 		t.Helper()
 		pods, err := mesh.Pods(t.Context(), lab.Namespace, lab.NodeApp)
 		must(t, err)
-		out := map[string]bool{}
+		out := map[string]string{}
 		for _, p := range pods {
 			if !p.Terminating {
-				out[p.UID] = true
+				out[p.Node] += p.UID
 			}
+		}
+		return out
+	}
+	agents := func() map[string]bool {
+		t.Helper()
+		out := map[string]bool{}
+		for _, uid := range on() {
+			out[uid] = true
 		}
 		return out
 	}
@@ -77,5 +86,42 @@ func TestUpgradeUnderLoad(t *testing.T) {
 		if !was[uid] {
 			t.Error("an agent was exchanged by an upgrade that never came up")
 		}
+	}
+	// The agent of one node comes first, and the other is left alone until all are exchanged.
+	label := func(how string) {
+		t.Helper()
+		_, err := mesh.Kubectl(t.Context(), "label", "node", nodes[0], how)
+		must(t, err)
+	}
+	label("pool=canary")
+	defer label("pool-")
+	first := []string{"upgrade", "--set", "node.canary.nodes=pool=canary"}
+	then := on()
+	if *long {
+		during("a canary that does not come up, and the way back", func() {
+			said, err := warrenSays(t, append(first, "--set", "node.canary.tag=nowhere", "--timeout", "20s")...)
+			if err == nil || !strings.Contains(said, "canaries' node agents 0/1") || !strings.Contains(said, "rolled back to revision") {
+				t.Errorf("%v\n%s", err, said)
+			}
+		})
+		if now := on(); !maps.Equal(now, then) {
+			t.Errorf("agents %v were exchanged for %v by a canary that never came up", then, now)
+		}
+	}
+	during("a canary", func() { mustSay(t, first...) })
+	now := on()
+	if now[nodes[0]] == then[nodes[0]] || now[nodes[1]] != then[nodes[1]] {
+		t.Errorf("the agents of %s are %v, and were %v", nodes[0], now, then)
+	}
+	during("the others after a canary", func() { mustSay(t, "upgrade", "--reset-values") })
+	if last := on(); last[nodes[0]] == now[nodes[0]] {
+		t.Errorf("%s still has the canary's agent", nodes[0])
+	}
+}
+
+func mustSay(t *testing.T, args ...string) {
+	t.Helper()
+	if said, err := warrenSays(t, args...); err != nil {
+		t.Errorf("%v\n%s", err, said)
 	}
 }

@@ -1,7 +1,7 @@
 {{- define "warren.node" -}}{{ if .Values.compat.istioNames }}ztunnel{{ else }}warren-node{{ end }}{{- end }}
 {{- define "warren.control" -}}{{ if .Values.compat.istioNames }}istiod{{ else }}warren-control{{ end }}{{- end }}
 {{- define "warren.image" -}}
-{{ .root.Values.image.registry }}/{{ .name }}:{{ .root.Values.image.tag | default .root.Chart.AppVersion }}
+{{ .root.Values.image.registry }}/{{ .name }}:{{ .tag | default .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end }}
 {{- define "warren.labels" -}}
 app.kubernetes.io/part-of: warren
@@ -23,4 +23,15 @@ imagePullSecrets:
 - name: {{ $k }}
   value: {{ $v | quote }}
 {{- end }}
+{{- end }}
+{{- /* An affinity for all nodes but those with a label. */ -}}
+{{- define "warren.affinityWithout" -}}
+{{- $without := dict "key" .key "operator" "NotIn" "values" (list .value) }}
+{{- $node := .affinity.nodeAffinity | default dict }}
+{{- $terms := list }}
+{{- range (($node.requiredDuringSchedulingIgnoredDuringExecution | default dict).nodeSelectorTerms | default (list dict)) }}
+{{- $terms = append $terms (merge (dict "matchExpressions" (append (.matchExpressions | default list) $without)) .) }}
+{{- end }}
+{{- $required := dict "requiredDuringSchedulingIgnoredDuringExecution" (dict "nodeSelectorTerms" $terms) }}
+{{- toYaml (merge (dict "nodeAffinity" (merge $required $node)) .affinity) }}
 {{- end }}

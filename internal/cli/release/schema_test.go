@@ -89,6 +89,7 @@ var everything = map[string]any{
 	"compat":          map[string]any{"istioNames": true},
 	"image":           map[string]any{"pullSecrets": []any{"registry"}},
 	"networkPolicies": map[string]any{"enabled": true},
+	"node":            map[string]any{"canary": map[string]any{"nodes": "pool=canary"}},
 }
 
 func TestEveryVersionOfKubernetesTakesTheChart(t *testing.T) {

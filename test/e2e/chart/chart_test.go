@@ -102,6 +102,30 @@ func TestIstioNames(t *testing.T) {
 	object(t, render(t), "Service", "istiod")
 }
 
+// Nodes of canaries have one agent, and the others have one.
+func TestCanaryNodes(t *testing.T) {
+	all := render(t, "node.canary.nodes=example.org/pool=canary", "node.canary.tag=next", "image.tag=now", "node.nodeSelector.disk=fast",
+		"node.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].key=arch",
+		"node.affinity.nodeAffinity.requiredDuringSchedulingIgnoredDuringExecution.nodeSelectorTerms[0].matchExpressions[0].operator=Exists")
+	for name, lines := range map[string][]string{
+		"warren-node":        {"matchLabels: {app: ztunnel}", "/node-agent:now", "- key: arch", "- key: example.org/pool", "operator: NotIn", "- canary", "disk: fast", "updateStrategy: {type: OnDelete}", "warren.io/canary-nodes: \"example.org/pool=canary\""},
+		"warren-node-canary": {`matchLabels: {app: ztunnel, warren.io/canary: "true"}`, "/node-agent:next", "example.org/pool: canary", "disk: fast", "- key: arch"},
+	} {
+		set := object(t, all, "DaemonSet", name)
+		for _, line := range lines {
+			if !strings.Contains(set, line) {
+				t.Errorf("%s lacks %q:\n%s", name, line, set)
+			}
+		}
+		if isCanary := name != "warren-node"; strings.Contains(set, "NotIn") == isCanary || strings.Contains(set, "example.org/pool: canary") != isCanary {
+			t.Errorf("%s is for other nodes:\n%s", name, set)
+		}
+	}
+	if strings.Contains(render(t), "canary") {
+		t.Error("there are canaries that nobody asked for")
+	}
+}
+
 func TestAdmission(t *testing.T) {
 	all := render(t)
 	hook := object(t, all, "ValidatingWebhookConfiguration", "warren-validator")
