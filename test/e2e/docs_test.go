@@ -28,6 +28,7 @@ var pages = []docPage{
 	{"docs/tasks/enrol.md", false},
 	{"docs/tasks/deny-and-allow.md", false},
 	{"docs/tasks/canary.md", false},
+	{"docs/tasks/egress.md", false},
 	{"docs/tasks/find-out-why.md", false},
 	{"docs/tasks/upgrade.md", true},
 	{"docs/tasks/uninstall.md", true},
@@ -203,7 +204,7 @@ func TestDocsCommands(t *testing.T) {
 	}
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(ctx)
-		for _, ns := range []string{"shop", "visitors"} {
+		for _, ns := range []string{"shop", "visitors", "istio-egress"} {
 			if err := deleteNamespace(ctx, ns); err != nil {
 				t.Error(err)
 			}
