@@ -60,6 +60,9 @@ generate: deps
 images: deps                    # archives of all images for amd64 and arm64 in out/images
 	@$(CLUSTER) images --out $(CURDIR)/out/images --platform linux/amd64,linux/arm64 $(if $(FIPS),--fips)
 
+release: deps                   # what is published of a version, in out/release: images, bills of materials, charts, the command line; VERSION=v0.2.0
+	@go run ./test/release --version "$(VERSION)" --out $(CURDIR)/out/release
+
 cluster: deps
 	@$(CLUSTER) up
 
