@@ -61,11 +61,14 @@ func (b *builder) application(t target) *corev3.TransportSocket {
 		common.AlpnProtocols = []string{"http/1.1"}
 	}
 	host, names := e.Host, e.Names
-	if svc := b.lookup(t.service); host == "" && svc != nil && !strings.HasPrefix(svc.Name.Hostname, "*") {
-		host = svc.Name.Hostname
-	}
-	if svc := b.lookup(t.service); len(names) == 0 && svc != nil {
-		if names = mesh.CertificateNames(svc.SANs); len(names) == 0 {
+	if svc := b.lookup(t.service); svc != nil {
+		if host == "" && !strings.HasPrefix(svc.Name.Hostname, "*") {
+			host = svc.Name.Hostname
+		}
+		if len(names) == 0 {
+			names = mesh.CertificateNames(svc.SANs)
+		}
+		if len(names) == 0 {
 			names = []mesh.CertificateName{{Name: host}}
 		}
 	}

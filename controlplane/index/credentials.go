@@ -119,7 +119,6 @@ func (x *Index) equipped(n mesh.ServiceName, f *routeFact) []mesh.Traffic {
 	if x.credentialed[f.key] != f {
 		return f.traffic
 	}
-	x.dirtyRoutes[ref{DestinationRule, f.key}] = struct{}{} // what is missing is said
 	out := slices.Clone(f.traffic)
 	for i := range out {
 		if out[i].TLS == nil || out[i].TLS.Credential == "" {

@@ -185,6 +185,9 @@ func (x *Index) route(s *mesh.Service) {
 	}
 	if d := oldest(x.destinations, s.Name); d != nil {
 		s.Subsets, s.Traffic = d.subsets, x.equipped(s.Name, d)
+		if x.credentialed[d.key] == d {
+			x.dirtyRoutes[ref{DestinationRule, d.key}] = struct{}{} // what is missing is said
+		}
 	}
 }
 
