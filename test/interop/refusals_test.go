@@ -209,6 +209,8 @@ func TestPeersThatMustBeRefused(t *testing.T) {
 				t.Error("a good peer:", err)
 			}
 		})
+		handshakes.mu.Lock()
+		defer handshakes.mu.Unlock()
 		if handshakes.accepted != n || served.Load() != n {
 			t.Errorf("%d handshakes and %d CONNECTs of %d: %v", handshakes.accepted, served.Load(), n, handshakes.example)
 		}
