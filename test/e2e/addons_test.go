@@ -83,16 +83,12 @@ func TestAddonsOverLiveData(t *testing.T) {
 	ns := namespace(t, "e2e-addons", ambient)
 	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]), lab.PodSpec{Namespace: ns, Name: "stranger", Account: "stranger", Node: nodes[0], Args: []string{"sleep"}},
 		lab.PodSpec{Namespace: ns, Name: "inventory-1", Account: "inventory", Node: nodes[1], Args: []string{"inventory"}, Labels: map[string]string{"app": "inventory"}})
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, aWaypoint)
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory, namespace: NS, labels: {istio.io/use-waypoint: way}}
 spec: {selector: {app: inventory}, ports: [{name: http, port: 80, targetPort: 8080}]}
----
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
-spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
@@ -107,7 +103,7 @@ apiVersion: v1
 kind: Service
 metadata: {name: nobody, namespace: NS}
 spec: {selector: {app: nobody}, ports: [{name: http, port: 80, targetPort: 8080}]}
-`, "NS", ns)))
+`)
 	must(t, lab.Eventually(ctx, 2*time.Minute, func() error {
 		_, err := mesh.Exec(ctx, ns, "client", "/demo", "load", "-n", "1", "-url", "http://inventory/stock")
 		return err
@@ -134,14 +130,14 @@ spec: {selector: {app: nobody}, ports: [{name: http, port: 80, targetPort: 8080}
 	// Conditions are written while it is scraped.
 	must(t, lab.Eventually(ctx, 2*time.Minute, func() error { return targetsUp(ask) }))
 	asked := time.Now()
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: far, namespace: NS}
 spec:
   selector: {matchLabels: {app: far}}
   rules: [{from: [{source: {principals: [cluster.local/ns/NS/sa/client]}}]}]
-`, "NS", ns)))
+`)
 
 	// What Prometheus has of the rules is what the file says, and it can evaluate them.
 	want, err := addons.Rules(prometheus)

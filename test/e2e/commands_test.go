@@ -27,12 +27,12 @@ func TestCommandsOnAWaypoint(t *testing.T) {
 	ctx := t.Context()
 	must(t, mesh.LoadWaypoint(ctx))
 	ns := namespace(t, "e2e-commands", ambient)
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory, namespace: NS}
 spec: {selector: {app: inventory}, ports: [{name: http, port: 80, targetPort: 8080}]}
-`, "NS", ns)))
+`)
 	deploy(t, ns, true, client(ns, "client", nodes[0]),
 		lab.PodSpec{Namespace: ns, Name: "other", Account: "other", Node: nodes[1], Args: []string{"sleep"}},
 		lab.PodSpec{Namespace: ns, Name: "inventory-1", Account: "inventory", Node: nodes[1], Args: []string{"inventory"}, Labels: map[string]string{"app": "inventory"}})
@@ -55,7 +55,7 @@ spec: {selector: {app: inventory}, ports: [{name: http, port: 80, targetPort: 80
 	do("waypoint", "status", "way", "-n", ns, "--wait", "--timeout", "120s")
 	shows("namespace "+ns, "waypoint", "list", "-A")
 
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: networking.istio.io/v1
 kind: VirtualService
 metadata: {name: inventory, namespace: NS}
@@ -75,7 +75,7 @@ spec:
   rules:
   - from: [{source: {principals: [cluster.local/ns/NS/sa/client]}}]
     to: [{operation: {methods: [GET], paths: [/stock, /old/*]}}]
-`, "NS", ns)))
+`)
 	explained := func(pod, what string) (outcome, text string, took time.Duration) {
 		start := time.Now()
 		out, err := warren(t, "why", ns+"/"+pod, "inventory."+ns, "--path", what, "-o", "json")

@@ -138,15 +138,11 @@ func TestGateway(t *testing.T) {
 	balance(t)
 	ns := namespace(t, "e2e-gateway", ambient)
 	must(t, mesh.Run(ctx, lab.PodSpec{Namespace: ns, Name: "inventory", Account: "inventory", Node: nodes[1], Args: []string{"inventory"}}))
-	apply := func(manifest string) {
-		t.Helper()
-		must(t, mesh.Apply(ctx, strings.ReplaceAll(manifest, "NS", ns)))
-	}
 	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
 	inMesh(t, ns)
 	cert, key, roots := site(t, 1, "shop.example")
 	must(t, mesh.Apply(ctx, tlsSecret(ns, "shop", cert, key)))
-	apply(`
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory, namespace: NS}
@@ -180,7 +176,7 @@ spec:
 	}
 	// Plaintext is refused now, so that what comes through comes by the gateway's tunnel.
 	strict(t, ns)
-	apply(`
+	applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: gateway-only, namespace: NS}
@@ -188,9 +184,7 @@ spec:
   selector: {matchLabels: {app: inventory}}
   rules: [{from: [{source: {principals: [cluster.local/ns/NS/sa/shop-istio]}}]}]
 `)
-	if out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", "authorizationpolicy/gateway-only", "--timeout=120s"); err != nil {
-		t.Fatal(err, out)
-	}
+	enforced(t, ns, "authorizationpolicy/gateway-only")
 	for range 20 {
 		if got, body, _, err := client.get(ctx, "https://shop.example/stock"); err != nil || got != 200 {
 			t.Fatalf("by the gateway's own identity: %d %s %v", got, body, err)
@@ -226,7 +220,7 @@ spec:
 	}
 
 	// Who may come in, the gateway decides.
-	apply(`
+	applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: no-stock, namespace: NS}
@@ -235,10 +229,7 @@ spec:
   action: DENY
   rules: [{to: [{operation: {paths: [/stock]}}]}]
 `)
-	if out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", "authorizationpolicy/no-stock", "--timeout=120s"); err != nil {
-		said, _ := mesh.Kubectl(ctx, "-n", ns, "get", "authorizationpolicy", "no-stock", "-o", "jsonpath={.status}")
-		t.Fatal(err, out, said)
-	}
+	enforced(t, ns, "authorizationpolicy/no-stock")
 	for _, url := range []string{"http://shop.example/stock", "https://shop.example/stock"} {
 		if got, body, _, err := both.get(ctx, url); err != nil || got != 403 {
 			t.Errorf("%s that a policy denies: %d %s %v, want 403", url, got, body, err)
@@ -251,13 +242,13 @@ spec:
 
 	// So it does by policies that select its pods.
 	member, stranger := newSigner(t, "key"), newSigner(t, "key")
-	apply(`
+	applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: RequestAuthentication
 metadata: {name: tokens, namespace: NS}
 spec:
   selector: {matchLabels: {gateway.networking.k8s.io/gateway-name: shop}}
-  jwtRules: [{issuer: "` + issuer + `", jwks: '` + keySet(t, member) + `'}]
+  jwtRules: [{issuer: "`+issuer+`", jwks: '`+keySet(t, member)+`'}]
 ---
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
@@ -266,12 +257,7 @@ spec:
   selector: {matchLabels: {gateway.networking.k8s.io/gateway-name: shop}}
   rules: [{when: [{key: "request.auth.claims[group]", values: [staff]}]}]
 `)
-	for _, p := range []string{"requestauthentication/tokens", "authorizationpolicy/staff"} {
-		if out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", p, "--timeout=120s"); err != nil {
-			said, _ := mesh.Kubectl(ctx, "-n", ns, "get", p, "-o", "jsonpath={.status}")
-			t.Fatal(err, out, said)
-		}
-	}
+	enforced(t, ns, "requestauthentication/tokens", "authorizationpolicy/staff")
 	for _, c := range []struct {
 		bearer string
 		want   int

@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"fmt"
-	"strings"
 	"testing"
 	"time"
 
@@ -26,7 +25,7 @@ func TestGatewayConnections(t *testing.T) {
 	must(t, mesh.Apply(ctx, ownTLS(ns)))
 	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
 	inMesh(t, ns) // before there are pods that are not captured
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory, namespace: NS}
@@ -64,7 +63,7 @@ metadata: {name: stock, namespace: NS}
 spec:
   parentRefs: [{name: data, sectionName: stock}]
   rules: [{backendRefs: [{name: inventory, port: 80}]}]
-`, "NS", ns)))
+`)
 	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
 	client := outside{address: addressOf(t, ns, "data"), roots: roots}
 	pages := map[string]int64{ // and the certificate that is shown
@@ -97,7 +96,7 @@ spec:
 	if _, err := mesh.Kubectl(ctx, "-n", ns, "delete", "tlsroute", "own"); err != nil {
 		t.Fatal(err)
 	}
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: no-stock, namespace: NS}
@@ -105,8 +104,8 @@ spec:
   targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: data}]
   action: DENY
   rules: [{to: [{operation: {ports: ["9000"]}}]}]
-`, "NS", ns)))
-	enforced(t, ns, "no-stock")
+`)
+	enforced(t, ns, "authorizationpolicy/no-stock")
 	must(t, lab.Eventually(ctx, time.Minute, func() error {
 		for _, url := range []string{"https://own.example/apis/own/v1", "http://anything.example:9000/stock"} {
 			if got, _, _, err := client.get(ctx, url); err == nil {

@@ -4,7 +4,6 @@ import (
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
-	"strings"
 	"testing"
 	"time"
 
@@ -36,7 +35,7 @@ func TestGatewayTLS(t *testing.T) {
 	}
 	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
 	inMesh(t, ns) // before there are pods that are not captured
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
 metadata: {name: shop, namespace: NS}
@@ -61,7 +60,7 @@ metadata: {name: own, namespace: NS}
 spec:
   targetRefs: [{group: "", kind: Service, name: own}]
   validation: {hostname: own.internal, caCertificateRefs: [{group: "", kind: ConfigMap, name: own-roots}]}
-`, "NS", ns)))
+`)
 	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
 	strict(t, ns)
 	client := outside{address: addressOf(t, ns, "shop"), roots: roots}

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"strings"
 	"testing"
 	"time"
 
@@ -19,16 +18,12 @@ func TestGatewayThroughWaypoint(t *testing.T) {
 	must(t, mesh.Run(ctx, lab.PodSpec{Namespace: ns, Name: "inventory", Account: "inventory", Node: nodes[1], Args: []string{"inventory"}}))
 	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
 	inMesh(t, ns) // before there are pods that are not captured
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, aWaypoint)
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory, namespace: NS, labels: {istio.io/use-waypoint: way}}
 spec: {selector: {app: inventory}, ports: [{name: http, port: 80, targetPort: 8080}]}
----
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
-spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
@@ -52,9 +47,9 @@ spec:
   targetRefs: [{group: "", kind: Service, name: inventory}]
   action: DENY
   rules: [{from: [{source: {principals: [cluster.local/ns/NS/sa/edge-istio]}}], to: [{operation: {paths: [/secret]}}]}]
-`, "NS", ns)))
+`)
 	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
-	enforced(t, ns, "no-secrets")
+	enforced(t, ns, "authorizationpolicy/no-secrets")
 	client := outside{address: addressOf(t, ns, "edge")}
 	client.becomes(t, "http://shop.example/stock", 503)
 	if out, err := mesh.Kubectl(ctx, "-n", ns, "label", "service", "inventory", "istio.io/ingress-use-waypoint=true"); err != nil {

@@ -30,7 +30,7 @@ var warrenProgram = sync.OnceValues(func() (string, error) {
 // warren runs the command line and returns its standard output.
 func warren(t *testing.T, args ...string) (string, error) {
 	t.Helper()
-	out, errs, err := runWarren(t, args...)
+	out, errs, err := runWarren(t.Context(), t, args...)
 	if err != nil {
 		err = fmt.Errorf("warren %s: %w: %s", strings.Join(args, " "), err, errs)
 	}
@@ -40,15 +40,16 @@ func warren(t *testing.T, args ...string) (string, error) {
 // warrenSays runs the command line and returns what it says of its progress and of errors.
 func warrenSays(t *testing.T, args ...string) (string, error) {
 	t.Helper()
-	_, errs, err := runWarren(t, args...)
+	_, errs, err := runWarren(t.Context(), t, args...)
 	return errs, err
 }
 
-func runWarren(t *testing.T, args ...string) (stdout, stderr string, err error) {
+// runWarren runs the command line until it ends, or is killed with ctx.
+func runWarren(ctx context.Context, t *testing.T, args ...string) (stdout, stderr string, err error) {
 	t.Helper()
 	bin, err := warrenProgram()
 	must(t, err)
-	cmd := exec.CommandContext(t.Context(), bin, args...)
+	cmd := exec.CommandContext(ctx, bin, args...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+mesh.Kubeconfig())
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs

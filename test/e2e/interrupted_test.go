@@ -3,10 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"os"
-	"os/exec"
 	"strings"
 	"testing"
 	"time"
@@ -23,6 +20,8 @@ func TestWhatIsInterruptedIsCompleted(t *testing.T) {
 		}
 	})
 	ns := pair(t, "e2e-interrupted")
+	_, err := warrenProgram() // or the time it is killed after would be that of its making
+	must(t, err)
 	dial := func() error {
 		_, err := mesh.Exec(t.Context(), ns, "client", "/demo", "tcp-dial", "-timeout", "3s", "far:9000")
 		return err
@@ -62,7 +61,7 @@ func TestWhatIsInterruptedIsCompleted(t *testing.T) {
 				}
 			}
 			start := time.Now()
-			out, errs, err := runWarren(t, tc.args...)
+			out, errs, err := runWarren(t.Context(), t, tc.args...)
 			took[tc.args[0]] = time.Since(start)
 			if err != nil {
 				failed++
@@ -84,16 +83,10 @@ func TestWhatIsInterruptedIsCompleted(t *testing.T) {
 // killWarren runs the command line and kills it after a time, and says whether it still ran, and what it had said.
 func killWarren(t *testing.T, after time.Duration, args ...string) (killed bool, said string) {
 	t.Helper()
-	bin, err := warrenProgram()
-	must(t, err)
 	ctx, cancel := context.WithTimeout(t.Context(), after)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, bin, args...) // SIGKILL when the time is over
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+mesh.Kubeconfig())
-	var errs strings.Builder
-	cmd.Stdout, cmd.Stderr = io.Discard, &errs
-	err = cmd.Run()
-	return err != nil && ctx.Err() != nil, errs.String()
+	_, said, err := runWarren(ctx, t, args...)
+	return err != nil && ctx.Err() != nil, said
 }
 
 func lastLine(s string) string {

@@ -23,7 +23,7 @@ func TestIstioctl(t *testing.T) {
 	ns := namespace(t, "e2e-istioctl", ambient)
 	deploy(t, ns, true, client(ns, "client", nodes[0]), server(ns, "far", nodes[1]),
 		lab.PodSpec{Namespace: ns, Name: "inventory-1", Account: "inventory", Node: nodes[1], Args: []string{"inventory"}, Labels: map[string]string{"app": "inventory"}})
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory, namespace: NS}
@@ -35,7 +35,7 @@ metadata: {name: far, namespace: NS}
 spec:
   selector: {matchLabels: {app: far}}
   rules: [{from: [{source: {principals: [cluster.local/ns/NS/sa/client, cluster.local/ns/NS/sa/way]}}]}]
-`, "NS", ns)))
+`)
 
 	istioctl := func(args ...string) (string, error) { return mesh.Program(ctx, program, args...) }
 	asked, failed := 0, 0

@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"context"
 	"crypto/tls"
 	"encoding/base64"
 	"fmt"
@@ -88,7 +87,7 @@ spec: {selector: {app: productpage}, ports: [{name: http, port: 9080, targetPort
 	must(t, mesh.Apply(ctx, ownTLS(ns)))
 
 	// The Gateway and the VirtualService of Istio's own example, as they stand.
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: networking.istio.io/v1alpha3
 kind: Gateway
 metadata:
@@ -127,7 +126,7 @@ spec:
         host: productpage
         port:
           number: 9080
-`, "NS", ns)))
+`)
 	apply(`
 apiVersion: networking.istio.io/v1
 kind: Gateway
@@ -200,7 +199,7 @@ spec:
   selector: {matchLabels: {app: productpage}}
   rules: [{from: [{source: {principals: [cluster.local/ns/INGRESS/sa/istio-ingressgateway]}}]}]
 `)
-	enforced(t, ns, "gateway-only")
+	enforced(t, ns, "authorizationpolicy/gateway-only")
 	for range 20 {
 		if got, body, _, err := client.get(ctx, "https://shop.example/stock"); err != nil || got != 200 {
 			t.Fatalf("by the gateway's own identity: %d %s %v", got, body, err)
@@ -217,7 +216,7 @@ spec:
   action: DENY
   rules: [{to: [{operation: {paths: [/stock], hosts: [shop.example]}}]}]
 `)
-	enforced(t, ingress, "no-stock")
+	enforced(t, ingress, "authorizationpolicy/no-stock")
 	client.becomes(t, "https://shop.example/stock", 403)
 	client.becomes(t, "http://anything.example/stock", 200)
 
@@ -255,14 +254,4 @@ spec:
 		}
 		return err
 	}))
-}
-
-// enforced waits until an AuthorizationPolicy is.
-func enforced(t *testing.T, ns, name string) {
-	t.Helper()
-	ctx := context.WithoutCancel(t.Context())
-	if out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", "authorizationpolicy/"+name, "--timeout=120s"); err != nil {
-		said, _ := mesh.Kubectl(ctx, "-n", ns, "get", "authorizationpolicy", name, "-o", "jsonpath={.status}")
-		t.Fatal(err, out, said)
-	}
 }

@@ -171,6 +171,34 @@ func ownCluster(t *testing.T) {
 	}
 }
 
+// applyIn applies a manifest in which NS stands for a namespace.
+func applyIn(t *testing.T, ns, manifest string) {
+	t.Helper()
+	must(t, mesh.Apply(t.Context(), strings.ReplaceAll(manifest, "NS", ns)))
+}
+
+// aWaypoint is for the services of a namespace that ask for "way".
+const aWaypoint = `
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
+spec:
+  gatewayClassName: istio-waypoint
+  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
+`
+
+// enforced waits until policies are, each as KIND/NAME.
+func enforced(t *testing.T, ns string, policies ...string) {
+	t.Helper()
+	ctx := context.WithoutCancel(t.Context())
+	for _, p := range policies {
+		if out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", p, "--timeout=120s"); err != nil {
+			said, _ := mesh.Kubectl(ctx, "-n", ns, "get", p, "-o", "jsonpath={.status}")
+			t.Fatal(err, out, said)
+		}
+	}
+}
+
 // strict makes a namespace refuse everything that is not mutual TLS.
 func strict(t *testing.T, namespace string) {
 	t.Helper()

@@ -45,17 +45,15 @@ func TestTelemetry(t *testing.T) {
 - {name: otel, opentelemetry: {service: collector.NS.svc.cluster.local, port: 4317}}
 - {name: otel-logs, envoyOtelAls: {service: collector.NS.svc.cluster.local, port: 4317}}
 `, "NS", ns))
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+	applyIn(t, ns, `
 apiVersion: telemetry.istio.io/v1alpha1
 kind: Telemetry
 metadata: {name: all, namespace: NS}
 spec:
   tracing: [{providers: [{name: otel}], randomSamplingPercentage: 100, customTags: {team: {literal: {value: blue}}}}]
   accessLogging: [{providers: [{name: otel-logs}], filter: {expression: "request.url_path.startsWith('/stock')"}}]
-`, "NS", ns)))
-	if out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", "telemetry/all", "--timeout=120s"); err != nil {
-		t.Fatal(err, out)
-	}
+`)
+	enforced(t, ns, "telemetry/all")
 	call := func(path string) {
 		t.Helper()
 		if out, err := mesh.Exec(ctx, ns, "client", "/demo", "load", "-n", "5", "-every", "5ms", "-url", "http://inventory"+path); err != nil {

@@ -82,11 +82,7 @@ func TestTokensAndProviders(t *testing.T) {
 		return lab.PodSpec{Namespace: ns, Name: name, Account: name, Node: node, Program: tcpcheck, Args: args}
 	}
 	must(t, mesh.Run(ctx, program("app", nodes[1], "serve"), program("authority", nodes[0], "authority", "-keys", keySet(t, first))))
-	apply := func(manifest string) {
-		t.Helper()
-		must(t, mesh.Apply(ctx, strings.ReplaceAll(manifest, "NS", ns)))
-	}
-	apply(`
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: app, namespace: NS, labels: {istio.io/use-waypoint: way}}
@@ -130,38 +126,29 @@ spec: {selector: {app: authority}, ports: [{name: http-keys, port: 9011}, {name:
 		}))
 	}
 	bearer := func(token string) string { return "authorization=Bearer " + token }
-	enforced := func(what ...string) {
-		t.Helper()
-		for _, w := range what {
-			if out, err := mesh.Kubectl(ctx, "-n", ns, "wait", "--for=condition=Enforced", w, "--timeout=120s"); err != nil {
-				said, _ := mesh.Kubectl(ctx, "-n", ns, "get", w, "-o", "jsonpath={.status}")
-				t.Fatal(err, out, said)
-			}
-		}
-	}
 	tokens := func(rule string) {
 		t.Helper()
-		apply(`
+		applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: RequestAuthentication
 metadata: {name: tokens, namespace: NS}
 spec:
   targetRefs: [{kind: Service, group: "", name: app}]
-  jwtRules: [{issuer: "` + issuer + `", ` + rule + `}]
+  jwtRules: [{issuer: "`+issuer+`", `+rule+`}]
 `)
 	}
 	member := first.token(t, "staff", time.Hour)
 
 	tokens(`jwksUri: "http://authority.NS.svc.cluster.local:9011/keys"`)
-	apply(`
+	applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: staff, namespace: NS}
 spec:
   targetRefs: [{kind: Service, group: "", name: app}]
-  rules: [{from: [{source: {requestPrincipals: ["` + issuer + `/*"]}}], when: [{key: "request.auth.claims[group]", values: [staff]}]}]
+  rules: [{from: [{source: {requestPrincipals: ["`+issuer+`/*"]}}], when: [{key: "request.auth.claims[group]", values: [staff]}]}]
 `)
-	enforced("requestauthentication/tokens", "authorizationpolicy/staff")
+	enforced(t, ns, "requestauthentication/tokens", "authorizationpolicy/staff")
 	becomes("a token of the issuer", 200, "", "/headers", bearer(member))
 	becomes("no token", 403, "", "/headers")
 	becomes("a token of somebody else's group", 403, "", "/headers", bearer(first.token(t, "guests", time.Hour)))
@@ -186,7 +173,7 @@ spec:
 		t.Fatal(err)
 	}
 
-	apply(`
+	applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: asks, namespace: NS}
@@ -196,7 +183,7 @@ spec:
   provider: {name: authority}
   rules: [{to: [{operation: {paths: [/headers]}}]}]
 `)
-	enforced("authorizationpolicy/asks")
+	enforced(t, ns, "authorizationpolicy/asks")
 	becomes("what the provider refuses", 403, "the authority says no to /headers", "/headers")
 	becomes("what the provider lets in", 200, "X-Decided-By: the authority", "/headers", "x-ask=yes")
 	becomes("what it is not asked about", 200, "ok", "/healthz")

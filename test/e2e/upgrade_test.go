@@ -108,20 +108,19 @@ func TestUpgradeUnderLoad(t *testing.T) {
 			t.Errorf("agents %v were exchanged for %v by a canary that never came up", then, now)
 		}
 	}
-	during("a canary", func() { mustSay(t, first...) })
+	upgrade := func(args ...string) {
+		t.Helper()
+		if _, err := warren(t, args...); err != nil {
+			t.Error(err)
+		}
+	}
+	during("a canary", func() { upgrade(first...) })
 	now := on()
 	if now[nodes[0]] == then[nodes[0]] || now[nodes[1]] != then[nodes[1]] {
 		t.Errorf("the agents of %s are %v, and were %v", nodes[0], now, then)
 	}
-	during("the others after a canary", func() { mustSay(t, "upgrade", "--reset-values") })
+	during("the others after a canary", func() { upgrade("upgrade", "--reset-values") })
 	if last := on(); last[nodes[0]] == now[nodes[0]] {
 		t.Errorf("%s still has the canary's agent", nodes[0])
-	}
-}
-
-func mustSay(t *testing.T, args ...string) {
-	t.Helper()
-	if said, err := warrenSays(t, args...); err != nil {
-		t.Errorf("%v\n%s", err, said)
 	}
 }

@@ -22,11 +22,7 @@ func TestWaypoint(t *testing.T) {
 		lab.PodSpec{Namespace: ns, Name: "inventory-1", Account: "inventory", Node: nodes[1], Args: []string{"inventory"}, Labels: map[string]string{"app": "inventory", "version": "v1"}},
 		lab.PodSpec{Namespace: ns, Name: "inventory-2", Account: "inventory", Node: nodes[0], Args: []string{"inventory"}, Labels: map[string]string{"app": "inventory", "version": "v2"}},
 	))
-	apply := func(manifest string) {
-		t.Helper()
-		must(t, mesh.Apply(ctx, strings.ReplaceAll(manifest, "NS", ns)))
-	}
-	apply(`
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory, namespace: NS, labels: {istio.io/use-waypoint: way}}
@@ -57,15 +53,7 @@ spec: {selector: {app: inventory}, ports: [{name: http, port: 80, targetPort: 80
 		t.Error("calls pass by the waypoint that is not there")
 	}
 
-	gateway := `
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
-spec:
-  gatewayClassName: istio-waypoint
-  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
-`
-	apply(gateway)
+	applyIn(t, ns, aWaypoint)
 	for _, wait := range [][]string{{"--for=condition=Accepted", "gateway/way"}, {"--for=condition=Programmed", "gateway/way"}, {"--for=condition=istio.io/WaypointBound", "service/inventory"}} {
 		if out, err := mesh.Kubectl(ctx, append([]string{"-n", ns, "wait", "--timeout=180s"}, wait...)...); err != nil {
 			t.Fatal(err, out)
@@ -117,19 +105,19 @@ spec:
 		}))
 	}
 	for _, v1 := range []int{100, 80} {
-		apply(split(v1))
+		applyIn(t, ns, split(v1))
 		shared(v1)
 	}
 
 	// The same canary as an HTTPRoute, which comes before the VirtualService, and says what it lacks.
-	apply(`
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory-v1, namespace: NS}
 spec: {selector: {app: inventory, version: v1}, ports: [{name: http, port: 80, targetPort: 8080}]}
 `)
 	canary := func(v1 int) {
-		apply(fmt.Sprintf(`
+		applyIn(t, ns, fmt.Sprintf(`
 apiVersion: gateway.networking.k8s.io/v1
 kind: HTTPRoute
 metadata: {name: canary, namespace: NS}
@@ -153,7 +141,7 @@ spec:
 	canary(100)
 	says("Accepted=Accepted")
 	says("ResolvedRefs=BackendNotFound")
-	apply(`
+	applyIn(t, ns, `
 apiVersion: v1
 kind: Service
 metadata: {name: inventory-v2, namespace: NS}
@@ -167,7 +155,7 @@ spec: {selector: {app: inventory, version: v2}, ports: [{name: http, port: 80, t
 	if _, err := mesh.Kubectl(ctx, "-n", ns, "delete", "httproute", "canary"); err != nil {
 		t.Fatal(err)
 	}
-	apply(`
+	applyIn(t, ns, `
 apiVersion: networking.istio.io/v1beta1
 kind: VirtualService
 metadata: {name: inventory, namespace: NS}
@@ -179,7 +167,7 @@ spec:
     route: [{destination: {host: inventory}}]
 `)
 	becomes("the fault of the VirtualService", func(err error) bool { return err != nil && strings.Contains(err.Error(), "418") })
-	apply(split(80))
+	applyIn(t, ns, split(80))
 	becomes("calls are answered again", answered)
 
 	// The waypoint tells of what passes under Istio's names, with both workloads.
@@ -212,7 +200,7 @@ spec:
 	}))
 
 	// Who may ask for what: the waypoint decides, and the pods admit nobody past it.
-	apply(`
+	applyIn(t, ns, `
 apiVersion: security.istio.io/v1
 kind: AuthorizationPolicy
 metadata: {name: stock, namespace: NS}

@@ -23,6 +23,7 @@ func TestWaypointConnections(t *testing.T) {
 	))
 	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
 	inMesh(t, ns) // before there are pods that are not captured
+	applyIn(t, ns, aWaypoint)
 	apply := func(weights string) {
 		t.Helper()
 		must(t, mesh.Apply(ctx, strings.NewReplacer("NS", ns, "REFS", weights).Replace(`
@@ -35,11 +36,6 @@ apiVersion: v1
 kind: Service
 metadata: {name: new, namespace: NS}
 spec: {selector: {app: new}, ports: [{name: tcp, port: 80, targetPort: 8080}]}
----
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
-spec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}
 ---
 apiVersion: gateway.networking.k8s.io/v1
 kind: TCPRoute

@@ -26,14 +26,7 @@ func behindWaypoint(t *testing.T, name string, replicas int, clients ...string) 
 	for i, c := range clients {
 		must(t, mesh.Run(ctx, lab.PodSpec{Namespace: ns, Name: c, Account: c, Node: nodes[i%2], Args: []string{"sleep"}}))
 	}
-	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: way, namespace: NS, labels: {istio.io/waypoint-for: service}}
-spec:
-  gatewayClassName: istio-waypoint
-  listeners: [{name: mesh, port: 15008, protocol: HBONE}]
-`, "NS", ns)))
+	applyIn(t, ns, aWaypoint)
 	inventory(t, ns, "istio.io/use-waypoint: way", replicas)
 	for _, wait := range [][]string{{"--for=condition=Programmed", "gateway/way"}, {"--for=condition=istio.io/WaypointBound", "service/inventory"}} {
 		if out, err := mesh.Kubectl(ctx, append([]string{"-n", ns, "wait", "--timeout=180s"}, wait...)...); err != nil {
