@@ -29,6 +29,7 @@ const (
 	benchLabel     = "app.kubernetes.io/part-of"
 	benchDir       = "/etc/bench" // where a sidecar finds its files
 	benchLife      = 6 * 3600     // seconds, should nobody delete what is left
+	benchCPU       = "100m"       // that client, server and sidecars ask for: beside what asks for some, pods that ask for none get next to nothing of busy cores
 )
 
 // benchSite sets variants up on two nodes: for each a namespace with a Job for the client and one for the
@@ -211,6 +212,9 @@ func settled(p *corev1.Pod, annotations map[string]string) string {
 		case c.State.Terminated != nil:
 			return fmt.Sprintf("%s has ended with %d: see kubectl -n %s logs %s -c %s", c.Name, c.State.Terminated.ExitCode, p.Namespace, p.Name, c.Name)
 		}
+	}
+	if p.Status.Reason != "" { // the node has no room for it
+		return fmt.Sprintf("%s is %s: %s", p.Name, p.Status.Reason, p.Status.Message)
 	}
 	if !ready(p) || p.Status.PodIP == "" {
 		return p.Name + " is " + string(p.Status.Phase)

@@ -13,6 +13,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	yamlutil "k8s.io/apimachinery/pkg/util/yaml"
@@ -178,6 +179,7 @@ func (s *benchSite) pod(ctx context.Context, v *bench.Variant, place bench.Place
 	job := s.job(place.Namespace, place.Role, node, command)
 	t := &job.Spec.Template
 	t.Spec.ServiceAccountName = place.Role
+	t.Spec.Containers[0].Resources.Requests = corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(benchCPU)}
 	t.Annotations = v.PodAnnotations
 	for k, l := range v.PodLabels {
 		t.Labels[k] = l
