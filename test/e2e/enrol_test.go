@@ -100,7 +100,7 @@ spec: {}
 	probe := func(kind string, what map[string]any) lab.PodSpec {
 		p := map[string]any{kind: what, "periodSeconds": 1, "timeoutSeconds": 2, "failureThreshold": 5}
 		return lab.PodSpec{Namespace: ns, Name: strings.ToLower(kind), Args: []string{"inventory"},
-			Probes: map[string]any{"readinessProbe": p, "livenessProbe": p}}
+			Container: map[string]any{"readinessProbe": p, "livenessProbe": p}}
 	}
 	must(t, mesh.Run(t.Context(),
 		probe("httpGet", map[string]any{"path": "/healthz", "port": 8080}),

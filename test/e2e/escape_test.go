@@ -214,7 +214,7 @@ func escapePods(t *testing.T) (ns, out string) {
 	}
 	probe := map[string]any{"readinessProbe": map[string]any{"httpGet": map[string]any{"path": "/", "port": 9001}, "periodSeconds": 1}}
 	spec := func(ns, name, node string, args string, more map[string]any) lab.PodSpec {
-		return lab.PodSpec{Namespace: ns, Name: name, Node: node, Account: name, Program: "/escape", Args: []string{args}, Probes: more}
+		return lab.PodSpec{Namespace: ns, Name: name, Node: node, Account: name, Program: "/escape", Args: []string{args}, Container: more}
 	}
 	host := spec(ns, onHost, nodes[0], "wait", root("NET_RAW"))
 	host.HostNetwork = true

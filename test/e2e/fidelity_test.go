@@ -131,7 +131,7 @@ func TestProbesUnderStrict(t *testing.T) {
 			probe[k] = v
 		}
 		s := server(ns, "probed-"+kind, nodes[len(specs)%2])
-		s.Probes = map[string]any{"readinessProbe": probe, "livenessProbe": probe}
+		s.Container = map[string]any{"readinessProbe": probe, "livenessProbe": probe}
 		specs = append(specs, s)
 	}
 	deploy(t, ns, true, append(specs, client(ns, "client", nodes[0]))...)

@@ -34,7 +34,7 @@ func runLoad(t *testing.T, ns, pod string, args ...string) loadOutcome {
 // loaded is a pod of tcpload's server.
 func loaded(ns, name, node string) lab.PodSpec {
 	return lab.PodSpec{Namespace: ns, Name: name, Account: "server", Node: node, Program: tcpload, Args: []string{"serve", ":8080"}, Port: 8080,
-		Probes: map[string]any{"readinessProbe": map[string]any{"tcpSocket": map[string]any{"port": 8080}, "periodSeconds": 1}}}
+		Container: map[string]any{"readinessProbe": map[string]any{"tcpSocket": map[string]any{"port": 8080}, "periodSeconds": 1}}}
 }
 
 // answers waits until a server answers: without a mesh that is when kube-proxy knows its Service.

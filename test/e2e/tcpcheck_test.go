@@ -22,7 +22,7 @@ const tcpcheck = "/tcpcheck"
 // server is a pod of `tcpcheck serve` with a Service of its name.
 func server(ns, name, node string) lab.PodSpec {
 	return lab.PodSpec{Namespace: ns, Name: name, Account: "server", Node: node, Program: tcpcheck, Args: []string{"serve"}, Port: 9000,
-		Probes: map[string]any{"readinessProbe": map[string]any{"tcpSocket": map[string]any{"port": 9000}, "periodSeconds": 1}}}
+		Container: map[string]any{"readinessProbe": map[string]any{"tcpSocket": map[string]any{"port": 9000}, "periodSeconds": 1}}}
 }
 
 // client is a pod to run commands in.

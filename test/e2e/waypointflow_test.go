@@ -24,7 +24,7 @@ func behindWaypoint(t *testing.T, name string, replicas int, clients ...string) 
 	must(t, mesh.LoadWaypoint(ctx))
 	ns := namespace(t, name, ambient)
 	for i, c := range clients {
-		must(t, mesh.Run(ctx, lab.PodSpec{Namespace: ns, Name: c, Account: c, Node: nodes[i%2], Args: []string{"sleep"}}))
+		must(t, mesh.Run(ctx, caller(ns, c, nodes[i%2])))
 	}
 	applyIn(t, ns, aWaypoint)
 	inventory(t, ns, "istio.io/use-waypoint: way", replicas)
@@ -35,6 +35,13 @@ func behindWaypoint(t *testing.T, name string, replicas int, clients ...string) 
 	}
 	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
 	return ns
+}
+
+// caller is a pod that makes requests. As those that answer do, it asks for processor time: on busy cores pods that ask for none
+// get a hundredth of what the mesh's get, which do.
+func caller(ns, name, node string) lab.PodSpec {
+	return lab.PodSpec{Namespace: ns, Name: name, Account: name, Node: node, Args: []string{"sleep"},
+		Container: map[string]any{"resources": map[string]any{"requests": map[string]any{"cpu": "200m"}}}}
 }
 
 // inventory makes a service of some replicas, and waits for them.
@@ -61,6 +68,7 @@ spec:
         image: IMAGE
         imagePullPolicy: IfNotPresent
         command: [/demo, inventory]
+        resources: {requests: {cpu: 50m}}
         readinessProbe: {httpGet: {path: /healthz, port: 8080}, periodSeconds: 1}
         securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, runAsNonRoot: true, runAsUser: 65532, seccompProfile: {type: RuntimeDefault}}
 `)))
@@ -167,7 +175,7 @@ func TestRolloutsThroughAWaypoint(t *testing.T) {
 		return
 	}
 	bare := namespace(t, "e2e-rollouts-bare")
-	must(t, mesh.Run(t.Context(), lab.PodSpec{Namespace: bare, Name: "client", Account: "client", Node: nodes[0], Args: []string{"sleep"}}))
+	must(t, mesh.Run(t.Context(), caller(bare, "client", nodes[0])))
 	inventory(t, bare, "", size(5, 15))
 	must(t, mesh.AwaitReady(t.Context(), bare, time.Minute))
 	n = times(5, 50)

@@ -20,7 +20,7 @@ type PodSpec struct {
 	Program         string         // of the image; "" is /demo
 	Args            []string       // of the program
 	Init            []string       // of the program in an init container
-	Probes          map[string]any // merged into the container
+	Container       map[string]any // merged into the container
 	Once            bool           // runs to its end
 	HostNetwork     bool
 	Port            int // 0: no Service
@@ -56,7 +56,7 @@ func (l *Lab) Run(ctx context.Context, specs ...PodSpec) error {
 				"command": append([]string{program}, args...), "securityContext": security}
 		}
 		main := container("demo", s.Args)
-		for k, v := range s.Probes {
+		for k, v := range s.Container {
 			main[k] = v
 		}
 		spec := object{"serviceAccountName": account, "terminationGracePeriodSeconds": 1, "containers": []any{main},
