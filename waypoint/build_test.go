@@ -409,7 +409,7 @@ func TestNothingBound(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(r.Listeners) != 3 || len(r.Routes) != 0 || len(r.Endpoints) != 0 {
+	if len(r.Listeners) != 3 || len(r.Routes) != 0 || len(r.Endpoints) != 1 || len(pods(r.Endpoints[0])) != 0 {
 		t.Errorf("%d listeners, %d routes, %d endpoints", len(r.Listeners), len(r.Routes), len(r.Endpoints))
 	}
 }

@@ -13,7 +13,6 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	internalupstreamv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/internal_upstream/v3"
 	rawbufferv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/raw_buffer/v3"
-	tlsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/transport_sockets/tls/v3"
 	upstreamhttpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	metadatav3 "github.com/envoyproxy/go-control-plane/envoy/type/metadata/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
@@ -27,6 +26,7 @@ import (
 
 const (
 	metaOriginalDst = "envoy.filters.listener.original_dst"
+	metaSubset      = "envoy.lb"
 	metaTransport   = "envoy.transport_socket_match"
 	httpOptions     = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 	connectTimeout  = 10 * time.Second
@@ -39,7 +39,7 @@ func (b *builder) fixedClusters() []*clusterv3.Cluster {
 			Name: blackHole, ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC},
 			ConnectTimeout: durationpb.New(connectTimeout),
 		},
-		b.hbone(), b.toMain(),
+		b.toMain(),
 	}
 }
 
@@ -51,8 +51,13 @@ func (b *builder) reach(t target) (*clusterv3.Cluster, *endpointv3.ClusterLoadAs
 		b.resolved(c, e, t)
 		return c, nil
 	}
-	// A cluster that changes waits for its endpoints, which nobody sends again unless they have another name.
-	e.ClusterName = t.name() + "@" + b.hash(c)
+	return b.discovered(c, e)
+}
+
+// discovered is a cluster of EDS with its endpoints. A cluster that changes waits for them, which nobody sends again unless
+// they have another name.
+func (b *builder) discovered(c *clusterv3.Cluster, e *endpointv3.ClusterLoadAssignment) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
+	e.ClusterName = c.Name + "@" + b.hash(c)
 	c.EdsClusterConfig.ServiceName = e.ClusterName
 	return c, e
 }
@@ -73,42 +78,20 @@ func (b *builder) toMain() *clusterv3.Cluster {
 	}
 }
 
-// internal is the socket between two listeners of one Envoy, and what is spoken on it. The address of an endpoint travels with it.
-func (b *builder) internal(inner *corev3.TransportSocket) *corev3.TransportSocket {
-	return b.transport("envoy.transport_sockets.internal_upstream", &internalupstreamv3.InternalUpstreamTransport{
-		PassthroughMetadata: []*internalupstreamv3.InternalUpstreamTransport_MetadataValueSource{{
-			Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}},
-			Name: metaOriginalDst,
-		}},
-		TransportSocket: inner,
-	})
+// internal is the socket between two listeners of one Envoy, and what is spoken on it. What of an endpoint's metadata is named
+// travels with it.
+func (b *builder) internal(inner *corev3.TransportSocket, metadata ...string) *corev3.TransportSocket {
+	out := &internalupstreamv3.InternalUpstreamTransport{TransportSocket: inner}
+	for _, name := range metadata {
+		out.PassthroughMetadata = append(out.PassthroughMetadata, &internalupstreamv3.InternalUpstreamTransport_MetadataValueSource{
+			Kind: &metadatav3.MetadataKind{Kind: &metadatav3.MetadataKind_Host_{Host: &metadatav3.MetadataKind_Host{}}}, Name: name,
+		})
+	}
+	return b.transport("envoy.transport_sockets.internal_upstream", out)
 }
 
 func (b *builder) raw() *corev3.TransportSocket {
 	return b.transport("envoy.transport_sockets.raw_buffer", &rawbufferv3.RawBuffer{})
-}
-
-// hbone is the tunnel to the pod that has the address, whichever it is.
-func (b *builder) hbone() *clusterv3.Cluster {
-	where := &clusterv3.Cluster_OriginalDstLbConfig{UpstreamPortOverride: wrapperspb.UInt32(mesh.HBONEPort)}
-	if b.ingress != nil {
-		where.MetadataKey = tunnelTo()
-	}
-	return &clusterv3.Cluster{
-		Name:                 hboneCluster,
-		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_ORIGINAL_DST},
-		LbPolicy:             clusterv3.Cluster_CLUSTER_PROVIDED,
-		ConnectTimeout:       durationpb.New(connectTimeout),
-		CleanupInterval:      durationpb.New(time.Minute),
-		CircuitBreakers:      limits(&mesh.Traffic{}),
-		LbConfig:             &clusterv3.Cluster_OriginalDstLbConfig_{OriginalDstLbConfig: where},
-		TypedExtensionProtocolOptions: b.protocol(&upstreamhttpv3.HttpProtocolOptions{
-			UpstreamProtocolOptions: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
-				ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: b.tunnelOptions()},
-			}},
-		}),
-		TransportSocket: b.transport("envoy.transport_sockets.tls", &tlsv3.UpstreamTlsContext{CommonTlsContext: b.tls()}),
-	}
 }
 
 func (b *builder) protocol(o *upstreamhttpv3.HttpProtocolOptions) map[string]*anypb.Any {
@@ -127,7 +110,7 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 		CircuitBreakers:      limits(use),
 		OutlierDetection:     outliers(use.Outliers),
 		TransportSocketMatches: []*clusterv3.Cluster_TransportSocketMatch{
-			{Name: "tunnel", Match: tunnelled(), TransportSocket: b.internal(b.application(t))},
+			{Name: "tunnel", Match: tunnelled(), TransportSocket: b.internal(b.application(t), metaOriginalDst, metaSubset)},
 			{Name: "plaintext", Match: &structpb.Struct{}, TransportSocket: b.application(t)},
 		},
 		// Endpoints that are gone or unready are not waited for.
@@ -171,10 +154,6 @@ func (b *builder) http2(t target) bool {
 	return t.grpc || svc != nil && slices.ContainsFunc(svc.Ports, func(p mesh.ServicePort) bool {
 		return p.Port == t.port && (p.App == mesh.AppHTTP2 || p.App == mesh.AppGRPC)
 	})
-}
-
-func tunnelled() *structpb.Struct {
-	return &structpb.Struct{Fields: map[string]*structpb.Value{"tunnel": structpb.NewStringValue("h2")}}
 }
 
 // endpoints lists those of a target that have an address on this network.
@@ -228,16 +207,9 @@ func endpoint(w *mesh.Workload, at netip.AddrPort, unreadyToo bool) *endpointv3.
 	e.Metadata = &corev3.Metadata{FilterMetadata: map[string]*structpb.Struct{metaPeer: describe(w)}}
 	e.HostIdentifier = &endpointv3.LbEndpoint_Endpoint{Endpoint: &endpointv3.Endpoint{Address: socket(at.Addr().String(), uint32(at.Port()))}}
 	if w.Tunnel == mesh.TunnelHBONE {
-		tunnel(e, at.String(), map[string]*structpb.Value{"local": structpb.NewStringValue(at.String())})
+		tunnel(e, at, w.Addrs[0])
 	}
 	return e
-}
-
-// tunnel has an endpoint be at the end of a tunnel.
-func tunnel(e *endpointv3.LbEndpoint, id string, original map[string]*structpb.Value) {
-	e.GetEndpoint().Address = internalAddress(connectOriginate, id)
-	e.Metadata.FilterMetadata[metaOriginalDst] = &structpb.Struct{Fields: original}
-	e.Metadata.FilterMetadata[metaTransport] = tunnelled()
 }
 
 // subsetLabels returns what an endpoint of a subset must have; known is false where the service has no such subset.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash"
 	"maps"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -33,6 +34,7 @@ type Writer struct {
 	targets  map[target]*reached
 	served   []*part // in the main listener
 	main     *item
+	tunnels  *tunnels
 	last     *Resources
 	ingress  *ingressPart // of a gateway
 
@@ -60,7 +62,8 @@ type reached struct {
 	target
 	from               map[mesh.ServiceName]*mesh.Service
 	name               string
-	cluster, endpoints *item // endpoints: nil where the cluster has them
+	cluster, endpoints *item            // endpoints: nil where the cluster has them
+	pods               []netip.AddrPort // that are reached by tunnel
 	secrets            []*item
 }
 
@@ -129,11 +132,9 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 	for _, c := range b.fixedClusters() {
 		clusters = append(clusters, b.item(w.previous(resource.ClusterType).all(), c.Name, c))
 	}
-	if b.err != nil {
-		return nil, b.err
-	}
 	listeners = append(listeners, main)
 	var routes, extensions, endpoints, shared []*item
+	var tunnelled []netip.AddrPort
 	for _, p := range parts {
 		routes, extensions = append(routes, p.routes...), append(extensions, p.extensions...)
 	}
@@ -146,12 +147,18 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 		}
 		if r.endpoints != nil {
 			endpoints = append(endpoints, r.endpoints)
+			tunnelled = append(tunnelled, r.pods...)
 		}
+	}
+	tunnels := w.tunnelTo(b, tunnelled)
+	clusters, endpoints = append(clusters, tunnels.cluster), append(endpoints, tunnels.endpoints)
+	if b.err != nil {
+		return nil, b.err
 	}
 	for _, list := range [][]*item{endpoints, shared} {
 		slices.SortFunc(list, func(x, y *item) int { return strings.Compare(x.name, y.name) })
 	}
-	w.snapshot, w.services, w.targets, w.served, w.main = s, services, targets, parts, main
+	w.snapshot, w.services, w.targets, w.served, w.main, w.tunnels = s, services, targets, parts, main, tunnels
 	return w.keep(map[string][]*item{
 		resource.ListenerType: listeners, resource.RouteType: routes, resource.ClusterType: clusters, resource.EndpointType: endpoints,
 		resource.ExtensionConfigType: extensions, resource.SecretType: shared,
@@ -265,7 +272,7 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 				next := &reached{target: t, from: b.from, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c)}
 				next.secrets = b.secretItems(r.secrets)
 				if e != nil {
-					next.endpoints = b.item([]*item{r.endpoints}, e.ClusterName, e)
+					next.endpoints, next.pods = b.item([]*item{r.endpoints}, e.ClusterName, e), pods(e)
 				}
 				r = next
 				if b.err != nil {

@@ -3,6 +3,7 @@ package waypoint
 import (
 	"cmp"
 	"maps"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -89,14 +90,19 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 			add(resource.ClusterType, m.Name, m)
 		}
 	}
+	var tunnelled []netip.AddrPort
 	for _, t := range slices.SortedFunc(maps.Keys(b.targets), compareTargets) {
 		c, e := b.reach(t)
 		c.Metadata = b.named(t)
 		add(resource.ClusterType, c.Name, c)
 		if e != nil {
 			add(resource.EndpointType, e.ClusterName, e)
+			tunnelled = append(tunnelled, pods(e)...)
 		}
 	}
+	tunnels := w.tunnelTo(b, tunnelled)
+	all[resource.ClusterType] = append(all[resource.ClusterType], tunnels.cluster)
+	all[resource.EndpointType] = append(all[resource.EndpointType], tunnels.endpoints)
 	for _, i := range b.secretItems(w.previous(resource.SecretType).all()) {
 		if !slices.ContainsFunc(all[resource.SecretType], func(o *item) bool { return o.name == i.name }) { // its own to clients
 			all[resource.SecretType] = append(all[resource.SecretType], i)
@@ -106,7 +112,7 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 	if b.err != nil {
 		return nil, b.err
 	}
-	w.snapshot, w.ingress = s, &ingressPart{g, b.from, b.targets, b.through, b.hasIPv6()}
+	w.snapshot, w.tunnels, w.ingress = s, tunnels, &ingressPart{g, b.from, b.targets, b.through, b.hasIPv6()}
 	return w.keep(all), nil
 }
 

@@ -4,8 +4,6 @@ import (
 	"net/netip"
 
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
-	metadatav3 "github.com/envoyproxy/go-control-plane/envoy/type/metadata/v3"
-	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -13,13 +11,6 @@ import (
 
 // A gateway sends by a Service's waypoint where the Service says so: to the Service's address, in a tunnel to a pod of the
 // waypoint. Without such a pod it sends nothing.
-
-// tunnelTo is where an endpoint's tunnel leads if not to its address.
-func tunnelTo() *metadatav3.MetadataKey {
-	return &metadatav3.MetadataKey{Key: metaOriginalDst, Path: []*metadatav3.MetadataKey_PathSegment{
-		{Segment: &metadatav3.MetadataKey_PathSegment_Key{Key: "waypoint"}},
-	}}
-}
 
 // goesThrough reports whether what is sent to a service goes by its waypoint. Without an address there is none that has it.
 func (b *builder) goesThrough(svc *mesh.Service) bool {
@@ -29,7 +20,7 @@ func (b *builder) goesThrough(svc *mesh.Service) bool {
 // throughWaypoint are the pods of a service's waypoint, as the ways to a port of the service.
 func (b *builder) throughWaypoint(svc *mesh.Service, port uint16) []*endpointv3.LocalityLbEndpoints {
 	b.through[svc.Waypoint.Service] = true
-	to := netip.AddrPortFrom(svc.VIPs[0].Addr, port).String()
+	to := netip.AddrPortFrom(svc.VIPs[0].Addr, port)
 	group := &endpointv3.LocalityLbEndpoints{LoadBalancingWeight: wrapperspb.UInt32(1)}
 	for w := range b.s.Endpoints(svc.Waypoint.Service) {
 		if w.Network != b.s.Config().Network || len(w.Addrs) == 0 {
@@ -37,7 +28,7 @@ func (b *builder) throughWaypoint(svc *mesh.Service, port uint16) []*endpointv3.
 		}
 		at := netip.AddrPortFrom(w.Addrs[0], mesh.HBONEPort)
 		e := endpoint(w, at, false)
-		tunnel(e, to+" by "+at.String(), map[string]*structpb.Value{"local": structpb.NewStringValue(to), "waypoint": structpb.NewStringValue(at.String())})
+		tunnel(e, to, w.Addrs[0])
 		group.LbEndpoints = append(group.LbEndpoints, e)
 	}
 	if len(group.LbEndpoints) == 0 {

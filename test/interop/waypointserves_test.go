@@ -230,6 +230,7 @@ func TestWaypointServes(t *testing.T) {
 		return err
 	})
 
+	t.Run("tunnels", func(t *testing.T) { waypointTunnels(t, me, get) })
 	t.Run("metrics", func(t *testing.T) { waypointMetrics(t, get) })
 	t.Run("spans", func(t *testing.T) { waypointSpans(t, istio, traces, get) })
 	t.Run("provider", func(t *testing.T) { waypointAsks(t, istio, guarded, get) })
@@ -363,6 +364,8 @@ func waypointCluster(t *testing.T) (*fake.Clientset, *istiofake.Clientset, *gate
 		t.Cleanup(func() { _ = srv.Close() })
 	}
 	authorizes(t, "127.0.1.3:9001")
+	stock := pod("stock-1", "stock", "127.0.1.5", map[string]string{"app": "stock"})
+	stock.Annotations = map[string]string{"ambient.istio.io/redirection": "enabled"}
 	kube := fake.NewClientset(
 		&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "istio"}, Data: map[string]string{"mesh": `
 extensionProviders:
@@ -382,6 +385,11 @@ extensionProviders:
 		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "zipkin", Labels: map[string]string{"istio.io/use-waypoint": "none"}}, Spec: corev1.ServiceSpec{
 			ClusterIP: "10.96.0.11", ClusterIPs: []string{"10.96.0.11"}, Selector: map[string]string{"app": "zipkin"},
 			Ports: []corev1.ServicePort{{Name: "http", Port: 9411, TargetPort: intstr.FromInt32(9411), Protocol: corev1.ProtocolTCP}},
+		}},
+		stock,
+		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "stock"}, Spec: corev1.ServiceSpec{
+			ClusterIP: "10.96.0.12", ClusterIPs: []string{"10.96.0.12"}, Selector: map[string]string{"app": "stock"},
+			Ports: []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(8080), Protocol: corev1.ProtocolTCP}},
 		}},
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}},
 		pod("way-1", "way", "127.0.0.9", nil), pod("client", "client", "127.0.0.8", nil),

@@ -1,0 +1,107 @@
+package interop
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/internal/identity"
+	"github.com/warrenmesh/warren/node-agent/hbone"
+)
+
+// waypointTunnels asks a pod that has a tunnel, and that nothing was sent to before, many things at once: they come by one
+// tunnel, however many begin before it is made.
+func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path string, headers ...string) (int, string, error)) {
+	const requests = 64
+	// Envoy listens on the port at all addresses.
+	shared := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		var err error
+		if e := c.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_REUSEPORT, 1) }); e != nil {
+			return e
+		}
+		return err
+	}}
+	l, err := shared.Listen(t.Context(), "tcp", "127.0.1.5:15008")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	t.Cleanup(func() { l.Close(); cancel(); wg.Wait() })
+	var accepted, asked atomic.Int32
+	together := make(chan struct{})
+	authorities := sync.Map{}
+	answer := func(_ context.Context, s *hbone.ServerStream) {
+		st, err := s.Accept()
+		if err != nil {
+			return
+		}
+		defer st.Close()
+		authorities.Store(s.Request.Authority, true)
+		in := bufio.NewReader(st)
+		for { // Envoy keeps the connection for the next request
+			if _, err := http.ReadRequest(in); err != nil {
+				return
+			}
+			if asked.Add(1) == requests {
+				close(together)
+			}
+			select {
+			case <-together:
+			case <-ctx.Done():
+				return
+			}
+			if _, err := fmt.Fprint(st, "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"); err != nil {
+				return
+			}
+		}
+	}
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			accepted.Add(1)
+			wg.Go(func() {
+				defer c.Close()
+				tc := hbone.TLSServer(c, as.ServerTLS(identity.Peers{}))
+				if err := tc.HandshakeContext(ctx); err != nil {
+					t.Error(err)
+					return
+				}
+				_ = hbone.Serve(ctx, tc, hbone.ServerConfig{Handler: answer})
+			})
+		}
+	})
+	var asking sync.WaitGroup
+	for range requests {
+		asking.Go(func() {
+			if code, body, err := get("10.96.0.12:80", "/"); err != nil || code != 200 || body != "ok" {
+				t.Errorf("%d %q %v", code, body, err)
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { asking.Wait(); close(done) }()
+	select {
+	case <-done:
+	case <-time.After(30 * time.Second):
+		t.Fatalf("%d of %d requests have come", asked.Load(), requests)
+	}
+	if n := accepted.Load(); n != 1 {
+		t.Errorf("%d requests came by %d tunnels", requests, n)
+	}
+	if _, ok := authorities.Load("127.0.1.5:8080"); !ok {
+		t.Error("no CONNECT was for the pod's port")
+	}
+}
