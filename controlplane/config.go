@@ -16,6 +16,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
@@ -130,6 +131,7 @@ type meshFile struct {
 	TrustDomainAliases []string `json:"trustDomainAliases"`
 	CAAddress          string   `json:"caAddress"`
 
+	AccessLogFile      string              `json:"accessLogFile"`
 	ExtensionProviders []extensionProvider `json:"extensionProviders"`
 	DefaultProviders   struct {
 		Tracing       []string `json:"tracing"`
@@ -232,6 +234,12 @@ func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
 		c.Mesh.Providers[p.Name] = provider
 	}
 	c.Mesh.Telemetry.Tracing, c.Mesh.Telemetry.Logs = m.DefaultProviders.Tracing, m.DefaultProviders.AccessLogging
+	if logs := &c.Mesh.Telemetry.Logs; *logs == nil && m.AccessLogFile != "" {
+		if m.AccessLogFile != "/dev/stdout" {
+			return c, fmt.Errorf("ConfigMap %s/%s: accessLogFile: access logs go to /dev/stdout or to providers of defaultProviders.accessLogging, not to %q", c.Namespace, name, m.AccessLogFile)
+		}
+		*logs = []string{policy.StdoutProvider}
+	}
 	if err := c.Mesh.Telemetry.Check(); err != nil {
 		return c, fmt.Errorf("ConfigMap %s/%s: defaultProviders: %w", c.Namespace, name, err)
 	}

@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -44,6 +45,7 @@ func TestExtensionProviders(t *testing.T) {
 		`- {name: x, zipkin: {service: a.b.svc.cluster.local, port: 1, traceContextOption: W3C}}`:       "traceContextOption",
 		"- {name: x, prometheus: {}}\ndefaultProviders: {tracing: [x]}":                                 "tracing",
 		"- {name: x, prometheus: {}}\ndefaultProviders: {accessLogging: [y]}":                           "accessLogging",
+		"- {name: x, prometheus: {}}\naccessLogFile: /var/log/envoy":                                    "accessLogFile",
 		`- {name: x, envoyExtAuthzHttp: {service: a.b.svc.cluster.local}}`:                              "port",
 		`- {name: x, envoyExtAuthzHttp: {service: a, port: 1}}`:                                         "service",
 		`- {name: x, envoyExtAuthzHttp: {service: a.b.svc.cluster.local, port: 1, failOpen: true}}`:     "failOpen",
@@ -53,6 +55,15 @@ func TestExtensionProviders(t *testing.T) {
 	} {
 		if _, err := read(text); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v", text, err)
+		}
+	}
+	for text, want := range map[string][]string{
+		"- {name: x, prometheus: {}}":                             nil,
+		"- {name: x, prometheus: {}}\naccessLogFile: /dev/stdout": {"envoy"},
+		"- {name: x, envoyOtelAls: {service: a.b.svc.cluster.local, port: 1}}\naccessLogFile: /dev/stdout\ndefaultProviders: {accessLogging: [x]}": {"x"},
+	} {
+		if c, err := read(text); err != nil || !slices.Equal(c.Mesh.Telemetry.Logs, want) {
+			t.Errorf("%s: access logs go to %v: %v", text, c.Mesh.Telemetry.Logs, err)
 		}
 	}
 }

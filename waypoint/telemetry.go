@@ -8,6 +8,7 @@ import (
 
 	accesslogv3 "github.com/envoyproxy/go-control-plane/envoy/config/accesslog/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	tracev3 "github.com/envoyproxy/go-control-plane/envoy/config/trace/v3"
 	celfilterv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/filters/cel/v3"
 	otellogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/open_telemetry/v3"
@@ -15,6 +16,7 @@ import (
 	streamlogv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/access_loggers/stream/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	uuidv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/request_id/uuid/v3"
+	envoymatcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	tracingv3 "github.com/envoyproxy/go-control-plane/envoy/type/tracing/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	commonv1 "go.opentelemetry.io/proto/otlp/common/v1"
@@ -29,7 +31,7 @@ import (
 // like those of requests: its endpoints are reached by their tunnels, under the waypoint's own name.
 
 // standard is what is told where nobody says.
-var standard = mesh.Telemetry{Logs: []mesh.AccessLog{{To: &mesh.TelemetryProvider{Kind: mesh.TelemetryStdout}}}}
+var standard = mesh.Telemetry{Logs: []mesh.AccessLog{{To: &mesh.TelemetryProvider{Kind: mesh.TelemetryStdout}, Notable: true}}}
 
 func (c chain) telemetry() *mesh.Telemetry {
 	if c.svc.Telemetry != nil {
@@ -153,6 +155,9 @@ func (b *builder) tells(c chain, http bool) []*accesslogv3.AccessLog {
 			log = b.toOTLP(l.To, fields, http)
 		}
 		log.Filter = both(atEnd(http), b.filter(l.Filter))
+		if l.Notable {
+			log.Filter = both(log.Filter, notable(http))
+		}
 		out = append(out, log)
 	}
 	return out
@@ -203,6 +208,48 @@ func (b *builder) filter(expression string) *accesslogv3.AccessLogFilter {
 	}
 	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_ExtensionFilter{ExtensionFilter: &accesslogv3.ExtensionFilter{
 		Name: "envoy.access_loggers.extension_filters.cel", ConfigType: &accesslogv3.ExtensionFilter_TypedConfig{TypedConfig: b.config(&celfilterv3.ExpressionFilter{Expression: expression})},
+	}}}
+}
+
+// notable holds for what failed or was refused, and for what AUDIT policies and dry runs are about.
+func notable(http bool) *accesslogv3.AccessLogFilter {
+	rbac := "envoy.filters.network.rbac"
+	any := []*accesslogv3.AccessLogFilter{
+		{FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{}}},
+		said("envoy.common", "access_log_hint", &envoymatcherv3.ValueMatcher{MatchPattern: &envoymatcherv3.ValueMatcher_BoolMatch{BoolMatch: true}}),
+	}
+	if http {
+		rbac = "envoy.filters.http.rbac"
+		any = append(any,
+			&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_StatusCodeFilter{StatusCodeFilter: &accesslogv3.StatusCodeFilter{
+				Comparison: &accesslogv3.ComparisonFilter{Op: accesslogv3.ComparisonFilter_GE, Value: &corev3.RuntimeUInt32{DefaultValue: 400, RuntimeKey: "warren.notable_status"}},
+			}}},
+			both(
+				&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_HeaderFilter{HeaderFilter: &accesslogv3.HeaderFilter{Header: &routev3.HeaderMatcher{
+					Name: "content-type", HeaderMatchSpecifier: &routev3.HeaderMatcher_StringMatch{StringMatch: &envoymatcherv3.StringMatcher{
+						MatchPattern: &envoymatcherv3.StringMatcher_Prefix{Prefix: "application/grpc"},
+					}},
+				}}}},
+				&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_GrpcStatusFilter{GrpcStatusFilter: &accesslogv3.GrpcStatusFilter{
+					Statuses: []accesslogv3.GrpcStatusFilter_Status{accesslogv3.GrpcStatusFilter_OK}, Exclude: true,
+				}}},
+			))
+	}
+	for _, deny := range []bool{true, false} {
+		any = append(any, said(rbac, dryRun(deny)+"shadow_engine_result", &envoymatcherv3.ValueMatcher{MatchPattern: &envoymatcherv3.ValueMatcher_StringMatch{
+			StringMatch: &envoymatcherv3.StringMatcher{MatchPattern: &envoymatcherv3.StringMatcher_Exact{Exact: "denied"}},
+		}}))
+	}
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_OrFilter{OrFilter: &accesslogv3.OrFilter{Filters: any}}}
+}
+
+// said holds where a filter left such a value.
+func said(filter, key string, value *envoymatcherv3.ValueMatcher) *accesslogv3.AccessLogFilter {
+	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{MetadataFilter: &accesslogv3.MetadataFilter{
+		Matcher: &envoymatcherv3.MetadataMatcher{
+			Filter: filter, Path: []*envoymatcherv3.MetadataMatcher_PathSegment{{Segment: &envoymatcherv3.MetadataMatcher_PathSegment_Key{Key: key}}}, Value: value,
+		},
+		MatchIfKeyNotFound: wrapperspb.Bool(false),
 	}}}
 }
 

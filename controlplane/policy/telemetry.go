@@ -305,7 +305,7 @@ func (m Mesh) Tell(gateway bool, all []*Telemetry) *mesh.Telemetry {
 			}
 		}
 	}
-	if out.Tracing == nil && len(out.Metrics) == 0 && len(out.Logs) == 1 && out.Logs[0].Filter == "" && out.Logs[0].To.Kind == mesh.TelemetryStdout {
+	if out.Tracing == nil && len(out.Metrics) == 0 && len(out.Logs) == 1 && out.Logs[0].Notable {
 		return nil
 	}
 	return out
@@ -360,11 +360,10 @@ func (m Mesh) logs(gateway bool, all []*Telemetry) []mesh.AccessLog {
 		off bool
 	}
 	var out []log
-	names := m.Telemetry.Logs
-	if names == nil {
-		names = []string{stdoutProvider}
+	if m.Telemetry.Logs == nil {
+		out = append(out, log{AccessLog: mesh.AccessLog{To: m.Telemetry.Find(StdoutProvider), Notable: true}})
 	}
-	for _, name := range names {
+	for _, name := range m.Telemetry.Logs {
 		if p := m.Telemetry.Find(name); p != nil && p.Kind != mesh.TelemetryUnsupported {
 			out = append(out, log{AccessLog: mesh.AccessLog{To: p}})
 		}
@@ -392,6 +391,7 @@ func (m Mesh) logs(gateway bool, all []*Telemetry) []mesh.AccessLog {
 				if p.named && !slices.ContainsFunc(p.to, func(to *mesh.TelemetryProvider) bool { return to.Name == out[i].To.Name }) {
 					continue
 				}
+				out[i].Notable = false
 				if p.off != nil {
 					out[i].off = *p.off
 				}

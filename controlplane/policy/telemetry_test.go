@@ -33,6 +33,7 @@ func telemetryOf(t *testing.T, spec string) *telemetryv1.Telemetry {
 // Of several objects the narrower one holds, field by field as in Istio.
 func TestTell(t *testing.T) {
 	yes := true
+	notable := []mesh.AccessLog{{To: stdout, Notable: true}}
 	for _, c := range []struct {
 		name    string
 		gateway bool
@@ -40,29 +41,29 @@ func TestTell(t *testing.T) {
 		want    *mesh.Telemetry
 	}{
 		{name: "nothing"},
-		{name: "lines are the default", specs: []string{`accessLogging: [{providers: [{name: envoy}]}]`}},
+		{name: "all lines", specs: []string{`accessLogging: [{providers: [{name: envoy}]}]`}, want: &mesh.Telemetry{Logs: []mesh.AccessLog{{To: stdout}}}},
 		{name: "no lines", specs: []string{`accessLogging: [{disabled: true}]`}, want: &mesh.Telemetry{Logs: []mesh.AccessLog{}}},
-		{name: "lines again", specs: []string{`accessLogging: [{disabled: true}]`, `accessLogging: [{disabled: false}]`}},
+		{name: "lines again", specs: []string{`accessLogging: [{disabled: true}]`, `accessLogging: [{disabled: false}]`}, want: &mesh.Telemetry{Logs: []mesh.AccessLog{{To: stdout}}}},
 		{name: "one per cent", specs: []string{`tracing: [{providers: [{name: otel}]}]`},
-			want: &mesh.Telemetry{Tracing: &mesh.Tracing{To: otel, Percent: 1}, Logs: []mesh.AccessLog{{To: stdout}}}},
+			want: &mesh.Telemetry{Tracing: &mesh.Tracing{To: otel, Percent: 1}, Logs: notable}},
 		{name: "none, and propagated", specs: []string{`tracing: [{providers: [{name: otel}], disableSpanReporting: true}]`}},
 		{name: "each field for itself", specs: []string{
 			`tracing: [{providers: [{name: otel}], randomSamplingPercentage: 10, customTags: {a: {literal: {value: x}}, b: {header: {name: x-b}}}}]`,
 			`tracing: [{randomSamplingPercentage: 0, enableIstioTags: false, useRequestIdForTraceSampling: false}]`,
 			`tracing: [{customTags: {c: {environment: {name: C, defaultValue: d}}}, disableContextPropagation: true}]`},
 			want: &mesh.Telemetry{Tracing: &mesh.Tracing{To: otel, Tags: []mesh.SpanTag{{Name: "c", Environment: "C", Default: "d"}}, NoWorkloads: true, NoPropagation: true, IgnoreRequestID: true},
-				Logs: []mesh.AccessLog{{To: stdout}}}},
+				Logs: notable}},
 		{name: "gateways are clients", gateway: true, specs: []string{`tracing: [{match: {mode: SERVER}, providers: [{name: otel}]}]`, `accessLogging: [{match: {mode: CLIENT}, disabled: true}]`},
 			want: &mesh.Telemetry{Logs: []mesh.AccessLog{}}},
 		{name: "waypoints are servers", specs: []string{`tracing: [{match: {mode: SERVER}, providers: [{name: otel}]}]`, `accessLogging: [{match: {mode: CLIENT}, disabled: true}]`},
-			want: &mesh.Telemetry{Tracing: &mesh.Tracing{To: otel, Percent: 1}, Logs: []mesh.AccessLog{{To: stdout}}}},
+			want: &mesh.Telemetry{Tracing: &mesh.Tracing{To: otel, Percent: 1}, Logs: notable}},
 		{name: "there alone", specs: []string{`accessLogging: [{filter: {expression: response.code >= 400}}]`, `accessLogging: [{providers: [{name: logs}]}]`},
 			want: &mesh.Telemetry{Logs: []mesh.AccessLog{{To: logs}}}},
 		{name: "both, one filtered", specs: []string{`accessLogging: [{providers: [{name: envoy}], filter: {expression: response.code >= 400}}, {providers: [{name: logs}]}]`},
 			want: &mesh.Telemetry{Logs: []mesh.AccessLog{{To: stdout, Filter: "response.code >= 400"}, {To: logs}}}},
 		{name: "a provider that cannot be had", specs: []string{`{tracing: [{providers: [{name: old}]}], accessLogging: [{providers: [{name: absent}]}]}`}, want: &mesh.Telemetry{Logs: []mesh.AccessLog{}}},
 		{name: "metrics add up", specs: []string{`metrics: [{overrides: [{match: {metric: REQUEST_SIZE}, disabled: true}]}]`, `metrics: [{providers: [{name: prometheus}], overrides: [{tagOverrides: {a: {operation: REMOVE}, b: {value: '"c"'}}}]}]`},
-			want: &mesh.Telemetry{Logs: []mesh.AccessLog{{To: stdout}}, Metrics: []mesh.MetricChange{{Metric: "istio_request_bytes", Disable: &yes}, {Remove: []string{"a"}, Set: map[string]string{"b": "c"}}}}},
+			want: &mesh.Telemetry{Logs: notable, Metrics: []mesh.MetricChange{{Metric: "istio_request_bytes", Disable: &yes}, {Remove: []string{"a"}, Set: map[string]string{"b": "c"}}}}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			var all []*Telemetry

@@ -22,7 +22,7 @@ func (p TelemetryProviders) Find(name string) *mesh.TelemetryProvider {
 		return have
 	}
 	switch name {
-	case stdoutProvider:
+	case StdoutProvider:
 		return &mesh.TelemetryProvider{Name: name, Kind: mesh.TelemetryStdout}
 	case "prometheus":
 		return &mesh.TelemetryProvider{Name: name, Kind: mesh.TelemetryPrometheus}
@@ -30,8 +30,8 @@ func (p TelemetryProviders) Find(name string) *mesh.TelemetryProvider {
 	return nil
 }
 
-// stdoutProvider is Istio's name for the access log on standard output.
-const stdoutProvider = "envoy"
+// StdoutProvider is Istio's name for the access log on standard output.
+const StdoutProvider = "envoy"
 
 // TelemetrySource is what is read of an extension provider of Istio's MeshConfig that takes spans, logs or metrics.
 type TelemetrySource struct {

@@ -1,7 +1,7 @@
 package mesh
 
 // Telemetry is what a waypoint or a gateway tells of what it carries. Nil: all metrics, and a line of JSON on standard
-// output for each request.
+// output for what is notable.
 type Telemetry struct {
 	Tracing *Tracing       // nil: no spans, and headers of traces pass as they come
 	Logs    []AccessLog    // empty: none is written
@@ -59,8 +59,9 @@ type SpanTag struct {
 
 // AccessLog is a place where lines go about requests, and connections when they end.
 type AccessLog struct {
-	To     *TelemetryProvider
-	Filter string // expression in CEL that has to hold; "": always
+	To      *TelemetryProvider
+	Filter  string // expression in CEL that has to hold; "": always
+	Notable bool   // only of what failed or was refused, and of what AUDIT policies and dry runs are about
 }
 
 // MetricChange is how a metric differs from Istio's standard.

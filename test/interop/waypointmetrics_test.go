@@ -39,7 +39,7 @@ func scraped(metric string) ([]map[string]string, error) {
 
 // waypointMetrics has a request counted under all labels that Istio's dashboards group by.
 func waypointMetrics(t *testing.T, get func(authority, path string, headers ...string) (int, string, error)) {
-	if code, _, err := get("10.96.0.9:80", "/", "content-type: application/grpc\r\n"); err != nil || code != 200 {
+	if code, _, err := get("10.96.0.9:80", "/items.v1.Items/Get", "content-type: application/grpc\r\n"); err != nil || code != 200 {
 		t.Fatal(code, err)
 	}
 	want := map[string]string{

@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -54,8 +55,18 @@ func TestWaypointServes(t *testing.T) {
 		cmd := exec.CommandContext(t.Context(), "unshare", "-n", "sh", "-c", `ip link set lo up && exec "$0" -test.run '^TestWaypointServes$' -test.timeout 5m`, os.Args[0])
 		cmd.Env = append(os.Environ(), ownNetwork+"=1", "WARREN_ENVOY="+bin,
 			"KUBE_FEATURE_WatchListClient=false") // the fakes cannot do it
-		if out, err := cmd.CombinedOutput(); err != nil {
+		out, err := cmd.CombinedOutput()
+		if err != nil {
 			t.Fatalf("%v\n%s", err, out)
+		}
+		// The waypoint's standard output tells of what was refused, and not of what went well, as gRPC without a status did not.
+		for line := range strings.Lines(string(out)) {
+			if strings.Contains(line, `"response_code":200`) && strings.Contains(line, `"response_flags":"-"`) && !strings.Contains(line, `"path":"/items.v1.Items/Get"`) {
+				t.Errorf("a request that was answered well has a line: %s", line)
+			}
+		}
+		if !regexp.MustCompile(`"path":"/other".*"response_code":403,"response_code_details":"rbac_access_denied`).Match(out) {
+			t.Errorf("a request that was refused has no line:\n%s", out)
 		}
 		return
 	}

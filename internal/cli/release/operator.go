@@ -159,6 +159,9 @@ func (o *operator) walk(v any, at string, to map[string]string) {
 		return
 	case "meshConfig.accessLogFile":
 		put(o.values, "node.accessLog", v != "")
+		if v != "" {
+			put(o.values, "meshConfig.accessLogFile", v)
+		}
 		return
 	}
 	m, ok := v.(map[string]any)
