@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -171,10 +172,12 @@ func ownCluster(t *testing.T) {
 	}
 }
 
+var standsForNamespace = regexp.MustCompile(`\bNS\b`) // random keys have the two letters too
+
 // applyIn applies a manifest in which NS stands for a namespace.
 func applyIn(t *testing.T, ns, manifest string) {
 	t.Helper()
-	must(t, mesh.Apply(t.Context(), strings.ReplaceAll(manifest, "NS", ns)))
+	must(t, mesh.Apply(t.Context(), standsForNamespace.ReplaceAllString(manifest, ns)))
 }
 
 // aWaypoint is for the services of a namespace that ask for "way".
