@@ -331,10 +331,14 @@ static __always_inline bool addr_is_loopback(const struct addr *a)
 	return a->w[0] == 0 && a->w[1] == 0 && a->w[2] == 0 && (a->w[3] == 0 || a->w[3] == htonl(1));
 }
 
+/* The address itself counts, then the longest prefix. A row of 0 is known and left alone: it is an exception from a prefix
+ * around it, such as the one around everything that is there where pods may reach only what the mesh knows. */
 static __always_inline bool is_mesh(const struct addr *a)
 {
-	if (bpf_map_lookup_elem(&destinations, a))
-		return true;
+	__u32 *captured = bpf_map_lookup_elem(&destinations, a);
+	if (captured)
+		return *captured != 0;
 	struct prefix p = {.bits = 128, .addr = *a};
-	return bpf_map_lookup_elem(&prefixes, &p) != 0;
+	captured = bpf_map_lookup_elem(&prefixes, &p);
+	return captured && *captured != 0;
 }

@@ -131,7 +131,11 @@ type meshFile struct {
 	TrustDomainAliases []string `json:"trustDomainAliases"`
 	CAAddress          string   `json:"caAddress"`
 
-	AccessLogFile      string              `json:"accessLogFile"`
+	AccessLogFile         string `json:"accessLogFile"`
+	OutboundTrafficPolicy struct {
+		Mode string `json:"mode"`
+	} `json:"outboundTrafficPolicy"`
+
 	ExtensionProviders []extensionProvider `json:"extensionProviders"`
 	DefaultProviders   struct {
 		Tracing       []string `json:"tracing"`
@@ -216,6 +220,14 @@ func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
 	set(&c.Mesh.Network, w.Network)
 	if len(m.TrustDomainAliases) > 0 {
 		c.Mesh.TrustDomainAliases = m.TrustDomainAliases
+	}
+	switch mode := m.OutboundTrafficPolicy.Mode; mode {
+	case "", "ALLOW_ANY":
+		c.Mesh.RegistryOnly = false
+	case "REGISTRY_ONLY":
+		c.Mesh.RegistryOnly = true
+	default:
+		return c, fmt.Errorf("ConfigMap %s/%s: outboundTrafficPolicy.mode is %q: it must be ALLOW_ANY or REGISTRY_ONLY", c.Namespace, name, mode)
 	}
 	for _, p := range m.ExtensionProviders {
 		provider, err := p.provider(c.Mesh.ClusterDomain)

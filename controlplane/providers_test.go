@@ -10,6 +10,23 @@ import (
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
+func TestOutboundTrafficPolicy(t *testing.T) {
+	for text, want := range map[string]bool{
+		"": false, "outboundTrafficPolicy: {}": false, "outboundTrafficPolicy: {mode: ALLOW_ANY}": false, "outboundTrafficPolicy: {mode: REGISTRY_ONLY}": true,
+	} {
+		c, err := Config{}.Defaults().configured(&corev1.ConfigMap{Data: map[string]string{"mesh": text}})
+		if err != nil || c.Mesh.RegistryOnly != want {
+			t.Errorf("%q: %t, %v", text, c.Mesh.RegistryOnly, err)
+		}
+	}
+	for _, mode := range []string{"registry_only", "NONE"} {
+		_, err := Config{}.Defaults().configured(&corev1.ConfigMap{Data: map[string]string{"mesh": "outboundTrafficPolicy: {mode: " + mode + "}"}})
+		if err == nil || !strings.Contains(err.Error(), "ALLOW_ANY or REGISTRY_ONLY") {
+			t.Errorf("%s is taken: %v", mode, err)
+		}
+	}
+}
+
 func TestExtensionProviders(t *testing.T) {
 	read := func(text string) (Config, error) {
 		return Config{}.Defaults().configured(&corev1.ConfigMap{Data: map[string]string{"mesh": "extensionProviders:\n" + text}})

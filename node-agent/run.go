@@ -311,18 +311,7 @@ func (a *agent) network() string {
 
 // captured tells which addresses' connections go through the mesh, as it is now.
 func (a *agent) captured() func(netip.Addr) bool {
-	d := datapath.Desired(a.store.Load(), a.network())
-	return func(addr netip.Addr) bool {
-		if _, ok := d.Addrs[addr]; ok {
-			return true
-		}
-		for p := range d.Prefixes {
-			if p.Contains(addr) {
-				return true
-			}
-		}
-		return false
-	}
+	return datapath.Desired(a.store.Load(), a.network()).Captured
 }
 
 // allowed decides about a plaintext connection that the agent does not carry.

@@ -130,6 +130,54 @@ func (LocalPod_State) EnumDescriptor() ([]byte, []int) {
 	return file_api_node_node_proto_rawDescGZIP(), []int{0, 1}
 }
 
+// Outbound says what captured pods may reach.
+type MeshConfig_Outbound int32
+
+const (
+	MeshConfig_OUTBOUND_ALLOW_ANY MeshConfig_Outbound = 0
+	// What the mesh knows: pods, Services, what ServiceEntries declare, and the addresses of hosts.
+	MeshConfig_OUTBOUND_REGISTRY_ONLY MeshConfig_Outbound = 1
+)
+
+// Enum value maps for MeshConfig_Outbound.
+var (
+	MeshConfig_Outbound_name = map[int32]string{
+		0: "OUTBOUND_ALLOW_ANY",
+		1: "OUTBOUND_REGISTRY_ONLY",
+	}
+	MeshConfig_Outbound_value = map[string]int32{
+		"OUTBOUND_ALLOW_ANY":     0,
+		"OUTBOUND_REGISTRY_ONLY": 1,
+	}
+)
+
+func (x MeshConfig_Outbound) Enum() *MeshConfig_Outbound {
+	p := new(MeshConfig_Outbound)
+	*p = x
+	return p
+}
+
+func (x MeshConfig_Outbound) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (MeshConfig_Outbound) Descriptor() protoreflect.EnumDescriptor {
+	return file_api_node_node_proto_enumTypes[2].Descriptor()
+}
+
+func (MeshConfig_Outbound) Type() protoreflect.EnumType {
+	return &file_api_node_node_proto_enumTypes[2]
+}
+
+func (x MeshConfig_Outbound) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use MeshConfig_Outbound.Descriptor instead.
+func (MeshConfig_Outbound) EnumDescriptor() ([]byte, []int) {
+	return file_api_node_node_proto_rawDescGZIP(), []int{4, 0}
+}
+
 // SameNode says how captured pods of one node reach each other.
 type MeshConfig_SameNode int32
 
@@ -165,11 +213,11 @@ func (x MeshConfig_SameNode) String() string {
 }
 
 func (MeshConfig_SameNode) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[2].Descriptor()
+	return file_api_node_node_proto_enumTypes[3].Descriptor()
 }
 
 func (MeshConfig_SameNode) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[2]
+	return &file_api_node_node_proto_enumTypes[3]
 }
 
 func (x MeshConfig_SameNode) Number() protoreflect.EnumNumber {
@@ -178,7 +226,7 @@ func (x MeshConfig_SameNode) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use MeshConfig_SameNode.Descriptor instead.
 func (MeshConfig_SameNode) EnumDescriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{4, 0}
+	return file_api_node_node_proto_rawDescGZIP(), []int{4, 1}
 }
 
 type PodStatus_Redirection int32
@@ -218,11 +266,11 @@ func (x PodStatus_Redirection) String() string {
 }
 
 func (PodStatus_Redirection) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[3].Descriptor()
+	return file_api_node_node_proto_enumTypes[4].Descriptor()
 }
 
 func (PodStatus_Redirection) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[3]
+	return &file_api_node_node_proto_enumTypes[4]
 }
 
 func (x PodStatus_Redirection) Number() protoreflect.EnumNumber {
@@ -548,7 +596,8 @@ type MeshConfig struct {
 	Revision string              `protobuf:"bytes,7,opt,name=revision,proto3" json:"revision,omitempty"`
 	SameNode MeshConfig_SameNode `protobuf:"varint,8,opt,name=same_node,json=sameNode,proto3,enum=warren.node.v1.MeshConfig_SameNode" json:"same_node,omitempty"`
 	// Namespaces that ask for policies to apply to the UDP that arrives at their pods.
-	UdpNamespaces []string `protobuf:"bytes,9,rep,name=udp_namespaces,json=udpNamespaces,proto3" json:"udp_namespaces,omitempty"`
+	UdpNamespaces []string            `protobuf:"bytes,9,rep,name=udp_namespaces,json=udpNamespaces,proto3" json:"udp_namespaces,omitempty"`
+	Outbound      MeshConfig_Outbound `protobuf:"varint,10,opt,name=outbound,proto3,enum=warren.node.v1.MeshConfig_Outbound" json:"outbound,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -644,6 +693,13 @@ func (x *MeshConfig) GetUdpNamespaces() []string {
 		return x.UdpNamespaces
 	}
 	return nil
+}
+
+func (x *MeshConfig) GetOutbound() MeshConfig_Outbound {
+	if x != nil {
+		return x.Outbound
+	}
+	return MeshConfig_OUTBOUND_ALLOW_ANY
 }
 
 // TrustBundle is what peers are checked against. It holds as a whole, and before any CA signs with a root that is
@@ -1013,7 +1069,7 @@ const file_api_node_node_proto_rawDesc = "" +
 	"\vAuditPolicy\x125\n" +
 	"\x06policy\x18\x01 \x01(\v2\x1d.istio.security.AuthorizationR\x06policy\"%\n" +
 	"\rAuditPolicies\x12\x14\n" +
-	"\x05names\x18\x01 \x03(\tR\x05names\"\xc1\x03\n" +
+	"\x05names\x18\x01 \x03(\tR\x05names\"\xc2\x04\n" +
 	"\n" +
 	"MeshConfig\x12!\n" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x120\n" +
@@ -1025,7 +1081,12 @@ const file_api_node_node_proto_rawDesc = "" +
 	"\x0eroot_namespace\x18\x06 \x01(\tR\rrootNamespace\x12\x1a\n" +
 	"\brevision\x18\a \x01(\tR\brevision\x12@\n" +
 	"\tsame_node\x18\b \x01(\x0e2#.warren.node.v1.MeshConfig.SameNodeR\bsameNode\x12%\n" +
-	"\x0eudp_namespaces\x18\t \x03(\tR\rudpNamespaces\"R\n" +
+	"\x0eudp_namespaces\x18\t \x03(\tR\rudpNamespaces\x12?\n" +
+	"\boutbound\x18\n" +
+	" \x01(\x0e2#.warren.node.v1.MeshConfig.OutboundR\boutbound\">\n" +
+	"\bOutbound\x12\x16\n" +
+	"\x12OUTBOUND_ALLOW_ANY\x10\x00\x12\x1a\n" +
+	"\x16OUTBOUND_REGISTRY_ONLY\x10\x01\"R\n" +
 	"\bSameNode\x12\x19\n" +
 	"\x15SAME_NODE_UNSPECIFIED\x10\x00\x12\x14\n" +
 	"\x10SAME_NODE_KERNEL\x10\x01\x12\x15\n" +
@@ -1074,40 +1135,42 @@ func file_api_node_node_proto_rawDescGZIP() []byte {
 	return file_api_node_node_proto_rawDescData
 }
 
-var file_api_node_node_proto_enumTypes = make([]protoimpl.EnumInfo, 4)
+var file_api_node_node_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
 var file_api_node_node_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_api_node_node_proto_goTypes = []any{
 	(LocalPod_Selected)(0),         // 0: warren.node.v1.LocalPod.Selected
 	(LocalPod_State)(0),            // 1: warren.node.v1.LocalPod.State
-	(MeshConfig_SameNode)(0),       // 2: warren.node.v1.MeshConfig.SameNode
-	(PodStatus_Redirection)(0),     // 3: warren.node.v1.PodStatus.Redirection
-	(*LocalPod)(nil),               // 4: warren.node.v1.LocalPod
-	(*Namespace)(nil),              // 5: warren.node.v1.Namespace
-	(*AuditPolicy)(nil),            // 6: warren.node.v1.AuditPolicy
-	(*AuditPolicies)(nil),          // 7: warren.node.v1.AuditPolicies
-	(*MeshConfig)(nil),             // 8: warren.node.v1.MeshConfig
-	(*TrustBundle)(nil),            // 9: warren.node.v1.TrustBundle
-	(*StatusReport)(nil),           // 10: warren.node.v1.StatusReport
-	(*PodStatus)(nil),              // 11: warren.node.v1.PodStatus
-	(*TypeStatus)(nil),             // 12: warren.node.v1.TypeStatus
-	(*StatusSummary)(nil),          // 13: warren.node.v1.StatusSummary
-	(*security.Authorization)(nil), // 14: istio.security.Authorization
+	(MeshConfig_Outbound)(0),       // 2: warren.node.v1.MeshConfig.Outbound
+	(MeshConfig_SameNode)(0),       // 3: warren.node.v1.MeshConfig.SameNode
+	(PodStatus_Redirection)(0),     // 4: warren.node.v1.PodStatus.Redirection
+	(*LocalPod)(nil),               // 5: warren.node.v1.LocalPod
+	(*Namespace)(nil),              // 6: warren.node.v1.Namespace
+	(*AuditPolicy)(nil),            // 7: warren.node.v1.AuditPolicy
+	(*AuditPolicies)(nil),          // 8: warren.node.v1.AuditPolicies
+	(*MeshConfig)(nil),             // 9: warren.node.v1.MeshConfig
+	(*TrustBundle)(nil),            // 10: warren.node.v1.TrustBundle
+	(*StatusReport)(nil),           // 11: warren.node.v1.StatusReport
+	(*PodStatus)(nil),              // 12: warren.node.v1.PodStatus
+	(*TypeStatus)(nil),             // 13: warren.node.v1.TypeStatus
+	(*StatusSummary)(nil),          // 14: warren.node.v1.StatusSummary
+	(*security.Authorization)(nil), // 15: istio.security.Authorization
 }
 var file_api_node_node_proto_depIdxs = []int32{
 	1,  // 0: warren.node.v1.LocalPod.state:type_name -> warren.node.v1.LocalPod.State
 	0,  // 1: warren.node.v1.LocalPod.selected:type_name -> warren.node.v1.LocalPod.Selected
-	14, // 2: warren.node.v1.AuditPolicy.policy:type_name -> istio.security.Authorization
-	2,  // 3: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
-	11, // 4: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
-	12, // 5: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
-	3,  // 6: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
-	10, // 7: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
-	13, // 8: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
-	8,  // [8:9] is the sub-list for method output_type
-	7,  // [7:8] is the sub-list for method input_type
-	7,  // [7:7] is the sub-list for extension type_name
-	7,  // [7:7] is the sub-list for extension extendee
-	0,  // [0:7] is the sub-list for field type_name
+	15, // 2: warren.node.v1.AuditPolicy.policy:type_name -> istio.security.Authorization
+	3,  // 3: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
+	2,  // 4: warren.node.v1.MeshConfig.outbound:type_name -> warren.node.v1.MeshConfig.Outbound
+	12, // 5: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
+	13, // 6: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
+	4,  // 7: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
+	11, // 8: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
+	14, // 9: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
+	9,  // [9:10] is the sub-list for method output_type
+	8,  // [8:9] is the sub-list for method input_type
+	8,  // [8:8] is the sub-list for extension type_name
+	8,  // [8:8] is the sub-list for extension extendee
+	0,  // [0:8] is the sub-list for field type_name
 }
 
 func init() { file_api_node_node_proto_init() }
@@ -1120,7 +1183,7 @@ func file_api_node_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_node_proto_rawDesc), len(file_api_node_node_proto_rawDesc)),
-			NumEnums:      4,
+			NumEnums:      5,
 			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,

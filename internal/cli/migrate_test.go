@@ -75,13 +75,13 @@ func TestMigrationOfTheMeshConfiguration(t *testing.T) {
 		_, got, err := istioConfig(t.Context(), &conn{Interface: k}, "istio-system")
 		return got, err
 	}
-	got, err := read(map[string]string{"meshNetworks": "networks: {}", "mesh": "rootNamespace: istio-system\ntrustDomain: example.org\nenableAutoMtls: true\n" +
+	got, err := read(map[string]string{"meshNetworks": "networks: {}", "mesh": "rootNamespace: istio-system\ntrustDomain: example.org\nenableAutoMtls: true\noutboundTrafficPolicy: {mode: REGISTRY_ONLY}\n" +
 		"defaultConfig: {discoveryAddress: istiod.istio-system.svc:15012}\nextensionProviders: [{name: x}]"})
 	if err != nil || len(got) != 1 || got[0].Result != "ok" {
 		t.Errorf("a configuration that is followed: %+v, %v", got, err)
 	}
-	got, err = read(map[string]string{"meshNetworks": "networks: {n1: {}}", "mesh": "rootNamespace: elsewhere\noutboundTrafficPolicy: {mode: REGISTRY_ONLY}\ndefaultConfig: {concurrency: 4}"})
-	if err != nil || len(got) != 4 || !says(got, "warning", "meshConfig.outboundTrafficPolicy.mode has no effect") || !says(got, "warning", "meshConfig.rootNamespace") ||
+	got, err = read(map[string]string{"meshNetworks": "networks: {n1: {}}", "mesh": "rootNamespace: elsewhere\ninboundTrafficPolicy: {mode: LOCALHOST}\ndefaultConfig: {concurrency: 4}"})
+	if err != nil || len(got) != 4 || !says(got, "warning", "meshConfig.inboundTrafficPolicy.mode has no effect") || !says(got, "warning", "meshConfig.rootNamespace") ||
 		!says(got, "warning", "meshConfig.defaultConfig.concurrency") || !says(got, "failed", "more than one network") {
 		t.Errorf("what is not followed: %+v, %v", got, err)
 	}

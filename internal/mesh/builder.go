@@ -88,7 +88,7 @@ func (b *Builder) PutWorkload(w *Workload) {
 	}
 	if w.pod() {
 		for _, a := range w.Addrs {
-			for _, other := range b.membersAt(NetAddr{w.Network, a}) {
+			for _, other := range membersAt(b.next.addrs, NetAddr{w.Network, a}) {
 				if other.pod() && other.UID != w.UID {
 					b.DeleteWorkload(other.UID)
 				}
@@ -120,21 +120,28 @@ func (b *Builder) DeleteWorkload(uid string) {
 	b.changed = true
 }
 
-func (b *Builder) membersAt(a NetAddr) []*member {
-	if at, ok := b.next.addrs.get(a); ok {
+func membersAt(addrs pmap[NetAddr, *addrMembers], a NetAddr) []*member {
+	if at, ok := addrs.get(a); ok {
 		return at.list
 	}
 	return nil
 }
 
+// addrsOf is the index that has the addresses of a workload.
+func (b *Builder) addrsOf(m *member) *pmap[NetAddr, *addrMembers] {
+	if m.HostNetwork {
+		return &b.next.hosts
+	}
+	return &b.next.addrs
+}
+
 func (b *Builder) indexWorkload(m *member) {
-	if !m.HostNetwork {
-		for _, a := range m.Addrs {
-			key := NetAddr{m.Network, a}
-			list := append([]*member{m}, b.membersAt(key)...)
-			slices.SortFunc(list, compareAt)
-			b.next.addrs.set(b.ed, key, &addrMembers{slices.Compact(list)})
-		}
+	addrs := b.addrsOf(m)
+	for _, a := range m.Addrs {
+		key := NetAddr{m.Network, a}
+		list := append([]*member{m}, membersAt(*addrs, key)...)
+		slices.SortFunc(list, compareAt)
+		addrs.set(b.ed, key, &addrMembers{slices.Compact(list)})
 	}
 	for name, ports := range m.Services {
 		set := b.endpointsOf(name)
@@ -157,15 +164,14 @@ func compareAt(x, y *member) int {
 }
 
 func (b *Builder) unindexWorkload(m *member) {
-	if !m.HostNetwork {
-		for _, a := range m.Addrs {
-			key := NetAddr{m.Network, a}
-			list := slices.DeleteFunc(slices.Clone(b.membersAt(key)), func(o *member) bool { return o.UID == m.UID })
-			if len(list) == 0 {
-				b.next.addrs.delete(b.ed, key)
-			} else {
-				b.next.addrs.set(b.ed, key, &addrMembers{list})
-			}
+	addrs := b.addrsOf(m)
+	for _, a := range m.Addrs {
+		key := NetAddr{m.Network, a}
+		list := slices.DeleteFunc(slices.Clone(membersAt(*addrs, key)), func(o *member) bool { return o.UID == m.UID })
+		if len(list) == 0 {
+			addrs.delete(b.ed, key)
+		} else {
+			addrs.set(b.ed, key, &addrMembers{list})
 		}
 	}
 	for name := range m.Services {

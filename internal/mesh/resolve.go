@@ -13,6 +13,8 @@ const HBONEPort = 15008
 const (
 	WhyNoState           Reason = "no_state"            // refuse: nothing is known of the mesh yet
 	WhyUnknown           Reason = "not_in_mesh"         // passthrough: no service and no workload has the address
+	WhyNotInRegistry     Reason = "not_in_registry"     // refuse: the same, and the mesh lets pods reach only what it knows
+	WhyHostAddress       Reason = "host_address"        // passthrough: the same, but something on a host's network has it
 	WhyOwnPod            Reason = "own_pod"             // passthrough or direct: the client is its own server
 	WhyServicePassthru   Reason = "service_passthrough" // passthrough: the service asks for the address itself
 	WhyHostNetwork       Reason = "host_network"        // direct: the endpoint is on its node's network
@@ -36,7 +38,8 @@ const (
 // known. pick returns a number in [0,n); nil is a random one.
 //
 // The address is looked up as a service's own, then as a workload's, then in the prefixes of services. A pod's
-// address is nobody else's, except to clients of the service's own namespace. Who is not found is outside the mesh. Resolve does not allocate for services without SANs.
+// address is nobody else's, except to clients of the service's own namespace. Who is not found is outside the mesh, and refused
+// where Config.RegistryOnly is set, but for the addresses of hosts. Resolve does not allocate for services without SANs.
 func (s *Snapshot) Resolve(src *Workload, dst netip.AddrPort, pick func(n int) int) Route {
 	return s.ResolveExcluding(src, dst, nil, pick)
 }
@@ -66,7 +69,13 @@ func (s *Snapshot) ResolveExcluding(src *Workload, dst netip.AddrPort, tried []s
 	if svc := s.serviceByPrefix(at, namespace); svc != nil {
 		return r.toService(svc, dst)
 	}
-	return Route{Kind: RoutePassthrough, Dial: dst, Why: WhyUnknown}
+	if !s.config.RegistryOnly {
+		return Route{Kind: RoutePassthrough, Dial: dst, Why: WhyUnknown}
+	}
+	if _, ok := s.hosts.get(at); ok {
+		return Route{Kind: RoutePassthrough, Dial: dst, Why: WhyHostAddress}
+	}
+	return Route{Why: WhyNotInRegistry}
 }
 
 // foreign reports whether a service has the address of a pod that is neither of its namespace nor is the client: who

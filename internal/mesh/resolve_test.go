@@ -201,6 +201,55 @@ func TestCapacityIsAWeight(t *testing.T) {
 	}
 }
 
+// Under REGISTRY_ONLY only what the mesh knows is reached.
+func TestRegistryOnly(t *testing.T) {
+	host := pod("agent", "192.168.0.1")
+	host.HostNetwork, host.Tunnel = true, TunnelNone
+	api := pod("kubernetes/192.168.0.9", "192.168.0.9") // an endpoint that is no pod
+	api.Node, api.HostNetwork, api.Tunnel = "", true, TunnelNone
+	plain, far, client := pod("plain", "10.0.0.2"), pod("far", "10.7.0.1"), pod("client", "10.0.0.9")
+	plain.Tunnel, far.Network = TunnelNone, "far"
+	declared := svc("declared", "203.0.113.7")
+	declared.LB.Mode = LBPassthrough
+	wide := svc("wide")
+	wide.LB.Mode, wide.VIPNets = LBPassthrough, []NetPrefix{{Prefix: netip.MustParsePrefix("198.51.100.0/24")}}
+	parts := []any{host, api, plain, far, client, declared, wide, svc("api", "10.96.0.1"), pod("a", "10.0.0.1", "api")}
+	only, every := build(append(parts, Config{RegistryOnly: true})...), build(append(parts, Config{})...)
+	for _, tc := range []struct {
+		dst  string
+		kind RouteKind
+		why  Reason
+	}{
+		{"1.2.3.4:443", RouteRefuse, WhyNotInRegistry},
+		{"[2001:db8::1]:443", RouteRefuse, WhyNotInRegistry},
+		{"[::ffff:1.2.3.4]:443", RouteRefuse, WhyNotInRegistry},
+		{"169.254.169.254:80", RouteRefuse, WhyNotInRegistry},
+		{"10.7.0.1:80", RouteRefuse, WhyNotInRegistry}, // of another network
+		{"192.168.0.2:80", RouteRefuse, WhyNotInRegistry},
+		{"192.168.0.1:10250", RoutePassthrough, WhyHostAddress},
+		{"192.168.0.9:6443", RoutePassthrough, WhyHostAddress},
+		{"10.0.0.9:80", RoutePassthrough, WhyOwnPod},
+		{"10.0.0.2:80", RouteDirect, WhyNotCaptured},
+		{"10.0.0.1:80", RouteHBONE, WhyWorkload},
+		{"10.96.0.1:80", RouteHBONE, WhyEndpoint},
+		{"10.96.0.1:81", RouteRefuse, WhyNoPort},
+		{"203.0.113.7:443", RoutePassthrough, WhyServicePassthru},
+		{"198.51.100.200:443", RoutePassthrough, WhyServicePassthru},
+	} {
+		r := only.Resolve(client, dst(tc.dst), first)
+		if r.Kind != tc.kind || r.Why != tc.why {
+			t.Errorf("%s: %d %s, want %d %s", tc.dst, r.Kind, r.Why, tc.kind, tc.why)
+		}
+		if tc.why == WhyNotInRegistry && r.Dial.IsValid() {
+			t.Errorf("%s is refused, and has somewhere to dial: %s", tc.dst, r.Dial)
+		}
+		r = every.Resolve(client, dst(tc.dst), first)
+		if open := tc.why == WhyNotInRegistry || tc.why == WhyHostAddress; open != (r.Why == WhyUnknown) || !open && r.Why != tc.why {
+			t.Errorf("%s without REGISTRY_ONLY: %d %s", tc.dst, r.Kind, r.Why)
+		}
+	}
+}
+
 // oracle is endpoint choice written down naively: every endpoint that may be chosen.
 func oracle(s *Snapshot, src *Workload, svc *Service, port uint16, tried []string) []string {
 	var svcPort *ServicePort

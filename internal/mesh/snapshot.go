@@ -19,6 +19,7 @@ type Config struct {
 	ControlRevision    string // istio.io/rev of the control plane
 	SameNode           SameNode
 	UDPNamespaces      []string // whose pods have policies applied to UDP, sorted
+	RegistryOnly       bool     // captured pods reach nothing that the mesh does not know (outboundTrafficPolicy)
 }
 
 // SameNode says how captured pods of one node may reach each other. It is part of the wire contract; an agent
@@ -47,6 +48,7 @@ type Snapshot struct {
 	// Indexes. Each is a function of the first three maps above, but for workloads that share an address, see
 	// Builder.PutWorkload.
 	addrs     pmap[NetAddr, *addrMembers]
+	hosts     pmap[NetAddr, *addrMembers] // of the workloads on a host's network
 	vips      pmap[NetAddr, *vipServices]
 	nets      []netService // by prefix length, longest first
 	endpoints pmap[ServiceName, *endpointSet]
@@ -343,7 +345,7 @@ func (c Config) TrustDomains() []string {
 func (c Config) Equal(o Config) bool {
 	return slices.Equal(c.TrustDomainAliases, o.TrustDomainAliases) && c.TrustDomain == o.TrustDomain && c.Cluster == o.Cluster && c.ClusterDomain == o.ClusterDomain &&
 		c.Network == o.Network && c.RootNamespace == o.RootNamespace && c.ControlRevision == o.ControlRevision &&
-		c.SameNode == o.SameNode && slices.Equal(c.UDPNamespaces, o.UDPNamespaces)
+		c.SameNode == o.SameNode && slices.Equal(c.UDPNamespaces, o.UDPNamespaces) && c.RegistryOnly == o.RegistryOnly
 }
 
 // FiltersUDP reports whether policies apply to the UDP that arrives at a namespace's pods.

@@ -317,6 +317,11 @@ func describe(s *Snapshot) string {
 			add("addr %v %s", a, w.UID)
 		}
 	}
+	for a, m := range s.hosts.all() {
+		for _, w := range m.list {
+			add("host %v %s", a, w.UID)
+		}
+	}
 	for a, v := range s.vips.all() {
 		for i, x := range v.list {
 			add("vip %v %d %s", a, i, x.Name)

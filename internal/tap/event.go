@@ -57,5 +57,7 @@ type End struct {
 	Identity  string         `json:"identity,omitempty"` // SPIFFE
 }
 
-// Denied reports whether a policy has refused or ended the connection.
-func (e *Event) Denied() bool { return e.Outcome == "policy_denied" || e.Outcome == "policy_revoked" }
+// Denied reports whether a policy, that about what pods may reach outside among them, has refused or ended the connection.
+func (e *Event) Denied() bool {
+	return e.Outcome == "policy_denied" || e.Outcome == "policy_revoked" || e.Outcome == "not_in_registry"
+}

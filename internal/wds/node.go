@@ -98,11 +98,15 @@ func DecodeNamespace(p *node.Namespace) (name string, enrolled bool, err error) 
 
 // EncodeConfig writes the mesh-wide settings; the resource name is MeshConfigName.
 func EncodeConfig(c mesh.Config) *node.MeshConfig {
+	outbound := node.MeshConfig_OUTBOUND_ALLOW_ANY
+	if c.RegistryOnly {
+		outbound = node.MeshConfig_OUTBOUND_REGISTRY_ONLY
+	}
 	return &node.MeshConfig{
 		TrustDomain: c.TrustDomain, TrustDomainAliases: c.TrustDomainAliases,
 		ClusterId: c.Cluster, ClusterDomain: c.ClusterDomain, Network: c.Network,
 		RootNamespace: c.RootNamespace, Revision: c.ControlRevision,
-		SameNode: node.MeshConfig_SameNode(c.SameNode), UdpNamespaces: c.UDPNamespaces,
+		SameNode: node.MeshConfig_SameNode(c.SameNode), UdpNamespaces: c.UDPNamespaces, Outbound: outbound,
 	}
 }
 
@@ -112,6 +116,7 @@ func DecodeConfig(p *node.MeshConfig) (mesh.Config, error) {
 		TrustDomain: p.GetTrustDomain(), TrustDomainAliases: p.GetTrustDomainAliases(),
 		Cluster: p.GetClusterId(), ClusterDomain: p.GetClusterDomain(), Network: p.GetNetwork(),
 		RootNamespace: p.GetRootNamespace(), ControlRevision: p.GetRevision(),
+		RegistryOnly: p.GetOutbound() != node.MeshConfig_OUTBOUND_ALLOW_ANY, // also of a later version: the safe one
 	}
 	if len(c.TrustDomainAliases) == 0 {
 		c.TrustDomainAliases = nil

@@ -181,6 +181,7 @@ func TestDecodeUndoesEncode(t *testing.T) {
 			TrustDomain: g.word(), TrustDomainAliases: some(g, 2, g.word), Cluster: g.word(), ClusterDomain: g.word(),
 			Network: g.word(), RootNamespace: g.word(), ControlRevision: g.word(), SameNode: mesh.SameNode(g.n(2)),
 			UDPNamespaces: slices.Compact(slices.Sorted(slices.Values(some(g, 2, g.word)))),
+			RegistryOnly:  g.yes(),
 		}
 		gotC, err := DecodeConfig(wire(t, EncodeConfig(c), &node.MeshConfig{}))
 		if err != nil || !gotC.Equal(c) {
@@ -406,5 +407,14 @@ func TestNames(t *testing.T) {
 	n, err := ParsePolicyName("istio-system/istio_converted_static_strict")
 	if err != nil || !slices.Equal([]string{n.Namespace, n.Name}, []string{"istio-system", "istio_converted_static_strict"}) {
 		t.Errorf("got %v, %v", n, err)
+	}
+}
+
+// What pods may reach outside is not opened by a word of a later version.
+func TestOutboundOfALaterVersion(t *testing.T) {
+	for mode, want := range map[node.MeshConfig_Outbound]bool{node.MeshConfig_OUTBOUND_ALLOW_ANY: false, node.MeshConfig_OUTBOUND_REGISTRY_ONLY: true, 9: true} {
+		if c, err := DecodeConfig(&node.MeshConfig{TrustDomain: "td", Outbound: mode}); err != nil || c.RegistryOnly != want {
+			t.Errorf("%v: %t, %v", mode, c.RegistryOnly, err)
+		}
 	}
 }

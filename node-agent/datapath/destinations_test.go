@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -17,10 +18,12 @@ import (
 type view struct {
 	workloads []*mesh.Workload
 	services  []*mesh.Service
+	config    mesh.Config
 }
 
 func (v view) Workloads() iter.Seq[*mesh.Workload] { return slices.Values(v.workloads) }
 func (v view) Services() iter.Seq[*mesh.Service]   { return slices.Values(v.services) }
+func (v view) Config() mesh.Config                 { return v.config }
 
 func TestDesired(t *testing.T) {
 	addr := func(s string) netip.Addr { return netip.MustParseAddr(s) }
@@ -60,14 +63,86 @@ func TestDesired(t *testing.T) {
 		},
 	}, "")
 
-	want := Destinations{Addrs: map[netip.Addr]struct{}{}, Prefixes: map[netip.Prefix]struct{}{netip.MustParsePrefix("192.0.2.0/24"): {}}}
+	want := Destinations{Addrs: map[netip.Addr]bool{}, Prefixes: map[netip.Prefix]bool{netip.MustParsePrefix("192.0.2.0/24"): true}}
 	for _, a := range []string{"10.0.0.1", "fd00::1", "10.0.0.3", "10.0.0.5", "10.96.0.1", "fd96::1", "10.96.0.3", "10.96.0.4"} {
-		want.Addrs[addr(a)] = struct{}{}
+		want.Addrs[addr(a)] = true
 	}
 	if d := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),
 		cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); d != "" {
 		t.Error(d)
 	}
+}
+
+// Under REGISTRY_ONLY the kernel leaves to itself what the agent would pass on unseen, and nothing that it would refuse: whatever
+// the mesh, an address is captured if Resolve refuses it as unknown or has the connection go elsewhere than asked for.
+func TestDesiredIsWhatResolveNeeds(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		n := func(label string, most int) int { return rapid.IntRange(0, most).Draw(t, label) }
+		b := mesh.NewBuilder(nil)
+		b.SetConfig(mesh.Config{TrustDomain: "cluster.local", RegistryOnly: n("registry only", 3) > 0})
+		services := []mesh.ServiceName{{Namespace: "a", Hostname: "s0"}, {Namespace: "b", Hostname: "s1"}, {Namespace: "b", Hostname: "s2"}}
+		addr := func(label string) netip.Addr {
+			return []netip.Addr{netip.AddrFrom4([4]byte{10, 0, byte(n(label+", net", 2)), byte(n(label, 4))}),
+				netip.AddrFrom16([16]byte{0: 0xfd, 14: byte(n(label+", net", 2)), 15: byte(n(label, 4))})}[n(label+", family", 1)]
+		}
+		for i := range n("workloads", 6) {
+			w := &mesh.Workload{UID: string(rune('a' + i)), Namespace: []string{"a", "b"}[n("namespace", 1)], Node: []string{"", "n1"}[n("node", 1)], Healthy: true,
+				Network: []string{"", "", "far"}[n("network", 2)], HostNetwork: n("host", 2) == 0, Addrs: []netip.Addr{addr("workload")},
+				Identity: mesh.Identity{TrustDomain: "cluster.local", Namespace: "a", ServiceAccount: "x"}}
+			if !w.HostNetwork && w.Node != "" {
+				w.Tunnel = mesh.TunnelProtocol(n("tunnel", 1))
+			}
+			if k := n("backs", 3); k > 0 {
+				w.Services = map[mesh.ServiceName][]mesh.ServicePort{services[k-1]: {{Port: 80, Target: 8080}}}
+			}
+			b.PutWorkload(w)
+		}
+		for _, name := range services {
+			s := &mesh.Service{Name: name, Ports: []mesh.ServicePort{{Port: 80, Target: 8080}}}
+			if n("vip", 2) > 0 {
+				s.VIPs = []mesh.NetAddr{{Addr: addr("vip")}}
+			}
+			if n("nets", 2) == 0 {
+				a := addr("prefix")
+				s.VIPNets = []mesh.NetPrefix{{Prefix: netip.PrefixFrom(a, []int{0, a.BitLen() - 8, a.BitLen() - 1}[n("bits", 2)]).Masked()}}
+			}
+			if n("passthrough", 2) == 0 {
+				s.LB.Mode = mesh.LBPassthrough
+			}
+			if n("waypoint", 4) == 0 {
+				s.Waypoint = &mesh.Gateway{Service: services[0], HBONEPort: 15008}
+			}
+			b.PutService(s)
+		}
+		s := b.Commit(1)
+		d := Desired(s, "")
+		client := &mesh.Workload{UID: "client", Namespace: "a", Node: "n1", Addrs: []netip.Addr{netip.MustParseAddr("10.9.9.9")}}
+		for range 60 {
+			dst := netip.AddrPortFrom(addr("destination"), 80)
+			r := s.Resolve(client, dst, func(int) int { return 0 })
+			captured := d.Captured(dst.Addr())
+			switch {
+			case r.Why == mesh.WhyNotInRegistry && !captured:
+				t.Fatalf("%s is left alone, and the agent would refuse it", dst)
+			case r.Why == mesh.WhyUnknown && captured && !s.Config().RegistryOnly:
+				t.Fatalf("%s is captured, and the mesh does not know it", dst)
+			case (r.Kind == mesh.RouteHBONE || r.Kind == mesh.RouteWaypoint) && !captured:
+				t.Fatalf("%s is left alone, and its way is %d, %s", dst, r.Kind, r.Why)
+			case (r.Why == mesh.WhyHostAddress || r.Why == mesh.WhyNotCaptured && r.Service == nil) && captured && s.ServiceAt(mesh.NetAddr{Addr: dst.Addr()}) == nil && hostOnly(s, dst.Addr()):
+				t.Fatalf("%s is captured, and the agent would only pass it on: %s", dst, r.Why)
+			}
+		}
+	})
+}
+
+// hostOnly reports whether nothing that is captured has the address.
+func hostOnly(s *mesh.Snapshot, a netip.Addr) bool {
+	for w := range s.Workloads() {
+		if w.Network == "" && slices.Contains(w.Addrs, a) && w.Tunnel == mesh.TunnelHBONE {
+			return false
+		}
+	}
+	return true
 }
 
 // What the maps hold reads back as what was entered.
@@ -97,12 +172,12 @@ func TestDestinationsAreReconciled(t *testing.T) {
 	l := newLab(t)
 	set := func(addrs, prefixes string) {
 		t.Helper()
-		d := Destinations{Addrs: map[netip.Addr]struct{}{}, Prefixes: map[netip.Prefix]struct{}{}}
+		d := Destinations{Addrs: map[netip.Addr]bool{}, Prefixes: map[netip.Prefix]bool{}}
 		for _, a := range strings.Fields(addrs) {
-			d.Addrs[netip.MustParseAddr(a)] = struct{}{}
+			d.Addrs[netip.MustParseAddr(a)] = true
 		}
 		for _, p := range strings.Fields(prefixes) {
-			d.Prefixes[netip.MustParsePrefix(p)] = struct{}{}
+			d.Prefixes[netip.MustParsePrefix(p)] = true
 		}
 		check(t, l.dp.SetDestinations(d))
 		have, err := l.dp.readDestinations()
@@ -133,7 +208,7 @@ func TestDestinationsAreReconciled(t *testing.T) {
 func TestPrefixIsCaptured(t *testing.T) {
 	l := enrolled(t)
 	d := l.destinations()
-	d.Prefixes = map[netip.Prefix]struct{}{netip.MustParsePrefix("10.88.0.0/16"): {}, netip.MustParsePrefix("fd88::/16"): {}}
+	d.Prefixes = map[netip.Prefix]bool{netip.MustParsePrefix("10.88.0.0/16"): true, netip.MustParsePrefix("fd88::/16"): true}
 	check(t, l.dp.SetDestinations(d))
 	for _, dst := range l.outside.addrs(appPort) {
 		l.counted(map[string]int{"connect_captured": 1, "connect_vouched": 0, "guard_agent": -1}, func() {
@@ -144,4 +219,59 @@ func TestPrefixIsCaptured(t *testing.T) {
 			c.Close()
 		})
 	}
+}
+
+// Where pods may reach only what the mesh knows, everything else is captured, and what it knows is left alone as before: by
+// its address, by the longest prefix, and through any order of changes.
+func TestEverythingIsCapturedButWhatIsKnown(t *testing.T) {
+	l := enrolled(t)
+	reach := func(want string) {
+		t.Helper()
+		for _, dst := range l.outside.addrs(appPort) {
+			l.counted(map[string]int{want: 1}, func() {
+				c, err := l.ui.dial(dst)
+				check(t, err)
+				_, _, err = seen(c)
+				check(t, err)
+				c.Close()
+			})
+		}
+	}
+	set := func(addrs map[netip.Addr]bool, prefixes map[string]bool) {
+		t.Helper()
+		d := l.destinations()
+		maps.Copy(d.Addrs, addrs)
+		d.Prefixes = map[netip.Prefix]bool{}
+		for p, captured := range prefixes {
+			d.Prefixes[netip.MustParsePrefix(p)] = captured
+		}
+		check(t, l.dp.SetDestinations(d))
+		for _, a := range []netip.Addr{l.outside.v4, l.outside.v6} {
+			if captured, err := l.dp.readDestinations(); err != nil || captured.Captured(a) != d.Captured(a) {
+				t.Errorf("%s: %v", a, err)
+			}
+		}
+	}
+	const all4, all6 = "0.0.0.0/0", "::/0"
+	none := map[netip.Addr]bool{}
+	known := map[netip.Addr]bool{l.outside.v4: false, l.outside.v6: false}
+	reach("connect_vouched")
+	set(none, map[string]bool{all4: true, all6: true})
+	reach("connect_captured")
+	set(known, map[string]bool{all4: true, all6: true})
+	reach("connect_vouched")
+	set(none, map[string]bool{all4: true, all6: true, "10.88.0.0/16": false, "fd88::/16": false})
+	reach("connect_vouched")
+	set(known, map[string]bool{all4: true, all6: true})
+	for a := range known {
+		check(t, l.dp.kernel.Destinations.Put(kernelAddr(a), uint32(1)))
+	}
+	if _, err := l.dp.Audit(); err != nil {
+		t.Error(err)
+	}
+	reach("connect_vouched") // a row that says otherwise is found
+	set(map[netip.Addr]bool{l.outside.v4: true, l.outside.v6: true}, nil)
+	reach("connect_captured")
+	set(none, nil)
+	reach("connect_vouched")
 }

@@ -290,7 +290,7 @@ func TestGuardHoldsWhenTheDestinationIsMesh(t *testing.T) {
 			}
 		})
 		d := l.destinations()
-		d.Addrs[dst.Addr()] = struct{}{}
+		d.Addrs[dst.Addr()] = true
 		if err := l.dp.SetDestinations(d); err != nil {
 			return err
 		}

@@ -495,9 +495,9 @@ func relay(a, b *net.TCPConn) {
 
 // destinations captures both services and both pods.
 func (l *lab) destinations() Destinations {
-	d := Destinations{Addrs: map[netip.Addr]struct{}{}}
+	d := Destinations{Addrs: map[netip.Addr]bool{}}
 	for _, a := range []netip.Addr{vip4, vip6, l.ui.v4, l.ui.v6, l.cat.v4, l.cat.v6} {
-		d.Addrs[a] = struct{}{}
+		d.Addrs[a] = true
 	}
 	return d
 }

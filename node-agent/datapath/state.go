@@ -224,9 +224,9 @@ func (d *Datapath) auditDestinations() error {
 	return d.setDestinations(want)
 }
 
-func difference[K comparable](a, b map[K]struct{}) (n int) {
-	for k := range a {
-		if _, ok := b[k]; !ok {
+func difference[K comparable](a, b map[K]bool) (n int) {
+	for k, v := range a {
+		if w, ok := b[k]; !ok || v != w {
 			n++
 		}
 	}
@@ -293,7 +293,8 @@ func (d *Datapath) repair(p Pod) error {
 // SetDestinations makes the addresses whose connections are captured equal to want.
 //
 // What is new is entered before what is gone is removed: a service that changes its address is at no moment
-// without one. An error means that some of want is not captured.
+// without one. Addresses come before prefixes, so that none of the known ones is in everything for a moment; where one
+// is nevertheless, the agent passes it on. An error means that some of want is not captured.
 func (d *Datapath) SetDestinations(want Destinations) error {
 	if err := d.write(); err != nil {
 		return err
@@ -310,28 +311,30 @@ func (d *Datapath) SetDestinations(want Destinations) error {
 }
 
 func (d *Datapath) setDestinations(want Destinations) error {
+	var errs []error
 	if err := reconcile(d.dest.Addrs, want.Addrs, d.kernel.Destinations, kernelAddr); err != nil {
-		return fmt.Errorf("set mesh addresses: %w", err)
+		errs = append(errs, fmt.Errorf("set mesh addresses: %w", err))
 	}
+	// Also where there is no room for an address: a prefix around everything must not wait for that.
 	if err := reconcile(d.dest.Prefixes, want.Prefixes, d.kernel.Prefixes, kernelPrefix); err != nil {
-		return fmt.Errorf("set mesh prefixes: %w", err)
+		errs = append(errs, fmt.Errorf("set mesh prefixes: %w", err))
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 // readDestinations reads what an earlier process left, so that the first SetDestinations prunes it.
 func (d *Datapath) readDestinations() (Destinations, error) {
-	have := Destinations{Addrs: map[netip.Addr]struct{}{}, Prefixes: map[netip.Prefix]struct{}{}}
+	have := Destinations{Addrs: map[netip.Addr]bool{}, Prefixes: map[netip.Prefix]bool{}}
 	var a bpf.MeshAddr
 	var p bpf.MeshPrefix
 	var v uint32
 	it := d.kernel.Destinations.Iterate()
 	for it.Next(&a, &v) {
-		have.Addrs[goAddr(a)] = struct{}{}
+		have.Addrs[goAddr(a)] = v != 0
 	}
 	pit := d.kernel.Prefixes.Iterate()
 	for pit.Next(&p, &v) {
-		have.Prefixes[goPrefix(p)] = struct{}{}
+		have.Prefixes[goPrefix(p)] = v != 0
 	}
 	if err := errors.Join(it.Err(), pit.Err()); err != nil {
 		return have, fmt.Errorf("read mesh addresses: %w", err)
@@ -339,16 +342,20 @@ func (d *Datapath) readDestinations() (Destinations, error) {
 	return have, nil
 }
 
-// reconcile makes a map's keys equal to want; have follows each step, so that a failure loses no track.
-func reconcile[K comparable, V any](have, want map[K]struct{}, m *ebpf.Map, key func(K) V) error {
-	for k := range want {
-		if _, ok := have[k]; ok {
+// reconcile makes a map equal to want; have follows each step, so that a failure loses no track.
+func reconcile[K comparable, V any](have, want map[K]bool, m *ebpf.Map, key func(K) V) error {
+	for k, captured := range want {
+		if had, ok := have[k]; ok && had == captured {
 			continue
 		}
-		if err := m.Put(key(k), uint32(1)); err != nil {
+		value := uint32(0)
+		if captured {
+			value = 1
+		}
+		if err := m.Put(key(k), value); err != nil {
 			return fmt.Errorf("add %v: %w", k, err)
 		}
-		have[k] = struct{}{}
+		have[k] = captured
 	}
 	for k := range have {
 		if _, ok := want[k]; ok {

@@ -55,7 +55,7 @@ func (h *PodHandle) serveOutbound(down *netns.Sock) {
 	}
 	req, err := h.decide(ctx, Request{Src: src, Dst: dst, Drawn: p.cfg.Sockets.Drawn(down)}, nil)
 	var up net.Conn
-	var via hop
+	via := hop{addr: dst} // where it is refused before it goes anywhere
 	if err == nil {
 		up, via, req, err = h.connect(ctx, req)
 	}
@@ -106,7 +106,10 @@ func (h *PodHandle) decide(ctx context.Context, req Request, tried []string) (Re
 		return req, err
 	}
 	req.Route = h.p.route(s, req, tried)
-	if req.Route.Kind == mesh.RouteRefuse {
+	switch {
+	case req.Route.Why == mesh.WhyNotInRegistry:
+		return req, fail(NotInRegistry, "the mesh does not know %s, and pods may reach only what it knows (outboundTrafficPolicy REGISTRY_ONLY): declare it by a ServiceEntry", req.Dst)
+	case req.Route.Kind == mesh.RouteRefuse:
 		return req, fail(RouteRefused, "no route to %s: %s", req.Dst, req.Route.Why)
 	}
 	return req, nil

@@ -25,13 +25,14 @@ const (
 	RequestInvalid              // a CONNECT for something that is not an address of the pod (400), here or at the peer
 	PeerUntrusted               // an open connection whose peer's certificate has ended, was revoked or lost its root
 	Overloaded                  // the node has no room for a new connection
+	NotInRegistry               // the mesh does not know the destination, and lets pods reach only what it knows
 	outcomes
 )
 
 var outcomeNames = [outcomes]string{
 	"completed", "reset", "drained", "source_unknown", "route_refused", "policy_denied", "policy_revoked",
 	"identity_unavailable", "tls_failed", "tunnel_failed", "peer_unreachable", "app_refused", "request_invalid",
-	"peer_untrusted", "overloaded",
+	"peer_untrusted", "overloaded", "not_in_registry",
 }
 
 // String returns the word that logs and the outcome counter use.
@@ -56,7 +57,7 @@ func (o Outcome) flag() flag {
 	switch o {
 	case Completed, Reset, Drained:
 		return flagNone
-	case PolicyDenied, PolicyRevoked:
+	case PolicyDenied, PolicyRevoked, NotInRegistry:
 		return flagDeny
 	case TLSFailed, PeerUntrusted:
 		return flagTLS

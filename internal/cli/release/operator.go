@@ -18,13 +18,14 @@ type operator struct {
 // meanings are where the values of an IstioOperator's spec go, by their paths in it; to "" goes what Warren does anyway.
 func meanings() map[string]string {
 	m := map[string]string{
-		"revision":                      "revision",
-		"meshConfig.trustDomain":        "mesh.trustDomain",
-		"meshConfig.trustDomainAliases": "mesh.trustDomainAliases",
-		"meshConfig.caAddress":          "ca.address",
-		"meshConfig.enableAutoMtls":     "",
-		"meshConfig.extensionProviders": "meshConfig.extensionProviders",
-		"meshConfig.defaultProviders":   "meshConfig.defaultProviders",
+		"revision":                              "revision",
+		"meshConfig.trustDomain":                "mesh.trustDomain",
+		"meshConfig.trustDomainAliases":         "mesh.trustDomainAliases",
+		"meshConfig.caAddress":                  "ca.address",
+		"meshConfig.enableAutoMtls":             "",
+		"meshConfig.outboundTrafficPolicy.mode": "meshConfig.outboundTrafficPolicy.mode",
+		"meshConfig.extensionProviders":         "meshConfig.extensionProviders",
+		"meshConfig.defaultProviders":           "meshConfig.defaultProviders",
 
 		"components.base.enabled":                      "crds.install",
 		"components.pilot.enabled":                     "control.enabled",

@@ -95,6 +95,9 @@ func Explain(q Question) Answer {
 			Hint: "kubectl label namespace " + src.Namespace + " istio.io/dataplane-mode=ambient"})
 	}
 	for _, r := range routes(q.Client.Mesh, src, q.Dst) {
+		if !captured && r.Why == mesh.WhyNotInRegistry { // what is not captured is not held back
+			r = mesh.Route{Kind: mesh.RoutePassthrough, Dial: q.Dst, Why: mesh.WhyUnknown}
+		}
 		if !captured && r.Kind == mesh.RouteWaypoint {
 			for _, r := range around(q.Client.Mesh, r, q.Dst) {
 				a.Ends = append(a.Ends, q.end(src, r, captured))
@@ -381,7 +384,9 @@ func name(w *mesh.Workload) string {
 // words says reasons in a sentence.
 var words = map[mesh.Reason]string{
 	mesh.WhyNoState: "the client's node knows nothing of the mesh yet", mesh.WhyUnknown: "the address is not in the mesh",
-	mesh.WhyOwnPod: "the client is its own server", mesh.WhyServicePassthru: "the service asks for the address itself",
+	mesh.WhyNotInRegistry: "the mesh does not know the address, and pods may reach only what it knows (outboundTrafficPolicy REGISTRY_ONLY)",
+	mesh.WhyHostAddress:   "a host of the cluster has the address",
+	mesh.WhyOwnPod:        "the client is its own server", mesh.WhyServicePassthru: "the service asks for the address itself",
 	mesh.WhyHostNetwork: "on its node's network, without a tunnel", mesh.WhyNotCaptured: "an endpoint without a tunnel",
 	mesh.WhyEndpoint: "an endpoint of the service", mesh.WhyWorkload: "the pod that was asked for",
 	mesh.WhyServiceWaypoint: "the waypoint of the service", mesh.WhyWorkloadWaypoint: "the waypoint of the pod",
@@ -405,6 +410,8 @@ func remedy(r mesh.Reason) string {
 	switch r {
 	case mesh.WhyNoState:
 		return "see whether the agent reaches the control plane: kubectl -n istio-system logs -l app=ztunnel"
+	case mesh.WhyNotInRegistry:
+		return "declare it by a ServiceEntry with this address"
 	case mesh.WhyNoPort:
 		return "compare the port with the service's: warren node-config services"
 	case mesh.WhyNoEndpoint, mesh.WhyNoHealthy, mesh.WhyNoLocal:

@@ -336,11 +336,18 @@ func TestWhatIsSaid(t *testing.T) {
 		}
 		return ask(bot, "10.96.0.1:5432", s, s, nil) // is not captured
 	}
+	closed := func() *mesh.Snapshot {
+		b := mesh.NewBuilder(state())
+		b.SetConfig(mesh.Config{RegistryOnly: true})
+		return b.Commit(2)
+	}()
 	for about, c := range map[string]struct {
 		a       Answer
 		outcome Outcome
 		want    string // of a step, as node stage result object rule what
 	}{
+		"not declared":      {ask(ui, "1.2.3.4:443", closed, closed, nil), Refused, "n1 resolution refused  0 the mesh does not know the address, and pods may reach only what it knows (outboundTrafficPolicy REGISTRY_ONLY)"},
+		"not held back":     {ask(bot, "1.2.3.4:443", closed, closed, nil), Allowed, "n1 resolution ok  0 the address is not in the mesh: plain TCP to 1.2.3.4:443"},
 		"allowed":           {ask(ui, "10.96.0.1:5432", state(), state(), nil), Allowed, "n2 policy ok  0 no policy applies"},
 		"denied":            {ask(ui, "10.96.0.1:5432", state(deny), state(deny), nil), Refused, "n2 policy refused AuthorizationPolicy shop/no-ui 2 denied, spiffe://td/ns/shop/sa/ui"},
 		"strict":            {ask(bot, "10.96.0.1:5432", state(strict), state(strict), nil), Refused, "n2 policy refused PeerAuthentication, as shop/peer_authn_strict 0 STRICT: plaintext is refused"},
