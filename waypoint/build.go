@@ -110,9 +110,7 @@ type chain struct {
 	ingress *mesh.IngressListener // of a gateway; nil for a waypoint's
 }
 
-func (c chain) http() bool {
-	return c.port.App == mesh.AppHTTP1 || c.port.App == mesh.AppHTTP2 || c.port.App == mesh.AppGRPC || c.port.App == mesh.AppUnknown
-}
+func (c chain) http() bool { return c.port.App.HTTP() }
 
 func (c chain) tcp() bool { return !c.http() || c.sniffed() }
 

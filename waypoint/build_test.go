@@ -243,6 +243,16 @@ var cases = map[string]func(*mesh.Service){
 			{Name: mesh.PolicyName{Namespace: "shop", Name: "noted"}, Action: mesh.Audit, Rules: []mesh.AccessRule{{}}},
 		}
 	},
+	"limits": func(s *mesh.Service) {
+		s.Limits = []mesh.RateLimit{
+			{Name: "shop/all/0", Requests: 100, Per: time.Second, Burst: 200},
+			{Name: "shop/all/1", Requests: 10, Per: time.Minute, Burst: 1, By: []mesh.LimitKey{{On: mesh.LimitPrincipal}, {On: mesh.LimitHeader, Header: "x-user"}}, Match: mesh.LimitMatch{
+				Methods: []string{"POST", "PUT"}, Paths: []mesh.TextMatch{text(mesh.TextExact, "/orders"), text(mesh.TextPath, "/api/v1/"), text(mesh.TextRegex, "/x[0-9]+|/y")},
+				Headers: []mesh.NamedMatch{{Name: "x-tier", Match: text(mesh.TextExact, "free")}, {Name: "x-any"}, {Name: "x-not", Match: text(mesh.TextRegex, "a.*"), Invert: true}},
+			}},
+			{Name: "shop/more/0", Requests: 4294967295, Per: time.Hour, Burst: 4294967295, By: []mesh.LimitKey{{On: mesh.LimitNamespace}, {On: mesh.LimitAddress}}},
+		}
+	},
 	// What routes of the Gateway API add: rules for a port, for the clients of a namespace, and shares that fail.
 	"consumer": rules(
 		mesh.HTTPRule{Name: "blog/theirs/0", From: "blog", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/")}}, Backends: []mesh.HTTPBackend{to("v2", 1)}},

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"testing"
+	"time"
 
 	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
 	"google.golang.org/protobuf/proto"
@@ -178,11 +179,16 @@ func TestOnlyWhatChanged(t *testing.T) {
 	s.Access = []mesh.AccessPolicy{{Action: mesh.Deny, Rules: []mesh.AccessRule{{}}}}
 	b.PutService(s)
 	expect("a policy", 2, map[string]int{resource.RouteType: 1})
+	s = numbered(7)
+	s.Access = []mesh.AccessPolicy{{Action: mesh.Deny, Rules: []mesh.AccessRule{{}}}}
+	s.Limits = []mesh.RateLimit{{Name: "shop/l/0", Requests: 1, Per: time.Second, Burst: 1}}
+	b.PutService(s)
+	expect("a limit", 2, map[string]int{resource.ExtensionConfigType: 1})
 	b.PutWorkload(&mesh.Workload{UID: "w7", Namespace: "shop", Name: "w7", Tunnel: mesh.TunnelHBONE, Addrs: []netip.Addr{netip.MustParseAddr("10.1.0.7")},
 		Services: map[mesh.ServiceName][]mesh.ServicePort{s.Name: {{Port: 80, Target: 8080}}}})
 	expect("a pod", 1, map[string]int{resource.EndpointType: 1})
 	b.PutService(numbered(100))
-	expect("a service", 2, map[string]int{resource.ListenerType: 1, resource.RouteType: 1, resource.ClusterType: 1, resource.EndpointType: 1, resource.ExtensionConfigType: 1})
+	expect("a service", 2, map[string]int{resource.ListenerType: 1, resource.RouteType: 1, resource.ClusterType: 1, resource.EndpointType: 1, resource.ExtensionConfigType: 2})
 	b.PutService(&mesh.Service{Name: mesh.ServiceName{Namespace: "blog", Hostname: "other"}, Ports: []mesh.ServicePort{{Port: 80, App: mesh.AppHTTP1}}})
 	expect("a service behind none", 0, nil)
 }

@@ -182,7 +182,7 @@ func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listen
 // ingressChain has what serves services serve a listener.
 func (b *builder) ingressChain(in *mesh.IngressListener) chain {
 	return chain{ingress: in, port: mesh.ServicePort{Port: in.Port, App: mesh.AppHTTP1},
-		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens, Telemetry: b.ingress.Telemetry}}
+		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens, Limits: b.ingress.Limits, Telemetry: b.ingress.Telemetry}}
 }
 
 // ingressRoutes is the route table of a listener.

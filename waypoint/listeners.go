@@ -59,6 +59,8 @@ func (b *builder) terminate() *listenerv3.Listener {
 		DelayedCloseTimeout:          durationpb.New(time.Second),
 		GenerateRequestId:            wrapperspb.Bool(false),
 		AlwaysSetRequestIdInResponse: false,
+
+		EarlyHeaderMutationExtensions: []*corev3.TypedExtensionConfig{b.writePrincipal()},
 	}
 	l := &listenerv3.Listener{
 		Name:    connectTerminate,
@@ -127,6 +129,7 @@ func (b *builder) tunnelState() proto.Message {
 		value(stateLocal, "", "%REQ(:AUTHORITY)%"),
 		value(stateRemote, "", "%DOWNSTREAM_REMOTE_ADDRESS%"),
 		value(statePrincipal, "envoy.string", "%DOWNSTREAM_PEER_URI_SAN%"),
+		provenNamespace(value),
 	}, peerState(value)...)}
 }
 
@@ -288,7 +291,8 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 			ConfigSource: adsSource(), RouteConfigName: c.name("http"),
 		}},
 		HttpFilters: append(append(b.tokenFilters(c), b.accessFilters()...),
-			b.httpFilter(corsFilter, &corsv3.Cors{}),
+			b.httpFilter(corsFilter, &corsv3.Cors{}), // before the limits, so that a page can read their answer
+			b.limitFilter(c),
 			b.httpFilter(faultFilter, &faultv3.HTTPFault{}),
 			b.router(),
 		),
@@ -455,6 +459,15 @@ func (b *builder) router() *hcmv3.HttpFilter {
 
 func (b *builder) httpFilter(name string, m proto.Message) *hcmv3.HttpFilter {
 	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: b.config(m)}}
+}
+
+// apart is a filter whose configuration is a resource of its own.
+func (b *builder) apart(name string, m proto.Message) *hcmv3.HttpFilter {
+	config := b.config(m)
+	b.extensions = append(b.extensions, &corev3.TypedExtensionConfig{Name: name, TypedConfig: config})
+	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_ConfigDiscovery{ConfigDiscovery: &corev3.ExtensionConfigSource{
+		ConfigSource: adsSource(), TypeUrls: []string{config.TypeUrl},
+	}}}
 }
 
 func (b *builder) networkFilter(name string, m proto.Message) *listenerv3.Filter {

@@ -44,7 +44,7 @@ func statePeer(field string) string { return "warren.source." + field }
 
 // readBaggage takes a tunnel's baggage apart. What does not match has to be said too, or the whole header were the value.
 func (b *builder) readBaggage() *hcmv3.HttpFilter {
-	out := &h2mv3.Config{}
+	out := &h2mv3.Config{RequestRules: []*h2mv3.Config_Rule{readNamespace()}}
 	for _, f := range peerFields {
 		out.RequestRules = append(out.RequestRules, &h2mv3.Config_Rule{Header: "baggage", OnHeaderPresent: &h2mv3.Config_KeyValuePair{
 			MetadataNamespace: metaPeer, Key: f.name, RegexValueRewrite: &envoymatcherv3.RegexMatchAndSubstitute{

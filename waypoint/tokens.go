@@ -29,15 +29,7 @@ const (
 // tokenFilters verify tokens. What they know is a resource of its own (ECDS), so that a change reaches the next request of
 // connections that are open.
 func (b *builder) tokenFilters(c chain) []*hcmv3.HttpFilter {
-	name := c.name("tokens")
-	config := b.config(tokens(c.svc.Tokens))
-	b.extensions = append(b.extensions, &corev3.TypedExtensionConfig{Name: name, TypedConfig: config})
-	return []*hcmv3.HttpFilter{
-		{Name: name, ConfigType: &hcmv3.HttpFilter_ConfigDiscovery{ConfigDiscovery: &corev3.ExtensionConfigSource{
-			ConfigSource: adsSource(), TypeUrls: []string{config.TypeUrl},
-		}}},
-		b.httpFilter(tokenFilter, &sfsv3.Config{}),
-	}
+	return []*hcmv3.HttpFilter{b.apart(c.name("tokens"), tokens(c.svc.Tokens)), b.httpFilter(tokenFilter, &sfsv3.Config{})}
 }
 
 // tokens has each token that comes verified by the rule of its issuer. Requests without any go on.

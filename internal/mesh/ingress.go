@@ -15,7 +15,8 @@ type Ingress struct {
 	Certificates []Certificate  // by name
 	Access       []AccessPolicy // by name
 	Tokens       []TokenRule
-	Telemetry    *Telemetry // nil: the default
+	Limits       []RateLimit // by name
+	Telemetry    *Telemetry  // nil: the default
 
 	BackendCertificate string // of Certificates, the one that is shown to applications with which it speaks TLS; "": none
 

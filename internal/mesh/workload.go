@@ -106,6 +106,7 @@ type Service struct {
 	Traffic []Traffic
 	Access  []AccessPolicy // by name
 	Tokens  []TokenRule
+	Limits  []RateLimit // by name
 
 	Telemetry *Telemetry // of its waypoint; nil: the default
 
@@ -140,6 +141,11 @@ const (
 	AppTCP
 	AppTLS
 )
+
+// HTTP reports whether requests may come, of which whoever carries them knows.
+func (a AppProtocol) HTTP() bool {
+	return a == AppHTTP1 || a == AppHTTP2 || a == AppGRPC || a == AppUnknown
+}
 
 // LBScope is one level of locality preference.
 type LBScope uint8

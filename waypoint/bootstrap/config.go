@@ -100,6 +100,8 @@ func (c Config) envoy() ([]byte, error) {
 		// the answer to a request with "Connection: close".
 		"layered_runtime": object{"layers": []any{object{"name": "static", "static_layer": object{
 			"envoy.reloadable_features.enable_send_rst_on_user_space_socket": false,
+			// What tells the clients of a limit apart is a formatter (waypoint/limits.go).
+			"envoy.reloadable_features.enable_formatter_for_ratelimit_action_descriptor_value": true,
 		}}}},
 		"bootstrap_extensions": []any{object{"name": "envoy.bootstrap.internal_listener", "typed_config": object{
 			"@type": "type.googleapis.com/envoy.extensions.bootstrap.internal_listener.v3.InternalListener",
