@@ -38,7 +38,8 @@ import (
 type Clients struct {
 	Kube  kubernetes.Interface
 	Istio istio.Interface
-	// Dynamic reads APIServices and CustomResourceDefinitions; nil leaves their calls without exemption from STRICT.
+	// Dynamic reads RateLimits, APIServices and CustomResourceDefinitions; nil leaves requests without limits, and the calls of
+	// the others without exemption from STRICT.
 	Dynamic dynamic.Interface
 	// Gateways reads the Gateway API; without it there are no waypoints.
 	Gateways gatewayclient.Interface

@@ -240,6 +240,8 @@ func typed(o *unstructured.Unstructured) (any, error) {
 		out = &securityv1.RequestAuthentication{}
 	case "telemetry.istio.io/Telemetry":
 		out = &telemetryv1.Telemetry{}
+	case policy.RateLimitGroup + "/RateLimit":
+		return policy.ReadRateLimit(o), nil
 	case "networking.istio.io/ServiceEntry":
 		out = &networkingv1.ServiceEntry{}
 	case "networking.istio.io/WorkloadEntry":

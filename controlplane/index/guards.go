@@ -128,17 +128,22 @@ func (x *Index) targets(ns string, t policy.Target, s *serviceFact) bool {
 	return false
 }
 
+// decidersOf are the namespaces of policies that may be for a service behind a waypoint.
+func (x *Index) decidersOf(s *serviceFact) []string {
+	namespaces := namespacesOf(s.owner.Namespace, x.c.RootNamespace)
+	if w := x.waypointAsked(s).Namespace; !slices.Contains(namespaces, w) {
+		namespaces = append(namespaces, w)
+	}
+	return namespaces
+}
+
 // accessOf are the policies that a service's waypoint decides by, and how it verifies tokens.
 func (x *Index) accessOf(s *serviceFact) (access []mesh.AccessPolicy, tokens []mesh.TokenRule) {
 	if x.waypointFor(s) == nil {
 		return nil, nil
 	}
-	namespaces := namespacesOf(s.owner.Namespace, x.c.RootNamespace)
-	if w := x.waypointAsked(s).Namespace; !slices.Contains(namespaces, w) {
-		namespaces = append(namespaces, w)
-	}
 	var requests []*requestFact
-	for _, ns := range namespaces {
+	for _, ns := range x.decidersOf(s) {
 		for _, f := range x.authz[ns] {
 			if f.Attached != nil && x.anyTargets(ns, f.Targets, s) {
 				access = append(access, mesh.AccessPolicy{Name: f.Policy.Name, Action: f.Attached.Action, DryRun: f.Attached.DryRun, Ask: f.Attached.Ask, Rules: f.Attached.Rules})

@@ -51,13 +51,14 @@ const (
 	TLSRoute
 	TCPRoute
 	BackendTLSPolicy
+	RateLimit
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
 	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry", "Gateway",
-	"TLSRoute", "TCPRoute", "BackendTLSPolicy",
+	"TLSRoute", "TCPRoute", "BackendTLSPolicy", "RateLimit",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -159,6 +160,7 @@ type Index struct {
 	peerAuths    map[string]map[string]*peerAuthFact
 	requests     map[string]map[string]*requestFact
 	telemetries  map[string]map[string]*telemetryFact
+	rateLimits   map[string]map[string]*rateLimitFact
 	keys         map[policy.KeySource]KeyState
 	keyUsers     map[policy.KeySource]int           // rules of RequestAuthentications
 	virtuals     map[string]map[string]*routeFact   // VirtualServices
@@ -231,6 +233,7 @@ func New(cfg Config) (*Index, error) {
 		peerAuths:       map[string]map[string]*peerAuthFact{},
 		requests:        map[string]map[string]*requestFact{},
 		telemetries:     map[string]map[string]*telemetryFact{},
+		rateLimits:      map[string]map[string]*rateLimitFact{},
 		keys:            map[policy.KeySource]KeyState{},
 		keyUsers:        map[policy.KeySource]int{},
 		virtuals:        map[string]map[string]*routeFact{},
@@ -289,6 +292,8 @@ func (x *Index) Set(obj any) {
 		x.setRequestAuth(keyOf(o), x.c.requestFactOf(o))
 	case *telemetryv1.Telemetry:
 		x.setTelemetry(keyOf(o), x.c.telemetryFactOf(o))
+	case *policy.RateLimit:
+		x.setRateLimit(keyOf(o), rateLimitFactOf(o))
 	case *networkingv1.ServiceEntry:
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
 	case *kubenetworkingv1.NetworkPolicy:
@@ -357,6 +362,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setRequestAuth(k, nil)
 	case Telemetry:
 		x.setTelemetry(k, nil)
+	case RateLimit:
+		x.setRateLimit(k, nil)
 	case ServiceEntry:
 		x.setEntry(k, nil)
 	case WorkloadEntry:
@@ -477,7 +484,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		s.Waypoint = x.waypointFor(is)
 		x.route(s)
 		s.Access, s.Tokens = x.accessOf(is)
-		s.Telemetry = x.telemetryOf(is)
+		s.Telemetry, s.Limits = x.telemetryOf(is), x.limitsOf(is)
 		s.TLS = x.backendTLSOf(is)
 		b.PutService(s)
 	}

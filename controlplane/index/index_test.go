@@ -87,6 +87,9 @@ func dump(x *Index) string {
 		if v.Telemetry != nil {
 			line("%s", toldText(v.Telemetry))
 		}
+		for _, l := range v.Limits {
+			line("  limit %+v", l)
+		}
 		for _, r := range v.Routed {
 			line("  routed port %d%v to %+v", r.Port, r.Names, r.Backends)
 		}
@@ -123,6 +126,9 @@ func dump(x *Index) string {
 		}
 		for _, r := range g.Tokens {
 			line("  tokens %+v", r)
+		}
+		for _, l := range g.Limits {
+			line("  limit %+v", l)
 		}
 		if g.Telemetry != nil {
 			line("%s", toldText(g.Telemetry))
@@ -258,6 +264,8 @@ func decode(t testing.TB, doc string) any {
 		obj = &securityv1.RequestAuthentication{}
 	case "Telemetry":
 		obj = &telemetryv1.Telemetry{}
+	case "RateLimit":
+		obj = &policy.RateLimit{}
 	case "ValidatingWebhookConfiguration":
 		obj = &admissionv1.ValidatingWebhookConfiguration{}
 	case "MutatingWebhookConfiguration":
@@ -502,7 +510,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+12).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+13).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -580,6 +588,16 @@ func drawObject(t *rapid.T) (ref, any) {
 			`spec: {targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}], metrics: [{overrides: [{tagOverrides: {a: {operation: REMOVE}}}]}]}`,
 			`spec: {targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], tracing: [{customTags: {a: {literal: {value: b}}}}]}`), p)
 		p.ObjectMeta = drawMeta(t, "name", "te0", "te1")
+		return ref{kind, keyOf(p)}, p
+	case RateLimit:
+		p := &policy.RateLimit{}
+		mustYAML(t, pick(t, "limits",
+			`spec: {targetRefs: [{kind: Service, name: s0}], limits: [{requests: 1, per: Second}]}`,
+			`spec: {targetRefs: [{kind: Service, name: s1}, {kind: ServiceEntry, group: networking.istio.io, name: se0}], limits: [{requests: 9, per: Hour, burst: 3, by: [{type: Header, header: X-User}]}]}`,
+			`spec: {targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], limits: [{requests: 1, per: Minute, by: [{type: Principal}]}]}`,
+			`spec: {targetRefs: [{kind: Gateway, group: networking.istio.io, name: g}], limits: [{requests: 1, per: Minute}]}`,
+			`spec: {targetRefs: [{kind: Secret, name: s0}], limits: [{requests: 0, per: Minute}]}`), p)
+		p.ObjectMeta = drawMeta(t, "name", "rl0", "rl1")
 		return ref{kind, keyOf(p)}, p
 	case RequestAuthentication:
 		r := &securityv1.RequestAuthentication{}

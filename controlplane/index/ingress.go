@@ -406,7 +406,7 @@ func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 	in.Access, in.Tokens = x.gatewayAccess(f.Namespace, x.labelsOf(f), func(ns string, targets []policy.Target) bool {
 		return slices.ContainsFunc(targets, func(t policy.Target) bool { return x.targetsIngress(ns, t, f) })
 	})
-	in.Telemetry = x.ingressTelemetry(f)
+	in.Telemetry, in.Limits = x.ingressTelemetry(f), x.ingressLimits(f)
 	state := &GatewayState{UID: f.uid, Generation: f.generation, Accepted: f.accepted}
 	if f.shown != nil {
 		c, v := x.certificate(f, *f.shown, gatewayv1.ListenerConditionReason(gatewayv1.GatewayReasonInvalidClientCertificateRef))

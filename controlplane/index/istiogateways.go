@@ -425,8 +425,11 @@ func (x *Index) gatewayAccess(namespace string, pods []map[string]string, is fun
 func (f *authorizationFact) untargeted() untargeted { return untargeted{f.Namespace, f.Selector} }
 func (f *requestFact) untargeted() untargeted       { return untargeted{f.Namespace, f.Selector} }
 
-// touchUntargeted marks the policies that gateways may have come to be among the workloads of.
+// touchUntargeted marks the policies that gateways may have come to be among the workloads of, and those that name gateways.
 func (x *Index) touchUntargeted() {
+	for ns := range x.rateLimits {
+		x.touchRateLimits(ns)
+	}
 	for _, all := range x.authz {
 		for _, f := range all {
 			if len(f.Targets) == 0 {

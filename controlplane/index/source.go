@@ -39,8 +39,8 @@ type Source struct {
 	// Gateways reads the Gateway API; without it there are no waypoints.
 	Gateways gatewayclient.Interface
 	Log      *slog.Logger
-	// Dynamic reads what has no typed client here: APIServices and CustomResourceDefinitions. Without it their
-	// calls get no exemption from STRICT.
+	// Dynamic reads what has no typed client here: RateLimits, of which there are none without it, and APIServices and
+	// CustomResourceDefinitions, whose calls get no exemption from STRICT without it.
 	Dynamic dynamic.Interface
 
 	// Settle is how long after a change others are waited for, so that a burst makes one Update. The first
@@ -89,7 +89,8 @@ func NewSource(kube kubernetes.Interface, istioClient istio.Interface, cfg Confi
 // factories are those of the clients that custom resources are read with.
 type factories struct {
 	istioinformers.SharedInformerFactory
-	gateways gatewayinformers.SharedInformerFactory // nil without a client
+	gateways gatewayinformers.SharedInformerFactory       // nil without a client
+	dynamic  dynamicinformer.DynamicSharedInformerFactory // nil without a client
 }
 
 // crd is a custom resource that is read.
@@ -97,6 +98,19 @@ type crd struct {
 	kind     Kind
 	resource schema.GroupVersionResource
 	informer func(factories) cache.SharedIndexInformer
+}
+
+var rateLimits = schema.GroupVersionResource{Group: policy.RateLimitGroup, Version: policy.RateLimitVersion, Resource: policy.RateLimitResource}
+
+// readable reports whether there is a client for it.
+func (f factories) readable(c crd) bool {
+	switch c.resource.Group {
+	case gatewayv1.GroupName:
+		return f.gateways != nil
+	case policy.RateLimitGroup:
+		return f.dynamic != nil
+	}
+	return true
 }
 
 // crds are those that are read, which a cluster may not have (yet).
@@ -147,6 +161,7 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer {
 			return f.gateways.Gateway().V1().BackendTLSPolicies().Informer()
 		}},
+	{RateLimit, rateLimits, func(f factories) cache.SharedIndexInformer { return f.dynamic.ForResource(rateLimits).Informer() }},
 	// v1beta1 is what clusters with older definitions have too.
 	{ReferenceGrant, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1beta1", Resource: "referencegrants"},
 		func(f factories) cache.SharedIndexInformer {
@@ -201,21 +216,21 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 	selectorsRead := synced[len(synced)-1]
 	synced = synced[:len(synced)-1]
 	if s.Dynamic != nil {
-		factory := dynamicinformer.NewDynamicSharedInformerFactory(s.Dynamic, 0)
+		inf.dynamic = dynamicinformer.NewDynamicSharedInformerFactory(s.Dynamic, 0)
 		for kind, r := range map[Kind]schema.GroupVersionResource{
 			APIService:               {Group: "apiregistration.k8s.io", Version: "v1", Resource: "apiservices"},
 			CustomResourceDefinition: {Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"},
 		} {
-			if err := add(kind, factory.ForResource(r).Informer()); err != nil {
+			if err := add(kind, inf.dynamic.ForResource(r).Informer()); err != nil {
 				return err
 			}
 		}
-		factory.Start(ctx.Done())
-		defer factory.Shutdown()
+		inf.dynamic.Start(ctx.Done())
+		defer inf.dynamic.Shutdown()
 	}
 	missing := map[Kind]bool{}
 	for _, c := range crds {
-		if c.resource.Group != gatewayv1.GroupName || inf.gateways != nil {
+		if inf.readable(c) {
 			missing[c.kind] = true
 		}
 	}
@@ -239,6 +254,9 @@ func (s *Source) Run(ctx context.Context, publish func(*Update)) error {
 		inf.Start(ctx.Done())
 		if inf.gateways != nil {
 			inf.gateways.Start(ctx.Done())
+		}
+		if inf.dynamic != nil {
+			inf.dynamic.Start(ctx.Done())
 		}
 		return nil
 	}
@@ -443,6 +461,11 @@ func strip(obj any) (any, error) {
 			o.Webhooks[i] = admissionv1.MutatingWebhook{ClientConfig: admissionv1.WebhookClientConfig{Service: o.Webhooks[i].ClientConfig.Service}}
 		}
 	case *unstructured.Unstructured:
+		if o.GetKind() == RateLimit.String() {
+			r := policy.ReadRateLimit(o)
+			r.ManagedFields = nil
+			return r, nil
+		}
 		return stripUnstructured(o), nil
 	case *securityv1.AuthorizationPolicy:
 		o.ManagedFields = nil

@@ -9,7 +9,7 @@ import (
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
-// PolicyKey names a policy object: an AuthorizationPolicy, PeerAuthentication, RequestAuthentication or Telemetry.
+// PolicyKey names a policy object: an AuthorizationPolicy, PeerAuthentication, RequestAuthentication, Telemetry or RateLimit.
 type PolicyKey struct {
 	Kind            Kind
 	Namespace, Name string
@@ -46,6 +46,7 @@ func (x *Index) touchTargeting(ns string) {
 		}
 	}
 	x.touchTelemetry(ns)
+	x.touchRateLimits(ns)
 }
 
 func (x *Index) commitStates(u *Update) {
@@ -97,6 +98,10 @@ func (x *Index) policyState(k PolicyKey, pods []exempted) *PolicyState {
 	case Telemetry:
 		if f := x.telemetries[k.Namespace][k.Name]; f != nil {
 			return x.telemetryState(f)
+		}
+	case RateLimit:
+		if f := x.rateLimits[k.Namespace][k.Name]; f != nil {
+			return x.rateLimitState(f)
 		}
 	}
 	return nil

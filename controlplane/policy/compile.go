@@ -61,10 +61,11 @@ const (
 	TargetServiceEntry
 	TargetGateway
 	TargetGatewayClass
+	TargetIstioGateway // of networking.istio.io; RateLimits alone name one
 	TargetUnknown
 )
 
-var targetKinds = [...]string{"Service", "ServiceEntry", "Gateway", "GatewayClass", "unknown kind"}
+var targetKinds = [...]string{"Service", "ServiceEntry", "Gateway", "GatewayClass", "Gateway of networking.istio.io", "unknown kind"}
 
 func (k TargetKind) String() string { return targetKinds[k] }
 

@@ -18,7 +18,14 @@ func accepted(k index.PolicyKey, s *index.PolicyState, o Object) []condition {
 		return nil
 	}
 	if len(o.Targets) > 0 {
-		return []condition{waypointAccepted(s, o)}
+		c := waypointAccepted(s, o)
+		if k.Kind == index.RateLimit {
+			c.Type = ConditionAccepted
+			if c.Status != string(metav1.ConditionTrue) && s.Reason == policy.ReasonUnsupported {
+				c.Reason, c.Message = "Invalid", s.Message
+			}
+		}
+		return []condition{c}
 	}
 	if k.Kind != index.AuthorizationPolicy {
 		return nil

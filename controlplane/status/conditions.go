@@ -12,14 +12,16 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Conditions that are written on policies. The last two are Istio's own words for what it accepts.
+// Conditions that are written on policies. The last two are Istio's own words for what it accepts; RateLimits have the
+// Gateway API's.
 const (
 	ConditionEnforced         = "Enforced"
+	ConditionAccepted         = "Accepted"
 	ConditionZtunnelAccepted  = "ZtunnelAccepted"
 	ConditionWaypointAccepted = "WaypointAccepted"
 )
 
-var ownConditions = []string{ConditionEnforced, ConditionZtunnelAccepted, ConditionWaypointAccepted}
+var ownConditions = []string{ConditionEnforced, ConditionAccepted, ConditionZtunnelAccepted, ConditionWaypointAccepted}
 
 // Reasons of the condition Enforced, beside those with which package policy says what nodes do instead.
 const (

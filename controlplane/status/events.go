@@ -12,6 +12,7 @@ import (
 	"k8s.io/client-go/tools/record"
 
 	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/policy"
 )
 
 // Events emits events under the control plane's name. Repeated ones are counted instead of written anew.
@@ -108,6 +109,8 @@ func reference(k index.NoticeKey, v index.Notice) corev1.ObjectReference {
 		ref.APIVersion = "security.istio.io/v1"
 	case index.Telemetry:
 		ref.APIVersion = "telemetry.istio.io/v1"
+	case index.RateLimit:
+		ref.APIVersion = policy.RateLimitGroup + "/" + policy.RateLimitVersion
 	case index.HTTPRoute, index.GRPCRoute, index.TLSRoute, index.TCPRoute, index.BackendTLSPolicy, index.Gateway:
 		ref.APIVersion = "gateway.networking.k8s.io/v1"
 	case index.ServiceEntry, index.WorkloadEntry, index.VirtualService, index.DestinationRule, index.IstioGateway:

@@ -1,6 +1,7 @@
 package status
 
 import (
+	"google.golang.org/protobuf/types/known/timestamppb"
 	metav1alpha1 "istio.io/api/meta/v1alpha1"
 	typev1beta1 "istio.io/api/type/v1beta1"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
@@ -8,6 +9,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/warrenmesh/warren/controlplane/index"
+	"github.com/warrenmesh/warren/controlplane/policy"
 )
 
 // Objects is Object of PoliciesConfig on what the index reads.
@@ -36,6 +38,18 @@ func objectOf(o any) (Object, bool) {
 	case *telemetryv1.Telemetry:
 		out := object(p, &p.Status)
 		out.Targets = targets(p.Namespace, p.Spec.TargetRefs, p.Spec.TargetRef)
+		return out, true
+	case *policy.RateLimit:
+		out := Object{UID: string(p.UID), ResourceVersion: p.ResourceVersion, Generation: p.Generation}
+		for _, c := range p.Status.Conditions {
+			out.Conditions = append(out.Conditions, &metav1alpha1.IstioCondition{
+				Type: c.Type, Status: string(c.Status), Reason: c.Reason, Message: c.Message, ObservedGeneration: c.ObservedGeneration,
+				LastTransitionTime: timestamppb.New(c.LastTransitionTime.Time),
+			})
+		}
+		for _, t := range p.Spec.TargetRefs {
+			out.Targets = append(out.Targets, t.Kind+" "+p.Namespace+"/"+t.Name)
+		}
 		return out, true
 	}
 	return Object{}, false

@@ -26,8 +26,10 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/kubernetes/fake"
 	k8stesting "k8s.io/client-go/testing"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
@@ -72,11 +74,16 @@ func TestWaypointServes(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	kube, istio, gateways := waypointCluster(t)
+	dyn := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
+		rateLimits: "RateLimitList",
+		{Group: "apiregistration.k8s.io", Version: "v1", Resource: "apiservices"}:             "APIServiceList",
+		{Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"}: "CustomResourceDefinitionList",
+	})
 	traces := collects(t, "127.0.1.4:9411")
 	done := make(chan error, 2)
 	go func() {
 		done <- controlplane.Run(ctx, controlplane.Config{XDSAddr: "127.0.0.1:15012", Log: slog.New(slog.DiscardHandler)},
-			controlplane.Clients{Kube: kube, Istio: istio, Gateways: gateways})
+			controlplane.Clients{Kube: kube, Istio: istio, Gateways: gateways, Dynamic: dyn})
 	}()
 	dir := t.TempDir()
 	write := func(name string, b []byte) string {
@@ -263,6 +270,7 @@ func TestWaypointServes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	t.Run("limits", func(t *testing.T) { waypointLimits(t, dyn, apply, get) })
 	shares := func(n int) (v1, v2 int) {
 		for range n {
 			_, body, err := get("10.96.0.9:80", "/")
@@ -426,6 +434,7 @@ extensionProviders:
 	kube.Resources = []*metav1.APIResourceList{
 		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}}},
 		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}, {Name: "requestauthentications"}}},
+		{GroupVersion: "policy.warren.io/v1alpha1", APIResources: []metav1.APIResource{{Name: "ratelimits"}}},
 		{GroupVersion: "telemetry.istio.io/v1", APIResources: []metav1.APIResource{{Name: "telemetries"}}},
 		{GroupVersion: "gateway.networking.k8s.io/v1", APIResources: []metav1.APIResource{{Name: "gateways"}}},
 	}
