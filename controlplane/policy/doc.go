@@ -10,7 +10,7 @@
 // or a dry run decides nothing and so never refuses anything.
 //
 // Telemetry objects are read here too, since they are attached as policies are ([Mesh.CompileTelemetry], [Mesh.Tell]).
-// They decide about no connection: what of one cannot be had is left out and named.
+// RateLimits are, too ([CompileRateLimit]). They decide about no connection: what of one cannot be had is left out and named.
 package policy
 
 import "github.com/warrenmesh/warren/internal/mesh"

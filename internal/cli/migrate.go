@@ -246,7 +246,7 @@ const servicesAlone = "Warren's waypoints take what is sent to Services"
 
 // notFollowed are kinds of Istio that Warren does not look at, and what to do.
 var notFollowed = map[string]string{
-	"EnvoyFilter":      "Envoy's configuration is Warren's own: say what is wanted with routes, policies and Telemetry",
+	"EnvoyFilter":      "Envoy's configuration is Warren's own: say what is wanted with routes, policies, RateLimits and Telemetry",
 	"WasmPlugin":       "extensions of Envoy are not loaded",
 	"Sidecar":          "there are no sidecars",
 	"ProxyConfig":      "there are no sidecars",

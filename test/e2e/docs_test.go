@@ -28,6 +28,7 @@ var pages = []docPage{
 	{"docs/tasks/enrol.md", false},
 	{"docs/tasks/deny-and-allow.md", false},
 	{"docs/tasks/canary.md", false},
+	{"docs/tasks/rate-limits.md", false},
 	{"docs/tasks/egress.md", false},
 	{"docs/tasks/find-out-why.md", false},
 	{"docs/tasks/upgrade.md", true},

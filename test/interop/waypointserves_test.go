@@ -270,7 +270,7 @@ func TestWaypointServes(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	t.Run("limits", func(t *testing.T) { waypointLimits(t, dyn, apply, get) })
+	t.Run("limits", func(t *testing.T) { waypointLimits(t, kube, dyn, apply, get) })
 	shares := func(n int) (v1, v2 int) {
 		for range n {
 			_, body, err := get("10.96.0.9:80", "/")

@@ -100,6 +100,9 @@ func (c Config) envoy() ([]byte, error) {
 		// the answer to a request with "Connection: close".
 		"layered_runtime": object{"layers": []any{object{"name": "static", "static_layer": object{
 			"envoy.reloadable_features.enable_send_rst_on_user_space_socket": false,
+			// Beyond 100 Envoy takes no regular expression: paths in which whatever may be a slash is one are longer, and so are the names
+			// by which it is asked what it uses (active.go). As in Istio.
+			"re2.max_program_size.error_level": 32768,
 			// What tells the clients of a limit apart is a formatter (waypoint/limits.go).
 			"envoy.reloadable_features.enable_formatter_for_ratelimit_action_descriptor_value": true,
 		}}}},
