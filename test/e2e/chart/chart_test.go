@@ -69,8 +69,8 @@ func TestUnknownValuesAreRejected(t *testing.T) {
 
 func TestEveryDefinitionIsRendered(t *testing.T) {
 	all := render(t)
-	if n := strings.Count(all, "\nkind: CustomResourceDefinition\n"); n != 25 {
-		t.Errorf("%d CustomResourceDefinitions are rendered, want 15 of Istio and 10 of the Gateway API", n)
+	if n := strings.Count(all, "\nkind: CustomResourceDefinition\n"); n != 26 {
+		t.Errorf("%d CustomResourceDefinitions are rendered, want 15 of Istio, 10 of the Gateway API and one of Warren", n)
 	}
 	if n := strings.Count(render(t, "crds.install=false"), "\nkind: CustomResourceDefinition\n"); n != 0 {
 		t.Errorf("crds.install=false renders %d", n)
