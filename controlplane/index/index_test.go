@@ -69,6 +69,9 @@ func dump(x *Index) string {
 	for _, v := range slices.SortedFunc(s.Services(), func(a, b *mesh.Service) int { return a.Name.Compare(b.Name) }) {
 		line("service %s", v.Name)
 		line("  vips %v%v ports %v lb %+v sans %v canonical %t", v.VIPs, v.VIPNets, v.Ports, v.LB, v.SANs, v.Canonical)
+		if v.NamespaceOnly {
+			line("  for its namespace alone")
+		}
 		if v.Waypoint != nil {
 			line("  waypoint %s", v.Waypoint.Service)
 		}

@@ -63,7 +63,7 @@ func (s *Snapshot) ResolveExcluding(src *Workload, dst netip.AddrPort, tried []s
 	if svc := s.serviceFor(at, namespace); svc != nil && !s.foreign(svc, at, namespace) {
 		return r.toService(svc, dst)
 	}
-	if m := s.memberAt(at); m != nil {
+	if m := s.memberFor(at, namespace); m != nil {
 		return r.toWorkload(m, dst)
 	}
 	if svc := s.serviceByPrefix(at, namespace); svc != nil {
@@ -76,6 +76,34 @@ func (s *Snapshot) ResolveExcluding(src *Workload, dst netip.AddrPort, tried []s
 		return Route{Kind: RoutePassthrough, Dial: dst, Why: WhyHostAddress}
 	}
 	return Route{Why: WhyNotInRegistry}
+}
+
+// memberFor is memberAt as a client in a namespace sees it: where pods may reach only what the mesh knows, the endpoints
+// of what is for one namespace alone are nobody to the others.
+func (s *Snapshot) memberFor(a NetAddr, namespace string) *member {
+	at, ok := s.addrs.get(a)
+	if !ok {
+		return nil
+	}
+	for _, m := range at.list {
+		if !s.config.RegistryOnly || m.Namespace == namespace || !s.Private(m.Workload) {
+			return m
+		}
+	}
+	return nil
+}
+
+// Private reports whether nothing but services for their own namespace alone have a workload that is no pod.
+func (s *Snapshot) Private(w *Workload) bool {
+	if w.Node != "" || w.HostNetwork || len(w.Services) == 0 {
+		return false
+	}
+	for name := range w.Services {
+		if svc := s.Service(name); svc == nil || !svc.NamespaceOnly {
+			return false
+		}
+	}
+	return true
 }
 
 // foreign reports whether a service has the address of a pod that is neither of its namespace nor is the client: who
@@ -115,6 +143,10 @@ func (r *resolution) toService(svc *Service, dst netip.AddrPort) Route {
 		return Route{Kind: RoutePassthrough, Dial: dst, Service: svc, Why: WhyServicePassthru}
 	}
 	m, port, why := r.choose(svc, dst.Port())
+	if m == nil && why == WhyNoEndpoint && svc.NamespaceOnly && r.s.config.RegistryOnly && r.s.onlyNames(svc.Name) {
+		// It is here only because other namespaces must not have it: what nodes do not resolve leaves as it came.
+		return Route{Kind: RoutePassthrough, Dial: dst, Service: svc, Why: WhyServicePassthru}
+	}
 	if m == nil {
 		return Route{Service: svc, Why: why}
 	}
@@ -162,6 +194,12 @@ func wanted(m *member, svc *Service) []string {
 		return m.want
 	}
 	return append(append(make([]string, 0, len(m.want)+len(svc.SANs)), m.want...), svc.SANs...)
+}
+
+// onlyNames reports whether a service has endpoints, and all of them are names.
+func (s *Snapshot) onlyNames(n ServiceName) bool {
+	set, ok := s.endpoints.get(n)
+	return ok && !slices.ContainsFunc(set.list, func(e endpoint) bool { return len(e.Addrs) > 0 })
 }
 
 // toWaypoint goes through a gateway; the authority stays what the application asked for.

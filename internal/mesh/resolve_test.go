@@ -250,6 +250,54 @@ func TestRegistryOnly(t *testing.T) {
 	}
 }
 
+// What is for one namespace alone (exportTo) is unknown to the clients of others: its addresses and those of its endpoints.
+func TestRegistryOnlyByNamespace(t *testing.T) {
+	private := func(name string, vips ...string) *Service {
+		s := svc(name, vips...)
+		s.NamespaceOnly = true
+		return s
+	}
+	entry := func(name, addr string, services ...string) *Workload { // an endpoint that is written in a ServiceEntry
+		w := pod(name, addr, services...)
+		w.Node, w.Tunnel = "", TunnelNone
+		return w
+	}
+	ranged, names := private("ranged"), entry("names", "", "names")
+	ranged.VIPNets, ranged.LB.Mode = []NetPrefix{{Prefix: netip.MustParsePrefix("198.51.100.0/24")}}, LBPassthrough
+	names.Hostname = "names.example"
+	other := pod("other", "10.0.0.8")
+	other.Namespace = "elsewhere"
+	client := pod("client", "10.0.0.9")
+	parts := []any{client, other, ranged, private("static", "203.0.113.1"), entry("e1", "192.0.2.1", "static"),
+		private("names", "203.0.113.2"), names, svc("open", "203.0.113.3"), entry("e2", "192.0.2.2", "open", "static"),
+		private("pods", "203.0.113.4"), pod("p", "10.0.0.1", "pods")}
+	only, every := build(append(parts, Config{RegistryOnly: true})...), build(append(parts, Config{})...)
+	for _, tc := range []struct {
+		dst              string
+		own, others      Reason
+		anyOwn, anyOther Reason // without REGISTRY_ONLY
+	}{
+		{"203.0.113.1:80", WhyNotCaptured, WhyNotInRegistry, WhyNotCaptured, WhyUnknown},
+		{"192.0.2.1:80", WhyNotCaptured, WhyNotInRegistry, WhyNotCaptured, WhyNotCaptured},
+		{"203.0.113.2:80", WhyServicePassthru, WhyNotInRegistry, WhyNoEndpoint, WhyUnknown}, // which is left alone
+		{"203.0.113.2:81", WhyNoPort, WhyNotInRegistry, WhyNoPort, WhyUnknown},
+		{"198.51.100.7:443", WhyServicePassthru, WhyNotInRegistry, WhyServicePassthru, WhyUnknown},
+		{"203.0.113.3:80", WhyNotCaptured, WhyNotCaptured, WhyNotCaptured, WhyNotCaptured},
+		{"192.0.2.2:80", WhyNotCaptured, WhyNotCaptured, WhyNotCaptured, WhyNotCaptured}, // of a service for all as well
+		{"10.0.0.1:80", WhyWorkload, WhyWorkload, WhyWorkload, WhyWorkload},              // a pod
+	} {
+		for _, c := range []struct {
+			s    *Snapshot
+			from *Workload
+			want Reason
+		}{{only, client, tc.own}, {only, other, tc.others}, {every, client, tc.anyOwn}, {every, other, tc.anyOther}} {
+			if r := c.s.Resolve(c.from, dst(tc.dst), first); r.Why != c.want {
+				t.Errorf("%s from %s, REGISTRY_ONLY %t: %s, want %s", tc.dst, c.from.Namespace, c.s.Config().RegistryOnly, r.Why, c.want)
+			}
+		}
+	}
+}
+
 // oracle is endpoint choice written down naively: every endpoint that may be chosen.
 func oracle(s *Snapshot, src *Workload, svc *Service, port uint16, tried []string) []string {
 	var svcPort *ServicePort

@@ -37,6 +37,7 @@ type View interface {
 	Workloads() iter.Seq[*mesh.Workload]
 	Services() iter.Seq[*mesh.Service]
 	Config() mesh.Config
+	Private(*mesh.Workload) bool
 }
 
 // Desired computes which addresses are mesh as seen from a network: those of workloads that are reached by
@@ -44,7 +45,8 @@ type View interface {
 // A service with none of these is left alone: its connections never touch the agent.
 //
 // Where pods may reach only what the mesh knows, every other address is captured too, and the agent refuses it; what
-// the mesh knows and is left alone is entered as that.
+// the mesh knows and is left alone is entered as that. What is for one namespace alone (exportTo) is captured then, because
+// the agent knows the client's.
 func Desired(v View, network string) Destinations {
 	d := Destinations{Addrs: map[netip.Addr]bool{}, Prefixes: map[netip.Prefix]bool{}}
 	registryOnly := v.Config().RegistryOnly
@@ -73,7 +75,7 @@ func Desired(v View, network string) Destinations {
 			}
 		default:
 			for _, a := range w.Addrs {
-				d.Addrs[a.Unmap()] = d.Addrs[a.Unmap()] || captured
+				d.Addrs[a.Unmap()] = d.Addrs[a.Unmap()] || captured || v.Private(w)
 			}
 		}
 	}
@@ -84,6 +86,7 @@ func Desired(v View, network string) Destinations {
 		if !captured && !registryOnly {
 			continue
 		}
+		captured = captured || s.NamespaceOnly
 		for _, vip := range s.VIPs {
 			if vip.Network == network {
 				d.Addrs[vip.Addr.Unmap()] = d.Addrs[vip.Addr.Unmap()] || captured

@@ -24,6 +24,7 @@ type view struct {
 func (v view) Workloads() iter.Seq[*mesh.Workload] { return slices.Values(v.workloads) }
 func (v view) Services() iter.Seq[*mesh.Service]   { return slices.Values(v.services) }
 func (v view) Config() mesh.Config                 { return v.config }
+func (v view) Private(*mesh.Workload) bool         { return false }
 
 func TestDesired(t *testing.T) {
 	addr := func(s string) netip.Addr { return netip.MustParseAddr(s) }
@@ -109,6 +110,7 @@ func TestDesiredIsWhatResolveNeeds(t *testing.T) {
 			if n("passthrough", 2) == 0 {
 				s.LB.Mode = mesh.LBPassthrough
 			}
+			s.NamespaceOnly = n("private", 2) == 0
 			if n("waypoint", 4) == 0 {
 				s.Waypoint = &mesh.Gateway{Service: services[0], HBONEPort: 15008}
 			}
@@ -116,29 +118,29 @@ func TestDesiredIsWhatResolveNeeds(t *testing.T) {
 		}
 		s := b.Commit(1)
 		d := Desired(s, "")
-		client := &mesh.Workload{UID: "client", Namespace: "a", Node: "n1", Addrs: []netip.Addr{netip.MustParseAddr("10.9.9.9")}}
 		for range 60 {
+			client := &mesh.Workload{UID: "client", Namespace: []string{"a", "b", "c"}[n("client", 2)], Node: "n1", Addrs: []netip.Addr{netip.MustParseAddr("10.9.9.9")}}
 			dst := netip.AddrPortFrom(addr("destination"), 80)
 			r := s.Resolve(client, dst, func(int) int { return 0 })
 			captured := d.Captured(dst.Addr())
 			switch {
 			case r.Why == mesh.WhyNotInRegistry && !captured:
 				t.Fatalf("%s is left alone, and the agent would refuse it", dst)
-			case r.Why == mesh.WhyUnknown && captured && !s.Config().RegistryOnly:
+			case r.Why == mesh.WhyUnknown && captured && !s.Config().RegistryOnly && s.ServiceAt(mesh.NetAddr{Addr: dst.Addr()}) == nil:
 				t.Fatalf("%s is captured, and the mesh does not know it", dst)
 			case (r.Kind == mesh.RouteHBONE || r.Kind == mesh.RouteWaypoint) && !captured:
 				t.Fatalf("%s is left alone, and its way is %d, %s", dst, r.Kind, r.Why)
-			case (r.Why == mesh.WhyHostAddress || r.Why == mesh.WhyNotCaptured && r.Service == nil) && captured && s.ServiceAt(mesh.NetAddr{Addr: dst.Addr()}) == nil && hostOnly(s, dst.Addr()):
+			case (r.Why == mesh.WhyHostAddress || r.Why == mesh.WhyNotCaptured && r.Service == nil) && captured && s.ServiceAt(mesh.NetAddr{Addr: dst.Addr()}) == nil && plainOnly(s, dst.Addr()):
 				t.Fatalf("%s is captured, and the agent would only pass it on: %s", dst, r.Why)
 			}
 		}
 	})
 }
 
-// hostOnly reports whether nothing that is captured has the address.
-func hostOnly(s *mesh.Snapshot, a netip.Addr) bool {
+// plainOnly reports whether nothing that is captured has the address, and nothing that is for one namespace alone.
+func plainOnly(s *mesh.Snapshot, a netip.Addr) bool {
 	for w := range s.Workloads() {
-		if w.Network == "" && slices.Contains(w.Addrs, a) && w.Tunnel == mesh.TunnelHBONE {
+		if w.Network == "" && slices.Contains(w.Addrs, a) && (w.Tunnel == mesh.TunnelHBONE || s.Private(w)) {
 			return false
 		}
 	}

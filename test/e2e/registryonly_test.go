@@ -210,4 +210,33 @@ spec:
 	}
 
 	lives()
+
+	// What another namespace declares for itself alone opens nothing here; the own does.
+	private := func(in string, what string) {
+		t.Helper()
+		_, err := mesh.Kubectl(ctx, "-n", in, "delete", "serviceentry", "private", "--ignore-not-found")
+		must(t, err)
+		applyIn(t, in, `
+apiVersion: networking.istio.io/v1
+kind: ServiceEntry
+metadata: {name: private, namespace: NS}
+spec:
+  hosts: [private.example]
+  location: MESH_EXTERNAL
+  exportTo: ["."]
+  ports: [{number: 9000, name: tcp, protocol: TCP}]
+`+what)
+	}
+	byAddress := "  resolution: NONE\n  addresses: [" + outside4 + ", '" + outside6 + "']\n"
+	private(plain, byAddress)
+	time.Sleep(2 * time.Second) // three times and more what took effect above
+	refused()
+	private(ns, byAddress)
+	reached(ns)
+	private(ns, "  resolution: STATIC\n  addresses: [203.0.113.1]\n  endpoints: [{address: "+outside4+"}, {address: '"+outside6+"'}]\n")
+	reached(ns)
+	private(plain, "  resolution: STATIC\n  addresses: [203.0.113.2]\n  endpoints: [{address: "+outside4+"}, {address: '"+outside6+"'}]\n")
+	_, err = mesh.Kubectl(ctx, "-n", ns, "delete", "serviceentry", "private")
+	must(t, err)
+	refused()
 }
