@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/warrenmesh/warren/test/cluster/internal/host"
@@ -22,8 +23,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// systemLeaf holds a node's own processes on cgroup2, so that the node's root
-// group is free to pass controllers to the pods.
+// systemLeaf holds a node's own processes: on cgroup2 so that the node's root
+// group is free to pass controllers to the pods, and where processor time is
+// shared out so that they are, as system.slice is, one party beside the pods,
+// of which otherwise each of their threads would be.
 const systemLeaf = "system"
 
 const importAttempts = 3
@@ -255,7 +258,7 @@ func (m *machine) cgroups() error {
 		return err
 	}
 	for _, h := range hs {
-		if !h.V2() {
+		if !h.V2() && !slices.Contains(strings.Split(h.Controllers, ","), "cpu") {
 			continue
 		}
 		leaf := filepath.Join(h.Mount, systemLeaf)
@@ -264,6 +267,9 @@ func (m *machine) cgroups() error {
 		}
 		if err := (host.Group{leaf}).Add(os.Getpid()); err != nil {
 			return err
+		}
+		if !h.V2() {
+			continue
 		}
 		if err := host.PassControllers(h.Mount); err != nil {
 			return err
