@@ -173,7 +173,7 @@ func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
 			},
 			"ports":          ports,
 			"readinessProbe": probe,
-			"resources":      object{"requests": object{"cpu": "50m", "memory": "96Mi"}},
+			"resources":      object{"requests": object{"cpu": "100m", "memory": "96Mi"}},
 			"securityContext": object{
 				"allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "runAsNonRoot": true,
 				"runAsUser": 65532, "runAsGroup": 65532, "capabilities": object{"drop": []any{"ALL"}},
