@@ -63,7 +63,7 @@ func TestProfilesRender(t *testing.T) {
 		if d := cmp.Diff(w, got); d != "" {
 			t.Errorf("%s: %s", name, d)
 		}
-		if n := map[bool]int{true: 0, false: 25}[name == "empty"]; definitions != n {
+		if n := map[bool]int{true: 0, false: 26}[name == "empty"]; definitions != n {
 			t.Errorf("%s: %d definitions, want %d", name, definitions, n)
 		}
 		if len(r.Hooks) != 4 || r.Hooks[3].Kind != "Job" || r.Hooks[3].Events[0] != "pre-delete" {
