@@ -61,6 +61,13 @@ func LastAck(fd int) (time.Duration, error) {
 	return time.Duration(info.Last_ack_recv) * time.Millisecond, err
 }
 
+// Taken is how many bytes the peer of a TCP socket has acknowledged, and whether there are more for it.
+func Taken(fd int) (bytes uint64, more bool, err error) {
+	var info unix.TCPInfo
+	err = option(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&info), unsafe.Sizeof(info))
+	return info.Bytes_acked, info.Unacked > 0 || info.Notsent_bytes > 0, err
+}
+
 func option(fd, level, name int, value unsafe.Pointer, size uintptr) error {
 	n := uint32(size)
 	_, _, errno := syscall.RawSyscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(name), uintptr(value), uintptr(unsafe.Pointer(&n)), 0)

@@ -7,6 +7,8 @@ import (
 	"runtime"
 	"sync"
 	"time"
+
+	"github.com/warrenmesh/warren/internal/netns"
 )
 
 const (
@@ -65,6 +67,8 @@ type conn struct {
 	pingOut    bool
 	pingAt     time.Time // of the last
 	askedAt    time.Time // of the first that is not answered
+	taken      uint64    // bytes that the peer's kernel has acknowledged
+	takenAt    time.Time // when that was found to be more, or all
 	pingEvery  time.Duration
 	pingWait   time.Duration
 	idleAfter  time.Duration // 0: stays open without streams
@@ -489,6 +493,10 @@ func (c *conn) tick() {
 	if c.stopped != nil {
 		return
 	}
+	if c.takesNothing() {
+		c.failLocked(ErrPeerDead)
+		return
+	}
 	next := c.pingEvery
 	alive := c.reads != c.seenReads
 	c.seenReads = c.reads
@@ -525,6 +533,22 @@ func (c *conn) tick() {
 		return
 	}
 	c.timer.Reset(next)
+}
+
+// takesNothing reports whether the peer's kernel has acknowledged nothing of what there is for it for as long as
+// [setUserTimeout] tells ours to wait: a peer that read nothing was seen to outlast that. Whoever does not read holds memory,
+// whatever signs of life it gives.
+func (c *conn) takesNothing() (stuck bool) {
+	now := time.Now()
+	ofSocket(c.nc, func(fd int) {
+		taken, more, err := netns.Taken(fd)
+		if err != nil || !more || taken != c.taken || c.takenAt.IsZero() {
+			c.taken, c.takenAt = taken, now
+			return
+		}
+		stuck = now.Sub(c.takenAt) >= tcpUserTimeout
+	})
+	return stuck
 }
 
 // ping asks the peer for a sign of life.

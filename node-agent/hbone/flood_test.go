@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -89,24 +90,34 @@ func TestPeerThatReadsNothingIsCut(t *testing.T) {
 	if testing.Short() {
 		t.Skip("-short: waits ten seconds")
 	}
-	for _, k := range attack.Kinds() {
-		if k.Name != "windows that are never used, with signs of life" {
-			continue
-		}
-		a, b := tcpPair(t)
-		end := make(chan error, 1)
-		go func() { end <- Serve(context.Background(), b, ServerConfig{Handler: source}) }()
-		stop := make(chan struct{})
-		defer time.AfterFunc(time.Minute, func() { close(stop) }).Stop()
-		r := k.Run(a, attack.Addresses{Source: "10.0.0.1:80"}, stop)
-		if err := <-end; !r.Ended || err == nil {
-			t.Errorf("after %s: %v", r.Took, err)
-		} else {
-			t.Logf("cut after %s: %v", r.Took, err)
-		}
-		return
+	kinds := attack.Kinds()
+	i := slices.IndexFunc(kinds, func(k attack.Kind) bool { return k.Name == "windows that are never used, with signs of life" })
+	if i < 0 {
+		t.Fatal("no such attack")
 	}
-	t.Error("no such attack")
+	for name, byKernel := range map[string]bool{"by the kernel": true, "without it": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			a, b := tcpPair(t)
+			handler := source
+			if !byKernel {
+				handler = func(ctx context.Context, s *ServerStream) {
+					setUserTimeout(b, 0)
+					source(ctx, s)
+				}
+			}
+			end := make(chan error, 1)
+			go func() { end <- Serve(context.Background(), b, ServerConfig{Handler: handler}) }()
+			stop := make(chan struct{})
+			defer time.AfterFunc(time.Minute, func() { close(stop) }).Stop()
+			r := kinds[i].Run(a, attack.Addresses{Source: "10.0.0.1:80"}, stop)
+			if err := <-end; !r.Ended || err == nil {
+				t.Errorf("after %s: %v", r.Took, err)
+			} else {
+				t.Logf("cut after %s: %v", r.Took, err)
+			}
+		})
+	}
 }
 
 func TestSilentClientIsCut(t *testing.T) {

@@ -152,19 +152,23 @@ func carrier(c net.Conn) net.Conn {
 // whatever the peer does. It is false where that cannot be known.
 func acknowledged(c net.Conn, within time.Duration) bool {
 	ago, err := time.Duration(0), net.ErrClosed
-	ask := func(fd int) { ago, err = netns.LastAck(fd) }
+	ofSocket(c, func(fd int) { ago, err = netns.LastAck(fd) })
+	const tick = 10 * time.Millisecond // of the kernel's clock, at the longest
+	return err == nil && ago <= within+tick
+}
+
+// ofSocket asks something of the socket that carries a connection, if there is one.
+func ofSocket(c net.Conn, ask func(fd int)) {
 	switch s := carrier(c).(type) {
 	case *sock:
 		s.mu.Lock()
 		ask(s.fd)
 		s.mu.Unlock()
 	case *net.TCPConn:
-		if rc, e := s.SyscallConn(); e == nil {
+		if rc, err := s.SyscallConn(); err == nil {
 			_ = rc.Control(func(fd uintptr) { ask(int(fd)) })
 		}
 	}
-	const tick = 10 * time.Millisecond // of the kernel's clock, at the longest
-	return err == nil && ago <= within+tick
 }
 
 // setUserTimeout makes the kernel give up on a peer that acknowledges nothing.
