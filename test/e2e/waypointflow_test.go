@@ -153,6 +153,8 @@ func TestRolloutsThroughAWaypoint(t *testing.T) {
 		r := under(ns, what, n, rate)
 		if r.Failed > 0 || r.Requests == 0 {
 			t.Errorf("%s: %d of %d requests failed: %v", what, r.Failed, r.Requests, r.Examples)
+			lines, err := mesh.Kubectl(t.Context(), "-n", ns, "logs", "-l", "gateway.networking.k8s.io/gateway-name=way", "--tail", "20", "--prefix")
+			t.Logf("what the waypoint says of that: %v\n%s", err, lines)
 		}
 		return r
 	}
