@@ -211,6 +211,7 @@ func fetchEnvoy(ctx context.Context, c *conn, pod *corev1.Pod) (*envoy.Config, e
 	for path, into := range map[string]*envoy.Value{
 		"/config_dump?resource=dynamic_listeners":     &held.Listeners,
 		"/config_dump?resource=dynamic_route_configs": &held.Routes,
+		"/config_dump?resource=ecds_filters":          &held.Extensions,
 		"/clusters?format=json":                       &held.Clusters,
 	} {
 		g.Go(func() error {

@@ -23,7 +23,7 @@ func load(t *testing.T, name string) Value {
 }
 
 func TestRequestsAreDecidedAsEnvoyHasIt(t *testing.T) {
-	c := Config{Listeners: load(t, "listeners.json"), Routes: load(t, "routes.json"), Clusters: load(t, "clusters.json")}
+	c := Config{Listeners: load(t, "listeners.json"), Routes: load(t, "routes.json"), Extensions: load(t, "extensions.json"), Clusters: load(t, "clusters.json")}
 	const ui, other = "spiffe://cluster.local/ns/shop/sa/ui", "spiffe://cluster.local/ns/shop/sa/other"
 	for name, x := range map[string]struct {
 		change func(*Request)
@@ -131,6 +131,19 @@ func TestTables(t *testing.T) {
 			return strings.Contains(strings.Join(r, " "), "inventory.shop.svc.cluster.local")
 		}) {
 			t.Errorf("%s: %v", x.Name, rows)
+		}
+	}
+}
+
+// TestLimitsThatCountARequestAreNamed: whether a request is one too many nobody can say beforehand.
+func TestLimitsThatCountARequestAreNamed(t *testing.T) {
+	c := Config{Listeners: load(t, "listeners.json"), Routes: load(t, "routes.json"), Extensions: load(t, "extensions.json"), Clusters: load(t, "clusters.json")}
+	each, all := Limit{"shop/stock/0", 5, "1s", true}, Limit{"shop/stock/1", 3, "60s", false}
+	for path, want := range map[string][]Limit{"/stock": {each}, "/split?a": {each, all}} {
+		out := c.Decide(Request{Dst: netip.MustParseAddrPort("10.96.0.7:80"), Source: netip.MustParseAddr("10.1.0.5"), Principal: "spiffe://cluster.local/ns/shop/sa/ui",
+			Method: "GET", Host: "inventory.shop", Path: path, Headers: map[string]string{"x-user": "anna"}})
+		if !slices.Equal(out.Limits, want) {
+			t.Errorf("%s is counted by %v, want %v", path, out.Limits, want)
 		}
 	}
 }

@@ -17,6 +17,7 @@ const (
 	customFilter   = "warren.custom" // notes whether a provider is to be asked
 	askFilter      = "envoy.filters.http.ext_authz"
 	tokenChain     = "|tokens|" // in the name of the filter that verifies them
+	limitChain     = "|limits|" // in the name of the filter that counts requests
 )
 
 // followed are the HTTP filters whose doing is followed, or that let everything pass.
@@ -24,9 +25,10 @@ var followed = []string{"warren.audit", customFilter, "warren.deny", "warren.all
 
 // Config is what a waypoint's Envoy holds.
 type Config struct {
-	Listeners Value // of /config_dump?resource=dynamic_listeners
-	Routes    Value // of /config_dump?resource=dynamic_route_configs
-	Clusters  Value // of /clusters?format=json
+	Listeners  Value // of /config_dump?resource=dynamic_listeners
+	Routes     Value // of /config_dump?resource=dynamic_route_configs
+	Extensions Value // of /config_dump?resource=ecds_filters
+	Clusters   Value // of /clusters?format=json
 }
 
 // Request is what a client asks of a waypoint.
@@ -67,7 +69,16 @@ type Outcome struct {
 	Route   string   // name of the route
 	Status  int      // with which Envoy itself answers; 0: it does not
 	To      []Target // where it is sent
+	Limits  []Limit  // that it is counted by; whether it is one too many is not known
 	Unknown []string // what was not followed
+}
+
+// Limit is how many requests a bucket lets through.
+type Limit struct {
+	Name     string // namespace/object/number
+	Requests int
+	Per      string // seconds, as in "60s"
+	Clients  bool   // there is a bucket for each client
 }
 
 // Target is a cluster to which a part of the requests goes.
@@ -125,6 +136,37 @@ func (c Config) listener() Value {
 		}
 	}
 	return Value{}
+}
+
+// limits are those of a filter that count a request.
+func (c Config) limits(filter string, q *Request) (out []Limit, err error) {
+	counts := map[string]bool{}
+	for _, x := range c.Extensions.At("configs").List() {
+		f := x.At("ecds_filter")
+		if f.At("name").Text() != filter {
+			continue
+		}
+		for _, r := range f.At("typed_config", "rate_limits").List() {
+			for i, a := range r.At("actions").List() {
+				if i > 0 { // the first says which limit it is, the others whose bucket
+					break
+				}
+				match := a.At("header_value_match")
+				if counts[a.At("generic_key", "descriptor_value").Text()] = true; !match.Is() {
+					break
+				}
+				ok, e := allOf(match.At("headers").List(), func(m Value) (bool, error) { return matchHeader(m, q) })
+				counts[match.At("descriptor_value").Text()], err = ok, cmpErr(err, e)
+			}
+		}
+		for _, d := range f.At("typed_config", "descriptors").List() {
+			entries, b := d.At("entries").List(), d.At("token_bucket")
+			if len(entries) > 0 && counts[entries[0].At("value").Text()] {
+				out = append(out, Limit{entries[0].At("value").Text(), b.At("tokens_per_fill").Int(), b.At("fill_interval").Text(), len(entries) > 1})
+			}
+		}
+	}
+	return out, err
 }
 
 // choose walks a matcher to the name of a filter chain.
@@ -191,6 +233,13 @@ func (c Config) http(hcm Value, q Request) Outcome {
 		if strings.Contains(name, tokenChain) {
 			if q.mayHaveToken() {
 				out.Unknown = append(out.Unknown, "whether a token in the request is valid is not followed here")
+			}
+			continue
+		}
+		if strings.Contains(name, limitChain) {
+			var err error
+			if out.Limits, err = c.limits(name, &q); err != nil {
+				out.Unknown = append(out.Unknown, err.Error())
 			}
 			continue
 		}

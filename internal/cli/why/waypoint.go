@@ -3,6 +3,7 @@ package why
 import (
 	"fmt"
 	"net/netip"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -68,6 +69,14 @@ func (q *Question) waypoint(src *mesh.Workload, r mesh.Route, e *End, add func(S
 	add(s)
 	if s.Result == "refused" || len(out.To) == 0 {
 		return
+	}
+	for _, l := range out.Limits {
+		whose := "all clients"
+		if l.Clients {
+			whose = "each client"
+		}
+		add(Step{Stage: "waypoint", Node: here, Result: "ok", Object: "RateLimit " + path.Dir(l.Name),
+			What: fmt.Sprintf("%d requests of %s are let through in %s by each pod of the waypoint, more are refused with 429", l.Requests, whose, l.Per)})
 	}
 	var ends []End
 	for _, to := range out.To {
