@@ -73,16 +73,17 @@ func TestRegistryOnly(t *testing.T) {
 		if e.What != tap.Failed || !e.Denied() || e.Outcome != "not_in_registry" || e.Asked != dst || e.Source.Pod != ui.name || !strings.Contains(e.Error, "ServiceEntry") {
 			t.Errorf("%s is told of as %+v", dst, e)
 		}
-		if n := ui.node.metric("warren_connections_total", refused); n != float64(i+1) {
-			t.Errorf("%v connections are counted as refused, want %d", n, i+1)
-		}
+		eventually(t, "the connections to be counted as refused", func() bool {
+			return ui.node.metric("warren_connections_total", refused) == float64(i+1)
+		})
 	}
-	if n := ui.node.metric("istio_tcp_connections_failed_total", map[string]string{"response_flags": "DENY", "reporter": "source"}); n != 2 {
-		t.Errorf("%v failed connections under DENY", n)
-	}
-	if log := ui.node.log.String(); strings.Count(log, `"outcome":"not_in_registry"`) != 2 || strings.Count(log, `"dst.addr":"`+targets[0].String()) != 1 {
-		t.Errorf("the log says\n%s", log)
-	}
+	eventually(t, "two failed connections under DENY", func() bool {
+		return ui.node.metric("istio_tcp_connections_failed_total", map[string]string{"response_flags": "DENY", "reporter": "source"}) == 2
+	})
+	eventually(t, "a line of the log for each", func() bool {
+		log := ui.node.log.String()
+		return strings.Count(log, `"outcome":"not_in_registry"`) == 2 && strings.Count(log, `"dst.addr":"`+targets[0].String()) == 1
+	})
 	if err := lives(open); err != nil {
 		t.Errorf("a connection from before: %v", err)
 	}
