@@ -79,7 +79,7 @@ func (b *builder) connectionAccess(c chain) []*listenerv3.Filter {
 		if shadow != nil {
 			f.ShadowRulesStatPrefix = prefix
 		}
-		out = append(out, b.networkFilter("envoy.filters.network.rbac", f))
+		out = append(out, b.networkFilter(connectionResults, f))
 	}
 	add(d.audit, nil, "")
 	add(d.deny, d.dryDeny, dryRun(true))

@@ -18,17 +18,29 @@ const (
 	askPrefix   = "istio_ext_authz_"
 	askWithin   = 10 * time.Minute // as long as Istio waits where nobody says
 	rbacResults = "envoy.filters.http.rbac"
+
+	connectionResults = "envoy.filters.network.rbac"
 )
+
+// metadata is a value that a filter left, as it has to be.
+func metadata(value *matcherv3.ValueMatcher, filter string, path ...string) *matcherv3.MetadataMatcher {
+	out := &matcherv3.MetadataMatcher{Filter: filter, Value: value}
+	for _, k := range path {
+		out.Path = append(out.Path, &matcherv3.MetadataMatcher_PathSegment{Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: k}})
+	}
+	return out
+}
+
+func textValue(m *matcherv3.StringMatcher) *matcherv3.ValueMatcher {
+	return &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_StringMatch{StringMatch: m}}
+}
 
 // askFilter asks nobody where no table of routes says whom. A provider that does not answer denies.
 func (b *builder) askFilter() *hcmv3.HttpFilter {
 	f := b.httpFilter(askFilter, &extauthzv3.ExtAuthz{
-		TransportApiVersion: corev3.ApiVersion_V3,
-		Services:            &extauthzv3.ExtAuthz_GrpcService{GrpcService: grpcService(blackHole, time.Second)},
-		FilterEnabledMetadata: &matcherv3.MetadataMatcher{
-			Filter: rbacResults, Path: []*matcherv3.MetadataMatcher_PathSegment{{Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: askPrefix + "shadow_effective_policy_id"}}},
-			Value: &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_StringMatch{StringMatch: somebody()}},
-		},
+		TransportApiVersion:   corev3.ApiVersion_V3,
+		Services:              &extauthzv3.ExtAuthz_GrpcService{GrpcService: grpcService(blackHole, time.Second)},
+		FilterEnabledMetadata: metadata(textValue(somebody()), rbacResults, askPrefix+"shadow_effective_policy_id"),
 	})
 	f.Disabled = true
 	return f

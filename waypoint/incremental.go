@@ -134,7 +134,7 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 	}
 	listeners = append(listeners, main)
 	var routes, extensions, endpoints, shared []*item
-	var tunnelled []netip.AddrPort
+	var ends []netip.AddrPort
 	for _, p := range parts {
 		routes, extensions = append(routes, p.routes...), append(extensions, p.extensions...)
 	}
@@ -147,10 +147,10 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 		}
 		if r.endpoints != nil {
 			endpoints = append(endpoints, r.endpoints)
-			tunnelled = append(tunnelled, r.pods...)
+			ends = append(ends, r.pods...)
 		}
 	}
-	tunnels := w.tunnelTo(b, tunnelled)
+	tunnels := w.tunnelTo(b, ends)
 	clusters, endpoints = append(clusters, tunnels.cluster), append(endpoints, tunnels.endpoints)
 	if b.err != nil {
 		return nil, b.err

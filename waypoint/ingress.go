@@ -90,17 +90,17 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 			add(resource.ClusterType, m.Name, m)
 		}
 	}
-	var tunnelled []netip.AddrPort
+	var ends []netip.AddrPort
 	for _, t := range slices.SortedFunc(maps.Keys(b.targets), compareTargets) {
 		c, e := b.reach(t)
 		c.Metadata = b.named(t)
 		add(resource.ClusterType, c.Name, c)
 		if e != nil {
 			add(resource.EndpointType, e.ClusterName, e)
-			tunnelled = append(tunnelled, pods(e)...)
+			ends = append(ends, pods(e)...)
 		}
 	}
-	tunnels := w.tunnelTo(b, tunnelled)
+	tunnels := w.tunnelTo(b, ends)
 	all[resource.ClusterType] = append(all[resource.ClusterType], tunnels.cluster)
 	all[resource.EndpointType] = append(all[resource.EndpointType], tunnels.endpoints)
 	for _, i := range b.secretItems(w.previous(resource.SecretType).all()) {

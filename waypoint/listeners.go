@@ -367,9 +367,9 @@ func (b *builder) logFields(c chain, http bool) map[string]string {
 		} {
 			fields[k] = v
 		}
-		reports(fields, "envoy.filters.http.rbac")
+		reports(fields, rbacResults)
 	} else {
-		reports(fields, "envoy.filters.network.rbac")
+		reports(fields, connectionResults)
 	}
 	return fields
 }

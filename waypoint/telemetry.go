@@ -213,13 +213,13 @@ func (b *builder) filter(expression string) *accesslogv3.AccessLogFilter {
 
 // notable holds for what failed or was refused, and for what AUDIT policies and dry runs are about.
 func notable(http bool) *accesslogv3.AccessLogFilter {
-	rbac := "envoy.filters.network.rbac"
+	rbac := connectionResults
 	any := []*accesslogv3.AccessLogFilter{
 		{FilterSpecifier: &accesslogv3.AccessLogFilter_ResponseFlagFilter{ResponseFlagFilter: &accesslogv3.ResponseFlagFilter{}}},
-		said("envoy.common", "access_log_hint", &envoymatcherv3.ValueMatcher{MatchPattern: &envoymatcherv3.ValueMatcher_BoolMatch{BoolMatch: true}}),
+		said(metadata(&envoymatcherv3.ValueMatcher{MatchPattern: &envoymatcherv3.ValueMatcher_BoolMatch{BoolMatch: true}}, "envoy.common", "access_log_hint")),
 	}
 	if http {
-		rbac = "envoy.filters.http.rbac"
+		rbac = rbacResults
 		any = append(any,
 			&accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_StatusCodeFilter{StatusCodeFilter: &accesslogv3.StatusCodeFilter{
 				Comparison: &accesslogv3.ComparisonFilter{Op: accesslogv3.ComparisonFilter_GE, Value: &corev3.RuntimeUInt32{DefaultValue: 400, RuntimeKey: "warren.notable_status"}},
@@ -236,20 +236,16 @@ func notable(http bool) *accesslogv3.AccessLogFilter {
 			))
 	}
 	for _, deny := range []bool{true, false} {
-		any = append(any, said(rbac, dryRun(deny)+"shadow_engine_result", &envoymatcherv3.ValueMatcher{MatchPattern: &envoymatcherv3.ValueMatcher_StringMatch{
-			StringMatch: &envoymatcherv3.StringMatcher{MatchPattern: &envoymatcherv3.StringMatcher_Exact{Exact: "denied"}},
-		}}))
+		denied := textValue(&envoymatcherv3.StringMatcher{MatchPattern: &envoymatcherv3.StringMatcher_Exact{Exact: "denied"}})
+		any = append(any, said(metadata(denied, rbac, dryRun(deny)+"shadow_engine_result")))
 	}
 	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_OrFilter{OrFilter: &accesslogv3.OrFilter{Filters: any}}}
 }
 
 // said holds where a filter left such a value.
-func said(filter, key string, value *envoymatcherv3.ValueMatcher) *accesslogv3.AccessLogFilter {
+func said(m *envoymatcherv3.MetadataMatcher) *accesslogv3.AccessLogFilter {
 	return &accesslogv3.AccessLogFilter{FilterSpecifier: &accesslogv3.AccessLogFilter_MetadataFilter{MetadataFilter: &accesslogv3.MetadataFilter{
-		Matcher: &envoymatcherv3.MetadataMatcher{
-			Filter: filter, Path: []*envoymatcherv3.MetadataMatcher_PathSegment{{Segment: &envoymatcherv3.MetadataMatcher_PathSegment_Key{Key: key}}}, Value: value,
-		},
-		MatchIfKeyNotFound: wrapperspb.Bool(false),
+		Matcher: m, MatchIfKeyNotFound: wrapperspb.Bool(false),
 	}}}
 }
 

@@ -126,15 +126,13 @@ func ofToken(t mesh.AccessTest, v mesh.TextMatch) *rbacv3.Principal {
 
 // claim compares one that is text, or a list of texts of which one has to match.
 func claim(path []string, m *matcherv3.StringMatcher) *rbacv3.Principal {
-	text := &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_StringMatch{StringMatch: m}}
-	match := &matcherv3.MetadataMatcher{Filter: jwtNamespace, Value: &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_OrMatch{
+	text := textValue(m)
+	either := &matcherv3.ValueMatcher{MatchPattern: &matcherv3.ValueMatcher_OrMatch{
 		OrMatch: &matcherv3.OrMatcher{ValueMatchers: []*matcherv3.ValueMatcher{text, {MatchPattern: &matcherv3.ValueMatcher_ListMatch{
 			ListMatch: &matcherv3.ListMatcher{MatchPattern: &matcherv3.ListMatcher_OneOf{OneOf: text}},
 		}}}},
-	}}}
-	for _, k := range append([]string{payload}, path...) {
-		match.Path = append(match.Path, &matcherv3.MetadataMatcher_PathSegment{Segment: &matcherv3.MetadataMatcher_PathSegment_Key{Key: k}})
-	}
+	}}
+	match := metadata(either, jwtNamespace, append([]string{payload}, path...)...)
 	return &rbacv3.Principal{Identifier: &rbacv3.Principal_SourcedMetadata{SourcedMetadata: &rbacv3.SourcedMetadata{MetadataMatcher: match}}}
 }
 
