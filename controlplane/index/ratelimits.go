@@ -1,7 +1,6 @@
 package index
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 
@@ -106,17 +105,11 @@ func (x *Index) gatewaysLimited(f *rateLimitFact) []mesh.ServiceName {
 
 func (x *Index) rateLimitState(f *rateLimitFact) *PolicyState {
 	s := &PolicyState{UID: f.uid, Generation: f.generation, Exact: true}
-	say := func(reason, format string, args ...any) {
-		if s.Exact {
-			s.Exact, s.Reason = false, reason
-		}
-		s.Message = strings.TrimPrefix(s.Message+"; "+fmt.Sprintf(format, args...), "; ")
-	}
 	if len(f.Problems) > 0 {
-		say(policy.ReasonUnsupported, "what means nothing counts nothing: %s", strings.Join(f.Problems[:min(len(f.Problems), 5)], "; "))
+		s.lacks(policy.ReasonUnsupported, "what means nothing counts nothing: %s", strings.Join(f.Problems[:min(len(f.Problems), 5)], "; "))
 	}
 	if missing := x.missingTargets(f); len(missing) > 0 {
-		say(ReasonTargetNotFound, "in namespace %s there is no %s", f.Namespace, strings.Join(missing, ", no "))
+		s.lacks(ReasonTargetNotFound, "in namespace %s there is no %s", f.Namespace, strings.Join(missing, ", no "))
 	}
 	waypoints, _, without := x.decidedAt(f.Namespace, f.Targets)
 	gateways := x.gatewaysLimited(f)
@@ -127,20 +120,20 @@ func (x *Index) rateLimitState(f *rateLimitFact) *PolicyState {
 	}
 	slices.SortFunc(waypoints, mesh.ServiceName.Compare)
 	if len(without) > 0 {
-		say(policy.ReasonNoWaypoint, "no waypoint is in front of %s, whose requests nobody counts", strings.Join(without, ", "))
+		s.lacks(policy.ReasonNoWaypoint, "no waypoint is in front of %s, whose requests nobody counts", strings.Join(without, ", "))
 	}
 	if none := x.withoutRequests(f); len(none) > 0 {
-		say(ReasonNoRequests, "no port of %s is for HTTP, and connections are not counted", strings.Join(none, ", "))
+		s.lacks(ReasonNoRequests, "no port of %s is for HTTP, and connections are not counted", strings.Join(none, ", "))
 	}
 	if len(gateways) > 0 && len(f.Identities) > 0 {
-		say(reasonPartlyIgnored, "%s: clients of a gateway have no identity in the mesh, so that there all of them are one client", strings.Join(f.Identities, ", "))
+		s.lacks(reasonPartlyIgnored, "%s: clients of a gateway have no identity in the mesh, so that there all of them are one client", strings.Join(f.Identities, ", "))
 	}
 	if len(waypoints) == 0 && s.Exact {
-		if x.waypointsAlone(f) {
+		if x.waypointsAlone(f.Namespace, f.Targets) {
 			s.Message = "no Service asks for this waypoint"
 			return s
 		}
-		say(ReasonNoProxy, "requests are counted by waypoints and gateways, and it is for none that is there")
+		s.lacks(ReasonNoProxy, "requests are counted by waypoints and gateways, and it is for none that is there")
 	}
 	if len(f.Limits) > 0 {
 		s.Waypoints = waypoints
@@ -167,13 +160,6 @@ func (x *Index) missingTargets(f *rateLimitFact) (out []string) {
 		}
 	}
 	return out
-}
-
-// waypointsAlone reports whether a RateLimit is for waypoints as a whole.
-func (x *Index) waypointsAlone(f *rateLimitFact) bool {
-	return !slices.ContainsFunc(f.Targets, func(t policy.Target) bool {
-		return t.Kind != policy.TargetGateway || x.gateways[f.Namespace][t.Name] == nil
-	})
 }
 
 // withoutRequests are the services named by a RateLimit of which no port is for HTTP.

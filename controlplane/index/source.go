@@ -100,8 +100,6 @@ type crd struct {
 	informer func(factories) cache.SharedIndexInformer
 }
 
-var rateLimits = schema.GroupVersionResource{Group: policy.RateLimitGroup, Version: policy.RateLimitVersion, Resource: policy.RateLimitResource}
-
 // readable reports whether there is a client for it.
 func (f factories) readable(c crd) bool {
 	switch c.resource.Group {
@@ -161,7 +159,9 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer {
 			return f.gateways.Gateway().V1().BackendTLSPolicies().Informer()
 		}},
-	{RateLimit, rateLimits, func(f factories) cache.SharedIndexInformer { return f.dynamic.ForResource(rateLimits).Informer() }},
+	{RateLimit, policy.RateLimits, func(f factories) cache.SharedIndexInformer {
+		return f.dynamic.ForResource(policy.RateLimits).Informer()
+	}},
 	// v1beta1 is what clusters with older definitions have too.
 	{ReferenceGrant, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1beta1", Resource: "referencegrants"},
 		func(f factories) cache.SharedIndexInformer {

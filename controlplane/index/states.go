@@ -30,6 +30,14 @@ type PolicyState struct {
 	Reason, Message string
 }
 
+// lacks says what of an object does not hold. The first reason stays.
+func (s *PolicyState) lacks(reason, format string, args ...any) {
+	if s.Exact {
+		s.Exact, s.Reason = false, reason
+	}
+	s.Message = strings.TrimPrefix(s.Message+"; "+fmt.Sprintf(format, args...), "; ")
+}
+
 // ReasonTargetNotFound says that a targetRef names what is not there, in Istio's word.
 const ReasonTargetNotFound = "TargetNotFound"
 
@@ -169,13 +177,18 @@ func (x *Index) misses(ns string, targets []policy.Target, s *PolicyState) {
 	}
 }
 
+// waypointsAlone reports whether targets are waypoints as a whole.
+func (x *Index) waypointsAlone(ns string, targets []policy.Target) bool {
+	return !slices.ContainsFunc(targets, func(t policy.Target) bool {
+		return t.Kind != policy.TargetGateway || x.gateways[ns][t.Name] == nil
+	})
+}
+
 // decided tells of a policy that waypoints decide on; false where there is none of them.
 func (x *Index) decided(f *authorizationFact, s *PolicyState) bool {
 	waypoints, guards, without := x.decidedAt(f.Namespace, f.Targets)
 	if len(waypoints) == 0 {
-		if len(without) == 0 && !slices.ContainsFunc(f.Targets, func(t policy.Target) bool {
-			return t.Kind != policy.TargetGateway || x.gateways[f.Namespace][t.Name] == nil
-		}) {
+		if len(without) == 0 && x.waypointsAlone(f.Namespace, f.Targets) {
 			s.Exact, s.Reason, s.Message = true, "", "no Service asks for this waypoint"
 			return true
 		}

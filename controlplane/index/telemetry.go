@@ -1,7 +1,6 @@
 package index
 
 import (
-	"fmt"
 	"slices"
 	"strings"
 
@@ -189,40 +188,34 @@ func (x *Index) tellers(f *telemetryFact) (out []mesh.ServiceName, without []str
 
 func (x *Index) telemetryState(f *telemetryFact) *PolicyState {
 	s := &PolicyState{UID: f.uid, Generation: f.generation, Exact: true}
-	not := func(reason, message string) {
-		if s.Exact {
-			s.Exact, s.Reason = false, reason
-		}
-		s.Message = strings.TrimPrefix(s.Message+"; "+message, "; ")
-	}
 	if f.Selector {
-		not(policy.ReasonIgnored, "pods have no proxy of their own, so that it applies to nothing: name waypoints, gateways or Services in targetRefs")
+		s.lacks(policy.ReasonIgnored, "pods have no proxy of their own, so that it applies to nothing: name waypoints, gateways or Services in targetRefs")
 		return s
 	}
 	if older := x.olderThan(f); older != nil {
-		not(policy.ReasonConflicted, "for the same the oldest Telemetry holds: "+older.Namespace+"/"+older.Name)
+		s.lacks(policy.ReasonConflicted, "for the same the oldest Telemetry holds: %s/%s", older.Namespace, older.Name)
 	}
 	waypoints, without := x.tellers(f)
 	if len(waypoints) == 0 {
 		before := *s
 		x.misses(f.Namespace, f.Targets, s)
 		if s.Reason == before.Reason {
-			not(ReasonNoProxy, "requests are told of by waypoints and gateways, and it is for none that is there")
+			s.lacks(ReasonNoProxy, "requests are told of by waypoints and gateways, and it is for none that is there")
 		}
 		s.Exact = false
 		return s
 	}
 	s.Waypoints = waypoints
 	if len(f.Problems) > 0 {
-		not(reasonPartlyIgnored, f.ProblemText())
+		s.lacks(reasonPartlyIgnored, "%s", f.ProblemText())
 	}
 	for _, name := range f.Services {
 		if x.winners[name] == nil {
-			not(ReasonTargetNotFound, fmt.Sprintf("there is no Service %s in namespace %s, to which it would send", name.Hostname, name.Namespace))
+			s.lacks(ReasonTargetNotFound, "there is no Service %s in namespace %s, to which it would send", name.Hostname, name.Namespace)
 		}
 	}
 	if len(without) > 0 {
-		not(policy.ReasonNoWaypoint, "no waypoint is in front of "+strings.Join(without, ", ")+", of whose requests nothing is told")
+		s.lacks(policy.ReasonNoWaypoint, "no waypoint is in front of %s, of whose requests nothing is told", strings.Join(without, ", "))
 	}
 	return s
 }

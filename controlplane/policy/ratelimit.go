@@ -9,16 +9,16 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
-// Where RateLimits are in the API.
-const (
-	RateLimitGroup    = "policy.warren.io"
-	RateLimitVersion  = "v1alpha1"
-	RateLimitResource = "ratelimits"
-)
+// RateLimitGroup is the group of RateLimits.
+const RateLimitGroup = "policy.warren.io"
+
+// RateLimits is where they are in the API.
+var RateLimits = schema.GroupVersionResource{Group: RateLimitGroup, Version: "v1alpha1", Resource: "ratelimits"}
 
 // RateLimit is how many requests waypoints and gateways let through to what it is attached to. The chart's definition of the
 // kind (files/crds/warren.yaml) says what each field means, and refuses what means nothing.

@@ -15,7 +15,6 @@ import (
 	istio "istio.io/client-go/pkg/clientset/versioned"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/util/flowcontrol"
@@ -503,10 +502,8 @@ func first(a, b string) string {
 	return b
 }
 
-var rateLimits = schema.GroupVersionResource{Group: policy.RateLimitGroup, Version: policy.RateLimitVersion, Resource: policy.RateLimitResource}
-
 // WriteStatus is Write of PoliciesConfig with a client of the API server.
-// Without the second one RateLimits are not read.
+// Without the second one nothing is written on RateLimits.
 func WriteStatus(client istio.Interface, others dynamic.Interface) func(context.Context, index.PolicyKey, []byte) error {
 	return func(ctx context.Context, k index.PolicyKey, patch []byte) (err error) {
 		o := metav1.PatchOptions{FieldManager: fieldManager}
@@ -521,7 +518,7 @@ func WriteStatus(client istio.Interface, others dynamic.Interface) func(context.
 		case index.Telemetry:
 			_, err = client.TelemetryV1().Telemetries(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		case index.RateLimit:
-			_, err = others.Resource(rateLimits).Namespace(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+			_, err = others.Resource(policy.RateLimits).Namespace(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		default:
 			err = errors.New("not a policy object: " + k.Kind.String())
 		}

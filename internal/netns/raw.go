@@ -56,16 +56,19 @@ func State(fd int) (int, error) {
 
 // LastAck is how long ago the peer of a TCP socket has acknowledged anything, by its kernel's clock of milliseconds.
 func LastAck(fd int) (time.Duration, error) {
-	var info unix.TCPInfo
-	err := option(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&info), unsafe.Sizeof(info))
+	info, err := tcpInfo(fd)
 	return time.Duration(info.Last_ack_recv) * time.Millisecond, err
 }
 
 // Taken is how many bytes the peer of a TCP socket has acknowledged, and whether there are more for it.
 func Taken(fd int) (bytes uint64, more bool, err error) {
-	var info unix.TCPInfo
-	err = option(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&info), unsafe.Sizeof(info))
+	info, err := tcpInfo(fd)
 	return info.Bytes_acked, info.Unacked > 0 || info.Notsent_bytes > 0, err
+}
+
+func tcpInfo(fd int) (info unix.TCPInfo, err error) {
+	err = option(fd, unix.IPPROTO_TCP, unix.TCP_INFO, unsafe.Pointer(&info), unsafe.Sizeof(info))
+	return info, err
 }
 
 func option(fd, level, name int, value unsafe.Pointer, size uintptr) error {

@@ -9,7 +9,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
-	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	"sigs.k8s.io/yaml"
@@ -17,13 +16,11 @@ import (
 	"github.com/warrenmesh/warren/controlplane/policy"
 )
 
-var rateLimits = schema.GroupVersionResource{Group: policy.RateLimitGroup, Version: policy.RateLimitVersion, Resource: policy.RateLimitResource}
-
 // waypointLimits has a waypoint count requests, refuse those that are too many, and say so once it does. get answers with
 // the status, and what the application or the waypoint said.
 func waypointLimits(t *testing.T, kube kubernetes.Interface, dyn dynamic.Interface, route func(string), get func(authority, path string, headers ...string) (int, string, error)) {
 	ctx := t.Context()
-	api := dyn.Resource(rateLimits).Namespace("shop")
+	api := dyn.Resource(policy.RateLimits).Namespace("shop")
 	generation := int64(0)
 	limit := func(name, limits string) {
 		t.Helper()

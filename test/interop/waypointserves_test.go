@@ -37,6 +37,7 @@ import (
 	"sigs.k8s.io/yaml"
 
 	"github.com/warrenmesh/warren/controlplane"
+	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/node-agent/hbone"
@@ -75,7 +76,7 @@ func TestWaypointServes(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	kube, istio, gateways := waypointCluster(t)
 	dyn := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{
-		rateLimits: "RateLimitList",
+		policy.RateLimits: "RateLimitList",
 		{Group: "apiregistration.k8s.io", Version: "v1", Resource: "apiservices"}:             "APIServiceList",
 		{Group: "apiextensions.k8s.io", Version: "v1", Resource: "customresourcedefinitions"}: "CustomResourceDefinitionList",
 	})

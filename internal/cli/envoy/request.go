@@ -147,16 +147,16 @@ func (c Config) limits(filter string, q *Request) (out []Limit, err error) {
 			continue
 		}
 		for _, r := range f.At("typed_config", "rate_limits").List() {
-			for i, a := range r.At("actions").List() {
-				if i > 0 { // the first says which limit it is, the others whose bucket
-					break
-				}
-				match := a.At("header_value_match")
-				if counts[a.At("generic_key", "descriptor_value").Text()] = true; !match.Is() {
-					break
-				}
+			actions := r.At("actions").List()
+			if len(actions) == 0 {
+				continue
+			}
+			which := actions[0] // the others say whose bucket
+			if match := which.At("header_value_match"); match.Is() {
 				ok, e := allOf(match.At("headers").List(), func(m Value) (bool, error) { return matchHeader(m, q) })
 				counts[match.At("descriptor_value").Text()], err = ok, cmpErr(err, e)
+			} else {
+				counts[which.At("generic_key", "descriptor_value").Text()] = true
 			}
 		}
 		for _, d := range f.At("typed_config", "descriptors").List() {
