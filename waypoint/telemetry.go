@@ -68,6 +68,8 @@ func (b *builder) tracing(c chain) *hcmv3.HttpConnectionManager_Tracing {
 	}
 	if b.ingress == nil {
 		out.Operation = plain(c.svc.Name.Hostname)
+	} else {
+		out.SpawnUpstreamSpan = wrapperspb.Bool(true) // as Istio's gateways do, and its waypoints do not
 	}
 	if t.To.MaxPath > 0 {
 		out.MaxPathTagLength = wrapperspb.UInt32(t.To.MaxPath)
