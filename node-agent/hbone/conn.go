@@ -77,10 +77,10 @@ type conn struct {
 	sleeping   bool // the timer is set for the idle close, not for the next PING
 	done       chan struct{}
 	onStop     func()
-	onReq      func(id uint32, end bool) // server, under mu
-	onBatch    func()                    // server, under mu: what has been read is dealt with
-	onTooLarge func(id uint32, end bool) // server, under mu
-	onDone     func(*Stream)             // server: the handler, or the relay that it left the stream to, is through with it
+	onReq      func(id uint32, end bool) *ConnError // server, under mu
+	onBatch    func()                               // server, under mu: what has been read is dealt with
+	onTooLarge func(id uint32, end bool)            // server, under mu
+	onDone     func(*Stream)                        // server: the handler, or the relay that it left the stream to, is through with it
 }
 
 // newConn starts the timers of a connection; reading is up to the caller.
@@ -370,7 +370,9 @@ func (c *conn) process(p []byte) (used, need int, _ *ConnError) {
 			c.deliver(ev.st, ev.data, ev.end)
 			c.returnConnWindow()
 		case evRequest:
-			c.onReq(ev.id, ev.end)
+			if err := c.onReq(ev.id, ev.end); err != nil {
+				return used, 0, err
+			}
 		case evTooLarge:
 			c.onTooLarge(ev.id, ev.end)
 		case evResponse:

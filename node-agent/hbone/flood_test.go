@@ -7,6 +7,7 @@ import (
 	"net"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -46,7 +47,8 @@ func TestFloodsAreCut(t *testing.T) {
 			}
 			a, b := tcpPair(t)
 			end := make(chan error, 1)
-			go func() { end <- Serve(context.Background(), b, ServerConfig{Handler: handler}) }()
+			read := &counted{Conn: b}
+			go func() { end <- Serve(context.Background(), read, ServerConfig{Handler: handler}) }()
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
 			stop := make(chan struct{})
@@ -61,12 +63,27 @@ func TestFloodsAreCut(t *testing.T) {
 			if !errors.As(err, &ce) || ce.Code != CodeEnhanceYourCalm && ce.Code != CodeFlowControl {
 				t.Errorf("ended with %v", err)
 			}
-			t.Logf("cut after %d frames and %v: %v", r.Frames, r.Took, err)
+			t.Logf("cut after %d frames, %d KiB and %v: %v", r.Frames, read.n.Load()>>10, r.Took, err)
+			if n := read.n.Load(); n > 2*discardMax { // whatever the attacker goes on to send
+				t.Errorf("%d MiB were read of a peer that is to be cut", n>>20)
+			}
 			if grown := int64(after.HeapAlloc) - int64(before.HeapAlloc); grown > 64<<20 {
 				t.Errorf("heap grew by %d MiB", grown>>20)
 			}
 		})
 	}
+}
+
+// counted is a connection that counts what is read.
+type counted struct {
+	net.Conn
+	n atomic.Int64
+}
+
+func (c *counted) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	c.n.Add(int64(n))
+	return n, err
 }
 
 // TestNotReadingPeer: PINGs to answer, and nobody takes the answers.

@@ -169,16 +169,13 @@ func (s *server) lastCall(deadline time.Time) {
 	time.AfterFunc(min(left, closeGrace), func() { s.lastCall(deadline) })
 }
 
-// request registers a stream and starts its handler. Called under mu.
-func (s *server) request(id uint32, end bool) {
+// request registers a stream and starts its handler. An error ends the connection. Called under mu.
+func (s *server) request(id uint32, end bool) *ConnError {
 	// A stream that the peer ended by force counts until its handler has returned: to reset must not be a way to
 	// more handlers than streams are allowed. One that ended in order does not: its handler has done its work.
 	if len(s.streams) >= ownMaxStreams || len(s.streams)+s.orphans >= 2*ownMaxStreams || s.memory.Full() {
 		s.out = appendRST(s.out, id, CodeRefusedStream)
-		if err := s.glitch(costRefused); err != nil {
-			s.failLocked(err)
-		}
-		return
+		return s.glitch(costRefused)
 	}
 	st := newStream(s.conn, id)
 	req := s.req
@@ -186,7 +183,7 @@ func (s *server) request(id uint32, end bool) {
 		n, ok := contentLength(req.Header)
 		if !ok || end && n > 0 {
 			s.out = appendRST(s.out, id, CodeProtocol)
-			return
+			return nil
 		}
 		st.bodyLeft = n
 	}
@@ -194,6 +191,7 @@ func (s *server) request(id uint32, end bool) {
 	s.add(st)
 	s.streamOpened()
 	s.requests = append(s.requests, &ServerStream{Request: req, st: st})
+	return nil
 }
 
 // begin starts the handlers of new requests, but not of those that were reset in the same breath: who opens streams

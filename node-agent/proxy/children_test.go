@@ -211,7 +211,9 @@ func (o order) crowd(stop <-chan struct{}) (a account) {
 }
 
 // echo answers what it gets. It does without splice(2), for which Go keeps pipes in store.
-func echo(c *net.TCPConn) { io.Copy(struct{ io.Writer }{c}, struct{ io.Reader }{c}) }
+func echo(c *net.TCPConn) {
+	io.CopyBuffer(struct{ io.Writer }{c}, struct{ io.Reader }{c}, make([]byte, 4<<10)) // of which an attacker has us make many
+}
 
 // process is a child that runs.
 type process struct {

@@ -11,10 +11,12 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+	"golang.org/x/sys/unix"
 )
 
 // Kind is one way to do harm.
@@ -229,7 +231,17 @@ func (k Kind) Run(conn net.Conn, to Addresses, stop <-chan struct{}) (r Report) 
 	var reader sync.WaitGroup
 	end := sync.OnceFunc(func() { close(ended); conn.Close() })
 	switch {
-	case k.deaf:
+	case k.deaf: // who reads nothing does not hear that it was cut, either, unless it writes
+		reader.Go(func() {
+			defer end()
+			for !hungUp(conn) {
+				select {
+				case <-ended:
+					return
+				case <-time.After(10 * time.Millisecond):
+				}
+			}
+		})
 	case k.trickle > 0:
 		reader.Go(func() {
 			defer end()
@@ -300,4 +312,25 @@ func (k Kind) Run(conn net.Conn, to Addresses, stop <-chan struct{}) (r Report) 
 	end()
 	reader.Wait()
 	return r
+}
+
+// hungUp reports whether the server has ended a connection that nothing is read from: its kernel or ours says so.
+func hungUp(conn net.Conn) bool {
+	if t, ok := conn.(interface{ NetConn() net.Conn }); ok { // TLS
+		conn = t.NetConn()
+	}
+	c, ok := conn.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return true
+	}
+	ended := true
+	_ = raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		ended = err != nil || info.State != unix.BPF_TCP_ESTABLISHED
+	})
+	return ended
 }
