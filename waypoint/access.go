@@ -37,7 +37,7 @@ func (b *builder) accessFilters() []*hcmv3.HttpFilter {
 	filter := func(name string) *hcmv3.HttpFilter {
 		return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: nobody}}
 	}
-	return []*hcmv3.HttpFilter{b.httpFilter(auditFilter, &httprbacv3.RBAC{}), b.httpFilter(customFilter, &httprbacv3.RBAC{}), b.askFilter(), filter(denyFilter), filter(allowFilter)}
+	return []*hcmv3.HttpFilter{b.routesFilter(auditFilter, &httprbacv3.RBAC{}), b.routesFilter(customFilter, &httprbacv3.RBAC{}), b.askFilter(), filter(denyFilter), filter(allowFilter)}
 }
 
 // accessOf is what a table of routes says about who may ask for what.

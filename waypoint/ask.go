@@ -37,13 +37,11 @@ func textValue(m *matcherv3.StringMatcher) *matcherv3.ValueMatcher {
 
 // askFilter asks nobody where no table of routes says whom. A provider that does not answer denies.
 func (b *builder) askFilter() *hcmv3.HttpFilter {
-	f := b.httpFilter(askFilter, &extauthzv3.ExtAuthz{
+	return b.routesFilter(askFilter, &extauthzv3.ExtAuthz{
 		TransportApiVersion:   corev3.ApiVersion_V3,
 		Services:              &extauthzv3.ExtAuthz_GrpcService{GrpcService: grpcService(blackHole, time.Second)},
 		FilterEnabledMetadata: metadata(textValue(somebody()), rbacResults, askPrefix+"shadow_effective_policy_id"),
 	})
-	f.Disabled = true
-	return f
 }
 
 func grpcService(cluster string, timeout time.Duration) *corev3.GrpcService {

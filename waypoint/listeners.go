@@ -18,6 +18,7 @@ import (
 	sfsvaluev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	corsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
 	faultv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
+	headermutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_filter_state/v3"
 	httpinspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/http_inspector/v3"
@@ -291,9 +292,10 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 			ConfigSource: adsSource(), RouteConfigName: c.name("http"),
 		}},
 		HttpFilters: append(append(b.tokenFilters(c), b.accessFilters()...),
-			b.httpFilter(corsFilter, &corsv3.Cors{}), // before the limits, so that a page can read their answer
+			b.routesFilter(askedFilter, &headermutationv3.HeaderMutation{}),
+			b.routesFilter(corsFilter, &corsv3.Cors{}), // before the limits, so that a page can read their answer
 			b.limitFilter(c),
-			b.httpFilter(faultFilter, &faultv3.HTTPFault{}),
+			b.routesFilter(faultFilter, &faultv3.HTTPFault{}),
 			b.router(),
 		),
 		UseRemoteAddress:              wrapperspb.Bool(true),
@@ -459,6 +461,13 @@ func (b *builder) router() *hcmv3.HttpFilter {
 
 func (b *builder) httpFilter(name string, m proto.Message) *hcmv3.HttpFilter {
 	return &hcmv3.HttpFilter{Name: name, ConfigType: &hcmv3.HttpFilter_TypedConfig{TypedConfig: b.config(m)}}
+}
+
+// routesFilter is not there for a request whose route says nothing of it, and costs that one nothing.
+func (b *builder) routesFilter(name string, m proto.Message) *hcmv3.HttpFilter {
+	f := b.httpFilter(name, m)
+	f.Disabled = true
+	return f
 }
 
 // apart is a filter whose configuration is a resource of its own.

@@ -8,11 +8,13 @@ import (
 	"strings"
 	"time"
 
+	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/config/common/mutation_rules/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	commonfaultv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/fault/v3"
 	corsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
 	faultv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
+	headermutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
 	previoushostsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
@@ -26,6 +28,7 @@ import (
 
 const (
 	corsFilter  = "envoy.filters.http.cors"
+	askedFilter = "envoy.filters.http.header_mutation"
 	faultFilter = "envoy.filters.http.fault"
 )
 
@@ -444,8 +447,25 @@ func (b *builder) perFilter(r *mesh.HTTPRule) map[string]*anypb.Any {
 		out[faultFilter] = b.config(f)
 	}
 	if r.CORS != nil {
+		methods, headers := strings.Join(r.CORS.Methods, ","), strings.Join(r.CORS.AllowHeaders, ",")
+		if r.CORS.Asked {
+			var asked []*mutationv3.HeaderMutation
+			echo := func(list []string, name, of string) string {
+				if !slices.Contains(list, "*") {
+					return strings.Join(list, ",")
+				}
+				asked = append(asked, &mutationv3.HeaderMutation{Action: &mutationv3.HeaderMutation_Append{Append: &corev3.HeaderValueOption{
+					Header:       &corev3.HeaderValue{Key: name, Value: "%REQ(" + of + ")%"},
+					AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
+				}}})
+				return ""
+			}
+			methods = echo(r.CORS.Methods, "access-control-allow-methods", "access-control-request-method")
+			headers = echo(r.CORS.AllowHeaders, "access-control-allow-headers", "access-control-request-headers")
+			out[askedFilter] = b.config(&headermutationv3.HeaderMutationPerRoute{Mutations: &headermutationv3.Mutations{ResponseMutations: asked}})
+		}
 		p := &corsv3.CorsPolicy{
-			AllowMethods: strings.Join(r.CORS.Methods, ","), AllowHeaders: strings.Join(r.CORS.AllowHeaders, ","),
+			AllowMethods: methods, AllowHeaders: headers,
 			ExposeHeaders: strings.Join(r.CORS.ExposeHeaders, ","), AllowCredentials: wrapperspb.Bool(r.CORS.Credentials),
 			FilterEnabled: &corev3.RuntimeFractionalPercent{DefaultValue: share(mesh.Million)},
 			// What is not allowed is not kept from the application, only its answer from the page.

@@ -440,9 +440,6 @@ func (c *gatewayConverter) mirror(r *mesh.HTTPRule, f *gatewayv1.HTTPRequestMirr
 	r.Mirrors = append(r.Mirrors, m)
 }
 
-// allMethods is what a wildcard stands for where answers may not say so: to requests with credentials.
-var allMethods = []string{"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"}
-
 func (c *gatewayConverter) cors(f *gatewayv1.HTTPCORSFilter) *mesh.HTTPCORS {
 	out := &mesh.HTTPCORS{MaxAge: time.Duration(cmp.Or(f.MaxAge, 5)) * time.Second, Credentials: f.AllowCredentials != nil && *f.AllowCredentials, Answer: true}
 	for _, o := range f.AllowOrigins {
@@ -470,13 +467,9 @@ func (c *gatewayConverter) cors(f *gatewayv1.HTTPCORSFilter) *mesh.HTTPCORS {
 	for _, h := range f.ExposeHeaders {
 		out.ExposeHeaders = append(out.ExposeHeaders, string(h))
 	}
-	if out.Credentials {
-		if slices.Contains(out.Methods, "*") {
-			out.Methods = allMethods
-		}
-		if slices.Contains(out.AllowHeaders, "*") || slices.Contains(out.ExposeHeaders, "*") {
-			c.partly("a CORS filter with allowCredentials has * for headers, which browsers take for a header of that name")
-		}
+	out.Asked = out.Credentials && (slices.Contains(out.Methods, "*") || slices.Contains(out.AllowHeaders, "*"))
+	if out.Credentials && slices.Contains(out.ExposeHeaders, "*") {
+		c.partly("a CORS filter with allowCredentials has * for exposeHeaders, which browsers take for a header of that name")
 	}
 	return out
 }

@@ -86,7 +86,7 @@ func TestHTTPRoute(t *testing.T) {
 			want: []mesh.HTTPRule{{Name: "shop/r/0", Matches: every, Backends: ui, Timeout: 10 * time.Second,
 				Retries: &mesh.HTTPRetries{Attempts: 4, PerTry: 2 * time.Second, Backoff: 100 * time.Millisecond, StatusCodes: []uint32{500, 503}}}}},
 		{name: "cors", rules: `[{filters: [{type: CORS, cors: {allowOrigins: ["https://a.example:443", "https://*.b.example"], allowMethods: ["*"], allowCredentials: true, maxAge: 60}}], backendRefs: [{name: ui, port: 80}]}]`,
-			want: []mesh.HTTPRule{{Name: "shop/r/0", Matches: every, Backends: ui, CORS: &mesh.HTTPCORS{Methods: allMethods, Credentials: true, MaxAge: time.Minute, Answer: true,
+			want: []mesh.HTTPRule{{Name: "shop/r/0", Matches: every, Backends: ui, CORS: &mesh.HTTPCORS{Methods: []string{"*"}, Credentials: true, Asked: true, MaxAge: time.Minute, Answer: true,
 				Origins: []mesh.TextMatch{{Kind: mesh.TextExact, Value: "https://a.example"}, {Kind: mesh.TextRegex, Value: `https://[^/:]+\.b\.example`}}}}}},
 		{name: "filters that are not followed fail their requests", rules: `[{filters: [{type: ExtensionRef, extensionRef: {group: g, kind: K, name: n}}], backendRefs: [{name: ui, port: 80}]}, {backendRefs: [{name: ui, port: 80}]}]`,
 			want:   []mesh.HTTPRule{{Name: "shop/r/0", Matches: every, Backends: ui, Invalid: "filters[0].type ExtensionRef is not followed"}, {Name: "shop/r/1", Matches: every, Backends: ui}},

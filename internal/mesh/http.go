@@ -170,6 +170,7 @@ type HTTPCORS struct {
 	ExposeHeaders []string
 	MaxAge        time.Duration
 	Credentials   bool
+	Asked         bool // * for methods or headers is answered with what a preflight asks for: with credentials * is no wildcard to browsers
 	Answer        bool // preflights of other origins are answered, without leave, rather than forwarded
 }
 
