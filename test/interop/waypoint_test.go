@@ -42,7 +42,7 @@ type goldenFile struct{ Listeners, Routes, Clusters, Endpoints, Extensions, Secr
 
 // static puts what is fetched where Envoy has it from the beginning: endpoints in the clusters, and route tables and filters
 // by name.
-func static(t *testing.T, g goldenFile) (clusters []object, routes, extensions object) {
+func static(t testing.TB, g goldenFile) (clusters []object, routes, extensions object) {
 	t.Helper()
 	endpoints := object{}
 	routes, extensions = object{}, object{}
@@ -73,7 +73,7 @@ func static(t *testing.T, g goldenFile) (clusters []object, routes, extensions o
 }
 
 // inPlace makes a bootstrap of a golden file.
-func inPlace(t *testing.T, file string) []byte {
+func inPlace(t testing.TB, file string) []byte {
 	t.Helper()
 	b, err := os.ReadFile(file)
 	if err != nil {
@@ -83,7 +83,7 @@ func inPlace(t *testing.T, file string) []byte {
 }
 
 // placed makes a bootstrap of resources by kind.
-func placed(t *testing.T, b []byte) []byte {
+func placed(t testing.TB, b []byte) []byte {
 	t.Helper()
 	var g goldenFile
 	if err := yaml.Unmarshal(b, &g); err != nil {
@@ -106,7 +106,7 @@ func placed(t *testing.T, b []byte) []byte {
 }
 
 // inlineSecrets has what comes from the control plane be there.
-func inlineSecrets(t *testing.T, v any, secrets []object) {
+func inlineSecrets(t testing.TB, v any, secrets []object) {
 	switch v := v.(type) {
 	case []object:
 		for _, e := range v {
@@ -130,7 +130,7 @@ func inlineSecrets(t *testing.T, v any, secrets []object) {
 }
 
 // inline replaces references to route tables and filters by what they refer to.
-func inline(t *testing.T, v any, routes, extensions object) {
+func inline(t testing.TB, v any, routes, extensions object) {
 	switch v := v.(type) {
 	case []object:
 		for _, e := range v {

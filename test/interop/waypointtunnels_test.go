@@ -35,9 +35,8 @@ func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	t.Cleanup(func() { l.Close(); cancel(); wg.Wait() })
-	var accepted, asked atomic.Int32
+	t.Cleanup(cancel)
+	var asked atomic.Int32
 	together := make(chan struct{})
 	authorities := sync.Map{}
 	answer := func(_ context.Context, s *hbone.ServerStream) {
@@ -65,24 +64,7 @@ func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path
 			}
 		}
 	}
-	wg.Go(func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			accepted.Add(1)
-			wg.Go(func() {
-				defer c.Close()
-				tc := hbone.TLSServer(c, as.ServerTLS(identity.Peers{}))
-				if err := tc.HandshakeContext(ctx); err != nil {
-					t.Error(err)
-					return
-				}
-				_ = hbone.Serve(ctx, tc, hbone.ServerConfig{Handler: answer})
-			})
-		}
-	})
+	accepted := serveTunnels(ctx, t, l, as, answer)
 	var asking sync.WaitGroup
 	for range requests {
 		asking.Go(func() {
@@ -104,4 +86,31 @@ func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path
 	if _, ok := authorities.Load("127.0.1.5:8080"); !ok {
 		t.Error("no CONNECT was for the pod's port")
 	}
+}
+
+// serveTunnels is a pod whose tunnels end here; it counts them.
+func serveTunnels(ctx context.Context, t testing.TB, l net.Listener, as *identity.Bundle, handle func(context.Context, *hbone.ServerStream)) *atomic.Int32 {
+	ctx, cancel := context.WithCancel(ctx)
+	accepted := &atomic.Int32{}
+	var wg sync.WaitGroup
+	t.Cleanup(func() { l.Close(); cancel(); wg.Wait() })
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			accepted.Add(1)
+			wg.Go(func() {
+				defer c.Close()
+				tc := hbone.TLSServer(c, as.ServerTLS(identity.Peers{}))
+				if err := tc.HandshakeContext(ctx); err != nil {
+					t.Error(err)
+					return
+				}
+				_ = hbone.Serve(ctx, tc, hbone.ServerConfig{Handler: handle})
+			})
+		}
+	})
+	return accepted
 }
