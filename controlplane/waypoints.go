@@ -97,7 +97,11 @@ func (cp *controlPlane) deployer() *deploy.Deployer {
 		},
 		Kube: cp.clients.Kube, Gateways: cp.clients.Gateways,
 		List:    func() ([]*gatewayv1.Gateway, bool) { return cp.source.OurGateways() },
-		Classes: cp.source.Classes, Ingress: cp.gateways.get, Balanced: cp.source.Balanced,
+		Classes: cp.source.Classes, Ingress: cp.gateways.get, Balanced: cp.source.Balanced, Sets: cp.source.ListenerSets,
+		Exists: func(namespace, name string) bool {
+			_, ok := cp.source.Object(index.Gateway, namespace, name)
+			return ok
+		},
 		State: cp.waypointState, Log: cp.cfg.Log.With("scope", "deploy"),
 	}
 }

@@ -254,6 +254,8 @@ func typed(o *unstructured.Unstructured) (any, error) {
 		out = &networkingv1.Gateway{}
 	case gatewayv1.GroupName + "/Gateway":
 		out = &gatewayv1.Gateway{}
+	case gatewayv1.GroupName + "/ListenerSet":
+		out = &gatewayv1.ListenerSet{}
 	case gatewayv1.GroupName + "/HTTPRoute":
 		out = &gatewayv1.HTTPRoute{}
 	case gatewayv1.GroupName + "/GRPCRoute":

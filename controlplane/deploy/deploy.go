@@ -40,6 +40,10 @@ type Deployer struct {
 	State func(namespace, name string) (addresses []string, ready int)
 	// Balanced is where a load balancer takes what is for a Service.
 	Balanced func(namespace, name string) []corev1.LoadBalancerIngress
+	// Sets yields the ListenerSets.
+	Sets func() []*gatewayv1.ListenerSet
+	// Exists reports whether there is a Gateway of that name, of whatever class.
+	Exists func(namespace, name string) bool
 	// Ingress is what the index makes of a gateway; nil before it has seen it.
 	Ingress func(namespace, name string) *index.GatewayState
 	Log     *slog.Logger
@@ -49,6 +53,7 @@ type Deployer struct {
 type done struct {
 	generation int64
 	labels     string
+	ports      string // that ListenerSets add
 	at         time.Time
 	failed     string // what the API server said; "" for success
 }
@@ -72,6 +77,7 @@ func (d *Deployer) Run(ctx context.Context) {
 				here[g.UID] = true
 				d.reconcile(ctx, g, applied)
 			}
+			d.tellOrphans(ctx, list)
 			for uid := range applied {
 				if !here[uid] {
 					delete(applied, uid) // the API server collects what the Gateway owned
@@ -134,11 +140,11 @@ func (d *Deployer) reconcile(ctx context.Context, g *gatewayv1.Gateway, applied 
 		reason, message = ingressVerdict(g, state)
 	}
 	accepted := reason == gatewayv1.GatewayReasonAccepted
-	labels := fmt.Sprint(g.Labels)
+	labels, ports := fmt.Sprint(g.Labels), fmt.Sprint(addedPorts(state))
 	was, ok := applied[g.UID]
-	if accepted && (!ok || was.generation != g.Generation || was.labels != labels || was.failed != "" || time.Since(was.at) > again) {
-		was = done{generation: g.Generation, labels: labels, at: time.Now()}
-		if err := d.apply(ctx, g); err != nil {
+	if accepted && (!ok || was.generation != g.Generation || was.labels != labels || was.ports != ports || was.failed != "" || time.Since(was.at) > again) {
+		was = done{generation: g.Generation, labels: labels, ports: ports, at: time.Now()}
+		if err := d.apply(ctx, g, addedPorts(state)); err != nil {
 			was.failed = err.Error()
 			d.Log.Warn("Gateway not deployed", "namespace", g.Namespace, "gateway", g.Name, "error", err)
 		}
@@ -147,9 +153,9 @@ func (d *Deployer) reconcile(ctx context.Context, g *gatewayv1.Gateway, applied 
 	d.tell(ctx, g, state, reason, message, was.failed)
 }
 
-func (d *Deployer) apply(ctx context.Context, g *gatewayv1.Gateway) error {
+func (d *Deployer) apply(ctx context.Context, g *gatewayv1.Gateway, added []gatewayv1.PortNumber) error {
 	name := nameOf(g)
-	for _, m := range d.Settings.manifests(g) {
+	for _, m := range d.Settings.manifests(g, added) {
 		err := apply(m.body, func(b []byte, o metav1.PatchOptions) (err error) {
 			switch m.kind {
 			case serviceAccount:

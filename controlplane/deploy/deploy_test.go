@@ -2,6 +2,7 @@ package deploy
 
 import (
 	"log/slog"
+	"slices"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -200,6 +201,70 @@ func TestDeploysGateways(t *testing.T) {
 		!meta.IsStatusConditionFalse(l[1].Conditions, "Accepted") || !meta.IsStatusConditionTrue(l[2].Conditions, "Conflicted") || !meta.IsStatusConditionFalse(l[2].Conditions, "Programmed") {
 		t.Errorf("listeners %+v", l)
 	}
+
+	set := &gatewayv1.ListenerSet{ObjectMeta: metav1.ObjectMeta{Namespace: "blog", Name: "more", UID: "u2", Generation: 2}}
+	refused := &gatewayv1.ListenerSet{ObjectMeta: metav1.ObjectMeta{Namespace: "pay", Name: "more", UID: "u3"}}
+	d.Sets = func() (out []*gatewayv1.ListenerSet) {
+		for _, s := range []*gatewayv1.ListenerSet{set, refused} {
+			now, err := gateways.GatewayV1().ListenerSets(s.Namespace).Get(t.Context(), s.Name, metav1.GetOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			out = append(out, now)
+		}
+		return out
+	}
+	for _, s := range []*gatewayv1.ListenerSet{set, refused} {
+		s.Spec.ParentRef = gatewayv1.ParentGatewayReference{Name: "edge", Namespace: new(gatewayv1.Namespace("shop"))}
+		if _, err := gateways.GatewayV1().ListenerSets(s.Namespace).Create(t.Context(), s, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	notAllowed := routing.Verdict{Reason: "NotAllowed", Message: "allowedListeners"}
+	state.Sets = []index.ListenerSetState{
+		{Namespace: "blog", Name: "more", UID: "u2", Generation: 2, Listeners: []index.ListenerState{
+			{Name: "a", Port: 8080, Attached: 1, Kinds: []gatewayv1.RouteGroupKind{{Kind: "HTTPRoute"}}},
+			{Name: "b", Port: 80, Conflicted: routing.Verdict{Reason: "HostnameConflict", Message: "listener http has it"}},
+		}},
+		{Namespace: "pay", Name: "more", UID: "u3", Accepted: notAllowed},
+	}
+	if now = step(); now.Status.AttachedListenerSets == nil || *now.Status.AttachedListenerSets != 1 {
+		t.Errorf("attached sets: %v", now.Status.AttachedListenerSets)
+	}
+	if svc, err = kube.CoreV1().Services("shop").Get(t.Context(), "edge-istio", metav1.GetOptions{}); err != nil || !slices.ContainsFunc(svc.Spec.Ports, func(p corev1.ServicePort) bool { return p.Port == 8080 }) {
+		t.Errorf("with the port of a ListenerSet: %v: %+v", err, svc.Spec.Ports)
+	}
+	said := func(o *gatewayv1.ListenerSet, kind, status, reason string) {
+		t.Helper()
+		if c := meta.FindStatusCondition(o.Status.Conditions, kind); c == nil || string(c.Status) != status || c.Reason != reason || c.ObservedGeneration != o.Generation {
+			t.Errorf("ListenerSet %s: %+v, want %s %s", o.Namespace, c, status, reason)
+		}
+	}
+	sets := d.Sets()
+	said(sets[0], "Accepted", "True", "ListenersNotValid")
+	said(sets[0], "Programmed", "True", "Programmed")
+	said(sets[1], "Accepted", "False", "NotAllowed")
+	said(sets[1], "Programmed", "False", "NotAllowed")
+	if e := sets[0].Status.Listeners; len(e) != 2 || e[0].AttachedRoutes != 1 || !meta.IsStatusConditionTrue(e[0].Conditions, "Programmed") ||
+		!meta.IsStatusConditionTrue(e[1].Conditions, "Conflicted") || meta.FindStatusCondition(e[1].Conditions, "Programmed").Reason != "HostnameConflict" {
+		t.Errorf("its listeners: %+v", e)
+	}
+	gateways.ClearActions()
+	step()
+	for _, a := range gateways.Actions() {
+		if a.GetVerb() != "get" {
+			t.Errorf("%s of %s though nothing has changed", a.GetVerb(), a.GetResource().Resource)
+		}
+	}
+	there := true
+	d.Exists = func(string, string) bool { return there }
+	d.tellOrphans(t.Context(), nil)
+	said(d.Sets()[0], "Accepted", "True", "ListenersNotValid")
+	there = false
+	d.tellOrphans(t.Context(), nil)
+	said(d.Sets()[0], "Accepted", "False", "ParentNotAccepted")
+
+	state.Sets = nil
 	state.Listeners[0].Accepted = routing.Verdict{Reason: "PortUnavailable", Message: "port 80 is another's"}
 	now = step()
 	for _, kind := range []string{"Accepted", "Programmed"} {

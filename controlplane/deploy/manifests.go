@@ -69,8 +69,8 @@ func nameOf(g *gatewayv1.Gateway) string {
 	return index.IngressName(g)
 }
 
-// manifests are the objects of a Gateway.
-func (s Settings) manifests(g *gatewayv1.Gateway) []manifest {
+// manifests are the objects of a Gateway, to which ListenerSets add ports.
+func (s Settings) manifests(g *gatewayv1.Gateway, added []gatewayv1.PortNumber) []manifest {
 	labels, annotations := object{}, object{}
 	if i := g.Spec.Infrastructure; i != nil {
 		for k, v := range i.Labels {
@@ -104,7 +104,7 @@ func (s Settings) manifests(g *gatewayv1.Gateway) []manifest {
 	account := meta("v1", "ServiceAccount")
 
 	svc := meta("v1", "Service")
-	svc["spec"] = serviceSpec(g, selector)
+	svc["spec"] = serviceSpec(g, added, selector)
 
 	pod := object{}
 	for k, v := range labels {
@@ -205,7 +205,7 @@ func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
 }
 
 // serviceSpec is how clients reach a Gateway's pods.
-func serviceSpec(g *gatewayv1.Gateway, selector object) object {
+func serviceSpec(g *gatewayv1.Gateway, added []gatewayv1.PortNumber, selector object) object {
 	ports := []any{object{"name": "status-port", "port": statusPort, "protocol": "TCP", "appProtocol": "tcp"}}
 	spec := object{"selector": selector, "ipFamilyPolicy": "PreferDualStack"}
 	if isWaypoint(g) {
@@ -213,14 +213,18 @@ func serviceSpec(g *gatewayv1.Gateway, selector object) object {
 		return spec
 	}
 	spec["type"] = cmp.Or(g.Annotations[annotationType], "LoadBalancer")
-	var seen []gatewayv1.PortNumber
+	var asked []gatewayv1.PortNumber
 	for _, l := range g.Spec.Listeners {
-		if l.Port == statusPort || slices.Contains(seen, l.Port) {
+		asked = append(asked, l.Port)
+	}
+	seen := []gatewayv1.PortNumber{statusPort}
+	for _, port := range append(asked, added...) {
+		if slices.Contains(seen, port) {
 			continue
 		}
-		seen = append(seen, l.Port)
+		seen = append(seen, port)
 		// What is behind is the gateway, whatever the protocol: nodes hand its clients' connections on as they come.
-		ports = append(ports, object{"name": "port-" + strconv.Itoa(int(l.Port)), "port": int(l.Port), "protocol": "TCP", "appProtocol": "tcp"})
+		ports = append(ports, object{"name": "port-" + strconv.Itoa(int(port)), "port": int(port), "protocol": "TCP", "appProtocol": "tcp"})
 	}
 	spec["ports"] = ports
 	return spec

@@ -78,11 +78,11 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 	}
 	acceptedNow := condition(string(gatewayv1.GatewayConditionAccepted), accepted, string(reason), message, g.Generation)
 	if state != nil && accepted {
-		bad := invalidListeners(state)
+		bad := invalidListeners(state.Listeners)
 		if bad != "" { // what of it can be served is
 			acceptedNow.Reason, acceptedNow.Message = string(gatewayv1.GatewayReasonListenersNotValid), "not all of its listeners can be served: "+bad
 		}
-		if !slices.ContainsFunc(state.Listeners, func(l index.ListenerState) bool { return l.Accepted.OK() && l.Conflicted.OK() }) {
+		if !slices.ContainsFunc(state.Listeners, func(l index.ListenerState) bool { return l.Accepted.OK() && l.Conflicted.OK() }) && len(addedPorts(state)) == 0 {
 			acceptedNow.Status, acceptedNow.Message = metav1.ConditionFalse, "none of its listeners is valid: "+bad
 			programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonInvalid), acceptedNow.Message, g.Generation)
 		}
@@ -120,7 +120,11 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 		} else {
 			changed = true
 		}
-		for _, c := range listenerConditions(g, state, i, acceptedNow, programmed) {
+		conditions := waypointConditions(acceptedNow, programmed)
+		if state != nil {
+			conditions = listenerConditions(&state.Listeners[i], programmed, g.Generation)
+		}
+		for _, c := range conditions {
 			changed = meta.SetStatusCondition(&s.Conditions, c) || changed
 		}
 		if state != nil {
@@ -129,11 +133,14 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 		}
 		listeners = append(listeners, s)
 	}
+	sets := attachedSets(state)
+	changed = changed || (sets == nil) != (status.AttachedListenerSets == nil) || sets != nil && *sets != *status.AttachedListenerSets
+	d.tellSets(ctx, state, programmed)
 	if !changed && len(status.Listeners) == len(listeners) {
 		return
 	}
 	err := merge(object{"metadata": object{"resourceVersion": g.ResourceVersion}, "status": object{
-		"conditions": status.Conditions, "addresses": next, "listeners": listeners,
+		"conditions": status.Conditions, "addresses": next, "listeners": listeners, "attachedListenerSets": sets,
 	}}, func(b []byte, o metav1.PatchOptions) error {
 		_, err := d.Gateways.GatewayV1().Gateways(g.Namespace).Patch(ctx, g.Name, types.MergePatchType, b, o, "status")
 		return err
@@ -163,45 +170,48 @@ func insecurePorts(g *gatewayv1.Gateway) string {
 	return strings.Join(out, ", ")
 }
 
-func invalidListeners(s *index.GatewayState) string {
+func invalidListeners(listeners []index.ListenerState) string {
 	var bad []string
-	for i := range s.Listeners {
-		if !s.Listeners[i].Programmed() {
-			bad = append(bad, string(s.Listeners[i].Name))
+	for _, l := range listeners {
+		if !l.Programmed() {
+			bad = append(bad, string(l.Name))
 		}
 	}
 	return strings.Join(bad, ", ")
 }
 
-// listenerConditions are those of one listener; a waypoint's are the waypoint's.
-func listenerConditions(g *gatewayv1.Gateway, state *index.GatewayState, i int, accepted, programmed metav1.Condition) []metav1.Condition {
-	if state == nil {
-		return []metav1.Condition{
-			condition("Accepted", accepted.Status == metav1.ConditionTrue, accepted.Reason, accepted.Message, g.Generation),
-			condition("Programmed", programmed.Status == metav1.ConditionTrue, programmed.Reason, programmed.Message, g.Generation),
-			condition("ResolvedRefs", true, "ResolvedRefs", "it refers to nothing", g.Generation),
-		}
+// waypointConditions are those of a waypoint's listener: they are the waypoint's.
+func waypointConditions(accepted, programmed metav1.Condition) []metav1.Condition {
+	return []metav1.Condition{
+		accepted, programmed,
+		condition(string(gatewayv1.ListenerConditionResolvedRefs), true, string(gatewayv1.ListenerReasonResolvedRefs), "it refers to nothing", accepted.ObservedGeneration),
 	}
-	s := &state.Listeners[i]
+}
+
+// listenerConditions are those of a gateway's listener, of the Gateway's own or of a ListenerSet, whose generation it is.
+func listenerConditions(s *index.ListenerState, programmed metav1.Condition, generation int64) []metav1.Condition {
 	is := func(kind gatewayv1.ListenerConditionType, fine gatewayv1.ListenerConditionReason, text string, v routing.Verdict) metav1.Condition {
 		if v.OK() {
-			return condition(string(kind), true, string(fine), text, g.Generation)
+			return condition(string(kind), true, string(fine), text, generation)
 		}
-		return condition(string(kind), false, v.Reason, v.Message, g.Generation)
+		return condition(string(kind), false, v.Reason, v.Message, generation)
 	}
 	out := []metav1.Condition{
 		is(gatewayv1.ListenerConditionAccepted, gatewayv1.ListenerReasonAccepted, "the listener is valid", s.Accepted),
 		is(gatewayv1.ListenerConditionResolvedRefs, gatewayv1.ListenerReasonResolvedRefs, "all references are resolved", s.Resolved),
-		condition(string(gatewayv1.ListenerConditionConflicted), false, string(gatewayv1.ListenerReasonNoConflicts), "no other listener is in its way", g.Generation),
+		condition(string(gatewayv1.ListenerConditionConflicted), false, string(gatewayv1.ListenerReasonNoConflicts), "no other listener is in its way", generation),
 	}
 	if !s.Conflicted.OK() {
-		out[0] = condition(string(gatewayv1.ListenerConditionAccepted), false, s.Conflicted.Reason, s.Conflicted.Message, g.Generation)
-		out[2] = condition(string(gatewayv1.ListenerConditionConflicted), true, s.Conflicted.Reason, s.Conflicted.Message, g.Generation)
+		out[0] = condition(string(gatewayv1.ListenerConditionAccepted), false, s.Conflicted.Reason, s.Conflicted.Message, generation)
+		out[2] = condition(string(gatewayv1.ListenerConditionConflicted), true, s.Conflicted.Reason, s.Conflicted.Message, generation)
 	}
-	if !s.Programmed() {
-		out = append(out, condition("Programmed", false, string(gatewayv1.ListenerReasonInvalid), "it is not served, for what its other conditions say", g.Generation))
-	} else {
-		out = append(out, condition("Programmed", programmed.Status == metav1.ConditionTrue, programmed.Reason, programmed.Message, g.Generation))
+	switch {
+	case !s.Conflicted.OK():
+		out = append(out, condition("Programmed", false, s.Conflicted.Reason, s.Conflicted.Message, generation))
+	case !s.Programmed():
+		out = append(out, condition("Programmed", false, string(gatewayv1.ListenerReasonInvalid), "it is not served, for what its other conditions say", generation))
+	default:
+		out = append(out, condition("Programmed", programmed.Status == metav1.ConditionTrue, programmed.Reason, programmed.Message, generation))
 	}
 	return out
 }

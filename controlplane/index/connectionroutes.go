@@ -74,7 +74,7 @@ func namedConnectionsOf(f *ingressFact, here []int, own int, routes []placed) (o
 			byHost[p.host] = append(byHost[p.host], p)
 		}
 	}
-	at := "tls/" + strconv.Itoa(int(l.port)) + "/" + string(l.name)
+	at := "tls/" + strconv.Itoa(int(l.port)) + "/" + l.id()
 	of := map[*boundRoute]int{}
 	for _, host := range slices.Sorted(maps.Keys(byHost)) {
 		r := firstOf(byHost[host])
@@ -101,7 +101,7 @@ func (f *ingressFact) tls(l *ingressListener) *mesh.ListenerTLS {
 	}
 	out := &mesh.ListenerTLS{}
 	for _, r := range l.refs {
-		out.Certificates = append(out.Certificates, secretOf(f, r).String())
+		out.Certificates = append(out.Certificates, secretOf(l.of, r).String())
 	}
 	if c := l.clients; c != nil {
 		out.ClientRoots, out.Optional, out.Untrusted = clientsName(l.port), c.insecure, c.insecure

@@ -105,6 +105,7 @@ func (x *Index) setNamespace(name string, f *namespaceFact) {
 	}
 	x.dirtyNamespaces[name] = struct{}{}
 	x.touchRoutesFrom(name)
+	x.touchSetsFrom(name)
 	for pod := range x.pods[name] {
 		x.touch(Pod, key{name, pod})
 	}

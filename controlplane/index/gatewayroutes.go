@@ -51,7 +51,7 @@ type gatewayRouteFact struct {
 	uid        string
 	generation int64
 	created    metav1.Time
-	parents    []gatewayv1.ParentReference // Services and Gateways
+	parents    []gatewayv1.ParentReference // Services, Gateways and ListenerSets
 	hostnames  []string                    // which mean nothing at Services
 	services   bool                        // it has such parents
 	gateways   bool
@@ -162,7 +162,7 @@ func (c *compiled) gatewayRouteFactOf(kind Kind, r metav1.Object, parents []gate
 			f.services = true
 			f.parents = append(f.parents, p)
 			f.mentions = append(f.mentions, c.serviceName(parentKey(f, p)))
-		case deref(p.Group, gatewayv1.GroupName) == gatewayv1.GroupName && deref(p.Kind, "Gateway") == "Gateway":
+		case deref(p.Group, gatewayv1.GroupName) == gatewayv1.GroupName && (deref(p.Kind, "Gateway") == "Gateway" || *p.Kind == "ListenerSet"):
 			f.gateways = true
 			f.parents = append(f.parents, p)
 		}
@@ -183,6 +183,14 @@ func deref[T ~string](p *T, otherwise T) T {
 
 func parentKey(f *gatewayRouteFact, p gatewayv1.ParentReference) key {
 	return key{string(deref(p.Namespace, gatewayv1.Namespace(f.Namespace))), string(p.Name)}
+}
+
+// parentAt is the Gateway or the ListenerSet that a route names.
+func parentAt(f *gatewayRouteFact, p gatewayv1.ParentReference) ref {
+	if deref(p.Kind, "Gateway") == "ListenerSet" {
+		return ref{ListenerSet, parentKey(f, p)}
+	}
+	return ref{Gateway, parentKey(f, p)}
 }
 
 // hostnameGroup is that of the kind Hostname, with which routes name what ServiceEntries declare.
@@ -222,8 +230,8 @@ func (x *Index) setGatewayRoute(kind Kind, k key, f *gatewayRouteFact) {
 			unlink(x.routesOn, name, r)
 		}
 		for _, p := range old.parents {
-			if k := parentKey(old, p); !ofService(p) {
-				unlink(x.routesOf, k, r)
+			if !ofService(p) {
+				unlink(x.routesOf, parentAt(old, p), r)
 			}
 		}
 		delete(x.gatewayRoutes, r)
@@ -231,8 +239,8 @@ func (x *Index) setGatewayRoute(kind Kind, k key, f *gatewayRouteFact) {
 	if f != nil {
 		x.gatewayRoutes[r] = f
 		for _, p := range f.parents {
-			if k := parentKey(f, p); !ofService(p) {
-				link(x.routesOf, k, r)
+			if !ofService(p) {
+				link(x.routesOf, parentAt(f, p), r)
 			}
 		}
 		for _, name := range f.mentions {

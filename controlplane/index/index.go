@@ -52,13 +52,14 @@ const (
 	TCPRoute
 	BackendTLSPolicy
 	RateLimit
+	ListenerSet
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
 	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry", "Gateway",
-	"TLSRoute", "TCPRoute", "BackendTLSPolicy", "RateLimit",
+	"TLSRoute", "TCPRoute", "BackendTLSPolicy", "RateLimit", "ListenerSet",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -313,6 +314,8 @@ func (x *Index) Set(obj any) {
 	case *gatewayv1.Gateway:
 		x.setGateway(keyOf(o), gatewayFactOf(o))
 		x.setIngress(keyOf(o), ingressFactOf(o))
+	case *gatewayv1.ListenerSet:
+		x.setListenerSet(keyOf(o), listenerSetFactOf(o))
 	case *gatewayv1.GatewayClass:
 		x.setClass(o.Name, string(o.Spec.ControllerName))
 	case *gatewayv1.HTTPRoute:
@@ -377,6 +380,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 	case Gateway:
 		x.setGateway(k, nil)
 		x.setIngress(k, nil)
+	case ListenerSet:
+		x.setListenerSet(k, nil)
 	case IstioGateway:
 		x.setIstioGateway(k, nil)
 	case GatewayClass:

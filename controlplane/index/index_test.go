@@ -143,6 +143,12 @@ func dump(x *Index) string {
 		if !g.Resolved.OK() {
 			line("  resolved %+v", g.Resolved)
 		}
+		for _, set := range g.Sets {
+			line("  set %s/%s accepted %+v", set.Namespace, set.Name, set.Accepted)
+			for _, l := range set.Listeners {
+				line("    listener %s attached %d accepted %+v resolved %+v conflicted %+v", l.Name, l.Attached, l.Accepted, l.Resolved, l.Conflicted)
+			}
+		}
 		for _, l := range g.Listeners {
 			line("  listener %s attached %d accepted %+v resolved %+v conflicted %+v", l.Name, l.Attached, l.Accepted, l.Resolved, l.Conflicted)
 			for _, kind := range l.Kinds {
@@ -296,6 +302,8 @@ func decode(t testing.TB, doc string) any {
 		if strings.HasPrefix(meta.APIVersion, "networking.istio.io/") {
 			obj = &networkingv1.Gateway{}
 		}
+	case "ListenerSet":
+		obj = &gatewayv1.ListenerSet{}
 	case "GatewayClass":
 		obj = &gatewayv1.GatewayClass{}
 	case "HTTPRoute":
@@ -496,7 +504,11 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 	for range rapid.IntRange(1, 2).Draw(t, "parents") {
 		if rapid.Bool().Draw(t, "at a gateway") {
 			ns := pick(t, "gateway's namespace", gatewayv1.Namespace("a"), "b")
-			out = append(out, gatewayv1.ParentReference{Name: pick(t, "gateway", gatewayv1.ObjectName("w"), "w1"), Namespace: &ns})
+			p := gatewayv1.ParentReference{Name: pick(t, "gateway", gatewayv1.ObjectName("w"), "w1"), Namespace: &ns}
+			if rapid.IntRange(0, 2).Draw(t, "at a set") == 0 {
+				p.Kind, p.Name = new(gatewayv1.Kind("ListenerSet")), pick(t, "set", gatewayv1.ObjectName("ls0"), "ls1")
+			}
+			out = append(out, p)
 			continue
 		}
 		p := gatewayv1.ParentReference{Group: &core, Kind: &service, Name: pick(t, "parent", gatewayv1.ObjectName("s0"), "s1")}
@@ -513,7 +525,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+13).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+14).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -534,10 +546,19 @@ func drawObject(t *rapid.T) (ref, any) {
 		g := &gatewayv1.Gateway{ObjectMeta: drawMeta(t, "name", "w", "w1")}
 		g.Labels = pick(t, "labels", nil, map[string]string{labelWaypointFor: "none"}, map[string]string{labelWaypointFor: "all"})
 		g.Spec.GatewayClassName = pick(t, "class", gatewayv1.ObjectName(WaypointClass), "istio", "ours")
+		mustYAML(t, pick(t, "sets", `{}`, `{allowedListeners: {namespaces: {from: All}}}`, `{allowedListeners: {namespaces: {from: Same}}}`,
+			`{allowedListeners: {namespaces: {from: Selector, selector: {matchLabels: {istio.io/dataplane-mode: ambient}}}}}`), &g.Spec)
 		mustYAML(t, pick(t, "listeners", `{listeners: [{name: any, port: 80, protocol: HTTP}, {name: x, port: 443, protocol: HTTP, hostname: "*.x", allowedRoutes: {namespaces: {from: All}}}]}`,
 			`{listeners: [{name: any, port: 80, protocol: HTTP, hostname: a.x, allowedRoutes: {namespaces: {from: Selector, selector: {matchLabels: {istio.io/dataplane-mode: ambient}}}}}, {name: s, port: 443, protocol: HTTPS, tls: {certificateRefs: [{name: c, namespace: b}]}}]}`,
 			`{listeners: [{name: any, port: 80, protocol: TCP}, {name: x, port: 443, protocol: TLS, hostname: "*.x", tls: {mode: Passthrough}}, {name: s, port: 443, protocol: TLS, hostname: a.x, allowedRoutes: {namespaces: {from: All}}, tls: {mode: Passthrough}}]}`), &g.Spec)
 		return ref{kind, keyOf(g)}, g
+	case ListenerSet:
+		l := &gatewayv1.ListenerSet{ObjectMeta: drawMeta(t, "name", "ls0", "ls1")}
+		l.CreationTimestamp = metav1.Unix(int64(rapid.IntRange(0, 2).Draw(t, "created")), 0)
+		l.Spec.ParentRef = gatewayv1.ParentGatewayReference{Name: pick(t, "gateway", gatewayv1.ObjectName("w"), "w1"), Namespace: pick(t, "in", nil, new(gatewayv1.Namespace("a")))}
+		mustYAML(t, pick(t, "listeners", `{listeners: [{name: any, port: 80, protocol: HTTP}, {name: y, port: 8080, protocol: HTTP, hostname: a.x}]}`,
+			`{listeners: [{name: x, port: 443, protocol: HTTPS, hostname: a.x, tls: {certificateRefs: [{name: c}]}, allowedRoutes: {namespaces: {from: All}}}]}`), &l.Spec)
+		return ref{kind, keyOf(l)}, l
 	case IstioGateway:
 		g := &networkingv1.Gateway{ObjectMeta: drawMeta(t, "name", "g", "h")}
 		mustYAML(t, pick(t, "servers", `{selector: {app: x}, servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: ["*"]}]}`,

@@ -2,13 +2,10 @@ package index
 
 import (
 	"cmp"
-	"fmt"
 	"slices"
 	"strconv"
 	"strings"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
 	"github.com/warrenmesh/warren/controlplane/policy"
@@ -42,23 +39,30 @@ type GatewayState struct {
 	Accepted   routing.Verdict
 	Resolved   routing.Verdict // of what it is to show to applications
 	Listeners  []ListenerState // as many as the Gateway has
+	Sets       []ListenerSetState
 }
 
 // ListenerState is one listener of it.
 type ListenerState struct {
 	Name                           gatewayv1.SectionName
+	Port                           uint16
 	Kinds                          []gatewayv1.RouteGroupKind
 	Attached                       int32 // routes
 	Accepted, Resolved, Conflicted routing.Verdict
 }
 
 // Programmed reports whether a listener is served: also one that asks for routes of some kinds that there are not.
-func (l *ListenerState) Programmed() bool {
+func (l ListenerState) Programmed() bool {
 	return l.Accepted.OK() && l.resolvable() && l.Conflicted.OK()
 }
 
-func (l *ListenerState) resolvable() bool {
+func (l ListenerState) resolvable() bool {
 	return l.Resolved.OK() || l.Resolved.Reason == string(gatewayv1.ListenerReasonInvalidRouteKinds) && len(l.Kinds) > 0
+}
+
+func (l ListenerState) equal(o ListenerState) bool {
+	return l.Name == o.Name && l.Port == o.Port && l.Attached == o.Attached && l.Accepted == o.Accepted && l.Resolved == o.Resolved && l.Conflicted == o.Conflicted &&
+		slices.EqualFunc(l.Kinds, o.Kinds, func(p, q gatewayv1.RouteGroupKind) bool { return p.Kind == q.Kind })
 }
 
 // ingressFact is a Gateway.
@@ -69,35 +73,42 @@ type ingressFact struct {
 	class      string
 	name       string // of its pods
 	accepted   routing.Verdict
-	listeners  []ingressListener
+	listeners  []ingressListener // its own, and then those of the sets
+	admits     admission         // of ListenerSets
+	sets       []setPlace
+	frontend   *gatewayv1.GatewayTLSConfig
 	shown      *gatewayv1.SecretObjectReference // to applications with which TLS is spoken
 }
 
 // ingressListener is what a listener says.
 type ingressListener struct {
-	name       gatewayv1.SectionName
-	port       uint16
-	protocol   gatewayv1.ProtocolType
-	host       string // "" for any
-	kinds      []gatewayv1.RouteGroupKind
-	from       gatewayv1.FromNamespaces
-	namespaces labels.Selector
-	refs       []gatewayv1.SecretObjectReference
-	passes     bool // TLS goes on as it comes
-	clients    *clientChecks
+	of       ref // the Gateway, or a ListenerSet
+	name     gatewayv1.SectionName
+	port     uint16
+	protocol gatewayv1.ProtocolType
+	host     string // "" for any
+	kinds    []gatewayv1.RouteGroupKind
+	admits   admission // of routes
+	refs     []gatewayv1.SecretObjectReference
+	passes   bool // TLS goes on as it comes
+	clients  *clientChecks
 
 	accepted, resolved, conflicted routing.Verdict
 }
 
 // ingressAPI is what the index has of gateways.
 type ingressAPI struct {
-	ingresses    map[string]map[string]*ingressFact
-	classes      map[string]string // class → controller
+	declared     map[string]map[string]*ingressFact // Gateways as they are
+	listenerSets map[string]map[string]*listenerSetFact
+	setsOf       map[key]map[key]struct{} // ListenerSets by Gateway
+	dirtySets    map[key]struct{}
+	ingresses    map[string]map[string]*ingressFact // Gateways with the listeners of their sets
+	classes      map[string]string                  // class → controller
 	secrets      map[key]*SecretState
 	roots        map[key]*RootsState // ConfigMaps
 	dirtyIngress map[key]struct{}
 
-	routesOf map[key]map[ref]struct{} // by the Gateway that they name
+	routesOf map[ref]map[ref]struct{} // by the Gateway or ListenerSet that they name
 
 	// What was derived at the last Commit.
 	gatewayStates  map[key]*GatewayState
@@ -107,8 +118,9 @@ type ingressAPI struct {
 
 func newIngressAPI() ingressAPI {
 	return ingressAPI{
+		declared: map[string]map[string]*ingressFact{}, listenerSets: map[string]map[string]*listenerSetFact{}, setsOf: map[key]map[key]struct{}{}, dirtySets: map[key]struct{}{},
 		ingresses: map[string]map[string]*ingressFact{}, classes: map[string]string{IngressClass: IngressController}, secrets: map[key]*SecretState{}, roots: map[key]*RootsState{},
-		dirtyIngress: map[key]struct{}{}, routesOf: map[key]map[ref]struct{}{}, gatewayStates: map[key]*GatewayState{},
+		dirtyIngress: map[key]struct{}{}, routesOf: map[ref]map[ref]struct{}{}, gatewayStates: map[key]*GatewayState{},
 		routesAttached: map[key]map[*boundRoute]struct{}{}, ingressNames: map[key]mesh.ServiceName{},
 	}
 }
@@ -142,35 +154,12 @@ func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
 	if i := g.Spec.Infrastructure; i != nil && i.ParametersRef != nil {
 		f.accepted = verdict(gatewayv1.GatewayReasonInvalidParameters, "infrastructure.parametersRef is not supported")
 	}
+	f.admits, f.frontend = setsAdmitted(g.Spec.AllowedListeners), g.Spec.TLS
 	if t := g.Spec.TLS; t != nil && t.Backend != nil {
 		f.shown = t.Backend.ClientCertificateRef
 	}
-	type at struct {
-		port uint16
-		host string
-	}
-	taken, protocols := map[at]gatewayv1.SectionName{}, map[uint16]*ingressListener{}
 	for i := range g.Spec.Listeners {
-		l := listenerOf(&g.Spec.Listeners[i])
-		l.clients = checksOf(g.Spec.TLS, &l)
-		if l.accepted.OK() {
-			first, k := protocols[l.port], at{l.port, l.host}
-			other, same := taken[k]
-			switch {
-			case first != nil && family(first) != family(&l):
-				l.conflicted = verdict(gatewayv1.ListenerReasonProtocolConflict, fmt.Sprintf("listener %s has port %d with protocol %s", first.name, l.port, first.protocol))
-			case same && l.protocol == gatewayv1.TCPProtocolType:
-				l.conflicted = verdict(gatewayv1.ListenerReasonProtocolConflict, fmt.Sprintf("listener %s has port %d, and connections without TLS tell no host", other, l.port))
-			case same:
-				l.conflicted = verdict(gatewayv1.ListenerReasonHostnameConflict, fmt.Sprintf("listener %s has port %d and the same hostname", other, l.port))
-			default:
-				taken[k] = l.name
-				if first == nil {
-					protocols[l.port] = &l
-				}
-			}
-		}
-		f.listeners = append(f.listeners, l)
+		f.listeners = append(f.listeners, listenerOf(ref{Gateway, f.key}, &g.Spec.Listeners[i]))
 	}
 	return f
 }
@@ -187,10 +176,10 @@ func verdict[R ~string](reason R, message string) routing.Verdict {
 	return routing.Verdict{Reason: string(reason), Message: message}
 }
 
-func listenerOf(s *gatewayv1.Listener) ingressListener {
+func listenerOf(of ref, s *gatewayv1.Listener) ingressListener {
 	l := ingressListener{
-		name: s.Name, port: uint16(s.Port), protocol: s.Protocol, host: strings.ToLower(string(deref(s.Hostname, ""))),
-		from: gatewayv1.NamespacesFromSame, namespaces: labels.Nothing(),
+		of: of, name: s.Name, port: uint16(s.Port), protocol: s.Protocol, host: strings.ToLower(string(deref(s.Hostname, ""))),
+		admits: admissionOf(nil, gatewayv1.NamespacesFromSame, nil),
 	}
 	if s.TLS != nil {
 		l.refs = s.TLS.CertificateRefs
@@ -202,12 +191,7 @@ func listenerOf(s *gatewayv1.Listener) ingressListener {
 	}
 	if a := s.AllowedRoutes; a != nil {
 		if n := a.Namespaces; n != nil {
-			l.from = deref(n.From, gatewayv1.NamespacesFromSame)
-			if n.Selector != nil {
-				if sel, err := metav1.LabelSelectorAsSelector(n.Selector); err == nil {
-					l.namespaces = sel
-				}
-			}
+			l.admits = admissionOf(n.From, gatewayv1.NamespacesFromSame, n.Selector)
 		}
 		if len(a.Kinds) > 0 {
 			l.kinds = []gatewayv1.RouteGroupKind{}
@@ -236,6 +220,14 @@ func listenerOf(s *gatewayv1.Listener) ingressListener {
 	return l
 }
 
+// id tells a listener from all others of its Gateway.
+func (l *ingressListener) id() string {
+	if l.of.kind == Gateway {
+		return string(l.name)
+	}
+	return l.of.key.String() + "/" + string(l.name)
+}
+
 // terminates reports whether TLS ends at a listener.
 func (l *ingressListener) terminates() bool {
 	return l.protocol == gatewayv1.HTTPSProtocolType || l.protocol == gatewayv1.TLSProtocolType && !l.passes
@@ -255,18 +247,23 @@ func (x *Index) ingress(k key) *ingressFact {
 }
 
 func (x *Index) setIngress(k key, f *ingressFact) {
-	old := put(x.ingresses, k, f)
+	old := put(x.declared, k, f)
 	if old == nil && f == nil || old != nil && f != nil && f.generation != 0 && old.generation == f.generation && old.uid == f.uid && old.name == f.name {
 		return
 	}
-	x.touchIngress(k)
+	x.arrange(k)
 }
 
 // touchIngress marks a Gateway and what is attached to it.
 func (x *Index) touchIngress(k key) {
 	x.dirtyIngress[k] = struct{}{}
-	for r := range x.routesOf[k] {
+	for r := range x.routesOf[ref{Gateway, k}] {
 		x.dirtyGatewayRoutes[r] = struct{}{}
+	}
+	for s := range x.setsOf[k] {
+		for r := range x.routesOf[ref{ListenerSet, s}] {
+			x.dirtyGatewayRoutes[r] = struct{}{}
+		}
 	}
 	x.touchTargeting(k.Namespace)
 	x.touchTargeting(x.c.RootNamespace)
@@ -309,7 +306,15 @@ type attachment struct {
 
 // attach finds what a route means at a Gateway; nil where the Gateway is not ours.
 func (x *Index) attach(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundRoute {
-	k := parentKey(f, p)
+	named := parentAt(f, p)
+	k := named.key
+	if named.kind == ListenerSet {
+		s := x.listenerSets[k.Namespace][k.Name]
+		if s == nil {
+			return nil
+		}
+		k = s.gateway
+	}
 	g := x.ingress(k)
 	if g == nil {
 		return nil
@@ -317,15 +322,15 @@ func (x *Index) attach(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundR
 	b := &boundRoute{fact: f, gateway: k, parent: RouteParent{Ref: p}}
 	r := f.convert(x.backends(f, mesh.ServiceName{}))
 	b.parent.Resolved, b.parent.Partly = r.Resolved, r.Partly
-	at := "Gateway " + k.Namespace + "/" + k.Name
+	at := named.kind.String() + " " + named.key.String()
 	found, allowed := false, false
 	for i := range g.listeners {
 		l := &g.listeners[i]
-		if p.SectionName != nil && *p.SectionName != l.name || p.Port != nil && uint16(*p.Port) != l.port {
+		if l.of != named || p.SectionName != nil && *p.SectionName != l.name || p.Port != nil && uint16(*p.Port) != l.port {
 			continue
 		}
 		found = true
-		if !slices.ContainsFunc(l.kinds, func(k gatewayv1.RouteGroupKind) bool { return string(k.Kind) == f.kind.String() }) || !x.admits(g, l, f.Namespace) {
+		if !slices.ContainsFunc(l.kinds, func(k gatewayv1.RouteGroupKind) bool { return string(k.Kind) == f.kind.String() }) || !x.admits(l.admits, l.of.Namespace, f.Namespace) {
 			continue
 		}
 		allowed = true
@@ -335,6 +340,8 @@ func (x *Index) attach(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundR
 	}
 	refused := routing.Verdict{}
 	switch {
+	case !found && named.kind == ListenerSet && slices.ContainsFunc(g.sets, func(s setPlace) bool { return s.fact.key == named.key && !s.refused.OK() }):
+		refused = verdict(gatewayv1.RouteReasonNoMatchingParent, at+" is not attached to a Gateway")
 	case !found:
 		refused = verdict(gatewayv1.RouteReasonNoMatchingParent, at+" has no such listener")
 	case !allowed:
@@ -351,20 +358,6 @@ func (x *Index) attach(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundR
 	return b
 }
 
-// admits reports whether routes of a namespace may be attached to a listener.
-func (x *Index) admits(g *ingressFact, l *ingressListener, ns string) bool {
-	switch l.from {
-	case gatewayv1.NamespacesFromAll:
-		return true
-	case gatewayv1.NamespacesFromSame:
-		return ns == g.Namespace
-	case gatewayv1.NamespacesFromSelector:
-		n := x.namespaces[ns]
-		return n != nil && l.namespaces.Matches(labels.Set(n.labels))
-	}
-	return false
-}
-
 // commitIngress writes what gateways serve, after the routes have been bound.
 func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 	for k := range x.dirtyIngress {
@@ -375,13 +368,16 @@ func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 			x.dirtyServing = true
 		}
 		if f == nil {
+			for s := range x.setsOf[k] {
+				x.dirtySets[s] = struct{}{}
+			}
 			if x.gatewayStates[k] != nil {
 				delete(x.gatewayStates, k)
 				u.Gateways[GatewayKey(k)] = nil
 			}
 			continue
 		}
-		in, state := x.serve(f)
+		in, state := x.serve(f, u)
 		x.dirtyServing = x.dirtyServing || x.ingressNames[k] != in.Name
 		x.ingressNames[k] = in.Name
 		b.PutIngress(in)
@@ -391,17 +387,16 @@ func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 		}
 	}
 	x.dirtyIngress = emptied(x.dirtyIngress)
+	x.commitSets(u)
 }
 
 func (s *GatewayState) equal(o *GatewayState) bool {
-	return s.UID == o.UID && s.Generation == o.Generation && s.Accepted == o.Accepted && s.Resolved == o.Resolved && slices.EqualFunc(s.Listeners, o.Listeners, func(a, b ListenerState) bool {
-		return a.Name == b.Name && a.Attached == b.Attached && a.Accepted == b.Accepted && a.Resolved == b.Resolved && a.Conflicted == b.Conflicted &&
-			slices.EqualFunc(a.Kinds, b.Kinds, func(p, q gatewayv1.RouteGroupKind) bool { return p.Kind == q.Kind })
-	})
+	return s.UID == o.UID && s.Generation == o.Generation && s.Accepted == o.Accepted && s.Resolved == o.Resolved && slices.EqualFunc(s.Listeners, o.Listeners, ListenerState.equal) &&
+		slices.EqualFunc(s.Sets, o.Sets, func(a, b ListenerSetState) bool { return a.equal(&b) })
 }
 
 // serve is what a Gateway serves, and how far that is what it asks for.
-func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
+func (x *Index) serve(f *ingressFact, u *Update) (*mesh.Ingress, *GatewayState) {
 	in := &mesh.Ingress{Name: x.c.serviceName(key{f.Namespace, f.name}), Workload: f.name}
 	in.Access, in.Tokens = x.gatewayAccess(f.Namespace, x.labelsOf(f), func(ns string, targets []policy.Target) bool {
 		return slices.ContainsFunc(targets, func(t policy.Target) bool { return x.targetsIngress(ns, t, f) })
@@ -409,7 +404,7 @@ func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 	in.Telemetry, in.Limits = x.ingressTelemetry(f), x.ingressLimits(f)
 	state := &GatewayState{UID: f.uid, Generation: f.generation, Accepted: f.accepted}
 	if f.shown != nil {
-		c, v := x.certificate(f, *f.shown, gatewayv1.ListenerConditionReason(gatewayv1.GatewayReasonInvalidClientCertificateRef))
+		c, v := x.certificate(ref{Gateway, f.key}, *f.shown, gatewayv1.ListenerConditionReason(gatewayv1.GatewayReasonInvalidClientCertificateRef))
 		if v.OK() {
 			in.AddCertificate(c)
 			in.BackendCertificate = c.Name
@@ -428,14 +423,14 @@ func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 	}
 	for i := range f.listeners {
 		l := &f.listeners[i]
-		s := ListenerState{Name: l.name, Kinds: l.kinds, Accepted: l.accepted, Resolved: l.resolved, Conflicted: l.conflicted}
+		s := ListenerState{Name: l.name, Port: l.port, Kinds: l.kinds, Accepted: l.accepted, Resolved: l.resolved, Conflicted: l.conflicted}
 		routes := map[ref]struct{}{}
 		for _, p := range attached[i] {
 			routes[p.route.fact.ref] = struct{}{}
 		}
 		s.Attached = int32(len(routes))
 		if l.terminates() && s.resolvable() {
-			if v := x.certificates(f, l, in); !v.OK() {
+			if v := x.certificates(l, in); !v.OK() {
 				s.Resolved = v
 			}
 		}
@@ -459,6 +454,7 @@ func (x *Index) serve(f *ingressFact) (*mesh.Ingress, *GatewayState) {
 			return cmp.Or(cmp.Compare(a.Port, b.Port), cmp.Compare(a.Name, b.Name))
 		})
 	}
+	x.tellSets(u, f, state)
 	return in, state
 }
 

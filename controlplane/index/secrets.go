@@ -87,30 +87,32 @@ func (x *Index) SetSecret(k SecretKey, s *SecretState) {
 
 func (k key) String() string { return k.Namespace + "/" + k.Name }
 
-// secretOf is the Secret that a Gateway refers to.
-func secretOf(f *ingressFact, r gatewayv1.SecretObjectReference) key {
-	return key{string(deref(r.Namespace, gatewayv1.Namespace(f.Namespace))), string(r.Name)}
+// secretOf is the Secret that a Gateway or a ListenerSet refers to.
+func secretOf(by ref, r gatewayv1.SecretObjectReference) key {
+	return key{string(deref(r.Namespace, gatewayv1.Namespace(by.Namespace))), string(r.Name)}
 }
 
 func isSecret(r gatewayv1.SecretObjectReference) bool {
 	return deref(r.Group, "") == "" && deref(r.Kind, "Secret") == "Secret"
 }
 
-// wants are the Secrets that a Gateway refers to.
-func (f *ingressFact) wants() (out []key) {
-	add := func(r gatewayv1.SecretObjectReference) {
-		if isSecret(r) {
-			out = append(out, secretOf(f, r))
-		}
-	}
+// refers goes through the Secrets that a Gateway and its ListenerSets refer to.
+func (f *ingressFact) refers(yield func(by ref, secret key)) {
 	for _, l := range f.listeners {
 		for _, r := range l.refs {
-			add(r)
+			if isSecret(r) {
+				yield(l.of, secretOf(l.of, r))
+			}
 		}
 	}
-	if f.shown != nil {
-		add(*f.shown)
+	if by := (ref{Gateway, f.key}); f.shown != nil && isSecret(*f.shown) {
+		yield(by, secretOf(by, *f.shown))
 	}
+}
+
+// wants are the Secrets that a Gateway refers to.
+func (f *ingressFact) wants() (out []key) {
+	f.refers(func(_ ref, k key) { out = append(out, k) })
 	return out
 }
 
@@ -123,12 +125,12 @@ func (x *Index) wantedSecrets() []SecretKey {
 			if x.classes[f.class] != IngressController {
 				continue
 			}
-			for _, k := range f.wants() {
-				if !seen[k] && (k.Namespace == f.Namespace || x.secretGranted(f, k)) {
+			f.refers(func(by ref, k key) {
+				if !seen[k] && x.mayHave(by, k) {
 					seen[k] = true
 					out = append(out, SecretKey(k))
 				}
-			}
+			})
 		}
 	}
 	for _, k := range x.wantedCredentials() {
@@ -154,16 +156,16 @@ func (x *Index) wantedSecrets() []SecretKey {
 	return out
 }
 
-// secretGranted reports whether a Gateway may have a Secret of another namespace.
-func (x *Index) secretGranted(f *ingressFact, k key) bool {
-	return x.grantedTo("Gateway", f.Namespace, "Secret", k)
+// mayHave reports whether a Gateway or a ListenerSet may have a Secret.
+func (x *Index) mayHave(by ref, k key) bool {
+	return k.Namespace == by.Namespace || x.grantedTo(by.kind.String(), by.Namespace, "Secret", k)
 }
 
 // certificates adds those of a listener to what a gateway has, and says which it cannot have.
-func (x *Index) certificates(f *ingressFact, l *ingressListener, in *mesh.Ingress) routing.Verdict {
+func (x *Index) certificates(l *ingressListener, in *mesh.Ingress) routing.Verdict {
 	var found []mesh.Certificate
 	for i, r := range l.refs {
-		c, v := x.certificate(f, r, gatewayv1.ListenerReasonInvalidCertificateRef)
+		c, v := x.certificate(l.of, r, gatewayv1.ListenerReasonInvalidCertificateRef)
 		if !v.OK() {
 			v.Message = fmt.Sprintf("tls.certificateRefs[%d]: %s", i, v.Message)
 			return v
@@ -176,14 +178,14 @@ func (x *Index) certificates(f *ingressFact, l *ingressListener, in *mesh.Ingres
 	return routing.Verdict{}
 }
 
-// certificate is the one that a Gateway refers to; the verdict says why it cannot have it.
-func (x *Index) certificate(f *ingressFact, r gatewayv1.SecretObjectReference, invalid gatewayv1.ListenerConditionReason) (mesh.Certificate, routing.Verdict) {
-	k := secretOf(f, r)
+// certificate is the one that a Gateway or a ListenerSet refers to; the verdict says why it cannot have it.
+func (x *Index) certificate(by ref, r gatewayv1.SecretObjectReference, invalid gatewayv1.ListenerConditionReason) (mesh.Certificate, routing.Verdict) {
+	k := secretOf(by, r)
 	switch {
 	case !isSecret(r):
 		return mesh.Certificate{}, verdict(invalid, "of kind "+string(deref(r.Kind, "Secret"))+"; only Secrets are followed")
-	case k.Namespace != f.Namespace && !x.secretGranted(f, k):
-		return mesh.Certificate{}, verdict(gatewayv1.ListenerReasonRefNotPermitted, "no ReferenceGrant in "+k.Namespace+" lets Gateways of "+f.Namespace+" have Secret "+k.String())
+	case !x.mayHave(by, k):
+		return mesh.Certificate{}, verdict(gatewayv1.ListenerReasonRefNotPermitted, "no ReferenceGrant in "+k.Namespace+" lets "+by.kind.String()+"s of "+by.Namespace+" have Secret "+k.String())
 	}
 	s := x.secrets[k]
 	if s == nil {

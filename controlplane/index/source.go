@@ -143,6 +143,10 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer { return f.Networking().V1().Gateways().Informer() }},
 	{Gateway, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "gateways"},
 		func(f factories) cache.SharedIndexInformer { return f.gateways.Gateway().V1().Gateways().Informer() }},
+	{ListenerSet, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "listenersets"},
+		func(f factories) cache.SharedIndexInformer {
+			return f.gateways.Gateway().V1().ListenerSets().Informer()
+		}},
 	{GatewayClass, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "gatewayclasses"},
 		func(f factories) cache.SharedIndexInformer {
 			return f.gateways.Gateway().V1().GatewayClasses().Informer()
@@ -484,6 +488,8 @@ func strip(obj any) (any, error) {
 	case *networkingv1.DestinationRule:
 		o.ManagedFields = nil
 	case *gatewayv1.Gateway:
+		o.ManagedFields = nil
+	case *gatewayv1.ListenerSet:
 		o.ManagedFields = nil
 	case *gatewayv1.GatewayClass:
 		o.ManagedFields = nil

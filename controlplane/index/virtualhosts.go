@@ -47,7 +47,7 @@ func (x *Index) servePort(f *ingressFact, state *GatewayState, attached [][]plac
 			out = append(out, namedConnectionsOf(f, here, i, attached[i])...)
 			continue
 		}
-		in := mesh.IngressListener{Name: "https/" + strconv.Itoa(int(port)) + "/" + string(l.name), Port: port, TLS: f.tls(l), Hosts: x.hostsOf(f, here, i, attached[i])}
+		in := mesh.IngressListener{Name: "https/" + strconv.Itoa(int(port)) + "/" + l.id(), Port: port, TLS: f.tls(l), Hosts: x.hostsOf(f, here, i, attached[i])}
 		if l.host != "" {
 			in.Names = []string{l.host}
 		}

@@ -63,6 +63,11 @@ func (s *Source) OurGateways() ([]*gatewayv1.Gateway, bool) {
 	return out, true
 }
 
+// ListenerSets lists them as the watch has them now.
+func (s *Source) ListenerSets() []*gatewayv1.ListenerSet {
+	return listed[*gatewayv1.ListenerSet](s, ListenerSet)
+}
+
 // Balanced is where a load balancer takes what is for a Service, as the watch has it now.
 func (s *Source) Balanced(namespace, name string) []corev1.LoadBalancerIngress {
 	o, _ := s.Object(Service, namespace, name)

@@ -43,7 +43,7 @@ var claimedAtGateways = []features.FeatureName{
 	features.SupportHTTPRouteBackendProtocolWebSocket, features.SupportHTTPRouteNamedRouteRule,
 	features.SupportBackendTLSPolicy, features.SupportBackendTLSPolicySANValidation,
 	features.SupportGatewayFrontendClientCertificateValidation, features.SupportGatewayFrontendClientCertificateValidationInsecureFallback,
-	features.SupportGatewayBackendClientCertificate,
+	features.SupportGatewayBackendClientCertificate, features.SupportListenerSet, features.SupportHTTPRouteCORS,
 	features.SupportHTTPRoute303RedirectStatusCode, features.SupportHTTPRoute307RedirectStatusCode, features.SupportHTTPRoute308RedirectStatusCode,
 }
 
