@@ -89,6 +89,8 @@ type builder struct {
 	through     map[mesh.ServiceName]bool          // waypoints that something is sent by
 	credentials map[string]*mesh.Certificate       // that are shown to applications, or that those are checked against
 	extensions  []*corev3.TypedExtensionConfig
+	off         map[string]string   // patches that are left off, by their keys
+	patched     map[string]struct{} // keys of those that are made
 	err         error
 }
 

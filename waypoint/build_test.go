@@ -253,6 +253,7 @@ var cases = map[string]func(*mesh.Service){
 			{Name: "shop/more/0", Requests: 4294967295, Per: time.Hour, Burst: 4294967295, By: []mesh.LimitKey{{On: mesh.LimitNamespace}, {On: mesh.LimitAddress}}},
 		}
 	},
+	"patches": func(s *mesh.Service) { s.Patches = patched() },
 	// What routes of the Gateway API add: rules for a port, for the clients of a namespace, and shares that fail.
 	"consumer": rules(
 		mesh.HTTPRule{Name: "blog/theirs/0", From: "blog", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/")}}, Backends: []mesh.HTTPBackend{to("v2", 1)}},

@@ -38,7 +38,25 @@ type Writer struct {
 	last     *Resources
 	ingress  *ingressPart // of a gateway
 
+	off     map[string]string   // see LeaveOff
+	patched map[string]struct{} // see Patched
+
 	written int // parts of the last Write that were not taken over
+}
+
+// LeaveOff has what is written from now on be without some patches, which Envoy refuses: why, by [mesh.Patch.Key].
+func (w *Writer) LeaveOff(why map[string]string) {
+	*w = Writer{self: w.self, last: w.last, off: maps.Clone(why)}
+}
+
+// Patched are the keys of the patches that what was written last is made with. They are all in listeners. The map is not to
+// be changed.
+func (w *Writer) Patched() map[string]struct{} { return w.patched }
+
+func (w *Writer) builder(s *mesh.Snapshot) *builder {
+	b := newBuilder(s, w.self)
+	b.off = w.off
+	return b
 }
 
 // item is a resource, and the hash of it: SHA-256 in hexadecimal, which the library that serves it makes its version.
@@ -55,6 +73,7 @@ type part struct {
 	routes     []*item
 	extensions []*item
 	targets    []target
+	patched    map[string]struct{}
 }
 
 // reached is a target.
@@ -97,7 +116,7 @@ func (r *Resources) Versions(typeURL string) map[string]string {
 // nothing has changed it is the very same as the last time. After an error the last good one still holds.
 func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, error) {
 	if w.snapshot == nil || !w.snapshot.Config().Equal(s.Config()) {
-		*w = Writer{self: w.self, last: w.last}
+		*w = Writer{self: w.self, last: w.last, off: w.off}
 	}
 	if g := s.Ingress(w.self); g != nil {
 		return w.writeIngress(s, g)
@@ -120,7 +139,7 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 	if err != nil {
 		return nil, err
 	}
-	b := newBuilder(s, w.self)
+	b := w.builder(s)
 	main := w.main
 	if main == nil || !slices.EqualFunc(parts, w.served, func(x, y *part) bool { return x == y || x.shape == y.shape }) {
 		main = b.mainItem(parts)
@@ -135,7 +154,9 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 	listeners = append(listeners, main)
 	var routes, extensions, endpoints, shared []*item
 	var ends []netip.AddrPort
+	patched := map[string]struct{}{}
 	for _, p := range parts {
+		maps.Copy(patched, p.patched)
 		routes, extensions = append(routes, p.routes...), append(extensions, p.extensions...)
 	}
 	for _, r := range list {
@@ -158,6 +179,7 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 	for _, list := range [][]*item{endpoints, shared} {
 		slices.SortFunc(list, func(x, y *item) int { return strings.Compare(x.name, y.name) })
 	}
+	w.patched = patched
 	w.snapshot, w.services, w.targets, w.served, w.main, w.tunnels = s, services, targets, parts, main, tunnels
 	return w.keep(map[string][]*item{
 		resource.ListenerType: listeners, resource.RouteType: routes, resource.ClusterType: clusters, resource.EndpointType: endpoints,
@@ -209,7 +231,7 @@ func same(from map[mesh.ServiceName]*mesh.Service, s *mesh.Snapshot) bool {
 // part writes what a service asks for.
 func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, error) {
 	w.written++
-	b := newBuilder(s, w.self)
+	b := w.builder(s)
 	b.lookup(svc.Name)
 	p := &part{from: b.from}
 	if old == nil {
@@ -248,6 +270,7 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 	for t := range b.targets {
 		p.targets = append(p.targets, t)
 	}
+	p.patched = b.patched
 	return p, b.err
 }
 
@@ -263,7 +286,7 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 			r := w.targets[t]
 			if r == nil || !same(r.from, s) || !s.SameEndpoints(w.snapshot, t.service) {
 				w.written++
-				b := newBuilder(s, w.self)
+				b := w.builder(s)
 				b.lookup(t.service)
 				if r == nil {
 					r = &reached{}

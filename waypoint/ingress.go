@@ -40,7 +40,7 @@ type ingressPart struct {
 
 // writeIngress writes the configuration of a gateway. Where nothing that it is written from has changed it is the last one.
 func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, error) {
-	b := newBuilder(s, w.self)
+	b := w.builder(s)
 	b.ingress = g
 	if was := w.ingress; was != nil && was.gateway == g && was.ipv6 == b.hasIPv6() && same(was.from, s) {
 		unchanged := true
@@ -112,6 +112,7 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 	if b.err != nil {
 		return nil, b.err
 	}
+	w.patched = b.patched
 	w.snapshot, w.tunnels, w.ingress = s, tunnels, &ingressPart{g, b.from, b.targets, b.through, b.hasIPv6()}
 	return w.keep(all), nil
 }
@@ -182,7 +183,7 @@ func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listen
 // ingressChain has what serves services serve a listener.
 func (b *builder) ingressChain(in *mesh.IngressListener) chain {
 	return chain{ingress: in, port: mesh.ServicePort{Port: in.Port, App: mesh.AppHTTP1},
-		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens, Limits: b.ingress.Limits, Telemetry: b.ingress.Telemetry}}
+		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens, Limits: b.ingress.Limits, Patches: b.ingress.Patches, Telemetry: b.ingress.Telemetry}}
 }
 
 // ingressRoutes is the route table of a listener.

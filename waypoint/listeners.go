@@ -291,13 +291,13 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			ConfigSource: adsSource(), RouteConfigName: c.name("http"),
 		}},
-		HttpFilters: append(append(b.tokenFilters(c), b.accessFilters()...),
+		HttpFilters: b.patchHTTP(c, append(append(b.tokenFilters(c), b.accessFilters()...),
 			b.routesFilter(askedFilter, &headermutationv3.HeaderMutation{}),
 			b.routesFilter(corsFilter, &corsv3.Cors{}), // before the limits, so that a page can read their answer
 			b.limitFilter(c),
 			b.routesFilter(faultFilter, &faultv3.HTTPFault{}),
 			b.router(),
-		),
+		)),
 		UseRemoteAddress:              wrapperspb.Bool(true),
 		InternalAddressConfig:         nobodyInternal(),
 		EarlyHeaderMutationExtensions: []*corev3.TypedExtensionConfig{b.noEnvoyHeaders()},
@@ -456,7 +456,7 @@ func (b *builder) tunnelOptions() *corev3.Http2ProtocolOptions {
 }
 
 func (b *builder) router() *hcmv3.HttpFilter {
-	return b.httpFilter("envoy.filters.http.router", &routerv3.Router{SuppressEnvoyHeaders: true})
+	return b.httpFilter(routerFilter, &routerv3.Router{SuppressEnvoyHeaders: true})
 }
 
 func (b *builder) httpFilter(name string, m proto.Message) *hcmv3.HttpFilter {

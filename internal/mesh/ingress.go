@@ -16,6 +16,7 @@ type Ingress struct {
 	Access       []AccessPolicy // by name
 	Tokens       []TokenRule
 	Limits       []RateLimit // by name
+	Patches      []Patch     // in the order in which they are made
 	Telemetry    *Telemetry  // nil: the default
 
 	BackendCertificate string // of Certificates, the one that is shown to applications with which it speaks TLS; "": none

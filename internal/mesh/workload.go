@@ -107,6 +107,7 @@ type Service struct {
 	Access  []AccessPolicy // by name
 	Tokens  []TokenRule
 	Limits  []RateLimit // by name
+	Patches []Patch     // in the order in which they are made
 
 	Telemetry *Telemetry // of its waypoint; nil: the default
 
