@@ -8,6 +8,7 @@ import (
 	"unicode"
 
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -240,6 +241,8 @@ func typed(o *unstructured.Unstructured) (any, error) {
 		out = &securityv1.RequestAuthentication{}
 	case "telemetry.istio.io/Telemetry":
 		out = &telemetryv1.Telemetry{}
+	case "networking.istio.io/EnvoyFilter":
+		out = &networkingv1alpha3.EnvoyFilter{}
 	case policy.RateLimitGroup + "/RateLimit":
 		return policy.ReadRateLimit(o), nil
 	case "networking.istio.io/ServiceEntry":

@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	admissionv1 "k8s.io/api/admissionregistration/v1"
@@ -53,13 +54,14 @@ const (
 	BackendTLSPolicy
 	RateLimit
 	ListenerSet
+	EnvoyFilter
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
 	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry", "Gateway",
-	"TLSRoute", "TCPRoute", "BackendTLSPolicy", "RateLimit", "ListenerSet",
+	"TLSRoute", "TCPRoute", "BackendTLSPolicy", "RateLimit", "ListenerSet", "EnvoyFilter",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -162,6 +164,7 @@ type Index struct {
 	requests     map[string]map[string]*requestFact
 	telemetries  map[string]map[string]*telemetryFact
 	rateLimits   map[string]map[string]*rateLimitFact
+	envoyFilters map[string]map[string]*envoyFilterFact
 	keys         map[policy.KeySource]KeyState
 	keyUsers     map[policy.KeySource]int           // rules of RequestAuthentications
 	virtuals     map[string]map[string]*routeFact   // VirtualServices
@@ -235,6 +238,7 @@ func New(cfg Config) (*Index, error) {
 		requests:        map[string]map[string]*requestFact{},
 		telemetries:     map[string]map[string]*telemetryFact{},
 		rateLimits:      map[string]map[string]*rateLimitFact{},
+		envoyFilters:    map[string]map[string]*envoyFilterFact{},
 		keys:            map[policy.KeySource]KeyState{},
 		keyUsers:        map[policy.KeySource]int{},
 		virtuals:        map[string]map[string]*routeFact{},
@@ -295,6 +299,8 @@ func (x *Index) Set(obj any) {
 		x.setTelemetry(keyOf(o), x.c.telemetryFactOf(o))
 	case *policy.RateLimit:
 		x.setRateLimit(keyOf(o), rateLimitFactOf(o))
+	case *networkingv1alpha3.EnvoyFilter:
+		x.setEnvoyFilter(keyOf(o), envoyFilterFactOf(o))
 	case *networkingv1.ServiceEntry:
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
 	case *kubenetworkingv1.NetworkPolicy:
@@ -367,6 +373,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setTelemetry(k, nil)
 	case RateLimit:
 		x.setRateLimit(k, nil)
+	case EnvoyFilter:
+		x.setEnvoyFilter(k, nil)
 	case ServiceEntry:
 		x.setEntry(k, nil)
 	case WorkloadEntry:
@@ -489,7 +497,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		s.Waypoint = x.waypointFor(is)
 		x.route(s)
 		s.Access, s.Tokens = x.accessOf(is)
-		s.Telemetry, s.Limits = x.telemetryOf(is), x.limitsOf(is)
+		s.Telemetry, s.Limits, s.Patches = x.telemetryOf(is), x.limitsOf(is), x.patchesOf(is)
 		s.TLS = x.backendTLSOf(is)
 		b.PutService(s)
 	}

@@ -15,6 +15,7 @@ import (
 	gocmp "github.com/google/go-cmp/cmp"
 	"golang.org/x/tools/txtar"
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	admissionv1 "k8s.io/api/admissionregistration/v1"
@@ -93,6 +94,7 @@ func dump(x *Index) string {
 		for _, l := range v.Limits {
 			line("  limit %+v", l)
 		}
+		linePatches(line, v.Patches)
 		for _, r := range v.Routed {
 			line("  routed port %d%v to %+v", r.Port, r.Names, r.Backends)
 		}
@@ -133,6 +135,7 @@ func dump(x *Index) string {
 		for _, l := range g.Limits {
 			line("  limit %+v", l)
 		}
+		linePatches(line, g.Patches)
 		if g.Telemetry != nil {
 			line("%s", toldText(g.Telemetry))
 		}
@@ -246,6 +249,17 @@ func matchText(m mesh.Match) string {
 	return strings.Join(out, ", ")
 }
 
+// patchYAML is an EnvoyFilter for something that adds a filter to all.
+func patchYAML(to string) string {
+	return `spec: {` + to + `configPatches: [{applyTo: HTTP_FILTER, patch: {operation: ADD, value: {name: gzip, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.grpc_web.v3.GrpcWeb}}}}]}`
+}
+
+func linePatches(line func(string, ...any), all []mesh.Patch) {
+	for _, p := range all {
+		line("  patch %s %s op %d port %d names %q filter %q value %s", p.Object, p.At, p.Op, p.Port, p.ServerName, p.Filter, p.Value)
+	}
+}
+
 // decode reads one YAML document.
 func decode(t testing.TB, doc string) any {
 	t.Helper()
@@ -273,6 +287,8 @@ func decode(t testing.TB, doc string) any {
 		obj = &securityv1.RequestAuthentication{}
 	case "Telemetry":
 		obj = &telemetryv1.Telemetry{}
+	case "EnvoyFilter":
+		obj = &networkingv1alpha3.EnvoyFilter{}
 	case "RateLimit":
 		obj = &policy.RateLimit{}
 	case "ValidatingWebhookConfiguration":
@@ -525,7 +541,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+14).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+15).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -612,6 +628,15 @@ func drawObject(t *rapid.T) (ref, any) {
 			`spec: {targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}], metrics: [{overrides: [{tagOverrides: {a: {operation: REMOVE}}}]}]}`,
 			`spec: {targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], tracing: [{customTags: {a: {literal: {value: b}}}}]}`), p)
 		p.ObjectMeta = drawMeta(t, "name", "te0", "te1")
+		return ref{kind, keyOf(p)}, p
+	case EnvoyFilter:
+		p := &networkingv1alpha3.EnvoyFilter{}
+		mustYAML(t, pick(t, "patches",
+			patchYAML(`targetRefs: [{kind: Service, name: s0}], `), patchYAML(`targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], priority: 1, `),
+			patchYAML(`targetRefs: [{kind: ServiceEntry, group: networking.istio.io, name: se0}, {kind: Service, name: s1}], `),
+			patchYAML(`targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}], `),
+			patchYAML(`workloadSelector: {labels: {app: x}}, `), patchYAML(``), `spec: {configPatches: [{applyTo: BOOTSTRAP, patch: {operation: MERGE}}]}`), p)
+		p.ObjectMeta = drawMeta(t, "name", "ef0", "ef1")
 		return ref{kind, keyOf(p)}, p
 	case RateLimit:
 		p := &policy.RateLimit{}

@@ -430,6 +430,9 @@ func (x *Index) touchUntargeted() {
 	for ns := range x.rateLimits {
 		x.touchRateLimits(ns)
 	}
+	for ns := range x.envoyFilters {
+		x.touchEnvoyFilters(ns)
+	}
 	for _, all := range x.authz {
 		for _, f := range all {
 			if len(f.Targets) == 0 {

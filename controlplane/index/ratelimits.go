@@ -108,7 +108,7 @@ func (x *Index) rateLimitState(f *rateLimitFact) *PolicyState {
 	if len(f.Problems) > 0 {
 		s.lacks(policy.ReasonUnsupported, "what means nothing counts nothing: %s", strings.Join(f.Problems[:min(len(f.Problems), 5)], "; "))
 	}
-	if missing := x.missingTargets(f); len(missing) > 0 {
+	if missing := x.missingTargets(f.Namespace, f.Targets); len(missing) > 0 {
 		s.lacks(ReasonTargetNotFound, "in namespace %s there is no %s", f.Namespace, strings.Join(missing, ", no "))
 	}
 	waypoints, _, without := x.decidedAt(f.Namespace, f.Targets)
@@ -142,9 +142,9 @@ func (x *Index) rateLimitState(f *rateLimitFact) *PolicyState {
 }
 
 // missingTargets are those that are not there.
-func (x *Index) missingTargets(f *rateLimitFact) (out []string) {
-	for _, t := range f.Targets {
-		k, there := key{f.Namespace, t.Name}, false
+func (x *Index) missingTargets(ns string, targets []policy.Target) (out []string) {
+	for _, t := range targets {
+		k, there := key{ns, t.Name}, false
 		switch t.Kind {
 		case policy.TargetService:
 			there = x.services[k.Namespace][k.Name] != nil
@@ -154,6 +154,8 @@ func (x *Index) missingTargets(f *rateLimitFact) (out []string) {
 			there = x.gateways[k.Namespace][k.Name] != nil || x.ingresses[k.Namespace][k.Name] != nil
 		case policy.TargetIstioGateway:
 			there = x.istioGateways[k.Namespace][k.Name] != nil
+		case policy.TargetGatewayClass:
+			there = ns == x.c.RootNamespace && (t.Name == WaypointClass || x.classes[t.Name] == IngressController)
 		}
 		if !there {
 			out = append(out, t.String())

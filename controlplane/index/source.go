@@ -8,6 +8,7 @@ import (
 	"time"
 
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	istio "istio.io/client-go/pkg/clientset/versioned"
@@ -162,6 +163,10 @@ var crds = []crd{
 	{BackendTLSPolicy, schema.GroupVersionResource{Group: gatewayv1.GroupName, Version: "v1", Resource: "backendtlspolicies"},
 		func(f factories) cache.SharedIndexInformer {
 			return f.gateways.Gateway().V1().BackendTLSPolicies().Informer()
+		}},
+	{EnvoyFilter, schema.GroupVersionResource{Group: "networking.istio.io", Version: "v1alpha3", Resource: "envoyfilters"},
+		func(f factories) cache.SharedIndexInformer {
+			return f.Networking().V1alpha3().EnvoyFilters().Informer()
 		}},
 	{RateLimit, policy.RateLimits, func(f factories) cache.SharedIndexInformer {
 		return f.dynamic.ForResource(policy.RateLimits).Informer()
@@ -478,6 +483,8 @@ func strip(obj any) (any, error) {
 	case *securityv1.RequestAuthentication:
 		o.ManagedFields = nil
 	case *telemetryv1.Telemetry:
+		o.ManagedFields = nil
+	case *networkingv1alpha3.EnvoyFilter:
 		o.ManagedFields = nil
 	case *networkingv1.ServiceEntry:
 		o.ManagedFields = nil

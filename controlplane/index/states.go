@@ -9,7 +9,8 @@ import (
 	"github.com/warrenmesh/warren/internal/mesh"
 )
 
-// PolicyKey names a policy object: an AuthorizationPolicy, PeerAuthentication, RequestAuthentication, Telemetry or RateLimit.
+// PolicyKey names a policy object: an AuthorizationPolicy, PeerAuthentication, RequestAuthentication, Telemetry,
+// RateLimit or EnvoyFilter.
 type PolicyKey struct {
 	Kind            Kind
 	Namespace, Name string
@@ -23,6 +24,8 @@ type PolicyState struct {
 	Compiled []mesh.PolicyName
 	// Waypoints have to enforce it too, sorted.
 	Waypoints []mesh.ServiceName
+	// Patches names an EnvoyFilter as it is ([mesh.Patch.Key]): waypoints and gateways may refuse it.
+	Patches string
 	// Exact says that nodes which hold Compiled do all that the object asks for. If not, Reason (one of package
 	// policy, or TargetNotFound) and Message say what they do instead; that is never weaker than asked for, but for
 	// an object that applies to nothing (Ignored, Conflicted).
@@ -55,6 +58,7 @@ func (x *Index) touchTargeting(ns string) {
 	}
 	x.touchTelemetry(ns)
 	x.touchRateLimits(ns)
+	x.touchEnvoyFilters(ns)
 }
 
 func (x *Index) commitStates(u *Update) {
@@ -84,7 +88,7 @@ func (x *Index) commitStates(u *Update) {
 
 func (s *PolicyState) equal(o *PolicyState) bool {
 	return s.UID == o.UID && s.Generation == o.Generation && slices.Equal(s.Compiled, o.Compiled) &&
-		slices.Equal(s.Waypoints, o.Waypoints) &&
+		slices.Equal(s.Waypoints, o.Waypoints) && s.Patches == o.Patches &&
 		s.Exact == o.Exact && s.Reason == o.Reason && s.Message == o.Message
 }
 
@@ -110,6 +114,10 @@ func (x *Index) policyState(k PolicyKey, pods []exempted) *PolicyState {
 	case RateLimit:
 		if f := x.rateLimits[k.Namespace][k.Name]; f != nil {
 			return x.rateLimitState(f)
+		}
+	case EnvoyFilter:
+		if f := x.envoyFilters[k.Namespace][k.Name]; f != nil {
+			return x.envoyFilterState(f)
 		}
 	}
 	return nil

@@ -17,6 +17,9 @@ func accepted(k index.PolicyKey, s *index.PolicyState, o Object) []condition {
 	if k.Kind == index.PeerAuthentication {
 		return nil
 	}
+	if k.Kind == index.EnvoyFilter {
+		return []condition{patchesAccepted(s)}
+	}
 	if len(o.Targets) > 0 {
 		c := waypointAccepted(s, o)
 		if k.Kind == index.RateLimit {
@@ -41,6 +44,21 @@ func accepted(k index.PolicyKey, s *index.PolicyState, o Object) []condition {
 		}
 	}
 	return []condition{c}
+}
+
+// patchesAccepted says whether an EnvoyFilter is one that proxies are told of.
+func patchesAccepted(s *index.PolicyState) condition {
+	c := condition{ConditionAccepted, string(metav1.ConditionTrue), "Accepted", "bound to " + few(names(s.Waypoints))}
+	switch {
+	case len(s.Waypoints) > 0:
+	case s.Exact:
+		c.Message = s.Message
+	case s.Reason == policy.ReasonUnsupported:
+		c.Status, c.Reason, c.Message = string(metav1.ConditionFalse), "Invalid", s.Message
+	default:
+		c.Status, c.Reason, c.Message = string(metav1.ConditionFalse), s.Reason, s.Message
+	}
+	return c
 }
 
 func waypointAccepted(s *index.PolicyState, o Object) condition {

@@ -12,8 +12,8 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Conditions that are written on policies. The last two are Istio's own words for what it accepts; RateLimits have the
-// Gateway API's.
+// Conditions that are written on policies. The last two are Istio's own words for what it accepts; RateLimits and
+// EnvoyFilters have the Gateway API's.
 const (
 	ConditionEnforced         = "Enforced"
 	ConditionAccepted         = "Accepted"

@@ -109,6 +109,8 @@ func reference(k index.NoticeKey, v index.Notice) corev1.ObjectReference {
 		ref.APIVersion = "security.istio.io/v1"
 	case index.Telemetry:
 		ref.APIVersion = "telemetry.istio.io/v1"
+	case index.EnvoyFilter:
+		ref.APIVersion = "networking.istio.io/v1alpha3"
 	case index.RateLimit:
 		ref.APIVersion = policy.RateLimits.GroupVersion().String()
 	case index.HTTPRoute, index.GRPCRoute, index.TLSRoute, index.TCPRoute, index.BackendTLSPolicy, index.Gateway, index.ListenerSet:

@@ -4,6 +4,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 	metav1alpha1 "istio.io/api/meta/v1alpha1"
 	typev1beta1 "istio.io/api/type/v1beta1"
+	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -38,6 +39,10 @@ func objectOf(o any) (Object, bool) {
 	case *telemetryv1.Telemetry:
 		out := object(p, &p.Status)
 		out.Targets = targets(p.Namespace, p.Spec.TargetRefs, p.Spec.TargetRef)
+		return out, true
+	case *networkingv1alpha3.EnvoyFilter:
+		out := object(p, &p.Status)
+		out.Targets = targets(p.Namespace, p.Spec.TargetRefs, nil)
 		return out, true
 	case *policy.RateLimit:
 		out := Object{UID: string(p.UID), ResourceVersion: p.ResourceVersion, Generation: p.Generation}

@@ -456,6 +456,9 @@ func (p *Policies) waypoints(e *entry, pending, refusing *[]string, why *string)
 		n := 0
 		for _, pod := range slices.Sorted(maps.Keys(pods)) {
 			switch at := pods[pod]; {
+			case e.state.Patches != "" && at.Refused[e.state.Patches] != "":
+				*refusing = append(*refusing, pod)
+				*why = first(*why, pod+" says: "+short(at.Refused[e.state.Patches]))
 			case at.Revision >= e.revision:
 				n++
 			case at.Trouble != "":
@@ -517,6 +520,8 @@ func WriteStatus(client istio.Interface, others dynamic.Interface) func(context.
 			_, err = security.RequestAuthentications(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		case index.Telemetry:
 			_, err = client.TelemetryV1().Telemetries(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		case index.EnvoyFilter:
+			_, err = client.NetworkingV1alpha3().EnvoyFilters(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		case index.RateLimit:
 			_, err = others.Resource(policy.RateLimits).Namespace(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		default:

@@ -48,6 +48,9 @@ type told struct {
 	failed    string              // why they are not told what holds now
 	pods      map[*envoyPod]struct{}
 	late      lateNames
+
+	off    map[string]string   // patches that an Envoy has refused, which are left off: why, by mesh.Patch.Key
+	proven map[string]struct{} // those that an Envoy does
 }
 
 // envoyPod is one stream.
@@ -114,6 +117,7 @@ func (t *told) look(revision uint64) {
 		switch {
 		case done:
 			p.at = revision
+			t.proven = t.writer.Patched()
 		case p.at >= revision: // what is only for waypoints does not make a revision
 			p.at = max(revision, 1) - 1
 		}
@@ -130,7 +134,7 @@ func (w *Waypoints) Pods(name mesh.ServiceName) map[string]Progress {
 	}
 	out := map[string]Progress{}
 	for p := range t.pods {
-		at := Progress{Revision: p.at, Trouble: t.failed}
+		at := Progress{Revision: p.at, Trouble: t.failed, Refused: t.off}
 		for _, text := range p.nack {
 			at.Trouble = text
 		}
@@ -157,6 +161,30 @@ func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service)
 		return
 	}
 	t.sent(r)
+}
+
+// leaveOff has what an Envoy refuses be without the patches that it may be refused for: those that no Envoy has done yet, or
+// else all. It reports whether there were any. What else is new reaches the Envoys, and nothing that they refuse is sent again.
+func (w *Waypoints) leaveOff(name mesh.ServiceName, t *told, why string) bool {
+	blamed := map[string]string{}
+	for k := range t.writer.Patched() {
+		if _, ok := t.proven[k]; !ok {
+			blamed[k] = why
+		}
+	}
+	if len(blamed) == 0 {
+		for k := range t.writer.Patched() {
+			blamed[k] = why
+		}
+	}
+	if len(blamed) == 0 {
+		return false
+	}
+	maps.Copy(blamed, t.off)
+	t.off = blamed // whoever reads the progress of pods has the old one
+	t.writer.LeaveOff(t.off)
+	w.build(name, t, waypoint.Bound(w.snapshot)[name])
+	return true
 }
 
 // sent notes what its Envoys are told.
@@ -327,7 +355,12 @@ func (h heard) OnStreamDeltaRequest(_ int64, req *discovery.DeltaDiscoveryReques
 		}
 	}
 	h.pod.told[req.TypeUrl] = t // asked for, at least
+	without := req.ErrorDetail != nil && req.TypeUrl == envoyresource.ListenerType && h.w.leaveOff(h.name, h.told, clip(req.ErrorDetail.Message))
 	h.w.mu.Unlock()
+	if without {
+		h.log.Warn("EnvoyFilters are left off, because the waypoint's Envoy refuses what they make")
+		h.w.progress()
+	}
 	if req.ErrorDetail != nil {
 		h.w.failed.WithLabelValues(req.TypeUrl).Inc()
 		h.log.Error("the waypoint's Envoy rejected its configuration and keeps what it has", "type", req.TypeUrl, "error", clip(req.ErrorDetail.Message))

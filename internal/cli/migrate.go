@@ -246,12 +246,16 @@ const servicesAlone = "Warren's waypoints take what is sent to Services"
 
 // notFollowed are kinds of Istio that Warren does not look at, and what to do.
 var notFollowed = map[string]string{
-	"EnvoyFilter":      "Envoy's configuration is Warren's own: say what is wanted with routes, policies, RateLimits and Telemetry",
 	"WasmPlugin":       "extensions of Envoy are not loaded",
 	"Sidecar":          "there are no sidecars",
 	"ProxyConfig":      "there are no sidecars",
 	"WorkloadGroup":    "there are no machines outside of Kubernetes",
 	"TrafficExtension": "extensions of Envoy are not loaded",
+}
+
+// partlyFollowed are kinds of Istio of which an object may do here what it did there, or not, and how to learn it.
+var partlyFollowed = map[string]string{
+	"EnvoyFilter": "warren analyze says which patches are refused; those of sidecars change nothing, and for a waypoint there have to be targetRefs",
 }
 
 // istioObjects says of which objects Warren does nothing with all.
@@ -261,7 +265,7 @@ func istioObjects(objects []Analyzed) []finding {
 	var out []finding
 	for _, o := range objects {
 		name := o.GetNamespace() + "/" + o.GetName()
-		if notFollowed[o.GetKind()] != "" && strings.HasSuffix(o.GroupVersionKind().Group, ".istio.io") {
+		if notFollowed[o.GetKind()]+partlyFollowed[o.GetKind()] != "" && strings.HasSuffix(o.GroupVersionKind().Group, ".istio.io") {
 			kinds[o.GetKind()] = append(kinds[o.GetKind()], name)
 		}
 		if o.GetKind() != "Gateway" || o.GroupVersionKind().Group != "gateway.networking.k8s.io" {
@@ -286,6 +290,10 @@ func istioObjects(objects []Analyzed) []finding {
 	}
 	for _, kind := range slices.Sorted(maps.Keys(kinds)) {
 		slices.Sort(kinds[kind])
+		if how := partlyFollowed[kind]; how != "" {
+			out = append(out, finding{kind, "warning", "followed at waypoints and gateways alone, and not in all: " + some(kinds[kind]), how})
+			continue
+		}
 		out = append(out, finding{kind, "warning", "of no effect: " + some(kinds[kind]), notFollowed[kind]})
 	}
 	return out

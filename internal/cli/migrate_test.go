@@ -102,7 +102,9 @@ func TestMigrationOfObjects(t *testing.T) {
 ---
 {kind: Pod, apiVersion: v1, metadata: {name: way, namespace: shop, labels: {gateway.networking.k8s.io/gateway-name: way}}, spec: {containers: [{name: istio-proxy}]}}
 ---
-{kind: EnvoyFilter, apiVersion: networking.istio.io/v1alpha3, metadata: {name: f, namespace: shop}}
+{kind: EnvoyFilter, apiVersion: networking.istio.io/v1alpha3, metadata: {name: e, namespace: shop}}
+---
+{kind: WasmPlugin, apiVersion: extensions.istio.io/v1alpha1, metadata: {name: f, namespace: shop}}
 ---
 {kind: Sidecar, apiVersion: other.example/v1, metadata: {name: not-istio, namespace: shop}}
 ---
@@ -121,8 +123,8 @@ func TestMigrationOfObjects(t *testing.T) {
 		t.Errorf("pods: %+v", got)
 	}
 	got := istioObjects(objects)
-	if len(got) != 4 || !says(got, "ok", "2 waypoints") || !says(got, "failed", "Gateway shop/pods", "istio.io/waypoint-for=workload") ||
-		!says(got, "failed", "Gateway shop/east", "istio-east-west") || !says(got, "warning", "EnvoyFilter", "of no effect: shop/f") {
+	if len(got) != 5 || !says(got, "ok", "2 waypoints") || !says(got, "failed", "Gateway shop/pods", "istio.io/waypoint-for=workload") ||
+		!says(got, "failed", "Gateway shop/east", "istio-east-west") || !says(got, "warning", "WasmPlugin", "of no effect: shop/f") || !says(got, "warning", "EnvoyFilter", "not in all: shop/e") {
 		t.Errorf("objects: %+v", got)
 	}
 	if got := istioObjects(nil); len(got) != 0 {

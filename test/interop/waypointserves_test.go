@@ -150,24 +150,31 @@ func TestWaypointServes(t *testing.T) {
 		return tc, tc.HandshakeContext(ctx)
 	}})
 	defer tunnels.Close()
-	get := func(authority, path string, headers ...string) (int, string, error) {
+	ask := func(authority, path string, headers ...string) (*http.Response, string, error) {
 		st, _, err := tunnels.Open(ctx, hbone.Key{Src: me.ID, Want: hbone.WantKey([]string{want}), Addr: netip.MustParseAddrPort("127.0.0.1:15008")}, hbone.Request{Authority: authority,
 			Header: hbone.Header{{Name: hbone.HeaderBaggage, Value: "k8s.cluster.name=Kubernetes,k8s.namespace.name=shop,k8s.deployment.name=client-v7,service.name=client,service.version=v7"}}})
 		if err != nil {
-			return 0, "", err
+			return nil, "", err
 		}
 		defer st.Close()
 		_, err = fmt.Fprintf(st, "GET %s HTTP/1.1\r\nhost: inventory\r\n%s\r\n", path, strings.Join(headers, ""))
 		if err != nil {
-			return 0, "", err
+			return nil, "", err
 		}
 		res, err := http.ReadResponse(bufio.NewReader(st), nil)
 		if err != nil {
-			return 0, "", err
+			return nil, "", err
 		}
 		defer res.Body.Close()
 		b, err := io.ReadAll(res.Body)
-		return res.StatusCode, string(b), err
+		return res, string(b), err
+	}
+	get := func(authority, path string, headers ...string) (int, string, error) {
+		res, body, err := ask(authority, path, headers...)
+		if err != nil {
+			return 0, body, err
+		}
+		return res.StatusCode, body, nil
 	}
 	eventually(t, "an answer", time.Minute, func() error {
 		code, body, err := get("10.96.0.9:80", "/")
@@ -254,6 +261,7 @@ func TestWaypointServes(t *testing.T) {
 	t.Run("spans", func(t *testing.T) { waypointSpans(t, istio, traces, get) })
 	t.Run("provider", func(t *testing.T) { waypointAsks(t, istio, guarded, get) })
 	t.Run("tokens", func(t *testing.T) { waypointTokens(t, istio, guarded, get) })
+	t.Run("patches", func(t *testing.T) { waypointPatches(t, istio, guarded, ask) })
 
 	// A change reaches the next request.
 	apply := func(spec string) {
@@ -434,6 +442,7 @@ extensionProviders:
 	})
 	kube.Resources = []*metav1.APIResourceList{
 		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}}},
+		{GroupVersion: "networking.istio.io/v1alpha3", APIResources: []metav1.APIResource{{Name: "envoyfilters"}}},
 		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}, {Name: "requestauthentications"}}},
 		{GroupVersion: "policy.warren.io/v1alpha1", APIResources: []metav1.APIResource{{Name: "ratelimits"}}},
 		{GroupVersion: "telemetry.istio.io/v1", APIResources: []metav1.APIResource{{Name: "telemetries"}}},

@@ -1,0 +1,179 @@
+package index
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+
+	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/waypoint"
+)
+
+const (
+	// ReasonForeignProxy says of an EnvoyFilter that it is for a Service whose waypoint is another namespace's: what a patch
+	// brings runs there, under the identity that is that waypoint's.
+	ReasonForeignProxy = "ForeignProxy"
+	// ReasonNoPatches says of an EnvoyFilter that it changes nothing of waypoints or gateways.
+	ReasonNoPatches = "NoPatches"
+)
+
+// envoyFilterFact is an EnvoyFilter.
+type envoyFilterFact struct {
+	key
+	uid        string
+	generation int64
+	created    metav1.Time
+	policy.CompiledPatches
+}
+
+func envoyFilterFactOf(f *networkingv1alpha3.EnvoyFilter) *envoyFilterFact {
+	return &envoyFilterFact{keyOf(f), string(f.UID), f.Generation, f.CreationTimestamp, policy.CompileEnvoyFilter(f, waypoint.CheckPatch)}
+}
+
+func (x *Index) setEnvoyFilter(k key, f *envoyFilterFact) {
+	old := put(x.envoyFilters, k, f)
+	for _, e := range []*envoyFilterFact{old, f} {
+		if e == nil {
+			continue
+		}
+		for _, t := range e.Targets {
+			x.touchTarget(k.Namespace, t)
+		}
+		if len(e.Targets) == 0 {
+			x.touchGateways(k.Namespace)
+		}
+	}
+	x.dirtyStates[PolicyKey{EnvoyFilter, k.Namespace, k.Name}] = struct{}{}
+}
+
+// touchEnvoyFilters marks the EnvoyFilters of a namespace, of which it may have changed where they hold.
+func (x *Index) touchEnvoyFilters(ns string) {
+	for name := range x.envoyFilters[ns] {
+		x.dirtyStates[PolicyKey{EnvoyFilter, ns, name}] = struct{}{}
+	}
+}
+
+// patchesFrom are the patches of EnvoyFilters for a proxy of a namespace, in Istio's order: by priority, those of the root
+// namespace before the proxy's own, the older ones first.
+func (x *Index) patchesFrom(proxy string, is func(*envoyFilterFact) []mesh.Patch) (out []mesh.Patch) {
+	var all []*envoyFilterFact
+	for _, ns := range namespacesOf(proxy, x.c.RootNamespace) {
+		for _, f := range x.envoyFilters[ns] {
+			if len(is(f)) > 0 {
+				all = append(all, f)
+			}
+		}
+	}
+	root := func(f *envoyFilterFact) int {
+		if f.Namespace == x.c.RootNamespace {
+			return 0
+		}
+		return 1
+	}
+	slices.SortFunc(all, func(a, b *envoyFilterFact) int {
+		return cmp.Or(cmp.Compare(a.Priority, b.Priority), cmp.Compare(root(a), root(b)), a.created.Compare(b.created.Time), compareKeys(a.key, b.key))
+	})
+	for _, f := range all {
+		out = append(out, is(f)...)
+	}
+	return out
+}
+
+// patchesOf are those that the waypoint of a service makes about it.
+func (x *Index) patchesOf(s *serviceFact) []mesh.Patch {
+	if x.waypointFor(s) == nil {
+		return nil
+	}
+	return x.patchesFrom(x.waypointAsked(s).Namespace, func(f *envoyFilterFact) []mesh.Patch {
+		if !x.anyTargets(f.Namespace, f.Targets, s) {
+			return nil
+		}
+		return f.Waypoints
+	})
+}
+
+// gatewayPatches are those of a gateway in a namespace: that are for it by a target, and by the labels of its pods.
+func (x *Index) gatewayPatches(namespace string, pods []map[string]string, is func(ns string, t policy.Target) bool) []mesh.Patch {
+	return x.patchesFrom(namespace, func(f *envoyFilterFact) []mesh.Patch {
+		if len(f.Targets) == 0 && x.bound(f.untargeted(), namespace, pods) || slices.ContainsFunc(f.Targets, func(t policy.Target) bool { return is(f.Namespace, t) }) {
+			return f.Gateways
+		}
+		return nil
+	})
+}
+
+func (f *envoyFilterFact) untargeted() untargeted { return untargeted{f.Namespace, f.Selector} }
+
+// patchedAt are the proxies that an EnvoyFilter is for; foreign are Services whose waypoint is another namespace's.
+func (x *Index) patchedAt(f *envoyFilterFact) (proxies []mesh.ServiceName, without, foreign []string) {
+	add := func(n mesh.ServiceName) {
+		if !slices.Contains(proxies, n) {
+			proxies = append(proxies, n)
+		}
+	}
+	for _, s := range x.winners {
+		if !x.anyTargets(f.Namespace, f.Targets, s) {
+			continue
+		}
+		switch w := x.waypointFor(s); {
+		case w == nil:
+			without = append(without, s.service.Name.Hostname)
+		case f.Namespace != x.c.RootNamespace && f.Namespace != x.waypointAsked(s).Namespace:
+			foreign = append(foreign, s.service.Name.Hostname)
+		case len(f.Waypoints) > 0:
+			add(w.Service)
+		}
+	}
+	if len(f.Gateways) > 0 {
+		gateways := x.ingressTargets(f.Namespace, f.Targets)
+		if len(f.Targets) == 0 {
+			gateways = x.boundGateways(f.untargeted())
+		}
+		for _, n := range gateways {
+			add(n)
+		}
+	}
+	slices.SortFunc(proxies, mesh.ServiceName.Compare)
+	slices.Sort(without)
+	slices.Sort(foreign)
+	return proxies, without, foreign
+}
+
+func (x *Index) envoyFilterState(f *envoyFilterFact) *PolicyState {
+	s := &PolicyState{UID: f.uid, Generation: f.generation, Exact: true, Patches: f.Key()}
+	if len(f.Problems) > 0 {
+		s.lacks(policy.ReasonUnsupported, "nothing of it is made, because of %s", strings.Join(f.Problems[:min(len(f.Problems), 5)], "; "))
+		return s
+	}
+	if missing := x.missingTargets(f.Namespace, f.Targets); len(missing) > 0 {
+		s.lacks(ReasonTargetNotFound, "in namespace %s there is no %s", f.Namespace, strings.Join(missing, ", no "))
+	}
+	proxies, without, foreign := x.patchedAt(f)
+	if len(without) > 0 {
+		s.lacks(policy.ReasonNoWaypoint, "no waypoint is in front of %s", strings.Join(without, ", "))
+	}
+	if len(foreign) > 0 {
+		s.lacks(ReasonForeignProxy, "the waypoint of %s is another namespace's, and changed by EnvoyFilters of that namespace and of %s alone", strings.Join(foreign, ", "), x.c.RootNamespace)
+	}
+	switch {
+	case len(proxies) > 0:
+		s.Waypoints = proxies
+	case !s.Exact:
+	case len(f.Gateways)+len(f.Waypoints) == 0:
+		s.lacks(ReasonNoPatches, "there is no patch for waypoints or gateways")
+	case len(f.Targets) > 0 && x.waypointsAlone(f.Namespace, f.Targets) && len(f.Waypoints) > 0:
+		s.Message = "no Service asks for this waypoint"
+	case len(f.Targets) == 0:
+		s.lacks(ReasonNoProxy, "it is for gateways by the labels of their pods, and for none that is there; for a waypoint write targetRefs")
+	default:
+		s.lacks(ReasonNoProxy, "it is for waypoints and gateways, and for none that is there with the contexts of its patches")
+	}
+	if len(f.Notes) > 0 {
+		s.Message = strings.TrimPrefix(s.Message+"; "+strings.Join(f.Notes[:min(len(f.Notes), 5)], "; "), "; ")
+	}
+	return s
+}
