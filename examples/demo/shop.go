@@ -237,11 +237,12 @@ func runLoad(ctx context.Context, args []string) error {
 	every := fs.Duration("every", 100*time.Millisecond, "time between calls")
 	total := fs.Int("n", 0, "stop after this many calls; 0 runs until told to stop")
 	report := fs.Duration("report", 5*time.Second, "time between log lines")
+	count := fs.Bool("count", false, "print in the end how many answers came of each version")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
 	var ok, failed int
-	last := ""
+	last, versions := "", map[string]int{}
 	say := func() { slog.Info("load", "url", *url, "ok", ok, "failed", failed, "last_error", last) }
 	go renewConnections(ctx)
 	next, tell := time.NewTicker(*every), time.NewTicker(*report)
@@ -255,7 +256,7 @@ func runLoad(ctx context.Context, args []string) error {
 		case <-tell.C:
 			say()
 		case <-next.C:
-			if _, err := call(ctx, *url); err != nil {
+			if answer, err := call(ctx, *url); err != nil {
 				if ctx.Err() != nil {
 					continue
 				}
@@ -264,10 +265,18 @@ func runLoad(ctx context.Context, args []string) error {
 				slog.Warn("call failed", "url", *url, "error", err)
 			} else {
 				ok++
+				if len(answer.Hops) > 0 {
+					versions[answer.Hops[0].Version]++
+				}
 			}
 		}
 	}
 	say()
+	if *count {
+		if err := json.NewEncoder(os.Stdout).Encode(versions); err != nil {
+			return err
+		}
+	}
 	if failed > 0 {
 		return fmt.Errorf("%d of %d calls of %s failed, last: %s", failed, ok+failed, *url, last)
 	}
