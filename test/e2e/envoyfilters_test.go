@@ -1,0 +1,146 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/warrenmesh/warren/test/e2e/lab"
+)
+
+// addsHeader is the example that articles about EnvoyFilters print, for the pods of a gateway.
+const addsHeader = `
+apiVersion: networking.istio.io/v1alpha3
+kind: EnvoyFilter
+metadata: {name: lua, namespace: OWN}
+spec:
+  WHOM
+  configPatches:
+  - applyTo: HTTP_FILTER
+    match:
+      context: CONTEXT
+      listener:
+        filterChain:
+          filter:
+            name: envoy.filters.network.http_connection_manager
+            subFilter:
+              name: envoy.filters.http.router
+    patch:
+      operation: INSERT_BEFORE
+      value:
+        name: envoy.filters.http.lua
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.http.lua.v3.Lua
+          inlineCode: |
+            CODE
+`
+
+// A waypoint and gateways of both APIs run what an EnvoyFilter brings; one that would take a policy's filter away does nothing, and one
+// that Envoy refuses is left off, with what else there is going on.
+func TestEnvoyFilters(t *testing.T) {
+	ns := behindWaypoint(t, "e2e-envoyfilters", 1, "client")
+	ctx := t.Context()
+	balance(t)
+	apply := func(whom, context, code string) {
+		t.Helper()
+		must(t, mesh.Apply(ctx, strings.NewReplacer("OWN", ns, "WHOM", whom, "CONTEXT", context, "CODE", code).Replace(addsHeader)))
+	}
+	const answer = `function envoy_on_response(handle) handle:headers():add("x-lua", "yes") end`
+	atService := `targetRefs: [{group: "", kind: Service, name: inventory}]`
+	apply(atService, "SIDECAR_INBOUND", `function envoy_on_request(handle) handle:respond({[":status"] = "418"}, "short and stout") end`)
+	enforced(t, ns, "envoyfilter/lua")
+	asked := func() string {
+		out, err := mesh.Exec(ctx, ns, "client", "/demo", "get", "http://inventory/stock")
+		return out + fmt.Sprint(err)
+	}
+	if out := asked(); !strings.Contains(out, "short and stout") {
+		t.Errorf("a waypoint does not run the code: %s", out)
+	}
+	says := func(kind, want string) {
+		t.Helper()
+		must(t, lab.Eventually(ctx, time.Minute, func() error {
+			said, err := mesh.Kubectl(ctx, "-n", ns, "get", "envoyfilter", "lua", "-o", `jsonpath={range .status.conditions[*]}{.type}={.status},{.reason}: {.message}{"\n"}{end}`)
+			if err == nil && !strings.Contains(said, kind+"="+want) {
+				err = fmt.Errorf("%s", said)
+			}
+			return err
+		}))
+	}
+	apply(atService, "SIDECAR_INBOUND", `function that is none`)
+	says("Enforced", "False,NodesRefuse")
+	if out := asked(); strings.Contains(out, "short and stout") || !strings.HasSuffix(out, "<nil>") {
+		t.Errorf("with code that Envoy refuses: %s", out)
+	}
+	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: nobody, namespace: NS}
+spec: {targetRefs: [{kind: Service, name: inventory}], action: DENY, rules: [{to: [{operation: {paths: [/stock]}}]}]}
+`, "NS", ns)))
+	enforced(t, ns, "authorizationpolicy/nobody")
+	if out := asked(); !strings.Contains(out, "403") {
+		t.Errorf("a policy that came meanwhile does not hold: %s", out)
+	}
+	must(t, mesh.Apply(ctx, strings.ReplaceAll(`
+apiVersion: networking.istio.io/v1alpha3
+kind: EnvoyFilter
+metadata: {name: lua, namespace: NS}
+spec:
+  targetRefs: [{group: "", kind: Service, name: inventory}]
+  configPatches:
+  - applyTo: HTTP_FILTER
+    match: {listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager, subFilter: {name: warren.deny}}}}}
+    patch: {operation: REMOVE}
+`, "NS", ns)))
+	says("Accepted", "False,Invalid: nothing of it is made, because of spec.configPatches[0].patch.operation: warren.deny is one of Warren's own")
+	if out := asked(); !strings.Contains(out, "403") {
+		t.Errorf("an EnvoyFilter opens what a policy closes: %s", out)
+	}
+	if out, err := mesh.Kubectl(ctx, "-n", ns, "delete", "authorizationpolicy/nobody", "envoyfilter/lua"); err != nil {
+		t.Fatal(err, out)
+	}
+
+	t.Run("gateway", func(t *testing.T) {
+		applyIn(t, ns, `
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: edge, namespace: NS}
+spec: {gatewayClassName: istio, listeners: [{name: http, port: 80, protocol: HTTP}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: edge, namespace: NS}
+spec:
+  parentRefs: [{name: edge}]
+  rules: [{backendRefs: [{name: inventory, port: 80}]}]
+`)
+		address := addressOf(t, ns, "edge")
+		outside{address: address}.becomes(t, "http://shop.example/stock", 200)
+		for _, whom := range []string{
+			`targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: edge}]`,
+			`workloadSelector: {labels: {gateway.networking.k8s.io/gateway-name: edge}}`,
+		} {
+			apply(whom, "GATEWAY", answer)
+			enforced(t, ns, "envoyfilter/lua")
+			client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+				return mesh.DialOutside(ctx, network, net.JoinHostPort(address, "80"))
+			}}}
+			res, err := client.Get("http://shop.example/stock")
+			must(t, err)
+			_, err = io.Copy(io.Discard, res.Body)
+			must(t, err)
+			res.Body.Close()
+			if res.StatusCode != 200 || res.Header.Get("x-lua") != "yes" {
+				t.Errorf("%s: %d %v", whom, res.StatusCode, res.Header)
+			}
+			if out, err := mesh.Kubectl(ctx, "-n", ns, "delete", "envoyfilter/lua"); err != nil {
+				t.Fatal(err, out)
+			}
+		}
+	})
+}
