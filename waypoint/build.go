@@ -89,13 +89,13 @@ type builder struct {
 	through     map[mesh.ServiceName]bool          // waypoints that something is sent by
 	credentials map[string]*mesh.Certificate       // that are shown to applications, or that those are checked against
 	extensions  []*corev3.TypedExtensionConfig
-	off         map[string]string   // patches that are left off, by their keys
-	patched     map[string]struct{} // keys of those that are made
+	off         map[string]string // patches that are left off, by their keys
+	patched     Made
 	err         error
 }
 
 func newBuilder(s *mesh.Snapshot, self mesh.ServiceName) *builder {
-	return &builder{s: s, self: self, from: map[mesh.ServiceName]*mesh.Service{}, targets: map[target]bool{}, through: map[mesh.ServiceName]bool{}, credentials: map[string]*mesh.Certificate{}}
+	return &builder{s: s, self: self, from: map[mesh.ServiceName]*mesh.Service{}, targets: map[target]bool{}, through: map[mesh.ServiceName]bool{}, credentials: map[string]*mesh.Certificate{}, patched: Made{}}
 }
 
 // lookup finds a service.

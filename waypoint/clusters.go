@@ -46,6 +46,7 @@ func (b *builder) fixedClusters() []*clusterv3.Cluster {
 // reach writes how a target is reached. Endpoints that are names are in the cluster, and do not come apart from it.
 func (b *builder) reach(t target) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
 	c := b.cluster(t)
+	b.patchTarget(t, c)
 	e := b.endpoints(t)
 	if b.resolves(t.service) {
 		b.resolved(c, e, t)

@@ -38,8 +38,8 @@ type Writer struct {
 	last     *Resources
 	ingress  *ingressPart // of a gateway
 
-	off     map[string]string   // see LeaveOff
-	patched map[string]struct{} // see Patched
+	off     map[string]string // see LeaveOff
+	patched Made              // see Patched
 
 	written int // parts of the last Write that were not taken over
 }
@@ -49,9 +49,8 @@ func (w *Writer) LeaveOff(why map[string]string) {
 	*w = Writer{self: w.self, last: w.last, off: maps.Clone(why)}
 }
 
-// Patched are the keys of the patches that what was written last is made with. They are all in listeners. The map is not to
-// be changed.
-func (w *Writer) Patched() map[string]struct{} { return w.patched }
+// Patched are the patches that what was written last is made with. It is not to be changed.
+func (w *Writer) Patched() Made { return w.patched }
 
 func (w *Writer) builder(s *mesh.Snapshot) *builder {
 	b := newBuilder(s, w.self)
@@ -73,7 +72,7 @@ type part struct {
 	routes     []*item
 	extensions []*item
 	targets    []target
-	patched    map[string]struct{}
+	patched    Made
 }
 
 // reached is a target.
@@ -84,6 +83,7 @@ type reached struct {
 	cluster, endpoints *item            // endpoints: nil where the cluster has them
 	pods               []netip.AddrPort // that are reached by tunnel
 	secrets            []*item
+	patched            Made
 }
 
 // collection is all resources of a type.
@@ -154,12 +154,13 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 	listeners = append(listeners, main)
 	var routes, extensions, endpoints, shared []*item
 	var ends []netip.AddrPort
-	patched := map[string]struct{}{}
+	patched := Made{}
 	for _, p := range parts {
-		maps.Copy(patched, p.patched)
+		patched.addAll(p.patched)
 		routes, extensions = append(routes, p.routes...), append(extensions, p.extensions...)
 	}
 	for _, r := range list {
+		patched.addAll(r.patched)
 		clusters = append(clusters, r.cluster)
 		for _, i := range r.secrets {
 			if !slices.ContainsFunc(shared, func(o *item) bool { return o.name == i.name }) {
@@ -293,7 +294,7 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 				}
 				c, e := b.reach(t)
 				next := &reached{target: t, from: b.from, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c)}
-				next.secrets = b.secretItems(r.secrets)
+				next.secrets, next.patched = b.secretItems(r.secrets), b.patched
 				if e != nil {
 					next.endpoints, next.pods = b.item([]*item{r.endpoints}, e.ClusterName, e), pods(e)
 				}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
+	"github.com/google/go-cmp/cmp"
 	"google.golang.org/protobuf/proto"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -32,9 +33,13 @@ func TestIncremental(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			want, err := Build(s, gateway)
+			fresh := NewWriter(gateway)
+			want, err := fresh.Write(s, Bound(s)[gateway])
 			if err != nil {
 				t.Fatal(err)
+			}
+			if d := cmp.Diff(fresh.Patched(), w.Patched()); d != "" {
+				t.Fatalf("seed %d, step %d: other patches are made: %s", seed, step, d)
 			}
 			for _, kind := range allTypes {
 				if !maps.Equal(got.Versions(kind), want.Versions(kind)) {
@@ -97,6 +102,10 @@ func randomChange(r *rand.Rand, b *mesh.Builder) {
 				{Name: mesh.PolicyName{Namespace: "shop", Name: "p"}, Action: mesh.Deny, Rules: []mesh.AccessRule{{}}},
 				{Name: mesh.PolicyName{Namespace: "shop", Name: "q"}, Action: mesh.Custom, Rules: []mesh.AccessRule{{}}, Ask: &mesh.AuthProvider{Service: name(), Port: 80}},
 			}
+		}
+		if r.IntN(3) == 0 {
+			s.Patches = append(patched()[r.IntN(5):], mesh.Patch{Object: "shop/asks", Version: "1", Op: mesh.PatchFirst, Value: fmt.Sprintf(
+				`{"name":"asks","typed_config":{"@type":"type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthz","grpc_service":{"envoy_grpc":{"cluster_name":"outbound|80||%s"}}}}`, name().Hostname)})
 		}
 		if r.IntN(3) == 0 {
 			s.Tokens = []mesh.TokenRule{{Issuer: fmt.Sprint("issuer", r.IntN(2))}}

@@ -219,6 +219,7 @@ func (b *builder) ingressRoutes(c chain, in *mesh.IngressListener) *routev3.Rout
 			Name: "none", Domains: []string{"*"}, Routes: []*routev3.Route{catchAll()}, TypedPerFilterConfig: access,
 		})
 	}
+	b.patchRoutes(c, out)
 	return out
 }
 

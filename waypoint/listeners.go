@@ -283,7 +283,7 @@ func (b *builder) extension(m proto.Message) *xdscore.TypedExtensionConfig {
 // serveHTTP routes requests. Nothing that a client says of itself in headers is believed: they come from outside as far as
 // Envoy's own headers and client certificates go.
 func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
-	return b.networkFilter("envoy.filters.network.http_connection_manager", &hcmv3.HttpConnectionManager{
+	m := &hcmv3.HttpConnectionManager{
 		Tracing:            b.tracing(c),
 		RequestIdExtension: b.requestID(c),
 		StatPrefix:         c.name("http"),
@@ -310,7 +310,9 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 		HttpProtocolOptions:           &corev3.Http1ProtocolOptions{AcceptHttp_10: true},
 		UpgradeConfigs:                []*hcmv3.HttpConnectionManager_UpgradeConfig{{UpgradeType: "websocket"}},
 		AccessLog:                     b.tells(c, true),
-	})
+	}
+	b.patchManager(c, m)
+	return b.networkFilter("envoy.filters.network.http_connection_manager", m)
 }
 
 // nobodyInternal has Envoy take no client for one of its own. An empty list would mean all private addresses.

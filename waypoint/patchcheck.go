@@ -72,6 +72,9 @@ func PatchFilters() (out []string) {
 
 // CheckPatch says what of a patch cannot be had, by its field below patch. What passes is of a form that Envoy takes.
 func CheckPatch(p mesh.Patch) error {
+	if p.To != mesh.PatchHTTPFilter {
+		return checkMerge(p)
+	}
 	switch {
 	case p.Op == mesh.PatchRemove:
 		return named(p)
@@ -99,7 +102,7 @@ func CheckPatch(p mesh.Patch) error {
 	switch {
 	case f.Name == "":
 		return errors.New("patch.value.name: it is missing")
-	case slices.Contains(ownFilters, f.Name) || strings.HasPrefix(f.Name, "warren.") || strings.Contains(f.Name, "|"):
+	case reserved(f.Name):
 		return fmt.Errorf("patch.value.name: %s is the name of one of Warren's own filters; give it another one", f.Name)
 	case f.GetConfigDiscovery() != nil:
 		return errors.New("patch.value.config_discovery: filters come from Warren's control plane alone; write typed_config")
@@ -113,7 +116,7 @@ func CheckPatch(p mesh.Patch) error {
 	if err != nil {
 		return fmt.Errorf("patch.value.typed_config: %w", err)
 	}
-	if err := allowed(m); err != nil {
+	if err := allowed(m, patchParts); err != nil {
 		return fmt.Errorf("patch.value.typed_config%w", err)
 	}
 	if v, ok := m.(interface{ ValidateAll() error }); ok && p.Op != mesh.PatchMerge { // what is merged may be a part
@@ -122,6 +125,11 @@ func CheckPatch(p mesh.Patch) error {
 		}
 	}
 	return nil
+}
+
+// reserved reports whether a filter of ours has a name, or may have.
+func reserved(name string) bool {
+	return slices.Contains(ownFilters, name) || strings.HasPrefix(name, "warren.") || strings.Contains(name, "|")
 }
 
 // named reports a patch of one of our own filters.
@@ -149,8 +157,9 @@ func parsePatch(text string, m proto.Message) error {
 	return errors.New(said)
 }
 
-// allowed looks for what no patch may have, wherever it is; the error begins with the field.
-func allowed(m proto.Message) error {
+// allowed looks for what no patch may have, wherever it is; the error begins with the field. Extensions in it are of some types
+// alone.
+func allowed(m proto.Message, types []string) error {
 	return protorange.Range(m.ProtoReflect(), func(v protopath.Values) error {
 		at := field(v.Path)
 		last := v.Index(-1).Value
@@ -166,7 +175,7 @@ func allowed(m proto.Message) error {
 			}
 			return clusterAllowed(v, at, x)
 		case protoreflect.Message:
-			return messageAllowed(x.Interface(), at)
+			return messageAllowed(x.Interface(), types, at)
 		}
 		return nil
 	})
@@ -177,11 +186,11 @@ func ownMetadata(namespace string) bool {
 	return slices.ContainsFunc([]string{"warren", "envoy", "istio", "io.istio"}, func(p string) bool { return namespace == p || strings.HasPrefix(namespace, p+".") })
 }
 
-func messageAllowed(m proto.Message, at string) error {
+func messageAllowed(m proto.Message, types []string, at string) error {
 	switch x := m.(type) {
 	case *anypb.Any:
-		if kind := string(x.MessageName()); !slices.Contains(patchParts, kind) {
-			return fmt.Errorf("%s: an extension of type %s cannot be brought; those that can are %s", at, kind, strings.Join(patchParts, ", "))
+		if kind := string(x.MessageName()); !slices.Contains(types, kind) {
+			return fmt.Errorf("%s: an extension of type %s cannot be brought; those that can are %s", at, kind, strings.Join(types, ", "))
 		}
 	case *corev3.DataSource:
 		switch x.GetSpecifier().(type) {
@@ -193,6 +202,11 @@ func messageAllowed(m proto.Message, at string) error {
 		}
 	case *corev3.ConfigSource, *tlsv3.SdsSecretConfig, *corev3.GrpcService_GoogleGrpc, *corev3.Pipe, *corev3.EnvoyInternalAddress, *corev3.ApiConfigSource:
 		return fmt.Errorf("%s: a %s leads to what is the proxy's own, its keys and its configuration among that, or past the mesh", at, m.ProtoReflect().Descriptor().Name())
+	case *luav3.LuaPerRoute:
+		if len(x.PackagePaths)+len(x.PackageCpaths) > 0 || x.SharedVmId != "" {
+			return fmt.Errorf("%s: code of a route is run apart from other code, and gets no files (package_paths, package_cpaths, shared_vm_id)", at)
+		}
+		return textual(sourceCode(proto.CloneOf(x.GetSourceCode())), at)
 	case *luav3.Lua:
 		switch {
 		case len(x.PackagePaths) > 0 || len(x.PackageCpaths) > 0:
@@ -200,10 +214,15 @@ func messageAllowed(m proto.Message, at string) error {
 		case x.SharedVmId != "":
 			return fmt.Errorf("%s.shared_vm_id: code is run apart from other code", at)
 		}
-		for _, code := range luaCode(proto.CloneOf(x)) {
-			if strings.HasPrefix(*code, "\x1b") {
-				return fmt.Errorf("%s: code is given as text, not compiled", at)
-			}
+		return textual(luaCode(proto.CloneOf(x)), at)
+	}
+	return nil
+}
+
+func textual(codes []*string, at string) error {
+	for _, code := range codes {
+		if strings.HasPrefix(*code, "\x1b") {
+			return fmt.Errorf("%s: code is given as text, not compiled", at)
 		}
 	}
 	return nil

@@ -3,7 +3,6 @@ package waypoint
 import (
 	_ "embed"
 	"errors"
-	"fmt"
 	"regexp"
 	"slices"
 	"strconv"
@@ -13,6 +12,7 @@ import (
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	luav3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/lua/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protopath"
 	"google.golang.org/protobuf/reflect/protorange"
@@ -33,28 +33,62 @@ var deciding = []string{"envoy.filters.http.jwt_authn", "envoy.filters.http.rbac
 // telling are names of Istio's that stand right before the router.
 var telling = []string{"istio.stats", "istio.alpn", "envoy.filters.http.grpc_stats"}
 
-// patchesAt are those for a port of a service or a listener of a gateway, but for what is left off. That they are made is
-// noted.
-func (b *builder) patchesAt(c chain, to mesh.PatchedKind) (out []mesh.Patch) {
+// Made are the types of resources that patches have changed, by [mesh.Patch.Key].
+type Made map[string]map[string]struct{}
+
+func (m Made) add(key, kind string) {
+	if m[key] == nil {
+		m[key] = map[string]struct{}{}
+	}
+	m[key][kind] = struct{}{}
+}
+
+func (m Made) addAll(o Made) {
+	for key, kinds := range o {
+		for kind := range kinds {
+			m.add(key, kind)
+		}
+	}
+}
+
+// PatchError is why nothing can be written with a patch. Without it, see [Writer.LeaveOff], it can.
+type PatchError struct {
+	Key  string // of the patch
+	Text string
+}
+
+func (e *PatchError) Error() string { return e.Text }
+
+// fails notes that something would not be valid with a patch.
+func (b *builder) fails(p mesh.Patch, why error) {
+	b.err = errors.Join(b.err, &PatchError{p.Key(), p.At + ": " + strings.ReplaceAll(why.Error(), "\n", "; ")})
+}
+
+// holds reports whether a patch is to be made; that it is made of resources of a type is noted.
+func (b *builder) holds(p mesh.Patch, kind string) bool {
+	if _, off := b.off[p.Key()]; off {
+		return false
+	}
+	b.patched.add(p.Key(), kind)
+	return true
+}
+
+// patchesAt are those for a port of a service or a listener of a gateway, but for what is left off.
+func (b *builder) patchesAt(c chain, to mesh.PatchedKind, kind string) (out []mesh.Patch) {
 	for _, p := range c.svc.Patches {
 		if p.To != to || p.Port != 0 && p.Port != c.port.Port || p.ServerName != "" && (c.ingress == nil || !slices.Contains(c.ingress.Names, p.ServerName)) {
 			continue
 		}
-		if _, off := b.off[p.Key()]; off {
-			continue
+		if b.holds(p, kind) {
+			out = append(out, p)
 		}
-		if b.patched == nil {
-			b.patched = map[string]struct{}{}
-		}
-		b.patched[p.Key()] = struct{}{}
-		out = append(out, p)
 	}
 	return out
 }
 
 // patchHTTP puts filters between those that decide and the router, and changes those that were put there.
 func (b *builder) patchHTTP(c chain, filters []*hcmv3.HttpFilter) []*hcmv3.HttpFilter {
-	patches := b.patchesAt(c, mesh.PatchHTTPFilter)
+	patches := b.patchesAt(c, mesh.PatchHTTPFilter, resource.ListenerType)
 	if len(patches) == 0 {
 		return filters
 	}
@@ -66,7 +100,7 @@ func (b *builder) patchHTTP(c chain, filters []*hcmv3.HttpFilter) []*hcmv3.HttpF
 		}
 		f, err := b.patchFilter(p)
 		if err != nil { // it has been checked
-			b.err = errors.Join(b.err, err)
+			b.fails(p, err)
 			continue
 		}
 		rest = placed(rest, p, f)
@@ -78,7 +112,7 @@ func (b *builder) patchHTTP(c chain, filters []*hcmv3.HttpFilter) []*hcmv3.HttpF
 			}
 			f, err := b.merged(f, p)
 			if err != nil {
-				b.err = errors.Join(b.err, err)
+				b.fails(p, err)
 				continue
 			}
 			rest[i] = f
@@ -127,7 +161,7 @@ func (b *builder) patchFilter(p mesh.Patch) (*hcmv3.HttpFilter, error) {
 	}
 	f := &hcmv3.HttpFilter{}
 	if err := parsePatch(p.Value, f); err != nil {
-		return nil, fmt.Errorf("EnvoyFilter %s, %s: %w", p.Object, p.At, err)
+		return nil, err
 	}
 	return f, b.adopt(p, f)
 }
@@ -136,7 +170,7 @@ func (b *builder) patchFilter(p mesh.Patch) (*hcmv3.HttpFilter, error) {
 func (b *builder) merged(f *hcmv3.HttpFilter, p mesh.Patch) (*hcmv3.HttpFilter, error) {
 	more := &hcmv3.HttpFilter{}
 	if err := parsePatch(p.Value, more); err != nil {
-		return nil, fmt.Errorf("EnvoyFilter %s, %s: %w", p.Object, p.At, err)
+		return nil, err
 	}
 	into, err := f.GetTypedConfig().UnmarshalNew()
 	if err != nil {
@@ -151,7 +185,12 @@ func (b *builder) merged(f *hcmv3.HttpFilter, p mesh.Patch) (*hcmv3.HttpFilter, 
 		if from.ProtoReflect().Descriptor() != into.ProtoReflect().Descriptor() {
 			return f, nil // as in Istio: of another type it is nothing to merge
 		}
-		proto.Merge(into, from)
+		set(into.ProtoReflect(), from.ProtoReflect())
+		if v, ok := into.(interface{ ValidateAll() error }); ok {
+			if err := v.ValidateAll(); err != nil {
+				return nil, err
+			}
+		}
 		out.ConfigType = &hcmv3.HttpFilter_TypedConfig{TypedConfig: b.config(into)}
 	}
 	return out, b.adopt(p, out)
@@ -164,33 +203,40 @@ func (b *builder) adopt(p mesh.Patch, f *hcmv3.HttpFilter) error {
 	if err != nil {
 		return err
 	}
+	if err := b.adoptAll(p, m); err != nil {
+		return err
+	}
+	f.ConfigType = &hcmv3.HttpFilter_TypedConfig{TypedConfig: b.config(m)}
+	return nil
+}
+
+// adoptAll does that to whatever is in a message.
+func (b *builder) adoptAll(p mesh.Patch, m proto.Message) error {
 	namespace, _, _ := strings.Cut(p.Object, "/")
-	err = protorange.Range(m.ProtoReflect(), func(at protopath.Values) error {
+	return protorange.Range(m.ProtoReflect(), func(at protopath.Values) error {
 		v, ok := at.Index(-1).Value.Interface().(protoreflect.Message)
 		if !ok {
 			return nil
 		}
+		var codes []*string
 		switch m := v.Interface().(type) {
 		case *corev3.GrpcService_EnvoyGrpc:
 			m.ClusterName = b.patchCluster(namespace, m.ClusterName, true)
 		case *corev3.HttpUri:
 			m.HttpUpstreamType = &corev3.HttpUri_Cluster{Cluster: b.patchCluster(namespace, m.GetCluster(), false)}
+		case *luav3.Lua:
+			codes = luaCode(m)
+		case *luav3.LuaPerRoute:
+			codes = sourceCode(m.GetSourceCode())
 		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	if l, ok := m.(*luav3.Lua); ok {
-		for _, code := range luaCode(l) {
+		for _, code := range codes {
 			for _, m := range calledCluster.FindAllString(*code, -1) {
 				b.patchCluster(namespace, m, false)
 			}
 			*code = guarded(*code)
 		}
-	}
-	f.ConfigType = &hcmv3.HttpFilter_TypedConfig{TypedConfig: b.config(m)}
-	return nil
+		return nil
+	})
 }
 
 // istioCluster is how Istio names a service's port.
@@ -227,21 +273,24 @@ func luaCode(l *luav3.Lua) (out []*string) {
 	if code := &l.InlineCode; *code != "" {
 		out = append(out, code)
 	}
-	sources := []*corev3.DataSource{l.DefaultSourceCode}
+	out = append(out, sourceCode(l.DefaultSourceCode)...)
 	for _, s := range l.SourceCodes {
-		sources = append(sources, s)
-	}
-	for _, s := range sources {
-		switch v := s.GetSpecifier().(type) {
-		case *corev3.DataSource_InlineString:
-			out = append(out, &v.InlineString)
-		case *corev3.DataSource_InlineBytes:
-			text := &corev3.DataSource_InlineString{InlineString: string(v.InlineBytes)}
-			s.Specifier = text
-			out = append(out, &text.InlineString)
-		}
+		out = append(out, sourceCode(s)...)
 	}
 	return out
+}
+
+// sourceCode is the code that a source is.
+func sourceCode(s *corev3.DataSource) []*string {
+	switch v := s.GetSpecifier().(type) {
+	case *corev3.DataSource_InlineString:
+		return []*string{&v.InlineString}
+	case *corev3.DataSource_InlineBytes:
+		text := &corev3.DataSource_InlineString{InlineString: string(v.InlineBytes)}
+		s.Specifier = text
+		return []*string{&text.InlineString}
+	}
+	return nil
 }
 
 //go:embed guard.lua

@@ -62,12 +62,14 @@ func (b *builder) routes(c chain) *routev3.RouteConfiguration {
 	}
 	vh.Routes = append(vh.Routes, catchAll())
 	vh.TypedPerFilterConfig = b.accessOf(c)
-	return &routev3.RouteConfiguration{
+	out := &routev3.RouteConfiguration{
 		Name: c.name("http"), VirtualHosts: []*routev3.VirtualHost{vh},
 		ValidateClusters: wrapperspb.Bool(false),
 		// Said by Envoy of clients that it takes to be outside; to the application it would be noise.
 		RequestHeadersToRemove: []string{"x-envoy-external-address"},
 	}
+	b.patchRoutes(c, out)
+	return out
 }
 
 // plain sends everything to the service itself.

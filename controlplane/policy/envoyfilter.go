@@ -5,8 +5,10 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"google.golang.org/protobuf/proto"
@@ -92,9 +94,11 @@ func CompileEnvoyFilter(f *networkingv1alpha3.EnvoyFilter, check func(mesh.Patch
 
 // compilePatch fills a patch in. It is not made where it is for other proxies.
 func compilePatch(c *istioapi.EnvoyFilter_EnvoyConfigObjectPatch, p *mesh.Patch) (made bool, note, problem string) {
-	if c.GetApplyTo() != istioapi.EnvoyFilter_HTTP_FILTER {
-		return false, "", fmt.Sprintf("applyTo: %s is not supported yet; HTTP_FILTER is", c.GetApplyTo())
+	to, ok := patched[c.GetApplyTo()]
+	if !ok {
+		return false, "", fmt.Sprintf("applyTo: %s is not supported yet; HTTP_FILTER, NETWORK_FILTER, ROUTE_CONFIGURATION, VIRTUAL_HOST, HTTP_ROUTE and CLUSTER are", c.GetApplyTo())
 	}
+	p.To = to
 	if made, problem = forProxy(c.GetMatch().GetProxy()); problem != "" || !made {
 		return made, "match.proxy.proxyVersion: it is not for proxies of Istio " + istioVersion + ", whose API Warren follows", problem
 	}
@@ -103,11 +107,24 @@ func compilePatch(c *istioapi.EnvoyFilter_EnvoyConfigObjectPatch, p *mesh.Patch)
 		return false, "", "match." + problem
 	}
 	if v := c.GetPatch().GetValue(); v != nil && c.GetPatch().GetOperation() != istioapi.EnvoyFilter_Patch_REMOVE {
-		text, err := json.Marshal(v.AsMap())
+		value := v.AsMap()
+		if p.To == mesh.PatchManager {
+			if value, problem = managerOf(value); problem != "" {
+				return false, "", problem
+			}
+		}
+		text, err := json.Marshal(value)
 		if err != nil {
 			return false, "", "patch.value: " + short(err.Error())
 		}
 		p.Value = string(text)
+	}
+	if op := c.GetPatch().GetOperation(); p.To != mesh.PatchHTTPFilter {
+		if op != istioapi.EnvoyFilter_Patch_MERGE {
+			return false, "", fmt.Sprintf("patch.operation: %s is not supported yet for %s; MERGE is", op, c.GetApplyTo())
+		}
+		p.Op = mesh.PatchMerge
+		return true, "", ""
 	}
 	switch op := c.GetPatch().GetOperation(); op {
 	case istioapi.EnvoyFilter_Patch_INSERT_FIRST:
@@ -139,6 +156,28 @@ func compilePatch(c *istioapi.EnvoyFilter_EnvoyConfigObjectPatch, p *mesh.Patch)
 	return true, note, ""
 }
 
+// patched is what patches may be applied to.
+var patched = map[istioapi.EnvoyFilter_ApplyTo]mesh.PatchedKind{
+	istioapi.EnvoyFilter_HTTP_FILTER: mesh.PatchHTTPFilter, istioapi.EnvoyFilter_NETWORK_FILTER: mesh.PatchManager,
+	istioapi.EnvoyFilter_ROUTE_CONFIGURATION: mesh.PatchRoutes, istioapi.EnvoyFilter_VIRTUAL_HOST: mesh.PatchHost,
+	istioapi.EnvoyFilter_HTTP_ROUTE: mesh.PatchRoute, istioapi.EnvoyFilter_CLUSTER: mesh.PatchCluster,
+}
+
+// managerOf is the configuration in the value of a patch of a network filter.
+func managerOf(value map[string]any) (map[string]any, string) {
+	config, ok := value["typed_config"].(map[string]any)
+	if !ok {
+		config, ok = value["typedConfig"].(map[string]any)
+	}
+	kind, _ := config["@type"].(string)
+	if !ok || !strings.HasSuffix(kind, "/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager") {
+		return nil, "patch.value.typed_config: of network filters " + managers[1] + " alone can be changed, with its own type"
+	}
+	config = maps.Clone(config)
+	delete(config, "@type")
+	return config, ""
+}
+
 // inserted is what is different about being first.
 const inserted = "patch.operation: it comes first of what may be inserted, which is after what verifies tokens, decides who may ask and counts"
 
@@ -163,8 +202,14 @@ func forProxy(m *istioapi.EnvoyFilter_ProxyMatch) (ok bool, problem string) {
 // managers are names of the filter that has those of requests.
 var managers = []string{"", "envoy.filters.network.http_connection_manager", "envoy.http_connection_manager"}
 
-// matchPatch reads which filters a patch is about; relative: to one that it names.
+// matchPatch reads what a patch is about; relative: to a filter that it names.
 func matchPatch(m *istioapi.EnvoyFilter_EnvoyConfigObjectMatch, p *mesh.Patch) (relative bool, problem string) {
+	switch p.To {
+	case mesh.PatchRoutes, mesh.PatchHost, mesh.PatchRoute:
+		return false, matchRoutes(m, p)
+	case mesh.PatchCluster:
+		return false, matchCluster(m, p)
+	}
 	var port uint32
 	var manager string
 	switch {
@@ -204,5 +249,96 @@ func matchPatch(m *istioapi.EnvoyFilter_EnvoyConfigObjectMatch, p *mesh.Patch) (
 		p.Filter = "envoy.filters.http.router"
 	}
 	p.Port = uint16(port)
+	if p.To == mesh.PatchManager {
+		p.Filter = ""
+	}
 	return p.Filter != "", ""
+}
+
+// Istio's names of the table of a gateway's port without TLS, and of the host of a waypoint's.
+var (
+	gatewayTable = regexp.MustCompile(`^http\.([0-9]{1,5})$`)
+	waypointHost = regexp.MustCompile(`^inbound\|http\|([0-9]{1,5})$`)
+)
+
+// matchRoutes reads which tables, hosts and routes a patch is about.
+func matchRoutes(m *istioapi.EnvoyFilter_EnvoyConfigObjectMatch, p *mesh.Patch) (problem string) {
+	port := uint32(0)
+	switch {
+	case m.GetListener() != nil || m.GetCluster() != nil:
+		return "listener: routes are matched by routeConfiguration"
+	case m.GetWaypoint() != nil:
+		if m.GetWaypoint().GetFilter() != nil {
+			return "waypoint.filter: routes are in no filter"
+		}
+		port, p.Route = m.GetWaypoint().GetPortNumber(), m.GetWaypoint().GetRoute().GetName()
+	default:
+		r := m.GetRouteConfiguration()
+		port = r.GetPortNumber()
+		if r.GetPortName() != "" || r.GetGateway() != "" {
+			return "routeConfiguration: match by portNumber and vhost; portName and gateway are not supported yet"
+		}
+		if named := gatewayTable.FindStringSubmatch(r.GetName()); named != nil {
+			fromName, _ := strconv.ParseUint(named[1], 10, 32)
+			port = uint32(fromName)
+		} else if r.GetName() != "" {
+			return "routeConfiguration.name: tables are Warren's own, but for http.PORT of gateways; match by portNumber"
+		}
+		host, number := r.GetVhost().GetName(), ""
+		if named := waypointHost.FindStringSubmatch(host); named != nil {
+			host, number = "", named[1]
+		} else if i := strings.LastIndexByte(host, ':'); i >= 0 {
+			host, number = host[:i], host[i+1:]
+		}
+		if number != "" {
+			n, ok := parsePort(number)
+			if !ok || port != 0 && port != uint32(n) {
+				return "routeConfiguration.vhost.name: " + quote(number) + " is not the port of it"
+			}
+			port = uint32(n)
+		}
+		if p.Host = host; p.Host == "" {
+			p.Host = r.GetVhost().GetDomainName()
+		}
+		p.Route = r.GetVhost().GetRoute().GetName()
+		switch r.GetVhost().GetRoute().GetAction() {
+		case istioapi.EnvoyFilter_RouteConfigurationMatch_RouteMatch_ROUTE:
+			p.Action = mesh.PatchForwards
+		case istioapi.EnvoyFilter_RouteConfigurationMatch_RouteMatch_REDIRECT:
+			p.Action = mesh.PatchRedirects
+		case istioapi.EnvoyFilter_RouteConfigurationMatch_RouteMatch_DIRECT_RESPONSE:
+			p.Action = mesh.PatchResponds
+		}
+	}
+	if port > 65535 {
+		return fmt.Sprintf("portNumber: %d is not a port", port)
+	}
+	p.Port = uint16(port)
+	return ""
+}
+
+// clusterName is how Istio names the cluster of a service's port.
+var clusterName = regexp.MustCompile(`^outbound\|([0-9]{1,5})\|([^|]*)\|([^|]+)$`)
+
+// matchCluster reads which clusters a patch is about.
+func matchCluster(m *istioapi.EnvoyFilter_EnvoyConfigObjectMatch, p *mesh.Patch) (problem string) {
+	c := m.GetCluster()
+	if c == nil && m.GetObjectTypes() != nil {
+		return "object: clusters are matched by cluster"
+	}
+	port := c.GetPortNumber()
+	p.Service, p.Subset = c.GetService(), c.GetSubset()
+	if c.GetName() != "" {
+		named := clusterName.FindStringSubmatch(c.GetName())
+		if named == nil {
+			return "cluster.name: " + quote(c.GetName()) + " is not outbound|port|subset|host; others are Warren's own"
+		}
+		n, _ := strconv.ParseUint(named[1], 10, 32)
+		port, p.Subset, p.Service = uint32(n), named[2], named[3]
+	}
+	if port > 65535 {
+		return fmt.Sprintf("cluster.portNumber: %d is not a port", port)
+	}
+	p.Port = uint16(port)
+	return ""
 }

@@ -54,7 +54,7 @@ func TestPatchesThatAnEnvoyRefuses(t *testing.T) {
 	w.Update(put(patch("good", "1")), 7)
 	h.active(&discovery.DeltaDiscoveryRequest{TypeUrl: waypoint.TypeActive, InitialResourceVersions: one.versions})
 	w.Update(put(patch("good", "1"), patch("bad", "1")), 7)
-	refuse(envoyresource.ClusterType) // that is not of patches
+	refuse(envoyresource.ClusterType) // of which no patch makes anything
 	refused()
 	with := one.versions
 	refuse(envoyresource.ListenerType)

@@ -2,6 +2,7 @@ package xds
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"maps"
 	"slices"
@@ -49,8 +50,8 @@ type told struct {
 	pods      map[*envoyPod]struct{}
 	late      lateNames
 
-	off    map[string]string   // patches that an Envoy has refused, which are left off: why, by mesh.Patch.Key
-	proven map[string]struct{} // those that an Envoy does
+	off    map[string]string // patches that an Envoy has refused, which are left off: why, by mesh.Patch.Key
+	proven waypoint.Made     // those that an Envoy does
 }
 
 // envoyPod is one stream.
@@ -146,6 +147,17 @@ func (w *Waypoints) Pods(name mesh.ServiceName) map[string]Progress {
 // build writes one waypoint's resources. What cannot be written leaves the last good ones.
 func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service) {
 	r, err := t.writer.Write(w.snapshot, bound)
+	for bad := (*waypoint.PatchError)(nil); errors.As(err, &bad); r, err = t.writer.Write(w.snapshot, bound) {
+		t.off = maps.Clone(t.off)
+		if t.off == nil {
+			t.off = map[string]string{}
+		}
+		if _, ok := t.off[bad.Key]; ok { // it is not written of what is left off
+			break
+		}
+		t.off[bad.Key] = clip(bad.Text)
+		t.writer.LeaveOff(t.off)
+	}
 	t.failed = ""
 	if err != nil {
 		t.failed = clip(err.Error())
@@ -165,17 +177,19 @@ func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service)
 
 // leaveOff has what an Envoy refuses be without the patches that it may be refused for: those that no Envoy has done yet, or
 // else all. It reports whether there were any. What else is new reaches the Envoys, and nothing that they refuse is sent again.
-func (w *Waypoints) leaveOff(name mesh.ServiceName, t *told, why string) bool {
-	blamed := map[string]string{}
-	for k := range t.writer.Patched() {
+func (w *Waypoints) leaveOff(name mesh.ServiceName, t *told, kind, why string) bool {
+	blamed, all := map[string]string{}, map[string]string{}
+	for k, kinds := range t.writer.Patched() {
+		if _, ok := kinds[kind]; !ok {
+			continue
+		}
+		all[k] = why
 		if _, ok := t.proven[k]; !ok {
 			blamed[k] = why
 		}
 	}
 	if len(blamed) == 0 {
-		for k := range t.writer.Patched() {
-			blamed[k] = why
-		}
+		blamed = all
 	}
 	if len(blamed) == 0 {
 		return false
@@ -355,7 +369,7 @@ func (h heard) OnStreamDeltaRequest(_ int64, req *discovery.DeltaDiscoveryReques
 		}
 	}
 	h.pod.told[req.TypeUrl] = t // asked for, at least
-	without := req.ErrorDetail != nil && req.TypeUrl == envoyresource.ListenerType && h.w.leaveOff(h.name, h.told, clip(req.ErrorDetail.Message))
+	without := req.ErrorDetail != nil && h.w.leaveOff(h.name, h.told, req.TypeUrl, clip(req.ErrorDetail.Message))
 	h.w.mu.Unlock()
 	if without {
 		h.log.Warn("EnvoyFilters are left off, because the waypoint's Envoy refuses what they make")

@@ -14,6 +14,11 @@ type Patch struct {
 	Port       uint16 // of a service, or of a gateway's listener
 	ServerName string // that a gateway's listener is for
 	Filter     string // of requests, that an operation is about or relative to
+	Host       string // that requests are for
+	Route      string // its name, or the last part of it
+	Action     PatchedAction
+	Service    string // host name of the one that a cluster reaches
+	Subset     string
 
 	Value string // JSON, as Envoy's definitions have it; "" of one that removes
 }
@@ -26,6 +31,21 @@ type PatchedKind uint8
 
 const (
 	PatchHTTPFilter PatchedKind = iota // filters of requests
+	PatchManager                       // what is done with connections that carry requests
+	PatchRoutes                        // tables of routes
+	PatchHost                          // the routes of some hosts
+	PatchRoute                         // one route
+	PatchCluster                       // how endpoints are reached
+)
+
+// PatchedAction is what a route does.
+type PatchedAction uint8
+
+const (
+	PatchAnyAction PatchedAction = iota
+	PatchForwards
+	PatchRedirects
+	PatchResponds
 )
 
 // PatchOperation is how.

@@ -155,6 +155,24 @@ end`), is("True Accepted", "True Enforced"))
 	if res, _, err := ask("10.96.0.9:80", "/"); err != nil || res.Header.Get("x-mended") != "yes" || res.Header.Get("x-lua") != "other" {
 		t.Errorf("mended code does not run: %v %v", err, res)
 	}
+	// Routes, what is done with connections, and clusters, of which Envoy may refuse each.
+	apply("code", `targetRefs: [{kind: Service, name: inventory}]
+configPatches:
+- {applyTo: NETWORK_FILTER, match: {listener: {filterChain: {filter: {name: envoy.filters.network.http_connection_manager}}}}, patch: {operation: MERGE, value: {typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager, server_name: patched, server_header_transformation: APPEND_IF_ABSENT}}}}
+- {applyTo: VIRTUAL_HOST, patch: {operation: MERGE, value: {response_headers_to_add: [{header: {key: x-host, value: "yes"}}], typed_per_filter_config: {other: {"@type": type.googleapis.com/envoy.extensions.filters.http.lua.v3.LuaPerRoute, source_code: {inline_string: 'function envoy_on_response(handle) handle:headers():add("x-lua", io == nil and "route" or "io") end'}}}}}}
+- {applyTo: HTTP_ROUTE, match: {routeConfiguration: {vhost: {route: {action: ROUTE}}}}, patch: {operation: MERGE, value: {response_headers_to_add: [{header: {key: x-route, value: "yes"}}], route: {timeout: 7s}}}}
+- {applyTo: CLUSTER, match: {cluster: {service: inventory.shop.svc.cluster.local}}, patch: {operation: MERGE, value: {connect_timeout: 1.5s}}}
+`, is("True Accepted", "True Enforced"))
+	res, body, err = ask("10.96.0.9:80", "/")
+	if err != nil || res.Header.Get("server") != "patched" || res.Header.Get("x-host") != "yes" || res.Header.Get("x-route") != "yes" || res.Header.Get("x-lua") != "route" {
+		t.Errorf("what is merged does not hold: %v %v\n%s", err, res, body)
+	}
+	apply("code", strings.Replace(lua(`x = 1`), "configPatches:", `configPatches:
+- {applyTo: VIRTUAL_HOST, patch: {operation: MERGE, value: {typed_per_filter_config: {other: {"@type": type.googleapis.com/envoy.extensions.filters.http.lua.v3.LuaPerRoute, source_code: {inline_string: 'function is'}}}}}}`, 1), is("True Accepted", "False NodesRefuse"))
+	if got, code := says("/"); got != "other" || code != 200 {
+		t.Errorf("with routes that Envoy refuses it says %q %d", got, code)
+	}
+
 	// What is refused at once is not sent.
 	apply("code", strings.Replace(lua(`x = 1`), "inlineCode: |", "inlnCode: |", 1), is("False Invalid: nothing of it is made, because of spec.configPatches[0].patch.value", "False UnsupportedValue"))
 	if got, code := says("/"); got != "other" || code != 200 {
