@@ -8,6 +8,7 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{"discovery.k8s.io"}, Resources: []string{"endpointslices"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"security.istio.io"}, Resources: []string{"authorizationpolicies", "peerauthentications", "requestauthentications"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"telemetry.istio.io"}, Resources: []string{"telemetries"}, Verbs: []string{"get", "list", "watch"}},
+	{APIGroups: []string{"extensions.istio.io"}, Resources: []string{"wasmplugins"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"policy.warren.io"}, Resources: []string{"ratelimits"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries", "workloadentries", "virtualservices", "destinationrules", "gateways", "envoyfilters"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses", "gateways", "httproutes", "grpcroutes", "tlsroutes", "tcproutes", "backendtlspolicies", "referencegrants"}, Verbs: []string{"get", "list", "watch"}},
@@ -34,6 +35,7 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{"telemetry.istio.io"}, Resources: []string{"telemetries/status"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{"policy.warren.io"}, Resources: []string{"ratelimits/status"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"envoyfilters/status"}, Verbs: []string{"patch"}},
+	{APIGroups: []string{"extensions.istio.io"}, Resources: []string{"wasmplugins/status"}, Verbs: []string{"patch"}},
 	// The addresses of hosts of ServiceEntries that have none.
 	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries/status"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"services/status"}, Verbs: []string{"patch"}},

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"unicode"
 
+	extensionsv1alpha1 "istio.io/client-go/pkg/apis/extensions/v1alpha1"
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
@@ -241,6 +242,8 @@ func typed(o *unstructured.Unstructured) (any, error) {
 		out = &securityv1.RequestAuthentication{}
 	case "telemetry.istio.io/Telemetry":
 		out = &telemetryv1.Telemetry{}
+	case "extensions.istio.io/WasmPlugin":
+		out = &extensionsv1alpha1.WasmPlugin{}
 	case "networking.istio.io/EnvoyFilter":
 		out = &networkingv1alpha3.EnvoyFilter{}
 	case policy.RateLimitGroup + "/RateLimit":

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 
+	extensionsv1alpha1 "istio.io/client-go/pkg/apis/extensions/v1alpha1"
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
@@ -55,13 +56,14 @@ const (
 	RateLimit
 	ListenerSet
 	EnvoyFilter
+	WasmPlugin
 )
 
 var kindNames = [...]string{
 	"Pod", "Namespace", "Service", "EndpointSlice", "Node", "AuthorizationPolicy", "PeerAuthentication", "ServiceEntry", "WorkloadEntry",
 	"RequestAuthentication", "NetworkPolicy", "ValidatingWebhookConfiguration", "MutatingWebhookConfiguration", "APIService", "CustomResourceDefinition",
 	"VirtualService", "DestinationRule", "Gateway", "HTTPRoute", "GRPCRoute", "ReferenceGrant", "GatewayClass", "Telemetry", "Gateway",
-	"TLSRoute", "TCPRoute", "BackendTLSPolicy", "RateLimit", "ListenerSet", "EnvoyFilter",
+	"TLSRoute", "TCPRoute", "BackendTLSPolicy", "RateLimit", "ListenerSet", "EnvoyFilter", "WasmPlugin",
 }
 
 func (k Kind) String() string { return kindNames[k] }
@@ -165,6 +167,7 @@ type Index struct {
 	telemetries  map[string]map[string]*telemetryFact
 	rateLimits   map[string]map[string]*rateLimitFact
 	envoyFilters map[string]map[string]*envoyFilterFact
+	wasmPlugins  map[string]map[string]*wasmPluginFact
 	keys         map[policy.KeySource]KeyState
 	keyUsers     map[policy.KeySource]int           // rules of RequestAuthentications
 	virtuals     map[string]map[string]*routeFact   // VirtualServices
@@ -239,6 +242,7 @@ func New(cfg Config) (*Index, error) {
 		telemetries:     map[string]map[string]*telemetryFact{},
 		rateLimits:      map[string]map[string]*rateLimitFact{},
 		envoyFilters:    map[string]map[string]*envoyFilterFact{},
+		wasmPlugins:     map[string]map[string]*wasmPluginFact{},
 		keys:            map[policy.KeySource]KeyState{},
 		keyUsers:        map[policy.KeySource]int{},
 		virtuals:        map[string]map[string]*routeFact{},
@@ -301,6 +305,8 @@ func (x *Index) Set(obj any) {
 		x.setRateLimit(keyOf(o), rateLimitFactOf(o))
 	case *networkingv1alpha3.EnvoyFilter:
 		x.setEnvoyFilter(keyOf(o), envoyFilterFactOf(o))
+	case *extensionsv1alpha1.WasmPlugin:
+		x.setWasmPlugin(keyOf(o), &wasmPluginFact{string(o.UID), o.Generation})
 	case *networkingv1.ServiceEntry:
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
 	case *kubenetworkingv1.NetworkPolicy:
@@ -375,6 +381,8 @@ func (x *Index) Delete(kind Kind, namespace, name string) {
 		x.setRateLimit(k, nil)
 	case EnvoyFilter:
 		x.setEnvoyFilter(k, nil)
+	case WasmPlugin:
+		x.setWasmPlugin(k, nil)
 	case ServiceEntry:
 		x.setEntry(k, nil)
 	case WorkloadEntry:

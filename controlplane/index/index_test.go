@@ -14,6 +14,7 @@ import (
 
 	gocmp "github.com/google/go-cmp/cmp"
 	"golang.org/x/tools/txtar"
+	extensionsv1alpha1 "istio.io/client-go/pkg/apis/extensions/v1alpha1"
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
@@ -289,6 +290,8 @@ func decode(t testing.TB, doc string) any {
 		obj = &telemetryv1.Telemetry{}
 	case "EnvoyFilter":
 		obj = &networkingv1alpha3.EnvoyFilter{}
+	case "WasmPlugin":
+		obj = &extensionsv1alpha1.WasmPlugin{}
 	case "RateLimit":
 		obj = &policy.RateLimit{}
 	case "ValidatingWebhookConfiguration":
@@ -541,7 +544,7 @@ func drawParents(t *rapid.T) (out []gatewayv1.ParentReference) {
 
 // drawObject draws one of few objects, so that they meet.
 func drawObject(t *rapid.T) (ref, any) {
-	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+15).Draw(t, "kind"))
+	kind := Kind(rapid.IntRange(0, int(ValidatingWebhookConfiguration)+16).Draw(t, "kind"))
 	if kind > ValidatingWebhookConfiguration {
 		kind += VirtualService - ValidatingWebhookConfiguration - 1
 	}
@@ -637,6 +640,9 @@ func drawObject(t *rapid.T) (ref, any) {
 			patchYAML(`targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}], `),
 			patchYAML(`workloadSelector: {labels: {app: x}}, `), patchYAML(``), `spec: {configPatches: [{applyTo: BOOTSTRAP, patch: {operation: MERGE}}]}`), p)
 		p.ObjectMeta = drawMeta(t, "name", "ef0", "ef1")
+		return ref{kind, keyOf(p)}, p
+	case WasmPlugin:
+		p := &extensionsv1alpha1.WasmPlugin{ObjectMeta: drawMeta(t, "name", "wp0", "wp1")}
 		return ref{kind, keyOf(p)}, p
 	case RateLimit:
 		p := &policy.RateLimit{}

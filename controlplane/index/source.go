@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	extensionsv1alpha1 "istio.io/client-go/pkg/apis/extensions/v1alpha1"
 	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
 	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
@@ -168,6 +169,8 @@ var crds = []crd{
 		func(f factories) cache.SharedIndexInformer {
 			return f.Networking().V1alpha3().EnvoyFilters().Informer()
 		}},
+	{WasmPlugin, schema.GroupVersionResource{Group: "extensions.istio.io", Version: "v1alpha1", Resource: "wasmplugins"},
+		func(f factories) cache.SharedIndexInformer { return f.Extensions().V1alpha1().WasmPlugins().Informer() }},
 	{RateLimit, policy.RateLimits, func(f factories) cache.SharedIndexInformer {
 		return f.dynamic.ForResource(policy.RateLimits).Informer()
 	}},
@@ -485,6 +488,8 @@ func strip(obj any) (any, error) {
 	case *telemetryv1.Telemetry:
 		o.ManagedFields = nil
 	case *networkingv1alpha3.EnvoyFilter:
+		o.ManagedFields = nil
+	case *extensionsv1alpha1.WasmPlugin:
 		o.ManagedFields = nil
 	case *networkingv1.ServiceEntry:
 		o.ManagedFields = nil

@@ -10,7 +10,7 @@ import (
 )
 
 // PolicyKey names a policy object: an AuthorizationPolicy, PeerAuthentication, RequestAuthentication, Telemetry,
-// RateLimit or EnvoyFilter.
+// RateLimit, EnvoyFilter or WasmPlugin.
 type PolicyKey struct {
 	Kind            Kind
 	Namespace, Name string
@@ -118,6 +118,10 @@ func (x *Index) policyState(k PolicyKey, pods []exempted) *PolicyState {
 	case EnvoyFilter:
 		if f := x.envoyFilters[k.Namespace][k.Name]; f != nil {
 			return x.envoyFilterState(f)
+		}
+	case WasmPlugin:
+		if f := x.wasmPlugins[k.Namespace][k.Name]; f != nil {
+			return f.state()
 		}
 	}
 	return nil

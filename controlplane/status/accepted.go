@@ -17,7 +17,7 @@ func accepted(k index.PolicyKey, s *index.PolicyState, o Object) []condition {
 	if k.Kind == index.PeerAuthentication {
 		return nil
 	}
-	if k.Kind == index.EnvoyFilter {
+	if k.Kind == index.EnvoyFilter || k.Kind == index.WasmPlugin {
 		return []condition{patchesAccepted(s)}
 	}
 	if len(o.Targets) > 0 {

@@ -109,6 +109,8 @@ func reference(k index.NoticeKey, v index.Notice) corev1.ObjectReference {
 		ref.APIVersion = "security.istio.io/v1"
 	case index.Telemetry:
 		ref.APIVersion = "telemetry.istio.io/v1"
+	case index.WasmPlugin:
+		ref.APIVersion = "extensions.istio.io/v1alpha1"
 	case index.EnvoyFilter:
 		ref.APIVersion = "networking.istio.io/v1alpha3"
 	case index.RateLimit:

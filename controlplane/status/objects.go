@@ -4,6 +4,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 	metav1alpha1 "istio.io/api/meta/v1alpha1"
 	typev1beta1 "istio.io/api/type/v1beta1"
+	extensionsv1alpha1 "istio.io/client-go/pkg/apis/extensions/v1alpha1"
 	networkingv1alpha3 "istio.io/client-go/pkg/apis/networking/v1alpha3"
 	securityv1 "istio.io/client-go/pkg/apis/security/v1"
 	telemetryv1 "istio.io/client-go/pkg/apis/telemetry/v1"
@@ -44,6 +45,8 @@ func objectOf(o any) (Object, bool) {
 		out := object(p, &p.Status)
 		out.Targets = targets(p.Namespace, p.Spec.TargetRefs, nil)
 		return out, true
+	case *extensionsv1alpha1.WasmPlugin:
+		return object(p, &p.Status), true
 	case *policy.RateLimit:
 		out := Object{UID: string(p.UID), ResourceVersion: p.ResourceVersion, Generation: p.Generation}
 		for _, c := range p.Status.Conditions {

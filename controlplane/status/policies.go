@@ -522,6 +522,8 @@ func WriteStatus(client istio.Interface, others dynamic.Interface) func(context.
 			_, err = client.TelemetryV1().Telemetries(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		case index.EnvoyFilter:
 			_, err = client.NetworkingV1alpha3().EnvoyFilters(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
+		case index.WasmPlugin:
+			_, err = client.ExtensionsV1alpha1().WasmPlugins(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		case index.RateLimit:
 			_, err = others.Resource(policy.RateLimits).Namespace(k.Namespace).Patch(ctx, k.Name, types.MergePatchType, patch, o, "status")
 		default:
