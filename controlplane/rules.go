@@ -11,14 +11,14 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{"extensions.istio.io"}, Resources: []string{"wasmplugins"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"policy.warren.io"}, Resources: []string{"ratelimits"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"networking.istio.io"}, Resources: []string{"serviceentries", "workloadentries", "virtualservices", "destinationrules", "gateways", "envoyfilters"}, Verbs: []string{"get", "list", "watch"}},
-	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses", "gateways", "httproutes", "grpcroutes", "tlsroutes", "tcproutes", "backendtlspolicies", "referencegrants"}, Verbs: []string{"get", "list", "watch"}},
+	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses", "gateways", "listenersets", "httproutes", "grpcroutes", "tlsroutes", "tcproutes", "backendtlspolicies", "referencegrants"}, Verbs: []string{"get", "list", "watch"}},
 	// Waypoints and gateways are made where a Gateway asks for one, in any namespace.
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses"}, Verbs: []string{"create"}},
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses"}, ResourceNames: []string{"istio-waypoint", "istio"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses/status"}, Verbs: []string{"patch"}},
 	// Certificates that gateways show: those Secrets alone that a Gateway refers to, and may, are read, each by its name.
 	{APIGroups: []string{""}, Resources: []string{"secrets"}, Verbs: []string{"get", "list", "watch"}},
-	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gateways/status", "httproutes/status", "grpcroutes/status", "tlsroutes/status", "tcproutes/status", "backendtlspolicies/status"},
+	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gateways/status", "listenersets/status", "httproutes/status", "grpcroutes/status", "tlsroutes/status", "tcproutes/status", "backendtlspolicies/status"},
 		Verbs: []string{"patch"}},
 	{APIGroups: []string{""}, Resources: []string{"services", "serviceaccounts"}, Verbs: []string{"create", "patch"}},
 	{APIGroups: []string{"apps"}, Resources: []string{"deployments"}, Verbs: []string{"create", "patch"}},
