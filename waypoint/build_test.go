@@ -279,7 +279,7 @@ var cases = map[string]func(*mesh.Service){
 		Mirrors: []mesh.HTTPMirror{{Backend: to("v1", 0), Millionths: mesh.Million}, {Backend: to("v2", 0), Millionths: 333_333}},
 		CORS:    &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextRegex, ".*")}, Methods: []string{"*"}, MaxAge: 5 * time.Second, Answer: true},
 	}),
-	"cors asked": one(mesh.HTTPRule{CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextRegex, ".*")}, Methods: []string{"*"}, AllowHeaders: []string{"*"}, Credentials: true, Asked: true, Answer: true}}),
+	"cors-asked": one(mesh.HTTPRule{CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextRegex, ".*")}, Methods: []string{"*"}, AllowHeaders: []string{"*"}, Credentials: true, Asked: true, Answer: true}}),
 	"invalid":    rules(mesh.HTTPRule{Name: "bad", Invalid: "there is nothing to do"}, mesh.HTTPRule{Name: "nowhere", Backends: []mesh.HTTPBackend{{Service: mesh.ServiceName{Namespace: "shop", Hostname: "absent"}, Weight: 1}}}),
 }
 

@@ -48,7 +48,7 @@ func (b *builder) readBaggage() *hcmv3.HttpFilter {
 	for _, f := range peerFields {
 		out.RequestRules = append(out.RequestRules, &h2mv3.Config_Rule{Header: "baggage", OnHeaderPresent: &h2mv3.Config_KeyValuePair{
 			MetadataNamespace: metaPeer, Key: f.name, RegexValueRewrite: &envoymatcherv3.RegexMatchAndSubstitute{
-				Pattern: &envoymatcherv3.RegexMatcher{Regex: `^(?:(?:.*,)?\s*` + f.baggage + `=([^,;]*).*|.*)$`}, Substitution: `\1`,
+				Pattern: &envoymatcherv3.RegexMatcher{Regex: `^(?:(?:.*,)?\s*` + f.baggage + `=([^,;|]*).*|.*)$`}, Substitution: `\1`,
 			},
 		}})
 	}
@@ -82,21 +82,6 @@ func describe(w *mesh.Workload) *structpb.Struct {
 	return out
 }
 
-// Unsaid is what a label has where nothing is known, as Istio writes it.
-func Unsaid(label string) string {
-	switch label {
-	case "source_canonical_revision", "destination_canonical_revision":
-		return "latest"
-	case "response_flags":
-		return "-"
-	case "response_code":
-		return "0"
-	case "grpc_response_status":
-		return ""
-	}
-	return "unknown"
-}
-
 func (b *builder) statsInput() *xdscore.TypedExtensionConfig {
 	return &xdscore.TypedExtensionConfig{Name: "value", TypedConfig: b.config(&statinputsv3.StatTagValueInput{})}
 }
@@ -108,7 +93,7 @@ func (b *builder) becomes(v string) *matcherv3.Matcher_OnMatch {
 	}}}
 }
 
-// labels are those of Istio's metrics, in Istio's order. What is not known is empty here, and said by [Unsaid] where the metrics
+// labels are those of Istio's metrics, in Istio's order. What is not known is empty here, and said by [Shown] where the metrics
 // are shown: rules for it would be most of the configuration of a service.
 func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
 	tag := func(name, format string) *statsv3.Config_Tag {
@@ -170,29 +155,29 @@ func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
 
 // metrics counts what a chain serves. The scope is the same for all, or a change of one would begin the others anew.
 func (b *builder) metrics(c chain, http bool) []*accesslogv3.AccessLog {
-	labels, changes := b.labels(c, http), c.telemetry().Metrics
+	before, changes := b.labels(c, http), c.telemetry().Metrics
 	var all []*accesslogv3.AccessLog
 	logger := func(counters map[string]string, histograms map[string]statsv3.Config_Histogram_Unit, values map[string]string, on ...datav3.AccessLogType) {
 		cfg := &statsv3.Config{StatsScope: &typev3.Scope{
 			SharingName: "istio", EnableEviction: true, MaxCounters: wrapperspb.UInt32(maxSeries), MaxHistograms: wrapperspb.UInt32(maxSeries / 2),
 		}}
 		for _, name := range slices.Sorted(maps.Keys(counters)) {
-			labels, wanted := changed(changes, name, labels)
+			labels, wanted := changed(changes, name, before)
 			if !wanted {
 				continue
 			}
-			counter := &statsv3.Config_Counter{Stat: &statsv3.Config_Stat{Name: name, Tags: labels}, ValueFormat: counters[name]}
+			counter := &statsv3.Config_Counter{Stat: &statsv3.Config_Stat{Name: name, Tags: grouped(labels, before)}, ValueFormat: counters[name]}
 			if counter.ValueFormat == "" {
 				counter.ValueFixed = wrapperspb.UInt64(1)
 			}
 			cfg.Counters = append(cfg.Counters, counter)
 		}
 		for _, name := range slices.Sorted(maps.Keys(values)) {
-			labels, wanted := changed(changes, name, labels)
+			labels, wanted := changed(changes, name, before)
 			if !wanted {
 				continue
 			}
-			cfg.Histograms = append(cfg.Histograms, &statsv3.Config_Histogram{Stat: &statsv3.Config_Stat{Name: name, Tags: labels}, Unit: histograms[name], ValueFormat: values[name]})
+			cfg.Histograms = append(cfg.Histograms, &statsv3.Config_Histogram{Stat: &statsv3.Config_Stat{Name: name, Tags: grouped(labels, before)}, Unit: histograms[name], ValueFormat: values[name]})
 		}
 		if len(cfg.Counters)+len(cfg.Histograms) == 0 {
 			return

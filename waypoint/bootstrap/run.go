@@ -279,8 +279,7 @@ func (p *waypointProcess) telemetry() http.Handler {
 	return mux
 }
 
-// istioNames copies metrics. It gives back their names to those of the mesh, before which Envoy puts its own, and says what
-// their empty labels mean.
+// istioNames copies metrics. It gives back their names and labels to those of the mesh.
 func istioNames(w io.Writer, r io.Reader) error {
 	in := bufio.NewReaderSize(r, 64<<10)
 	ours := false // the line that is being read
@@ -290,7 +289,7 @@ func istioNames(w io.Writer, r io.Reader) error {
 			line, ours = ourName(line)
 		}
 		if ours {
-			line = filled(line)
+			line = waypoint.Shown(line)
 		}
 		if _, err := w.Write(line); err != nil {
 			return err
@@ -313,21 +312,6 @@ func ourName(line []byte) (_ []byte, ours bool) {
 		}
 	}
 	return line, false
-}
-
-// filled has no label without a value. Within a value there is no such sequence: quotes are escaped.
-func filled(line []byte) []byte {
-	var out []byte
-	for {
-		i := bytes.Index(line, []byte(`=""`))
-		if i < 0 {
-			return append(out, line...)
-		}
-		label := line[:i]
-		label = label[bytes.LastIndexAny(label, "{,")+1:]
-		out = append(append(out, line[:i+2]...), waypoint.Unsaid(string(label))...)
-		line = line[i+2:]
-	}
 }
 
 func copyAll(w io.Writer, r io.Reader) error {
