@@ -25,6 +25,12 @@ func (b *builder) encryption(t target) *mesh.BackendTLS {
 	return b.traffic(t).TLS
 }
 
+// byPolicy reports whether that is what a BackendTLSPolicy says.
+func (b *builder) byPolicy(t target, e *mesh.BackendTLS) bool {
+	svc := b.lookup(t.service)
+	return svc != nil && svc.TLSFor(t.port) == e
+}
+
 // unreachable reports whether TLS that is to be spoken cannot be.
 func (b *builder) unreachable(e *mesh.BackendTLS) bool {
 	return e != nil && (e.Invalid != "" || e.Credential != "" && e.CredentialOf(b.self.Namespace) == nil)
@@ -97,7 +103,7 @@ func (b *builder) application(t target) *corev3.TransportSocket {
 		if !e.PublicRoots {
 			roots = &tlsv3.SdsSecretConfig{Name: c.Name + rootsSuffix, SdsConfig: adsSource()}
 		}
-	case !e.PublicRoots && !e.Unchecked && b.ingress != nil:
+	case b.ingress != nil && b.byPolicy(t, e):
 		shown = b.ingress.BackendCertificate
 	}
 	if shown != "" {

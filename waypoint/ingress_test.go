@@ -81,7 +81,7 @@ func TestEncryptedBackends(t *testing.T) {
 	b := mesh.NewBuilder(s)
 	other := *s.Service(stock)
 	other.TLS = []mesh.BackendTLS{
-		{Host: "stock.example", Names: []mesh.CertificateName{{Name: "stock.example"}}, Roots: in.Certificates[0].Chain}, {Port: 9000, Invalid: "there are no roots"},
+		{Host: "stock.example", Names: []mesh.CertificateName{{Name: "stock.example"}}, PublicRoots: true}, {Port: 9000, Invalid: "there are no roots"},
 	}
 	// Without a BackendTLSPolicy a DestinationRule says how, with a Secret of the gateway's own namespace.
 	other.Traffic = []mesh.Traffic{{Port: 3306, TLS: &mesh.BackendTLS{Mutual: true, Credential: "site", Credentials: []mesh.Certificate{in.Certificates[0]}}}}

@@ -72,9 +72,10 @@ func backendTLSFactOf(p *gatewayv1.BackendTLSPolicy) *backendTLSFact {
 	switch {
 	case len(f.targets) == 0:
 		f.accepted = verdict(gatewayv1.PolicyReasonTargetNotFound, "targetRefs names no Service; other kinds are not followed")
-	case len(f.refs) == 0:
-		f.accepted = verdict(gatewayv1.PolicyReasonInvalid, "validation.wellKnownCACertificates is not followed; put the roots into a ConfigMap, key ca.crt, and name it in caCertificateRefs")
+	case len(f.refs) == 0 && deref(v.WellKnownCACertificates, "") != gatewayv1.WellKnownCACertificatesSystem:
+		f.accepted = verdict(gatewayv1.PolicyReasonInvalid, "validation.wellKnownCACertificates "+string(deref(v.WellKnownCACertificates, ""))+" is not followed; System is, or roots in a ConfigMap, key ca.crt, that caCertificateRefs names")
 	}
+	f.tls.PublicRoots = len(f.refs) == 0
 	return f
 }
 

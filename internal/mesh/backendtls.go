@@ -10,9 +10,9 @@ type BackendTLS struct {
 	Roots   string            // PEM; what that certificate is checked against
 	Invalid string            // why nothing can be sent there
 
-	// Of DestinationRules: other roots than Roots.
+	// Other roots than Roots.
 	PublicRoots bool // those that the waypoint's own image trusts
-	Unchecked   bool // whatever certificate there is
+	Unchecked   bool // whatever certificate there is, of DestinationRules
 
 	// Credential names the Secret that has roots, and where Mutual is set the certificate to show: one of each waypoint's or
 	// gateway's own namespace. Credentials are those that are there.
