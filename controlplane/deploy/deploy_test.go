@@ -264,6 +264,23 @@ func TestDeploysGateways(t *testing.T) {
 	d.tellOrphans(t.Context(), nil)
 	said(d.Sets()[0], "Accepted", "False", "ParentNotAccepted")
 
+	g.Spec.Addresses = []gatewayv1.GatewaySpecAddress{{Value: "192.0.2.9"}}
+	if _, err := gateways.GatewayV1().Gateways("shop").Update(t.Context(), g, metav1.UpdateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	clear(applied) // as another generation would have it
+	now = step()
+	if c := meta.FindStatusCondition(now.Status.Conditions, "Programmed"); c == nil || c.Reason != "AddressNotUsable" {
+		t.Errorf("without the address that it asks for: %+v", c)
+	}
+	if svc, err = kube.CoreV1().Services("shop").Get(t.Context(), "edge-istio", metav1.GetOptions{}); err != nil || svc.Spec.LoadBalancerIP != "192.0.2.9" {
+		t.Errorf("its Service: %v: %+v", err, svc.Spec)
+	}
+	balanced = []corev1.LoadBalancerIngress{{IP: "192.0.2.9"}}
+	if now = step(); !meta.IsStatusConditionTrue(now.Status.Conditions, "Programmed") {
+		t.Errorf("with the address that it asks for: %+v", now.Status.Conditions)
+	}
+
 	state.Sets = nil
 	state.Listeners[0].Accepted = routing.Verdict{Reason: "PortUnavailable", Message: "port 80 is another's"}
 	now = step()

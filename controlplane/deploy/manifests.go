@@ -227,7 +227,20 @@ func serviceSpec(g *gatewayv1.Gateway, added []gatewayv1.PortNumber, selector ob
 		ports = append(ports, object{"name": "port-" + strconv.Itoa(int(port)), "port": int(port), "protocol": "TCP", "appProtocol": "tcp"})
 	}
 	spec["ports"] = ports
+	if asked := addressesAsked(g); len(asked) > 0 {
+		spec["loadBalancerIP"] = asked[0] // there is one; what becomes of the others, the status says
+	}
 	return spec
+}
+
+// addressesAsked are those that a Gateway asks to have.
+func addressesAsked(g *gatewayv1.Gateway) (out []string) {
+	for _, a := range g.Spec.Addresses {
+		if a.Value != "" && !slices.Contains(out, a.Value) {
+			out = append(out, a.Value)
+		}
+	}
+	return out
 }
 
 // verdict says whether a Gateway can be a waypoint, and why not.

@@ -23,7 +23,11 @@ func ingressVerdict(g *gatewayv1.Gateway, s *index.GatewayState) (reason gateway
 		return gatewayv1.GatewayConditionReason(s.Accepted.Reason), s.Accepted.Message
 	}
 	switch v := g.Annotations[annotationType]; corev1.ServiceType(v) {
-	case "", corev1.ServiceTypeLoadBalancer, corev1.ServiceTypeNodePort, corev1.ServiceTypeClusterIP:
+	case "", corev1.ServiceTypeLoadBalancer:
+	case corev1.ServiceTypeNodePort, corev1.ServiceTypeClusterIP:
+		if len(addressesAsked(g)) > 0 {
+			return gatewayv1.GatewayReasonUnsupportedAddress, fmt.Sprintf("addresses are asked of a load balancer, and the annotation %s has the value %s", annotationType, v)
+		}
 	default:
 		return gatewayv1.GatewayReasonInvalidParameters, fmt.Sprintf("the annotation %s has the value %q; use LoadBalancer, NodePort or ClusterIP", annotationType, v)
 	}
@@ -60,6 +64,13 @@ func (d *Deployer) addresses(g *gatewayv1.Gateway, accepted bool) (out []address
 	return out, ready
 }
 
+// missing are the addresses that a Gateway asks for and has not.
+func missing(g *gatewayv1.Gateway, has []address) string {
+	return strings.Join(slices.DeleteFunc(addressesAsked(g), func(v string) bool {
+		return slices.ContainsFunc(has, func(a address) bool { return a.value == v })
+	}), ", ")
+}
+
 // tell writes the status where it differs from what is there.
 func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.GatewayState, reason gatewayv1.GatewayConditionReason, message, failed string) {
 	accepted := reason == gatewayv1.GatewayReasonAccepted
@@ -71,6 +82,8 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonInvalid), message, g.Generation)
 	case failed != "":
 		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonPending), failed, g.Generation)
+	case missing(g, addresses) != "":
+		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonAddressNotUsable), "the load balancer of its Service has not given it "+missing(g, addresses), g.Generation)
 	case len(addresses) == 0:
 		programmed = condition(programmed.Type, false, string(gatewayv1.GatewayReasonAddressNotAssigned), "its Service has no address yet", g.Generation)
 	case ready == 0:

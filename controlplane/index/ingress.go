@@ -2,6 +2,7 @@ package index
 
 import (
 	"cmp"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -147,8 +148,10 @@ func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
 	}
 	f := &ingressFact{key: keyOf(g), uid: string(g.UID), generation: g.Generation, class: string(g.Spec.GatewayClassName), name: IngressName(g)}
 	for _, a := range g.Spec.Addresses {
-		if a.Value != "" {
-			f.accepted = verdict(gatewayv1.GatewayReasonUnsupportedAddress, "addresses cannot be asked for: that of the Service "+f.name+" is the Gateway's")
+		if kind := deref(a.Type, gatewayv1.IPAddressType); kind != gatewayv1.IPAddressType {
+			f.accepted = verdict(gatewayv1.GatewayReasonUnsupportedAddress, "addresses of type "+string(kind)+" cannot be asked for; IPAddress can")
+		} else if _, err := netip.ParseAddr(a.Value); err != nil && a.Value != "" {
+			f.accepted = verdict(gatewayv1.GatewayReasonUnsupportedAddress, strconv.Quote(a.Value)+" is no IP address")
 		}
 	}
 	if i := g.Spec.Infrastructure; i != nil && i.ParametersRef != nil {

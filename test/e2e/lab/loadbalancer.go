@@ -15,8 +15,11 @@ import (
 // balanced is the network of the addresses that load balancers have, for clients outside the cluster.
 const balanced = "172.31.200."
 
+// Balanced is an address that a Service has only if it asks for it, of our own cluster's load balancer.
+const Balanced = balanced + "250"
+
 // Balance is our own cluster's load balancer until ctx ends or the function it returns is called: each Service of that
-// type gets an address, which leads clients outside the cluster to its first node.
+// type gets an address, that which it asks for if it is to be had, which leads clients outside the cluster to its first node.
 func (l *Lab) Balance(ctx context.Context) (end func(), err error) {
 	node := ""
 	for _, a := range l.Cluster.Nodes()[0].Addrs() {
@@ -29,7 +32,7 @@ func (l *Lab) Balance(ctx context.Context) (end func(), err error) {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	cmd := exec.CommandContext(ctx, l.kubectl, "get", "services", "-A", "--watch", "-o",
-		`jsonpath={.metadata.namespace} {.metadata.name} {.spec.type} {.status.loadBalancer.ingress[0].ip}{"\n"}`)
+		`jsonpath={.metadata.namespace} {.metadata.name} {.spec.type} asks:{.spec.loadBalancerIP} has:{.status.loadBalancer.ingress[0].ip}{"\n"}`)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+l.kubeconfig)
 	out, err := cmd.StdoutPipe()
 	if err == nil {
@@ -44,22 +47,35 @@ func (l *Lab) Balance(ctx context.Context) (end func(), err error) {
 		taken := map[string]string{} // Service by address
 		for lines := bufio.NewScanner(out); lines.Scan(); {
 			f := strings.Fields(lines.Text())
+			if len(f) < 5 || f[2] != "LoadBalancer" {
+				continue
+			}
+			me, asks, has := f[0]+"/"+f[1], strings.TrimPrefix(f[3], "asks:"), strings.TrimPrefix(f[4], "has:")
+			free := func(a string) bool { return taken[a] == "" || taken[a] == me }
+			address := has
 			switch {
-			case len(f) < 3 || f[2] != "LoadBalancer":
-			case len(f) > 3:
-				taken[f[3]] = f[0] + "/" + f[1]
-			default:
-				address := ""
+			case asks != "":
+				if address = asks; !strings.HasPrefix(asks, balanced) || !free(asks) {
+					address = ""
+				}
+			case has == "":
 				for n := 1; n < 250 && address == ""; n++ {
-					if who := taken[balanced+strconv.Itoa(n)]; who == "" || who == f[0]+"/"+f[1] {
-						address = balanced + strconv.Itoa(n)
+					if a := balanced + strconv.Itoa(n); free(a) {
+						address = a
 					}
 				}
-				taken[address] = f[0] + "/" + f[1]
-				if _, err := l.Kubectl(ctx, "-n", f[0], "patch", "service", f[1], "--subresource=status", "--type=merge", "-p",
-					`{"status":{"loadBalancer":{"ingress":[{"ip":"`+address+`"}]}}}`); err != nil && ctx.Err() == nil {
-					l.log("no address for Service %s/%s: %v", f[0], f[1], err)
-				}
+			}
+			ingress := ""
+			if address != "" {
+				taken[address] = me
+				ingress = `{"ip":"` + address + `"}`
+			}
+			if address == has {
+				continue
+			}
+			if _, err := l.Kubectl(ctx, "-n", f[0], "patch", "service", f[1], "--subresource=status", "--type=merge", "-p",
+				`{"status":{"loadBalancer":{"ingress":[`+ingress+`]}}}`); err != nil && ctx.Err() == nil {
+				l.log("no address for Service %s: %v", me, err)
 			}
 		}
 		_ = cmd.Wait() // it was ended
