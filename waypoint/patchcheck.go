@@ -165,8 +165,13 @@ func allowed(m proto.Message, types []string) error {
 		last := v.Index(-1).Value
 		switch x := last.Interface().(type) {
 		case string:
-			if s := v.Path.Index(-1); s.Kind() == protopath.FieldAccessStep && s.FieldDescriptor().Name() == "metadata_namespace" && ownMetadata(x) {
-				return fmt.Errorf("%s: %s is what Warren, Istio and Envoy's own filters say", at, x)
+			if s := v.Path.Index(-1); s.Kind() == protopath.FieldAccessStep {
+				switch name := s.FieldDescriptor().Name(); {
+				case name == "metadata_namespace" && ownMetadata(x):
+					return fmt.Errorf("%s: %s is what Warren, Istio and Envoy's own filters say", at, x)
+				case name == "proto_descriptor":
+					return fmt.Errorf("%s: files are the proxy's own; write proto_descriptor_bin", at)
+				}
 			}
 			for _, word := range []string{"%ENVIRONMENT(", "%FILE_CONTENT("} {
 				if strings.Contains(strings.ToUpper(x), word) {

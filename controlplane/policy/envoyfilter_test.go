@@ -58,6 +58,7 @@ func TestPatchesThatAreRefused(t *testing.T) {
 		{at("INSERT_FIRST", "x", ""), "patch.value: it is missing"},
 		{at("INSERT_FIRST", "x", filter("lua.v3.Lua", ", default_source_code: {filename: /etc/passwd}")), "patch.value.typed_config.default_source_code: files and variables"},
 		{at("INSERT_FIRST", "x", filter("lua.v3.Lua", ", source_codes: {a: {environment_variable: HOME}}")), "typed_config.source_codes[a]: files and variables"},
+		{at("INSERT_FIRST", "x", filter("grpc_json_transcoder.v3.GrpcJsonTranscoder", ", services: [a], proto_descriptor: /etc/passwd")), "proto_descriptor: files are the proxy's own"},
 		{at("INSERT_FIRST", "x", filter("lua.v3.Lua", ", package_paths: [/x]")), "package_paths: files are the proxy's own"},
 		{at("INSERT_FIRST", "x", filter("lua.v3.Lua", ", shared_vm_id: a")), "shared_vm_id: code is run apart"},
 		{at("INSERT_FIRST", "x", filter("ext_authz.v3.ExtAuthz", ", grpc_service: {envoy_grpc: {cluster_name: agent}}")), "typed_config.grpc_service.envoy_grpc.cluster_name: agent is not outbound|port||host"},

@@ -74,9 +74,17 @@ func TestPatchesThatAnEnvoyRefuses(t *testing.T) {
 		t.Error("a patch that is another one is not tried")
 	}
 	refuse(envoyresource.ListenerType)
-	refused("shop/bad@1", "shop/bad@2")
+	refused("shop/bad@2") // the other one is no more
 	// Where all are done by an Envoy, and are refused nevertheless, all are left off.
 	h.active(&discovery.DeltaDiscoveryRequest{TypeUrl: waypoint.TypeActive, InitialResourceVersions: one.versions})
 	refuse(envoyresource.ListenerType)
-	refused("shop/bad@1", "shop/bad@2", "shop/good@1")
+	refused("shop/bad@2", "shop/good@1")
+	// One that nothing can be written with is left off before it is sent.
+	w.Update(put(mesh.Patch{Object: "shop/good", Version: "2", Op: mesh.PatchFirst, Value: "{"}, patch("other", "1")), 7)
+	if why := w.Pods(way)["way-1"].Refused["shop/good@2"]; why == "" || one.failed != "" {
+		t.Errorf("what cannot be written is not left off: %q %q", why, one.failed)
+	}
+	if _, ok := one.writer.Patched()["shop/other@1"]; !ok {
+		t.Error("nothing else is written")
+	}
 }

@@ -148,15 +148,10 @@ func (w *Waypoints) Pods(name mesh.ServiceName) map[string]Progress {
 func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service) {
 	r, err := t.writer.Write(w.snapshot, bound)
 	for bad := (*waypoint.PatchError)(nil); errors.As(err, &bad); r, err = t.writer.Write(w.snapshot, bound) {
-		t.off = maps.Clone(t.off)
-		if t.off == nil {
-			t.off = map[string]string{}
-		}
 		if _, ok := t.off[bad.Key]; ok { // it is not written of what is left off
 			break
 		}
-		t.off[bad.Key] = clip(bad.Text)
-		t.writer.LeaveOff(t.off)
+		t.leave(map[string]string{bad.Key: clip(bad.Text)})
 	}
 	t.failed = ""
 	if err != nil {
@@ -194,11 +189,27 @@ func (w *Waypoints) leaveOff(name mesh.ServiceName, t *told, kind, why string) b
 	if len(blamed) == 0 {
 		return false
 	}
-	maps.Copy(blamed, t.off)
-	t.off = blamed // whoever reads the progress of pods has the old one
-	t.writer.LeaveOff(t.off)
+	t.leave(blamed)
 	w.build(name, t, waypoint.Bound(w.snapshot)[name])
 	return true
+}
+
+// leave adds patches to those that are left off, in the place of what was left off of the same objects. Whoever reads the progress
+// of pods has the map that there was.
+func (t *told) leave(why map[string]string) {
+	objects := map[string]bool{}
+	for k := range why {
+		object, _, _ := strings.Cut(k, "@")
+		objects[object] = true
+	}
+	next := maps.Clone(why)
+	for k, text := range t.off {
+		if object, _, _ := strings.Cut(k, "@"); !objects[object] {
+			next[k] = text
+		}
+	}
+	t.off = next
+	t.writer.LeaveOff(next)
 }
 
 // sent notes what its Envoys are told.
