@@ -3,6 +3,7 @@ package analysis
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"unicode"
@@ -115,6 +116,7 @@ func Run(in Input) ([]Finding, error) {
 		x.Set(obj)
 	}
 	update := x.Commit()
+	takeAsThere(x, update)
 	r.snapshot = update.Snapshot
 	judged := r.policies(update)
 	for k, n := range update.Notices {
@@ -135,6 +137,23 @@ func Run(in Input) ([]Finding, error) {
 			cmp.Compare(a.Code, b.Code), cmp.Compare(a.Field, b.Field), cmp.Compare(a.Message, b.Message))
 	})
 	return slices.Compact(r.found), nil
+}
+
+// takeAsThere has the index find what it asks for, Secrets and roots, of which nothing is read here, and adds what follows.
+func takeAsThere(x *index.Index, u *index.Update) {
+	if len(u.Secrets)+len(u.Roots) == 0 {
+		return
+	}
+	for _, k := range u.Secrets {
+		x.SetSecret(k, &index.SecretState{})
+	}
+	for _, k := range u.Roots {
+		x.SetRoots(k, &index.RootsState{})
+	}
+	then := x.Commit()
+	maps.Copy(u.Notices, then.Notices)
+	maps.Copy(u.Policies, then.Policies)
+	u.Snapshot = then.Snapshot
 }
 
 func (r *run) add(of id, severity, code, field, message string) {

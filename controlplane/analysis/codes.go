@@ -54,5 +54,10 @@ var Explanations = []Explanation{
 	{kebab(policy.ReasonUnsupported), Error, "Values that mean nothing. What is enforced instead is stricter."},
 	{kebab(policy.ReasonIgnored), Error, "The object cannot apply to anything where it is."},
 	{"no-matching-parent, not-allowed-by-parent", Error, "A route is attached to a Service or a port that is not there."},
+	{"not-allowed, parent-not-accepted", Error, "A ListenerSet is for a Gateway that takes none of its namespace, or that cannot be made."},
+	{"hostname-conflict, protocol-conflict", Error, "Another listener of the Gateway, or of an older ListenerSet, has the port and hostname."},
+	{"unsupported-protocol, unsupported-address, port-unavailable, invalid-parameters", Error, "What a Gateway or a listener asks for is not to be had."},
+	{"invalid-route-kinds", Error, "A listener is to take routes of a kind that is not for its protocol."},
+	{"invalid-certificate-ref, invalid-client-certificate-ref, invalid-ca-certificate-ref, invalid-ca-certificate-kind", Error, "A certificate or roots that a listener or a Gateway names are not there, or are none. The listener is not served."},
 	{"backend-not-found, invalid-kind, ref-not-permitted", Error, "A route sends to what is not there, cannot be sent to, or needs a ReferenceGrant. Such requests are answered with 500."},
 }

@@ -377,6 +377,7 @@ func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 			if x.gatewayStates[k] != nil {
 				delete(x.gatewayStates, k)
 				u.Gateways[GatewayKey(k)] = nil
+				x.notice(u, NoticeKey{Kind: Gateway, Namespace: k.Namespace, Name: k.Name}, "", "", "")
 			}
 			continue
 		}
@@ -384,6 +385,13 @@ func (x *Index) commitIngress(b *mesh.Builder, u *Update) {
 		x.dirtyServing = x.dirtyServing || x.ingressNames[k] != in.Name
 		x.ingressNames[k] = in.Name
 		b.PutIngress(in)
+		problem := state.Accepted
+		for _, v := range []routing.Verdict{state.Resolved, firstProblem(state.Listeners)} {
+			if problem.OK() {
+				problem = v
+			}
+		}
+		x.notice(u, NoticeKey{Kind: Gateway, Namespace: k.Namespace, Name: k.Name}, f.uid, problem.Reason, problem.Message)
 		if old := x.gatewayStates[k]; old == nil || !old.equal(state) {
 			x.gatewayStates[k] = state
 			u.Gateways[GatewayKey(k)] = state

@@ -218,14 +218,7 @@ func (x *Index) tellSets(u *Update, f *ingressFact, s *GatewayState) {
 		worst := p.refused
 		if p.refused.OK() {
 			set.Listeners = s.Listeners[p.first : p.first+len(p.fact.listeners)]
-			for i := range set.Listeners {
-				l := &set.Listeners[i]
-				for _, v := range []routing.Verdict{l.Conflicted, l.Accepted, l.Resolved} {
-					if worst.OK() && !v.OK() {
-						worst = routing.Verdict{Reason: v.Reason, Message: "listeners[" + strconv.Itoa(i) + "]: " + v.Message}
-					}
-				}
-			}
+			worst = firstProblem(set.Listeners)
 			if !set.Served() {
 				set.Accepted = verdict(gatewayv1.ListenerSetReasonListenersNotValid, "none of its listeners can be served: "+worst.Message)
 			}
@@ -234,6 +227,18 @@ func (x *Index) tellSets(u *Update, f *ingressFact, s *GatewayState) {
 		s.Sets = append(s.Sets, set)
 	}
 	s.Listeners = s.Listeners[:len(f.listeners)-f.added()]
+}
+
+// firstProblem is what is wrong with the first of some listeners with which something is.
+func firstProblem(listeners []ListenerState) routing.Verdict {
+	for i, l := range listeners {
+		for _, v := range []routing.Verdict{l.Conflicted, l.Accepted, l.Resolved} {
+			if !v.OK() {
+				return routing.Verdict{Reason: v.Reason, Message: "listeners[" + strconv.Itoa(i) + "]: " + v.Message}
+			}
+		}
+	}
+	return routing.Verdict{}
 }
 
 // commitSets forgets what was said of sets that no Gateway of ours has any more.
