@@ -21,7 +21,7 @@ const (
 )
 
 // followed are the HTTP filters whose doing is followed, or that let everything pass.
-var followed = []string{"warren.audit", customFilter, "warren.deny", "warren.allow", tokenFilter, "envoy.filters.http.cors", "envoy.filters.http.fault", "envoy.filters.http.router", "envoy.filters.http.set_filter_state"}
+var followed = []string{"warren.audit", customFilter, "warren.deny", "warren.allow", tokenFilter, "envoy.filters.http.cors", "envoy.filters.http.header_mutation", "envoy.filters.http.fault", "envoy.filters.http.router", "envoy.filters.http.set_filter_state"}
 
 // Config is what a waypoint's Envoy holds.
 type Config struct {
@@ -248,6 +248,9 @@ func (c Config) http(hcm Value, q Request) Outcome {
 			if own = at.At("typed_per_filter_config", name); own.Is() {
 				break
 			}
+		}
+		if f.At("disabled").True() && !own.Is() {
+			continue // it is not there for this route
 		}
 		if name == askFilter {
 			if asked && own.Is() {
