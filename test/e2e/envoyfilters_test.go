@@ -40,7 +40,30 @@ spec:
             CODE
 `
 
-// A waypoint and gateways of both APIs run what an EnvoyFilter brings; one that would take a policy's filter away does nothing, and one
+// luaFilter is that for somebody, with some code.
+func luaFilter(ns, whom, context, code string) string {
+	return strings.NewReplacer("OWN", ns, "WHOM", whom, "CONTEXT", context, "CODE", code).Replace(addsHeader)
+}
+
+const luaAnswer = `function envoy_on_response(handle) handle:headers():add("x-lua", "yes") end`
+
+// answersWithLua wants the header that luaAnswer adds in an answer of a gateway.
+func answersWithLua(t *testing.T, address, what string) {
+	t.Helper()
+	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return mesh.DialOutside(ctx, network, net.JoinHostPort(address, "80"))
+	}}}
+	res, err := client.Get("http://anything.example/stock")
+	must(t, err)
+	_, err = io.Copy(io.Discard, res.Body)
+	must(t, err)
+	res.Body.Close()
+	if res.StatusCode != 200 || res.Header.Get("x-lua") != "yes" {
+		t.Errorf("%s: %d %v", what, res.StatusCode, res.Header)
+	}
+}
+
+// A waypoint and gateways run what an EnvoyFilter brings; one that would take a policy's filter away does nothing, and one
 // that Envoy refuses is left off, with what else there is going on.
 func TestEnvoyFilters(t *testing.T) {
 	ns := behindWaypoint(t, "e2e-envoyfilters", 1, "client")
@@ -48,9 +71,8 @@ func TestEnvoyFilters(t *testing.T) {
 	balance(t)
 	apply := func(whom, context, code string) {
 		t.Helper()
-		must(t, mesh.Apply(ctx, strings.NewReplacer("OWN", ns, "WHOM", whom, "CONTEXT", context, "CODE", code).Replace(addsHeader)))
+		must(t, mesh.Apply(ctx, luaFilter(ns, whom, context, code)))
 	}
-	const answer = `function envoy_on_response(handle) handle:headers():add("x-lua", "yes") end`
 	atService := `targetRefs: [{group: "", kind: Service, name: inventory}]`
 	apply(atService, "SIDECAR_INBOUND", `function envoy_on_request(handle) handle:respond({[":status"] = "418"}, "short and stout") end`)
 	enforced(t, ns, "envoyfilter/lua")
@@ -125,19 +147,9 @@ spec:
 			`targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: edge}]`,
 			`workloadSelector: {labels: {gateway.networking.k8s.io/gateway-name: edge}}`,
 		} {
-			apply(whom, "GATEWAY", answer)
+			apply(whom, "GATEWAY", luaAnswer)
 			enforced(t, ns, "envoyfilter/lua")
-			client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
-				return mesh.DialOutside(ctx, network, net.JoinHostPort(address, "80"))
-			}}}
-			res, err := client.Get("http://shop.example/stock")
-			must(t, err)
-			_, err = io.Copy(io.Discard, res.Body)
-			must(t, err)
-			res.Body.Close()
-			if res.StatusCode != 200 || res.Header.Get("x-lua") != "yes" {
-				t.Errorf("%s: %d %v", whom, res.StatusCode, res.Header)
-			}
+			answersWithLua(t, address, whom)
 			if out, err := mesh.Kubectl(ctx, "-n", ns, "delete", "envoyfilter/lua"); err != nil {
 				t.Fatal(err, out)
 			}

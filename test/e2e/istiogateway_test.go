@@ -220,6 +220,11 @@ spec:
 	client.becomes(t, "https://shop.example/stock", 403)
 	client.becomes(t, "http://anything.example/stock", 200)
 
+	// So is an EnvoyFilter, as articles print it, made by the pods that it selects.
+	must(t, mesh.Apply(ctx, luaFilter(ingress, `workloadSelector: {labels: {istio: ingressgateway}}`, "GATEWAY", luaAnswer)))
+	enforced(t, ingress, "envoyfilter/lua")
+	answersWithLua(t, address, "a gateway of Istio's own API")
+
 	// A certificate is exchanged, and no handshake fails.
 	cert2, key2, roots2 := site(t, 5, "shop.example", "mutual.example")
 	roots2.AppendCertsFromPEM([]byte(cert)) // whichever is shown
