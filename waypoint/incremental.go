@@ -49,6 +49,9 @@ func (w *Writer) LeaveOff(why map[string]string) {
 	*w = Writer{self: w.self, last: w.last, off: maps.Clone(why)}
 }
 
+// Self is the waypoint, or the gateway, that is written for.
+func (w *Writer) Self() mesh.ServiceName { return w.self }
+
 // Patched are the patches that what was written last is made with. It is not to be changed.
 func (w *Writer) Patched() Made { return w.patched }
 

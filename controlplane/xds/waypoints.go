@@ -49,6 +49,7 @@ type told struct {
 	failed    string              // why they are not told what holds now
 	pods      map[*envoyPod]struct{}
 	late      lateNames
+	arriving  *arriving // nil: the cache has all of resources
 
 	off    map[string]string // patches that an Envoy has refused, which are left off: why, by mesh.Patch.Key
 	proven waypoint.Made     // those that an Envoy does
@@ -62,6 +63,8 @@ type envoyPod struct {
 	nack   map[string]string    // by type
 	told   map[string]TypeState // by type: of revisions it has the nonces of responses
 	at     uint64               // revision as of which its Envoy did all that it was told
+	gets   map[string][]string  // while clusters arrive: the endpoints of responses, by nonce
+	has    map[string]struct{}  // and those that it has taken
 }
 
 // NewWaypoints knows no waypoint.
@@ -162,6 +165,7 @@ func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service)
 	if r == t.resources {
 		return
 	}
+	w.arrive(t, r)
 	if err := w.send(name, t, r); err != nil {
 		t.failed = clip(err.Error())
 		w.log.Error("configuration of a waypoint not sent", "waypoint", name.String(), "error", err)
@@ -226,12 +230,17 @@ func (t *told) sent(r *waypoint.Resources) {
 // send has the cache serve resources.
 func (w *Waypoints) send(name mesh.ServiceName, t *told, r *waypoint.Resources) error {
 	w.serial++
-	return w.cache.SetSnapshot(context.Background(), name.String(), served{r, strconv.FormatUint(w.serial, 10), t.late.endpoints(r)})
+	s := served{Resources: r, serial: strconv.FormatUint(w.serial, 10), late: t.late.endpoints(r)}
+	if t.arriving != nil {
+		s.was = t.arriving.was
+	}
+	return w.cache.SetSnapshot(context.Background(), name.String(), s)
 }
 
 // served is what the library's cache serves: whoever wrote the resources knows their hashes.
 type served struct {
 	*waypoint.Resources
+	was    *waypoint.Resources // see arriving
 	serial string
 	late   map[string]envoytypes.Resource
 }
@@ -240,10 +249,11 @@ func (s served) GetVersion(string) string   { return s.serial }
 func (s served) ConstructVersionMap() error { return nil }
 
 func (s served) GetVersionMap(kind string) map[string]string {
+	all := beside(s.was, kind, s.Versions(kind), versionsOf)
 	if kind != envoyresource.EndpointType || len(s.late) == 0 {
-		return s.Versions(kind)
+		return all
 	}
-	out := maps.Clone(s.Versions(kind))
+	out := maps.Clone(all)
 	for name := range s.late {
 		out[name] = lateVersion
 	}
@@ -251,10 +261,11 @@ func (s served) GetVersionMap(kind string) map[string]string {
 }
 
 func (s served) GetResources(kind string) map[string]envoytypes.Resource {
+	all := beside(s.was, kind, s.ByName(kind), resourcesOf)
 	if kind != envoyresource.EndpointType || len(s.late) == 0 {
-		return s.ByName(kind)
+		return all
 	}
-	out := maps.Clone(s.ByName(kind))
+	out := maps.Clone(all)
 	maps.Copy(out, s.late)
 	return out
 }
@@ -283,8 +294,11 @@ func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscove
 		w.mu.Lock()
 		t.late.forget(me)
 		if delete(t.pods, me); len(t.pods) == 0 {
+			t.stopWaiting()
 			delete(w.open, name)
 			w.cache.ClearSnapshot(name.String())
+		} else {
+			t.haveArrived() // it may have been the last that was waited for
 		}
 		w.mu.Unlock()
 		w.progress()
@@ -366,6 +380,7 @@ func (h heard) OnStreamDeltaResponse(_ int64, _ *discovery.DeltaDiscoveryRequest
 	t := h.pod.told[res.TypeUrl]
 	t.Sent, t.At = res.Nonce, time.Now()
 	h.pod.told[res.TypeUrl] = t
+	h.told.given(h.pod, res)
 }
 
 func (h heard) OnStreamDeltaRequest(_ int64, req *discovery.DeltaDiscoveryRequest) error {
@@ -376,6 +391,7 @@ func (h heard) OnStreamDeltaRequest(_ int64, req *discovery.DeltaDiscoveryReques
 			h.pod.nack[req.TypeUrl] = clip(req.ErrorDetail.Message)
 		} else {
 			t.Acked = req.ResponseNonce
+			h.told.taken(h.pod, req.ResponseNonce)
 			delete(h.pod.nack, req.TypeUrl)
 		}
 	}

@@ -49,7 +49,7 @@ type canary struct {
 
 const inventoryURL = "http://inventory:8080/stock"
 
-// newCanary has the demo's inventory answer behind a waypoint, leaves it to a Rollout, and asks it all the time.
+// newCanary has the demo's inventory answer behind a waypoint, asks it all the time, and leaves it to a Rollout.
 func newCanary(t *testing.T, by string) canary {
 	t.Helper()
 	ctx := t.Context()
@@ -85,6 +85,7 @@ func newCanary(t *testing.T, by string) canary {
 		_, err := mesh.Exec(ctx, c.ns, "client", "/demo", "get", inventoryURL)
 		return err
 	}))
+	c.stop = startRequests(t, c.ns, "client", inventoryURL, 50)
 
 	example("argo-rollouts/" + by + "/versions.yaml")
 	example("argo-rollouts/" + by + "/canary.yaml")
@@ -96,7 +97,6 @@ func newCanary(t *testing.T, by string) canary {
 		return nil
 	}))
 	c.share(t, "v1", 100)
-	c.stop = startRequests(t, c.ns, "client", inventoryURL, 50)
 	return c
 }
 
