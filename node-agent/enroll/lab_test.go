@@ -258,6 +258,7 @@ func (p *plumber) count(entry string) int {
 type acceptor struct {
 	mu   sync.Mutex
 	pods map[string]Pod
+	hold chan struct{} // set before a pod is added: its connections end when it is closed
 }
 
 type accepting struct {
@@ -302,8 +303,17 @@ func (a *acceptor) AddPod(p Pod, l datapath.Listeners) (Accepting, error) {
 	return x, nil
 }
 
-func (x *accepting) StopAccepting()        { x.stop() }
-func (x *accepting) Close(context.Context) { x.stop() }
+func (x *accepting) StopAccepting() { x.stop() }
+
+func (x *accepting) Close(ctx context.Context) {
+	x.stop()
+	if hold := x.a.hold; hold != nil { // connections that are open
+		select {
+		case <-hold:
+		case <-ctx.Done():
+		}
+	}
+}
 
 func (a *acceptor) has(uid string) bool {
 	a.mu.Lock()

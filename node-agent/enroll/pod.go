@@ -419,14 +419,15 @@ func (r *Registry) release(_ context.Context, uid string) {
 	r.log.Info("pod released", "namespace", p.status.Namespace, "pod", p.status.Name, "uid", uid)
 }
 
-// dispose ends everything about a pod that is gone, or that has lingered.
-func (r *Registry) dispose(_ context.Context, uid string) {
+// dispose ends everything about a pod that is gone, or that has lingered. What it returns is closed once its connections have
+// ended; nil where it had none.
+func (r *Registry) dispose(_ context.Context, uid string) (ended <-chan struct{}) {
 	p := r.held(uid)
 	if p == nil {
-		return
+		return nil
 	}
 	defer r.unclaim(p)
-	r.teardown(p)
+	ended = r.teardown(p)
 	p.dead = true
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -439,11 +440,12 @@ func (r *Registry) dispose(_ context.Context, uid string) {
 		r.cfg.Certs.Forget(p.local.Identity)
 	}
 	notify(r.tell)
+	return ended
 }
 
 // teardown releases what p has on the node: capture first, or the pod would go on being captured with nobody to
-// serve it.
-func (r *Registry) teardown(p *pod) {
+// serve it. What it returns is as of [Registry.retire]; nil where nobody served it.
+func (r *Registry) teardown(p *pod) (ended <-chan struct{}) {
 	if err := r.cfg.Plumber.Release(p.uid); err != nil {
 		r.log.Error("end capture", "uid", p.uid, "err", err)
 	}
@@ -455,19 +457,22 @@ func (r *Registry) teardown(p *pod) {
 		p.listeners = nil
 	}
 	if p.accepting != nil {
-		r.retire(p.accepting, p.ns)
+		ended = r.retire(p.accepting, p.ns)
 	} else if p.ns != nil {
 		p.ns.Close()
 	}
 	p.accepting, p.ns, p.addrs = nil, nil, nil
 	p.captured, p.preexisting, p.open = false, nil, 0
 	p.hasOld.Store(false)
+	return ended
 }
 
-// retire lets open connections end by themselves; their namespace is closed after them.
-func (r *Registry) retire(a Accepting, ns *netns.Handle) {
+// retire lets open connections end by themselves; their namespace is closed after them, and then what it returns.
+func (r *Registry) retire(a Accepting, ns *netns.Handle) <-chan struct{} {
 	a.StopAccepting()
+	ended := make(chan struct{})
 	r.drains.Go(func() {
+		defer close(ended)
 		ctx, cancel := context.WithTimeout(r.draining, r.cfg.Drain)
 		defer cancel()
 		a.Close(ctx)
@@ -475,4 +480,5 @@ func (r *Registry) retire(a Accepting, ns *netns.Handle) {
 			ns.Close()
 		}
 	})
+	return ended
 }

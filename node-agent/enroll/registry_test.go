@@ -132,6 +132,34 @@ func TestANewPodIsCapturedBeforeItStarts(t *testing.T) {
 	del(t, n, d, path, "sandbox1")
 }
 
+// A pod's network goes with the answer to DEL: before it, those at the other end of connections hear that they have ended.
+func TestADELWaitsForConnectionsToEnd(t *testing.T) {
+	l := newLab(t)
+	l.served.hold = make(chan struct{})
+	n := l.start()
+	if err := n.SetNamespaces(shopEnrolled); err != nil {
+		t.Fatal(err)
+	}
+	d, _, path := l.pod(1)
+	n.SetPods([]LocalPod{d}, true)
+	if resp, err := add(n, d, path, "sandbox1"); err != nil || !resp.Captured {
+		t.Fatalf("%+v, %v", resp, err)
+	}
+	answered := make(chan struct{})
+	go func() {
+		defer close(answered)
+		del(t, n, d, path, "sandbox1")
+	}()
+	l.eventually("the pod is served no more", func() bool { return !l.served.has(d.UID) })
+	select {
+	case <-answered:
+		t.Error("DEL was answered while connections were open")
+	case <-time.After(delWait / 10):
+	}
+	close(l.served.hold)
+	<-answered
+}
+
 func TestAPodOfAnEnrolledNamespaceWaitsUntilItIsKnown(t *testing.T) {
 	l := newLab(t)
 	n := l.start()

@@ -173,6 +173,10 @@ func (r *Registry) known(req cni.Request) (known, <-chan struct{}) {
 	return k, r.changed
 }
 
+// delWait is how long a DEL waits for a pod's connections to end, of which the applications have: with the answer the pod's
+// network goes, and who was not told before that a tunnel has ended waits for it in vain. It is less than the plugin waits.
+const delWait = time.Second
+
 // Del answers a CNI DEL. A runtime may send it late, when the pod has another sandbox already, and more than
 // once: it counts only for the sandbox that is known.
 func (r *Registry) Del(ctx context.Context, req cni.Request) (cni.Response, error) {
@@ -187,7 +191,12 @@ func (r *Registry) Del(ctx context.Context, req cni.Request) (cni.Response, erro
 	}
 	r.mu.Unlock()
 	if uid != "" {
-		r.dispose(ctx, uid)
+		if ended := r.dispose(ctx, uid); ended != nil {
+			select {
+			case <-ended:
+			case <-time.After(delWait):
+			}
+		}
 	}
 	return cni.Response{}, nil
 }
