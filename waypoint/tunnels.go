@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
-	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -25,10 +24,6 @@ import (
 
 // subsetTunnel is the metadata that a pod is found by: its address with the port of tunnels.
 const subsetTunnel = "tunnel"
-
-// tunnelTimeout is how long a tunnel may take, which is to an address in the cluster: two SYNs and a handshake. Nothing of a
-// pod that is gone answers, and its requests wait for so long before they go elsewhere. See [again].
-const tunnelTimeout = 3 * time.Second
 
 // tunnel has an endpoint be at the end of a tunnel to a pod, which carries the connection on to an address.
 func tunnel(e *endpointv3.LbEndpoint, to netip.AddrPort, pod netip.Addr) {
@@ -91,7 +86,7 @@ func (b *builder) hbone(pods []netip.AddrPort) (*clusterv3.Cluster, *endpointv3.
 		Name:                 hboneCluster,
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS},
 		EdsClusterConfig:     &clusterv3.Cluster_EdsClusterConfig{EdsConfig: adsSource()},
-		ConnectTimeout:       durationpb.New(tunnelTimeout),
+		ConnectTimeout:       durationpb.New(connectTimeout),
 		CircuitBreakers:      limits(&mesh.Traffic{}),
 		LbSubsetConfig: &clusterv3.Cluster_LbSubsetConfig{
 			FallbackPolicy:  clusterv3.Cluster_LbSubsetConfig_NO_FALLBACK,
