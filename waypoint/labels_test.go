@@ -1,6 +1,7 @@
 package waypoint
 
 import (
+	"slices"
 	"strings"
 	"testing"
 
@@ -41,14 +42,6 @@ func TestGroupedLabels(t *testing.T) {
 		text := string(Shown([]byte("m{" + strings.Join(line, ",") + "} 1")))
 		return strings.Split(strings.TrimSuffix(strings.TrimPrefix(text, "m{"), "} 1"), ",")
 	}
-	has := func(labels []string, want string) bool {
-		for _, l := range labels {
-			if l == want {
-				return true
-			}
-		}
-		return false
-	}
 	all := grouped(before, before)
 	if len(all) != len(groups) {
 		t.Errorf("%d labels are left, want %d", len(all), len(groups))
@@ -58,13 +51,13 @@ func TestGroupedLabels(t *testing.T) {
 		t.Errorf("%d labels are shown, want %d: %v", len(shown), len(before), shown)
 	}
 	for _, tag := range before {
-		if !has(shown, tag.Name+`="`+tag.ValueFormat+`"`) {
+		if !slices.Contains(shown, tag.Name+`="`+tag.ValueFormat+`"`) {
 			t.Errorf("%s is not among %v", tag.Name, shown)
 		}
 	}
 	set := append(append([]*statsv3.Config_Tag{}, before[1:]...), &statsv3.Config_Tag{Name: before[0].Name, ValueFormat: "mine"})
 	shown = show(grouped(set, before))
-	if len(shown) != len(before) || !has(shown, before[0].Name+`="mine"`) || !has(shown, before[3].Name+`="`+before[3].ValueFormat+`"`) {
+	if len(shown) != len(before) || !slices.Contains(shown, before[0].Name+`="mine"`) || !slices.Contains(shown, before[3].Name+`="`+before[3].ValueFormat+`"`) {
 		t.Errorf("with one that was set: %v", shown)
 	}
 	if shown = show(grouped(before[1:], before)); len(shown) != len(before)-1 {

@@ -156,28 +156,36 @@ func (b *builder) labels(c chain, http bool) []*statsv3.Config_Tag {
 // metrics counts what a chain serves. The scope is the same for all, or a change of one would begin the others anew.
 func (b *builder) metrics(c chain, http bool) []*accesslogv3.AccessLog {
 	before, changes := b.labels(c, http), c.telemetry().Metrics
+	plain := grouped(before, before)
+	tags := func(metric string) ([]*statsv3.Config_Tag, bool) {
+		if len(changes) == 0 {
+			return plain, true
+		}
+		after, wanted := changed(changes, metric, before)
+		return grouped(after, before), wanted
+	}
 	var all []*accesslogv3.AccessLog
 	logger := func(counters map[string]string, histograms map[string]statsv3.Config_Histogram_Unit, values map[string]string, on ...datav3.AccessLogType) {
 		cfg := &statsv3.Config{StatsScope: &typev3.Scope{
 			SharingName: "istio", EnableEviction: true, MaxCounters: wrapperspb.UInt32(maxSeries), MaxHistograms: wrapperspb.UInt32(maxSeries / 2),
 		}}
 		for _, name := range slices.Sorted(maps.Keys(counters)) {
-			labels, wanted := changed(changes, name, before)
+			labels, wanted := tags(name)
 			if !wanted {
 				continue
 			}
-			counter := &statsv3.Config_Counter{Stat: &statsv3.Config_Stat{Name: name, Tags: grouped(labels, before)}, ValueFormat: counters[name]}
+			counter := &statsv3.Config_Counter{Stat: &statsv3.Config_Stat{Name: name, Tags: labels}, ValueFormat: counters[name]}
 			if counter.ValueFormat == "" {
 				counter.ValueFixed = wrapperspb.UInt64(1)
 			}
 			cfg.Counters = append(cfg.Counters, counter)
 		}
 		for _, name := range slices.Sorted(maps.Keys(values)) {
-			labels, wanted := changed(changes, name, before)
+			labels, wanted := tags(name)
 			if !wanted {
 				continue
 			}
-			cfg.Histograms = append(cfg.Histograms, &statsv3.Config_Histogram{Stat: &statsv3.Config_Stat{Name: name, Tags: grouped(labels, before)}, Unit: histograms[name], ValueFormat: values[name]})
+			cfg.Histograms = append(cfg.Histograms, &statsv3.Config_Histogram{Stat: &statsv3.Config_Stat{Name: name, Tags: labels}, Unit: histograms[name], ValueFormat: values[name]})
 		}
 		if len(cfg.Counters)+len(cfg.Histograms) == 0 {
 			return

@@ -449,44 +449,47 @@ func (b *builder) perFilter(r *mesh.HTTPRule) map[string]*anypb.Any {
 		out[faultFilter] = b.config(f)
 	}
 	if r.CORS != nil {
-		methods, headers := strings.Join(r.CORS.Methods, ","), strings.Join(r.CORS.AllowHeaders, ",")
-		if r.CORS.Asked {
-			var asked []*mutationv3.HeaderMutation
-			echo := func(list []string, name, of string) string {
-				if !slices.Contains(list, "*") {
-					return strings.Join(list, ",")
-				}
-				asked = append(asked, &mutationv3.HeaderMutation{Action: &mutationv3.HeaderMutation_Append{Append: &corev3.HeaderValueOption{
-					Header:       &corev3.HeaderValue{Key: name, Value: "%REQ(" + of + ")%"},
-					AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
-				}}})
-				return ""
-			}
-			methods = echo(r.CORS.Methods, "access-control-allow-methods", "access-control-request-method")
-			headers = echo(r.CORS.AllowHeaders, "access-control-allow-headers", "access-control-request-headers")
+		policy, asked := corsPolicy(r.CORS)
+		out[corsFilter] = b.config(policy)
+		if len(asked) > 0 {
 			out[askedFilter] = b.config(&headermutationv3.HeaderMutationPerRoute{Mutations: &headermutationv3.Mutations{ResponseMutations: asked}})
 		}
-		p := &corsv3.CorsPolicy{
-			AllowMethods: methods, AllowHeaders: headers,
-			ExposeHeaders: strings.Join(r.CORS.ExposeHeaders, ","), AllowCredentials: wrapperspb.Bool(r.CORS.Credentials),
-			FilterEnabled: &corev3.RuntimeFractionalPercent{DefaultValue: share(mesh.Million)},
-			// What is not allowed is not kept from the application, only its answer from the page.
-			ForwardNotMatchingPreflights: wrapperspb.Bool(!r.CORS.Answer),
-		}
-		if r.CORS.MaxAge > 0 {
-			p.MaxAge = fmt.Sprint(int(r.CORS.MaxAge / time.Second))
-		}
-		for _, o := range r.CORS.Origins {
-			if s := stringMatcher(o); s != nil {
-				p.AllowOriginStringMatch = append(p.AllowOriginStringMatch, s)
-			}
-		}
-		out[corsFilter] = b.config(p)
 	}
 	if len(out) == 0 {
 		return nil
 	}
 	return out
+}
+
+// corsPolicy is what the filter for CORS does, and what of its answers another one says: what the preflight asks for.
+func corsPolicy(c *mesh.HTTPCORS) (p *corsv3.CorsPolicy, asked []*mutationv3.HeaderMutation) {
+	list := func(values []string, name, of string) string {
+		if !c.Asked || !slices.Contains(values, "*") {
+			return strings.Join(values, ",")
+		}
+		asked = append(asked, &mutationv3.HeaderMutation{Action: &mutationv3.HeaderMutation_Append{Append: &corev3.HeaderValueOption{
+			Header:       &corev3.HeaderValue{Key: name, Value: "%REQ(" + of + ")%"},
+			AppendAction: corev3.HeaderValueOption_OVERWRITE_IF_EXISTS_OR_ADD,
+		}}})
+		return ""
+	}
+	p = &corsv3.CorsPolicy{
+		AllowMethods:  list(c.Methods, "access-control-allow-methods", "access-control-request-method"),
+		AllowHeaders:  list(c.AllowHeaders, "access-control-allow-headers", "access-control-request-headers"),
+		ExposeHeaders: strings.Join(c.ExposeHeaders, ","), AllowCredentials: wrapperspb.Bool(c.Credentials),
+		FilterEnabled: &corev3.RuntimeFractionalPercent{DefaultValue: share(mesh.Million)},
+		// What is not allowed is not kept from the application, only its answer from the page.
+		ForwardNotMatchingPreflights: wrapperspb.Bool(!c.Answer),
+	}
+	if c.MaxAge > 0 {
+		p.MaxAge = fmt.Sprint(int(c.MaxAge / time.Second))
+	}
+	for _, o := range c.Origins {
+		if s := stringMatcher(o); s != nil {
+			p.AllowOriginStringMatch = append(p.AllowOriginStringMatch, s)
+		}
+	}
+	return p, asked
 }
 
 func headers(h mesh.HTTPHeaders, add *[]*corev3.HeaderValueOption, remove *[]string) {

@@ -120,11 +120,11 @@ func (d *Deployer) acceptClass(ctx context.Context, c *gatewayv1.GatewayClass) b
 	if !meta.SetStatusCondition(&conditions, condition("Accepted", true, "Accepted", "what its Gateways ask for is made", c.Generation)) {
 		return true
 	}
-	err := merge(object{"metadata": object{"resourceVersion": c.ResourceVersion}, "status": object{"conditions": conditions}}, func(b []byte, o metav1.PatchOptions) error {
+	err := mergeStatus(c, object{"conditions": conditions}, func(b []byte, o metav1.PatchOptions) error {
 		_, err := d.Gateways.GatewayV1().GatewayClasses().Patch(ctx, c.Name, types.MergePatchType, b, o, "status")
 		return err
 	})
-	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+	if err != nil && !overtaken(err) {
 		d.Log.Warn("status of a GatewayClass not written", "class", c.Name, "error", err)
 	}
 	return err == nil
@@ -185,13 +185,17 @@ func apply(body object, patch func([]byte, metav1.PatchOptions) error) error {
 	return patch(b, metav1.PatchOptions{FieldManager: fieldManager, Force: &force})
 }
 
-func merge(body object, patch func([]byte, metav1.PatchOptions) error) error {
-	b, err := json.Marshal(body)
+// mergeStatus writes a status; an error that is [overtaken] is no trouble.
+func mergeStatus(of metav1.Object, status object, patch func([]byte, metav1.PatchOptions) error) error {
+	b, err := json.Marshal(object{"metadata": object{"resourceVersion": of.GetResourceVersion()}, "status": status})
 	if err != nil {
 		return err
 	}
 	return patch(b, metav1.PatchOptions{FieldManager: fieldManager})
 }
+
+// overtaken reports whether an object is another by now, or gone: then there is more to say, or nothing.
+func overtaken(err error) bool { return apierrors.IsConflict(err) || apierrors.IsNotFound(err) }
 
 func condition(kind string, ok bool, reason, message string, generation int64) metav1.Condition {
 	c := metav1.Condition{Type: kind, Status: metav1.ConditionFalse, Reason: reason, Message: message, ObservedGeneration: generation}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -66,33 +65,19 @@ func (d *Deployer) tellSet(ctx context.Context, o *gatewayv1.ListenerSet, s *ind
 	status := o.Status.DeepCopy()
 	changed := meta.SetStatusCondition(&status.Conditions, accepted)
 	changed = meta.SetStatusCondition(&status.Conditions, programmed) || changed
-	entries := []gatewayv1.ListenerEntryStatus{}
-	for i := range s.Listeners {
-		l := &s.Listeners[i]
-		e := gatewayv1.ListenerEntryStatus{Name: l.Name, SupportedKinds: l.Kinds, AttachedRoutes: l.Attached}
-		at := slices.IndexFunc(status.Listeners, func(was gatewayv1.ListenerEntryStatus) bool { return was.Name == l.Name })
-		if at < 0 {
-			changed = true
-		} else {
-			was := &status.Listeners[at]
-			e.Conditions = was.Conditions
-			changed = changed || was.AttachedRoutes != e.AttachedRoutes || len(was.SupportedKinds) != len(e.SupportedKinds)
-		}
-		for _, c := range listenerConditions(l, gateway, o.Generation) {
-			changed = meta.SetStatusCondition(&e.Conditions, c) || changed
-		}
-		entries = append(entries, e)
+	var was []gatewayv1.ListenerStatus
+	for _, e := range status.Listeners {
+		was = append(was, gatewayv1.ListenerStatus(e))
 	}
-	if !changed && len(status.Listeners) == len(entries) {
+	listeners := listenersNow(s.Listeners, gateway, o.Generation)
+	if changed = settle(was, listeners) || changed; !changed {
 		return
 	}
-	err := merge(object{"metadata": object{"resourceVersion": o.ResourceVersion}, "status": object{
-		"conditions": status.Conditions, "listeners": entries,
-	}}, func(b []byte, opts metav1.PatchOptions) error {
+	err := mergeStatus(o, object{"conditions": status.Conditions, "listeners": listeners}, func(b []byte, opts metav1.PatchOptions) error {
 		_, err := d.Gateways.GatewayV1().ListenerSets(o.Namespace).Patch(ctx, o.Name, types.MergePatchType, b, opts, "status")
 		return err
 	})
-	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+	if err != nil && !overtaken(err) {
 		d.Log.Warn("status of a ListenerSet not written", "namespace", o.Namespace, "listenerset", o.Name, "error", err)
 	}
 }

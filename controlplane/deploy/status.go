@@ -7,7 +7,6 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -123,44 +122,69 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 		next = append(next, gatewayv1.GatewayStatusAddress{Type: &a.kind, Value: a.value})
 	}
 	changed = changed || !slices.EqualFunc(status.Addresses, next, func(a, b gatewayv1.GatewayStatusAddress) bool { return a.Value == b.Value })
-	listeners := []gatewayv1.ListenerStatus{}
-	for i, l := range g.Spec.Listeners {
-		s := gatewayv1.ListenerStatus{Name: l.Name, SupportedKinds: []gatewayv1.RouteGroupKind{}}
-		var was gatewayv1.ListenerStatus
-		if i < len(status.Listeners) && status.Listeners[i].Name == l.Name {
-			was = status.Listeners[i]
-			s.Conditions = was.Conditions
-		} else {
-			changed = true
-		}
-		conditions := waypointConditions(acceptedNow, programmed)
-		if state != nil {
-			conditions = listenerConditions(&state.Listeners[i], programmed, g.Generation)
-		}
-		for _, c := range conditions {
-			changed = meta.SetStatusCondition(&s.Conditions, c) || changed
-		}
-		if state != nil {
-			s.SupportedKinds, s.AttachedRoutes = state.Listeners[i].Kinds, state.Listeners[i].Attached
-			changed = changed || was.AttachedRoutes != s.AttachedRoutes || len(was.SupportedKinds) != len(s.SupportedKinds)
-		}
-		listeners = append(listeners, s)
+	listeners := waypointListeners(g, acceptedNow, programmed)
+	if state != nil {
+		listeners = listenersNow(state.Listeners, programmed, g.Generation)
 	}
+	changed = settle(status.Listeners, listeners) || changed
 	sets := attachedSets(state)
 	changed = changed || (sets == nil) != (status.AttachedListenerSets == nil) || sets != nil && *sets != *status.AttachedListenerSets
 	d.tellSets(ctx, state, programmed)
-	if !changed && len(status.Listeners) == len(listeners) {
+	if !changed {
 		return
 	}
-	err := merge(object{"metadata": object{"resourceVersion": g.ResourceVersion}, "status": object{
+	err := mergeStatus(g, object{
 		"conditions": status.Conditions, "addresses": next, "listeners": listeners, "attachedListenerSets": sets,
-	}}, func(b []byte, o metav1.PatchOptions) error {
+	}, func(b []byte, o metav1.PatchOptions) error {
 		_, err := d.Gateways.GatewayV1().Gateways(g.Namespace).Patch(ctx, g.Name, types.MergePatchType, b, o, "status")
 		return err
 	})
-	if err != nil && !apierrors.IsConflict(err) && !apierrors.IsNotFound(err) {
+	if err != nil && !overtaken(err) {
 		d.Log.Warn("status of a Gateway not written", "namespace", g.Namespace, "gateway", g.Name, "error", err)
 	}
+}
+
+// waypointListeners is what there is to say of a waypoint's listener: what is said of the waypoint.
+func waypointListeners(g *gatewayv1.Gateway, accepted, programmed metav1.Condition) []gatewayv1.ListenerStatus {
+	out := []gatewayv1.ListenerStatus{}
+	for _, l := range g.Spec.Listeners {
+		out = append(out, gatewayv1.ListenerStatus{Name: l.Name, SupportedKinds: []gatewayv1.RouteGroupKind{}, Conditions: []metav1.Condition{
+			accepted, programmed,
+			condition(string(gatewayv1.ListenerConditionResolvedRefs), true, string(gatewayv1.ListenerReasonResolvedRefs), "it refers to nothing", g.Generation),
+		}})
+	}
+	return out
+}
+
+// listenersNow is what there is to say of listeners, of a Gateway's own or of a ListenerSet's, whose generation it is.
+func listenersNow(states []index.ListenerState, programmed metav1.Condition, generation int64) []gatewayv1.ListenerStatus {
+	out := []gatewayv1.ListenerStatus{}
+	for i := range states {
+		l := &states[i]
+		out = append(out, gatewayv1.ListenerStatus{Name: l.Name, SupportedKinds: l.Kinds, AttachedRoutes: l.Attached, Conditions: listenerConditions(l, programmed, generation)})
+	}
+	return out
+}
+
+// settle has what is said of listeners now keep the times of what was said before, and reports whether it is something else.
+func settle(was, now []gatewayv1.ListenerStatus) (changed bool) {
+	changed = len(was) != len(now)
+	for i := range now {
+		s := &now[i]
+		var before gatewayv1.ListenerStatus
+		at := slices.IndexFunc(was, func(w gatewayv1.ListenerStatus) bool { return w.Name == s.Name })
+		if at >= 0 {
+			before = was[at]
+		}
+		changed = changed || at != i
+		conditions := before.Conditions
+		for _, c := range s.Conditions {
+			changed = meta.SetStatusCondition(&conditions, c) || changed
+		}
+		s.Conditions = conditions
+		changed = changed || before.AttachedRoutes != s.AttachedRoutes || len(before.SupportedKinds) != len(s.SupportedKinds)
+	}
+	return changed
 }
 
 // insecurePorts says where a Gateway lets clients in whatever their certificates are; "" for nowhere.
@@ -193,15 +217,7 @@ func invalidListeners(listeners []index.ListenerState) string {
 	return strings.Join(bad, ", ")
 }
 
-// waypointConditions are those of a waypoint's listener: they are the waypoint's.
-func waypointConditions(accepted, programmed metav1.Condition) []metav1.Condition {
-	return []metav1.Condition{
-		accepted, programmed,
-		condition(string(gatewayv1.ListenerConditionResolvedRefs), true, string(gatewayv1.ListenerReasonResolvedRefs), "it refers to nothing", accepted.ObservedGeneration),
-	}
-}
-
-// listenerConditions are those of a gateway's listener, of the Gateway's own or of a ListenerSet, whose generation it is.
+// listenerConditions are those of a gateway's listener.
 func listenerConditions(s *index.ListenerState, programmed metav1.Condition, generation int64) []metav1.Condition {
 	is := func(kind gatewayv1.ListenerConditionType, fine gatewayv1.ListenerConditionReason, text string, v routing.Verdict) metav1.Condition {
 		if v.OK() {

@@ -40,12 +40,7 @@ func (x *Index) setEnvoyFilter(k key, f *envoyFilterFact) {
 		if e == nil {
 			continue
 		}
-		for _, t := range e.Targets {
-			x.touchTarget(k.Namespace, t)
-		}
-		if len(e.Targets) == 0 {
-			x.touchGateways(k.Namespace)
-		}
+		x.touchTargets(k.Namespace, e.Targets)
 	}
 	x.dirtyStates[PolicyKey{EnvoyFilter, k.Namespace, k.Name}] = struct{}{}
 }

@@ -75,6 +75,7 @@ type ingressFact struct {
 	name       string // of its pods
 	accepted   routing.Verdict
 	listeners  []ingressListener // its own, and then those of the sets
+	own        int               // how many are its own
 	admits     admission         // of ListenerSets
 	sets       []setPlace
 	frontend   *gatewayv1.GatewayTLSConfig
@@ -164,6 +165,7 @@ func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
 	for i := range g.Spec.Listeners {
 		f.listeners = append(f.listeners, listenerOf(ref{Gateway, f.key}, &g.Spec.Listeners[i]))
 	}
+	f.own = len(f.listeners)
 	return f
 }
 

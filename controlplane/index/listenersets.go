@@ -226,7 +226,7 @@ func (x *Index) tellSets(u *Update, f *ingressFact, s *GatewayState) {
 		x.notice(u, NoticeKey{Kind: ListenerSet, Namespace: set.Namespace, Name: set.Name}, set.UID, worst.Reason, worst.Message)
 		s.Sets = append(s.Sets, set)
 	}
-	s.Listeners = s.Listeners[:len(f.listeners)-f.added()]
+	s.Listeners = s.Listeners[:f.own]
 }
 
 // firstProblem is what is wrong with the first of some listeners with which something is.
@@ -249,14 +249,4 @@ func (x *Index) commitSets(u *Update) {
 		}
 	}
 	x.dirtySets = emptied(x.dirtySets)
-}
-
-// added is how many listeners of a Gateway are those of sets.
-func (f *ingressFact) added() (n int) {
-	for _, p := range f.sets {
-		if p.refused.OK() {
-			n += len(p.fact.listeners)
-		}
-	}
-	return n
 }

@@ -202,12 +202,7 @@ func (x *Index) setAuthorization(k key, f *authorizationFact) {
 		if p == nil {
 			continue
 		}
-		for _, t := range p.Targets {
-			x.touchTarget(k.Namespace, t)
-		}
-		if len(p.Targets) == 0 {
-			x.touchGateways(k.Namespace)
-		}
+		x.touchTargets(k.Namespace, p.Targets)
 		if len(p.Selector) == 0 {
 			continue
 		}
@@ -221,6 +216,16 @@ func (x *Index) setAuthorization(k key, f *authorizationFact) {
 			continue
 		}
 		x.touchSelected(k.Namespace, p.Selector)
+	}
+}
+
+// touchTargets marks what a policy of a namespace binds to: without targets it may be about gateways.
+func (x *Index) touchTargets(ns string, targets []policy.Target) {
+	for _, t := range targets {
+		x.touchTarget(ns, t)
+	}
+	if len(targets) == 0 {
+		x.touchGateways(ns)
 	}
 }
 

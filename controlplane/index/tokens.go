@@ -63,12 +63,7 @@ func (f *requestFact) sources() []policy.KeySource {
 }
 
 func (x *Index) touchRequest(f *requestFact) {
-	if len(f.Targets) == 0 {
-		x.touchGateways(f.Namespace)
-	}
-	for _, t := range f.Targets {
-		x.touchTarget(f.Namespace, t)
-	}
+	x.touchTargets(f.Namespace, f.Targets)
 }
 
 // SetKeys records what came of fetching a key set. One that nobody needs any more is fine.

@@ -5,7 +5,6 @@ import (
 	"time"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
-	envoytypes "github.com/envoyproxy/go-control-plane/pkg/cache/types"
 	envoyresource "github.com/envoyproxy/go-control-plane/pkg/resource/v3"
 
 	"github.com/warrenmesh/warren/waypoint"
@@ -154,10 +153,4 @@ func beside[V any](was *waypoint.Resources, kind string, now map[string]V, of fu
 	}
 	maps.Copy(out, now)
 	return out
-}
-
-func versionsOf(r *waypoint.Resources, kind string) map[string]string { return r.Versions(kind) }
-
-func resourcesOf(r *waypoint.Resources, kind string) map[string]envoytypes.Resource {
-	return r.ByName(kind)
 }

@@ -249,7 +249,7 @@ func (s served) GetVersion(string) string   { return s.serial }
 func (s served) ConstructVersionMap() error { return nil }
 
 func (s served) GetVersionMap(kind string) map[string]string {
-	all := beside(s.was, kind, s.Versions(kind), versionsOf)
+	all := beside(s.was, kind, s.Versions(kind), (*waypoint.Resources).Versions)
 	if kind != envoyresource.EndpointType || len(s.late) == 0 {
 		return all
 	}
@@ -261,7 +261,7 @@ func (s served) GetVersionMap(kind string) map[string]string {
 }
 
 func (s served) GetResources(kind string) map[string]envoytypes.Resource {
-	all := beside(s.was, kind, s.ByName(kind), resourcesOf)
+	all := beside(s.was, kind, s.ByName(kind), (*waypoint.Resources).ByName)
 	if kind != envoyresource.EndpointType || len(s.late) == 0 {
 		return all
 	}

@@ -128,20 +128,7 @@ spec:
 	}
 
 	t.Run("gateway", func(t *testing.T) {
-		applyIn(t, ns, `
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: edge, namespace: NS}
-spec: {gatewayClassName: istio, listeners: [{name: http, port: 80, protocol: HTTP}]}
----
-apiVersion: gateway.networking.k8s.io/v1
-kind: HTTPRoute
-metadata: {name: edge, namespace: NS}
-spec:
-  parentRefs: [{name: edge}]
-  rules: [{backendRefs: [{name: inventory, port: 80}]}]
-`)
-		address := addressOf(t, ns, "edge")
+		address := edgeOf(t, ns, "inventory")
 		outside{address: address}.becomes(t, "http://shop.example/stock", 200)
 		for _, whom := range []string{
 			`targetRefs: [{group: gateway.networking.k8s.io, kind: Gateway, name: edge}]`,

@@ -129,6 +129,25 @@ func addressOf(t *testing.T, ns, name string) string {
 	return out
 }
 
+// edgeOf makes a gateway "edge" that passes all requests on to a Service, and returns its address.
+func edgeOf(t *testing.T, ns, service string) string {
+	t.Helper()
+	applyIn(t, ns, strings.ReplaceAll(`
+apiVersion: gateway.networking.k8s.io/v1
+kind: Gateway
+metadata: {name: edge, namespace: NS}
+spec: {gatewayClassName: istio, listeners: [{name: http, port: 80, protocol: HTTP}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: edge, namespace: NS}
+spec:
+  parentRefs: [{name: edge}]
+  rules: [{backendRefs: [{name: SERVICE, port: 80}]}]
+`, "SERVICE", service))
+	return addressOf(t, ns, "edge")
+}
+
 // A gateway is made where a Gateway of the class istio asks for one. Clients from outside reach what HTTPRoutes attach to
 // it, over TLS with the certificate of a Secret; into the mesh it goes under its own identity.
 func TestGateway(t *testing.T) {

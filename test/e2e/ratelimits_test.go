@@ -81,20 +81,7 @@ spec: {targetRefs: [TARGET], limits: LIMITS}
 	}))
 
 	t.Run("gateway", func(t *testing.T) {
-		applyIn(t, ns, `
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: edge, namespace: NS}
-spec: {gatewayClassName: istio, listeners: [{name: http, port: 80, protocol: HTTP}]}
----
-apiVersion: gateway.networking.k8s.io/v1
-kind: HTTPRoute
-metadata: {name: edge, namespace: NS}
-spec:
-  parentRefs: [{name: edge}]
-  rules: [{backendRefs: [{name: inventory, port: 80}]}]
-`)
-		address := addressOf(t, ns, "edge")
+		address := edgeOf(t, ns, "inventory")
 		outside{address: address}.becomes(t, "http://shop.example/stock", 200)
 		must(t, limit("edge", `{group: gateway.networking.k8s.io, kind: Gateway, name: edge}`, `[{requests: 5, per: Hour, by: [{type: Address}], match: {paths: [{value: /stock}]}}]`))
 		enforced(t, ns, "ratelimit/edge")

@@ -40,17 +40,8 @@ func TestZipkin(t *testing.T) {
 		t.Fatal(err, out)
 	}
 	setMesh(t, strings.ReplaceAll("extensionProviders:\n- {name: zipkin, zipkin: {service: zipkin.NS.svc.cluster.local, port: 9411}}\n", "NS", ns))
+	edgeOf(t, ns, "inventory")
 	applyIn(t, ns, `
-apiVersion: gateway.networking.k8s.io/v1
-kind: Gateway
-metadata: {name: edge, namespace: NS}
-spec: {gatewayClassName: istio, listeners: [{name: http, port: 80, protocol: HTTP}]}
----
-apiVersion: gateway.networking.k8s.io/v1
-kind: HTTPRoute
-metadata: {name: inventory, namespace: NS}
-spec: {parentRefs: [{name: edge}], rules: [{backendRefs: [{name: inventory, port: 80}]}]}
----
 apiVersion: telemetry.istio.io/v1
 kind: Telemetry
 metadata: {name: all, namespace: NS}

@@ -17,6 +17,8 @@ import (
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 	"golang.org/x/sys/unix"
+
+	"github.com/warrenmesh/warren/internal/netns"
 )
 
 // Kind is one way to do harm.
@@ -329,8 +331,8 @@ func hungUp(conn net.Conn) bool {
 	}
 	ended := true
 	_ = raw.Control(func(fd uintptr) {
-		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
-		ended = err != nil || info.State != unix.BPF_TCP_ESTABLISHED
+		state, err := netns.State(int(fd))
+		ended = err != nil || state != unix.BPF_TCP_ESTABLISHED
 	})
 	return ended
 }
