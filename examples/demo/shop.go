@@ -52,8 +52,12 @@ func saw(service string, r *http.Request) seen {
 func runInventory(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("inventory", flag.ContinueOnError)
 	addr := fs.String("listen", ":8080", "address to listen on")
+	quiet := fs.Bool("quiet", false, "no line for each request")
 	if err := fs.Parse(args); err != nil {
 		return err
+	}
+	if *quiet {
+		slog.SetDefault(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
 	}
 	return serveShop(ctx, *addr, "inventory", "/stock", func(_ context.Context, hop seen) (reply, error) {
 		return reply{Marker: marker, Hops: []seen{hop}, Items: []item{

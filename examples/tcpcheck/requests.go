@@ -22,12 +22,14 @@ type requestReport struct {
 	Examples []string // of failures
 }
 
-// requests asks an HTTP server at a steady rate until its standard input ends. Connections are kept, as applications do.
+// requests asks an HTTP server at a steady rate until its standard input ends. Connections are kept, and no more than connections
+// are made, as applications do: where all are taken a request waits for one, on its own time.
 // It says "begun" once a request was answered.
 func requests(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("requests", flag.ContinueOnError)
 	rate := fs.Float64("rate", 100, "requests a second")
 	timeout := fs.Duration("timeout", 20*time.Second, "for each")
+	connections := fs.Int("connections", 256, "at most")
 	if err := fs.Parse(args); err != nil {
 		return err
 	}
@@ -37,7 +39,7 @@ func requests(ctx context.Context, args []string) error {
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		cancel()
 	}()
-	client := &http.Client{Timeout: *timeout, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+	client := &http.Client{Timeout: *timeout, Transport: &http.Transport{MaxConnsPerHost: *connections, MaxIdleConnsPerHost: *connections}}
 	begun := sync.OnceFunc(func() { fmt.Fprintln(os.Stderr, "begun") })
 	var (
 		mu   sync.Mutex
