@@ -26,8 +26,10 @@ import (
 	"github.com/warrenmesh/warren/controlplane/admission"
 	"github.com/warrenmesh/warren/controlplane/auth"
 	"github.com/warrenmesh/warren/controlplane/ca"
+	"github.com/warrenmesh/warren/controlplane/fetch"
 	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/controlplane/jwks"
+	"github.com/warrenmesh/warren/controlplane/modules"
 	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/controlplane/status"
 	"github.com/warrenmesh/warren/controlplane/xds"
@@ -66,7 +68,8 @@ type controlPlane struct {
 	cache      *xds.Cache
 	xds        *xds.Server
 	envoys     *xds.Waypoints
-	keys       *jwks.Fetcher
+	keys       *fetch.Keeper[policy.KeySource, string]
+	modules    *fetch.Keeper[policy.ModuleSource, *mesh.Module]
 	ca         *ca.Server
 	authority  *ca.Authority
 	authorizer *ca.Authorizer
@@ -107,10 +110,12 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 		return nil, err
 	}
 	cp.source.Dynamic, cp.source.Gateways = clients.Dynamic, clients.Gateways
-	cp.keys = jwks.New(func(from policy.KeySource, keys, problem string) {
+	cp.keys = jwks.New(cfg.KeysByHTTP, nil, func(from policy.KeySource, keys, problem string) {
 		cp.source.SetKeys(from, index.KeyState{Keys: keys, Problem: problem})
 	}, log.With("scope", "jwks"))
-	cp.keys.AllowHTTP = cfg.KeysByHTTP
+	cp.modules = modules.New(nil, func(from policy.ModuleSource, m *mesh.Module, problem string) {
+		cp.source.SetModule(from, index.ModuleState{Module: m, Problem: problem})
+	}, log.With("scope", "modules"))
 	cp.secrets = newSecrets(clients.Kube, cp.source.SetSecret, log.With("scope", "secrets"))
 	cp.roots = newRoots(clients.Kube, cp.source.SetRoots, log.With("scope", "secrets"))
 	trusted := map[string]bool{}
@@ -213,6 +218,7 @@ func (cp *controlPlane) run(ctx context.Context) error {
 	})
 	g.Go(func() error { cp.authority.Follow(ctx); return nil })
 	g.Go(func() error { cp.keys.Run(ctx); return nil })
+	g.Go(func() error { cp.modules.Run(ctx); return nil })
 	g.Go(func() error { cp.secrets.run(ctx); return nil })
 	g.Go(func() error { cp.roots.run(ctx); return nil })
 	if l := listeners[0]; l != nil {
@@ -279,6 +285,7 @@ func (cp *controlPlane) publish(u *index.Update) {
 	cp.services.Set(float64(services))
 	cp.apiServer.Store(&u.APIServer)
 	cp.keys.Want(u.Keys)
+	cp.modules.Want(u.Modules)
 	cp.secrets.want(u.Secrets)
 	cp.roots.want(u.Roots)
 	cp.gateways.take(u.Gateways)

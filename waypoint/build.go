@@ -89,7 +89,8 @@ type builder struct {
 	through     map[mesh.ServiceName]bool          // waypoints that something is sent by
 	credentials map[string]*mesh.Certificate       // that are shown to applications, or that those are checked against
 	extensions  []*corev3.TypedExtensionConfig
-	off         map[string]string // patches that are left off, by their keys
+	plugins     []*mesh.Plugin
+	off         map[string]string // patches and plugins that are left off, by their keys
 	patched     Made
 	err         error
 }

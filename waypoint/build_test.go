@@ -254,6 +254,7 @@ var cases = map[string]func(*mesh.Service){
 		}
 	},
 	"patches": func(s *mesh.Service) { s.Patches = patched() },
+	"plugins": func(s *mesh.Service) { s.Plugins = plugins() },
 	// What routes of the Gateway API add: rules for a port, for the clients of a namespace, and shares that fail.
 	"consumer": rules(
 		mesh.HTTPRule{Name: "blog/theirs/0", From: "blog", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/")}}, Backends: []mesh.HTTPBackend{to("v2", 1)}},

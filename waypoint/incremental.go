@@ -36,7 +36,8 @@ type Writer struct {
 	main     *item
 	tunnels  *tunnels
 	last     *Resources
-	ingress  *ingressPart // of a gateway
+	ingress  *ingressPart       // of a gateway
+	plugins  map[string]plugged // by the names of their filters
 
 	off     map[string]string // see LeaveOff
 	patched Made              // see Patched
@@ -44,7 +45,7 @@ type Writer struct {
 	written int // parts of the last Write that were not taken over
 }
 
-// LeaveOff has what is written from now on be without some patches, which Envoy refuses: why, by [mesh.Patch.Key].
+// LeaveOff has what is written from now on be without some patches and the modules of some plugins, which Envoy refuses: why, by [mesh.Patch.Key].
 func (w *Writer) LeaveOff(why map[string]string) {
 	*w = Writer{self: w.self, last: w.last, off: maps.Clone(why)}
 }
@@ -52,7 +53,7 @@ func (w *Writer) LeaveOff(why map[string]string) {
 // Self is the waypoint, or the gateway, that is written for.
 func (w *Writer) Self() mesh.ServiceName { return w.self }
 
-// Patched are the patches that what was written last is made with. It is not to be changed.
+// Patched are the patches and the plugins that what was written last is made with. It is not to be changed.
 func (w *Writer) Patched() Made { return w.patched }
 
 func (w *Writer) builder(s *mesh.Snapshot) *builder {
@@ -75,6 +76,7 @@ type part struct {
 	routes     []*item
 	extensions []*item
 	targets    []target
+	plugins    []*mesh.Plugin
 	patched    Made
 }
 
@@ -158,10 +160,13 @@ func (w *Writer) Write(s *mesh.Snapshot, bound []*mesh.Service) (*Resources, err
 	var routes, extensions, endpoints, shared []*item
 	var ends []netip.AddrPort
 	patched := Made{}
+	var plugins []*mesh.Plugin
 	for _, p := range parts {
 		patched.addAll(p.patched)
-		routes, extensions = append(routes, p.routes...), append(extensions, p.extensions...)
+		routes, extensions, plugins = append(routes, p.routes...), append(extensions, p.extensions...), append(plugins, p.plugins...)
 	}
+	extensions = append(extensions, w.plugIn(b, plugins)...)
+	patched.addAll(b.patched)
 	for _, r := range list {
 		patched.addAll(r.patched)
 		clusters = append(clusters, r.cluster)
@@ -274,7 +279,7 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 	for t := range b.targets {
 		p.targets = append(p.targets, t)
 	}
-	p.patched = b.patched
+	p.patched, p.plugins = b.patched, b.plugins
 	return p, b.err
 }
 

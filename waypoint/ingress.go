@@ -80,6 +80,7 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 	for _, m := range b.extensions {
 		add(resource.ExtensionConfigType, m.Name, m)
 	}
+	all[resource.ExtensionConfigType] = append(all[resource.ExtensionConfigType], w.plugIn(b, b.plugins)...)
 	for i := range g.Certificates {
 		for _, m := range secrets(&g.Certificates[i]) {
 			add(resource.SecretType, m.Name, m)
@@ -183,7 +184,7 @@ func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listen
 // ingressChain has what serves services serve a listener.
 func (b *builder) ingressChain(in *mesh.IngressListener) chain {
 	return chain{ingress: in, port: mesh.ServicePort{Port: in.Port, App: mesh.AppHTTP1},
-		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens, Limits: b.ingress.Limits, Patches: b.ingress.Patches, Telemetry: b.ingress.Telemetry}}
+		svc: &mesh.Service{Name: mesh.ServiceName{Namespace: b.self.Namespace, Hostname: in.Name}, Access: b.ingress.Access, Tokens: b.ingress.Tokens, Limits: b.ingress.Limits, Patches: b.ingress.Patches, Plugins: b.ingress.Plugins, Telemetry: b.ingress.Telemetry}}
 }
 
 // ingressRoutes is the route table of a listener.

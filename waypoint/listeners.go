@@ -291,12 +291,15 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 		RouteSpecifier: &hcmv3.HttpConnectionManager_Rds{Rds: &hcmv3.Rds{
 			ConfigSource: adsSource(), RouteConfigName: c.name("http"),
 		}},
-		HttpFilters: b.patchHTTP(c, append(append(b.tokenFilters(c), b.accessFilters()...),
-			b.routesFilter(askedFilter, &headermutationv3.HeaderMutation{}),
-			b.routesFilter(corsFilter, &corsv3.Cors{}), // before the limits, so that a page can read their answer
-			b.limitFilter(c),
-			b.routesFilter(faultFilter, &faultv3.HTTPFault{}),
-			b.router(),
+		HttpFilters: b.patchHTTP(c, slices.Concat(
+			b.pluginFilters(c, mesh.PluginAuthN), b.tokenFilters(c), b.pluginFilters(c, mesh.PluginAuthZ), b.accessFilters(),
+			[]*hcmv3.HttpFilter{
+				b.routesFilter(askedFilter, &headermutationv3.HeaderMutation{}),
+				b.routesFilter(corsFilter, &corsv3.Cors{}), // before the limits, so that a page can read their answer
+				b.limitFilter(c),
+			},
+			b.pluginFilters(c, mesh.PluginStats, mesh.PluginLast),
+			[]*hcmv3.HttpFilter{b.routesFilter(faultFilter, &faultv3.HTTPFault{}), b.router()},
 		)),
 		UseRemoteAddress:              wrapperspb.Bool(true),
 		InternalAddressConfig:         nobodyInternal(),

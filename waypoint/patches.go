@@ -64,12 +64,12 @@ func (b *builder) fails(p mesh.Patch, why error) {
 	b.err = errors.Join(b.err, &PatchError{p.Key(), p.At + ": " + strings.ReplaceAll(why.Error(), "\n", "; ")})
 }
 
-// holds reports whether a patch is to be made; that it is made of resources of a type is noted.
-func (b *builder) holds(p mesh.Patch, kind string) bool {
-	if _, off := b.off[p.Key()]; off {
+// holds reports whether a patch, or a plugin, is to be made; that it is made of resources of a type is noted.
+func (b *builder) holds(key, kind string) bool {
+	if _, off := b.off[key]; off {
 		return false
 	}
-	b.patched.add(p.Key(), kind)
+	b.patched.add(key, kind)
 	return true
 }
 
@@ -79,7 +79,7 @@ func (b *builder) patchesAt(c chain, to mesh.PatchedKind, kind string) (out []me
 		if p.To != to || p.Port != 0 && p.Port != c.port.Port || p.ServerName != "" && (c.ingress == nil || !slices.Contains(c.ingress.Names, p.ServerName)) {
 			continue
 		}
-		if b.holds(p, kind) {
+		if b.holds(p.Key(), kind) {
 			out = append(out, p)
 		}
 	}

@@ -215,7 +215,7 @@ func (b *builder) patchTarget(t target, c *clusterv3.Cluster) {
 		all = svc.Patches
 	}
 	for _, p := range all {
-		if p.To == mesh.PatchCluster && (p.Port == 0 || p.Port == t.port) && (p.Service == "" || p.Service == t.service.Hostname) && (p.Subset == "" || p.Subset == t.subset) && b.holds(p, resource.ClusterType) {
+		if p.To == mesh.PatchCluster && (p.Port == 0 || p.Port == t.port) && (p.Service == "" || p.Service == t.service.Hostname) && (p.Subset == "" || p.Subset == t.subset) && b.holds(p.Key(), resource.ClusterType) {
 			b.merge(p, c)
 		}
 	}

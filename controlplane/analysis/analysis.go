@@ -139,9 +139,9 @@ func Run(in Input) ([]Finding, error) {
 	return slices.Compact(r.found), nil
 }
 
-// takeAsThere has the index find what it asks for, Secrets and roots, of which nothing is read here, and adds what follows.
+// takeAsThere has the index find what it asks for, Secrets, roots and modules, of which nothing is read here, and adds what follows.
 func takeAsThere(x *index.Index, u *index.Update) {
-	if len(u.Secrets)+len(u.Roots) == 0 {
+	if len(u.Secrets)+len(u.Roots)+len(u.Modules) == 0 {
 		return
 	}
 	for _, k := range u.Secrets {
@@ -149,6 +149,9 @@ func takeAsThere(x *index.Index, u *index.Update) {
 	}
 	for _, k := range u.Roots {
 		x.SetRoots(k, &index.RootsState{})
+	}
+	for _, k := range u.Modules {
+		x.SetModule(k, index.ModuleState{Module: &mesh.Module{}})
 	}
 	then := x.Commit()
 	maps.Copy(u.Notices, then.Notices)

@@ -13,14 +13,6 @@ import (
 	"github.com/warrenmesh/warren/waypoint"
 )
 
-const (
-	// ReasonForeignProxy says of an EnvoyFilter that it is for a Service whose waypoint is another namespace's: what a patch
-	// brings runs there, under the identity that is that waypoint's.
-	ReasonForeignProxy = "ForeignProxy"
-	// ReasonNoPatches says of an EnvoyFilter that it changes nothing of waypoints or gateways.
-	ReasonNoPatches = "NoPatches"
-)
-
 // envoyFilterFact is an EnvoyFilter.
 type envoyFilterFact struct {
 	key
@@ -94,48 +86,18 @@ func (x *Index) patchesOf(s *serviceFact) []mesh.Patch {
 // gatewayPatches are those of a gateway in a namespace: that are for it by a target, and by the labels of its pods.
 func (x *Index) gatewayPatches(namespace string, pods []map[string]string, is func(ns string, t policy.Target) bool) []mesh.Patch {
 	return x.patchesFrom(namespace, func(f *envoyFilterFact) []mesh.Patch {
-		if len(f.Targets) == 0 && x.bound(f.untargeted(), namespace, pods) || slices.ContainsFunc(f.Targets, func(t policy.Target) bool { return is(f.Namespace, t) }) {
+		if x.extendsGateway(f.extension(), namespace, pods, is) {
 			return f.Gateways
 		}
 		return nil
 	})
 }
 
-func (f *envoyFilterFact) untargeted() untargeted { return untargeted{f.Namespace, f.Selector} }
-
-// patchedAt are the proxies that an EnvoyFilter is for; foreign are Services whose waypoint is another namespace's.
-func (x *Index) patchedAt(f *envoyFilterFact) (proxies []mesh.ServiceName, without, foreign []string) {
-	add := func(n mesh.ServiceName) {
-		if !slices.Contains(proxies, n) {
-			proxies = append(proxies, n)
-		}
+func (f *envoyFilterFact) extension() extension {
+	return extension{
+		key: f.key, kind: "EnvoyFilters", targets: f.Targets, selector: f.Selector, waypoints: len(f.Waypoints) > 0, gateways: len(f.Gateways) > 0,
+		nothing: "there is no patch for waypoints or gateways", asks: "the contexts of its patches",
 	}
-	for _, s := range x.winners {
-		if !x.anyTargets(f.Namespace, f.Targets, s) {
-			continue
-		}
-		switch w := x.waypointFor(s); {
-		case w == nil:
-			without = append(without, s.service.Name.Hostname)
-		case f.Namespace != x.c.RootNamespace && f.Namespace != x.waypointAsked(s).Namespace:
-			foreign = append(foreign, s.service.Name.Hostname)
-		case len(f.Waypoints) > 0:
-			add(w.Service)
-		}
-	}
-	if len(f.Gateways) > 0 {
-		gateways := x.ingressTargets(f.Namespace, f.Targets)
-		if len(f.Targets) == 0 {
-			gateways = x.boundGateways(f.untargeted())
-		}
-		for _, n := range gateways {
-			add(n)
-		}
-	}
-	slices.SortFunc(proxies, mesh.ServiceName.Compare)
-	slices.Sort(without)
-	slices.Sort(foreign)
-	return proxies, without, foreign
 }
 
 func (x *Index) envoyFilterState(f *envoyFilterFact) *PolicyState {
@@ -144,29 +106,7 @@ func (x *Index) envoyFilterState(f *envoyFilterFact) *PolicyState {
 		s.lacks(policy.ReasonUnsupported, "nothing of it is made, because of %s", strings.Join(f.Problems[:min(len(f.Problems), 5)], "; "))
 		return s
 	}
-	if missing := x.missingTargets(f.Namespace, f.Targets); len(missing) > 0 {
-		s.lacks(ReasonTargetNotFound, "in namespace %s there is no %s", f.Namespace, strings.Join(missing, ", no "))
-	}
-	proxies, without, foreign := x.patchedAt(f)
-	if len(without) > 0 {
-		s.lacks(policy.ReasonNoWaypoint, "no waypoint is in front of %s", strings.Join(without, ", "))
-	}
-	if len(foreign) > 0 {
-		s.lacks(ReasonForeignProxy, "the waypoint of %s is another namespace's, and changed by EnvoyFilters of that namespace and of %s alone", strings.Join(foreign, ", "), x.c.RootNamespace)
-	}
-	switch {
-	case len(proxies) > 0:
-		s.Waypoints = proxies
-	case !s.Exact:
-	case len(f.Gateways)+len(f.Waypoints) == 0:
-		s.lacks(ReasonNoPatches, "there is no patch for waypoints or gateways")
-	case len(f.Targets) > 0 && x.waypointsAlone(f.Namespace, f.Targets) && len(f.Waypoints) > 0:
-		s.Message = "no Service asks for this waypoint"
-	case len(f.Targets) == 0:
-		s.lacks(ReasonNoProxy, "it is for gateways by the labels of their pods, and for none that is there; for a waypoint write targetRefs")
-	default:
-		s.lacks(ReasonNoProxy, "it is for waypoints and gateways, and for none that is there with the contexts of its patches")
-	}
+	x.place(s, f.extension())
 	if len(f.Notes) > 0 {
 		s.Message = strings.TrimPrefix(s.Message+"; "+strings.Join(f.Notes[:min(len(f.Notes), 5)], "; "), "; ")
 	}

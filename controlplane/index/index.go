@@ -130,10 +130,11 @@ type Update struct {
 	Routes     map[RouteKey]*RouteState
 	Gateways   map[GatewayKey]*GatewayState // but for waypoints
 	Notices    map[NoticeKey]*Notice
-	APIServer  []netip.Prefix     // from where it calls, changed or not
-	Keys       []policy.KeySource // that are needed, changed or not
-	Secrets    []SecretKey        // that gateways need, changed or not
-	Roots      []RootsKey         // the same, and policies about their backends
+	APIServer  []netip.Prefix        // from where it calls, changed or not
+	Keys       []policy.KeySource    // that are needed, changed or not
+	Secrets    []SecretKey           // that gateways need, changed or not
+	Roots      []RootsKey            // the same, and policies about their backends
+	Modules    []policy.ModuleSource // that are needed, changed or not
 }
 
 // source is an object that workloads are made from.
@@ -168,11 +169,11 @@ type Index struct {
 	rateLimits   map[string]map[string]*rateLimitFact
 	envoyFilters map[string]map[string]*envoyFilterFact
 	wasmPlugins  map[string]map[string]*wasmPluginFact
-	keys         map[policy.KeySource]KeyState
-	keyUsers     map[policy.KeySource]int           // rules of RequestAuthentications
-	virtuals     map[string]map[string]*routeFact   // VirtualServices
-	destinations map[string]map[string]*routeFact   // DestinationRules
-	gateways     map[string]map[string]*gatewayFact // waypoints
+	keys         fetched[policy.KeySource, KeyState]       // of rules of RequestAuthentications
+	modules      fetched[policy.ModuleSource, ModuleState] // of WasmPlugins
+	virtuals     map[string]map[string]*routeFact          // VirtualServices
+	destinations map[string]map[string]*routeFact          // DestinationRules
+	gateways     map[string]map[string]*gatewayFact        // waypoints
 	selectors    map[string]map[string]*selectorFact
 	calledBy     map[ref][]called                    // what the API server calls on behalf of an object
 	callers      map[key]map[uint16]map[ref]struct{} // the same by Service and port
@@ -243,8 +244,8 @@ func New(cfg Config) (*Index, error) {
 		rateLimits:      map[string]map[string]*rateLimitFact{},
 		envoyFilters:    map[string]map[string]*envoyFilterFact{},
 		wasmPlugins:     map[string]map[string]*wasmPluginFact{},
-		keys:            map[policy.KeySource]KeyState{},
-		keyUsers:        map[policy.KeySource]int{},
+		keys:            newFetched[policy.KeySource, KeyState](),
+		modules:         newFetched[policy.ModuleSource, ModuleState](),
 		virtuals:        map[string]map[string]*routeFact{},
 		destinations:    map[string]map[string]*routeFact{},
 		gateways:        map[string]map[string]*gatewayFact{},
@@ -306,7 +307,7 @@ func (x *Index) Set(obj any) {
 	case *networkingv1alpha3.EnvoyFilter:
 		x.setEnvoyFilter(keyOf(o), envoyFilterFactOf(o))
 	case *extensionsv1alpha1.WasmPlugin:
-		x.setWasmPlugin(keyOf(o), &wasmPluginFact{string(o.UID), o.Generation})
+		x.setWasmPlugin(keyOf(o), wasmPluginFactOf(o))
 	case *networkingv1.ServiceEntry:
 		x.setEntry(keyOf(o), x.c.entryFactOf(o))
 	case *kubenetworkingv1.NetworkPolicy:
@@ -454,7 +455,7 @@ func (x *Index) Commit() *Update {
 		x.snapshot = b.Commit(x.snapshot.Revision() + 1)
 	}
 	u.Snapshot, u.APIServer, u.Keys, u.Secrets = x.snapshot, x.apiServer, x.keySources(), x.wantedSecrets()
-	u.Roots = x.wantedRoots()
+	u.Roots, u.Modules = x.wantedRoots(), x.moduleSources()
 	return u
 }
 
@@ -506,6 +507,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		x.route(s)
 		s.Access, s.Tokens = x.accessOf(is)
 		s.Telemetry, s.Limits, s.Patches = x.telemetryOf(is), x.limitsOf(is), x.patchesOf(is)
+		s.Plugins = x.pluginsOf(is)
 		s.TLS = x.backendTLSOf(is)
 		b.PutService(s)
 	}

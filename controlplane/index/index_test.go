@@ -96,6 +96,7 @@ func dump(x *Index) string {
 			line("  limit %+v", l)
 		}
 		linePatches(line, v.Patches)
+		linePlugins(line, v.Plugins)
 		for _, r := range v.Routed {
 			line("  routed port %d%v to %+v", r.Port, r.Names, r.Backends)
 		}
@@ -137,6 +138,7 @@ func dump(x *Index) string {
 			line("  limit %+v", l)
 		}
 		linePatches(line, g.Patches)
+		linePlugins(line, g.Plugins)
 		if g.Telemetry != nil {
 			line("%s", toldText(g.Telemetry))
 		}
@@ -258,6 +260,12 @@ func patchYAML(to string) string {
 func linePatches(line func(string, ...any), all []mesh.Patch) {
 	for _, p := range all {
 		line("  patch %s %s op %d port %d names %q filter %q value %s", p.Object, p.At, p.Op, p.Port, p.ServerName, p.Filter, p.Value)
+	}
+}
+
+func linePlugins(line func(string, ...any), all []mesh.Plugin) {
+	for _, p := range all {
+		line("  plugin %s phase %d fails %d root %q ports %v env %v config %s module %s", p.Object, p.Phase, p.Fails, p.Root, p.Ports, p.Env, p.Config, p.Module)
 	}
 }
 
@@ -642,7 +650,14 @@ func drawObject(t *rapid.T) (ref, any) {
 		p.ObjectMeta = drawMeta(t, "name", "ef0", "ef1")
 		return ref{kind, keyOf(p)}, p
 	case WasmPlugin:
-		p := &extensionsv1alpha1.WasmPlugin{ObjectMeta: drawMeta(t, "name", "wp0", "wp1")}
+		p := &extensionsv1alpha1.WasmPlugin{}
+		mustYAML(t, pick(t, "plugin",
+			`spec: {targetRefs: [{kind: Service, name: s0}], url: "https://m.x/a"}`,
+			`spec: {targetRefs: [{kind: Gateway, group: gateway.networking.k8s.io, name: w}], url: "https://m.x/b", phase: AUTHZ, priority: 1, failStrategy: FAIL_OPEN}`,
+			`spec: {targetRefs: [{kind: ServiceEntry, group: networking.istio.io, name: se0}, {kind: Service, name: s1}], url: "https://m.x/a", match: [{mode: SERVER, ports: [{number: 80}]}]}`,
+			`spec: {targetRefs: [{kind: GatewayClass, group: gateway.networking.k8s.io, name: istio-waypoint}], url: "https://m.x/c", imagePullPolicy: Always}`,
+			`spec: {selector: {matchLabels: {app: x}}, url: "https://m.x/a", match: [{mode: CLIENT}]}`, `spec: {url: "file:///m"}`), p)
+		p.ObjectMeta = drawMeta(t, "name", "wp0", "wp1")
 		return ref{kind, keyOf(p)}, p
 	case RateLimit:
 		p := &policy.RateLimit{}

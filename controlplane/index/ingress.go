@@ -415,7 +415,8 @@ func (x *Index) serve(f *ingressFact, u *Update) (*mesh.Ingress, *GatewayState) 
 		return slices.ContainsFunc(targets, func(t policy.Target) bool { return x.targetsIngress(ns, t, f) })
 	})
 	in.Telemetry, in.Limits = x.ingressTelemetry(f), x.ingressLimits(f)
-	in.Patches = x.gatewayPatches(f.Namespace, x.labelsOf(f), func(ns string, t policy.Target) bool { return x.targetsIngress(ns, t, f) })
+	targeted := func(ns string, t policy.Target) bool { return x.targetsIngress(ns, t, f) }
+	in.Patches, in.Plugins = x.gatewayPatches(f.Namespace, x.labelsOf(f), targeted), x.gatewayPlugins(f.Namespace, x.labelsOf(f), targeted)
 	state := &GatewayState{UID: f.uid, Generation: f.generation, Accepted: f.accepted}
 	if f.shown != nil {
 		c, v := x.certificate(ref{Gateway, f.key}, *f.shown, gatewayv1.ListenerConditionReason(gatewayv1.GatewayReasonInvalidClientCertificateRef))

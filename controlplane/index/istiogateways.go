@@ -433,6 +433,9 @@ func (x *Index) touchUntargeted() {
 	for ns := range x.envoyFilters {
 		x.touchEnvoyFilters(ns)
 	}
+	for ns := range x.wasmPlugins {
+		x.touchWasmPlugins(ns)
+	}
 	for _, all := range x.authz {
 		for _, f := range all {
 			if len(f.Targets) == 0 {

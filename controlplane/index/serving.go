@@ -53,7 +53,9 @@ func (s *serving) serve() *mesh.Ingress {
 	s.out, s.ports = &mesh.Ingress{Name: s.entrance.name, Workload: s.entrance.workload}, map[uint16]*servedPort{}
 	s.out.Access, s.out.Tokens = s.x.gatewayAccess(s.entrance.Namespace, s.entrance.labels, func(string, []policy.Target) bool { return false })
 	s.out.Limits = s.x.entranceLimits(s.entrance)
-	s.out.Patches = s.x.gatewayPatches(s.entrance.Namespace, s.entrance.labels, func(string, policy.Target) bool { return false })
+	nobody := func(string, policy.Target) bool { return false }
+	s.out.Patches = s.x.gatewayPatches(s.entrance.Namespace, s.entrance.labels, nobody)
+	s.out.Plugins = s.x.gatewayPlugins(s.entrance.Namespace, s.entrance.labels, nobody)
 	for _, g := range s.entrance.gateways {
 		for i := range g.servers {
 			s.server(g, &g.servers[i])

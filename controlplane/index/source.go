@@ -62,6 +62,7 @@ type Source struct {
 	keys    map[policy.KeySource]KeyState // that were fetched since
 	secrets map[SecretKey]*SecretState    // that changed since
 	roots   map[RootsKey]*RootsState
+	modules map[policy.ModuleSource]ModuleState
 	wake    chan struct{}
 }
 
@@ -407,6 +408,9 @@ func (s *Source) SetSecret(k SecretKey, state *SecretState) { note(s, &s.secrets
 // SetRoots tells what a ConfigMap holds that an Update asked for; nil where there is none.
 func (s *Source) SetRoots(k RootsKey, state *RootsState) { note(s, &s.roots, k, state) }
 
+// SetModule tells what came of fetching a Wasm module.
+func (s *Source) SetModule(k policy.ModuleSource, state ModuleState) { note(s, &s.modules, k, state) }
+
 // note keeps what is told until the next commit, and asks for that.
 func note[K comparable, V any](s *Source, in *map[K]V, k K, v V) {
 	s.mu.Lock()
@@ -425,8 +429,8 @@ func (s *Source) commit() *Update {
 	s.mu.Lock()
 	changed := s.changed
 	s.changed = map[ref]cache.Store{}
-	keys, secrets, roots := s.keys, s.secrets, s.roots
-	s.keys, s.secrets, s.roots = nil, nil, nil
+	keys, secrets, roots, modules := s.keys, s.secrets, s.roots, s.modules
+	s.keys, s.secrets, s.roots, s.modules = nil, nil, nil, nil
 	s.mu.Unlock()
 	for k, state := range secrets {
 		s.index.SetSecret(k, state)
@@ -436,6 +440,9 @@ func (s *Source) commit() *Update {
 	}
 	for k, state := range keys {
 		s.index.SetKeys(k, state)
+	}
+	for k, state := range modules {
+		s.index.SetModule(k, state)
 	}
 	for r, store := range changed {
 		obj, exists, err := store.GetByKey(cache.NewObjectName(r.Namespace, r.Name).String())

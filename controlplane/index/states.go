@@ -24,7 +24,7 @@ type PolicyState struct {
 	Compiled []mesh.PolicyName
 	// Waypoints have to enforce it too, sorted.
 	Waypoints []mesh.ServiceName
-	// Patches names an EnvoyFilter as it is ([mesh.Patch.Key]): waypoints and gateways may refuse it.
+	// Patches names an EnvoyFilter or a WasmPlugin as it is ([mesh.Patch.Key]): waypoints and gateways may refuse it.
 	Patches string
 	// Exact says that nodes which hold Compiled do all that the object asks for. If not, Reason (one of package
 	// policy, or TargetNotFound) and Message say what they do instead; that is never weaker than asked for, but for
@@ -59,6 +59,7 @@ func (x *Index) touchTargeting(ns string) {
 	x.touchTelemetry(ns)
 	x.touchRateLimits(ns)
 	x.touchEnvoyFilters(ns)
+	x.touchWasmPlugins(ns)
 }
 
 func (x *Index) commitStates(u *Update) {
@@ -121,7 +122,7 @@ func (x *Index) policyState(k PolicyKey, pods []exempted) *PolicyState {
 		}
 	case WasmPlugin:
 		if f := x.wasmPlugins[k.Namespace][k.Name]; f != nil {
-			return f.state()
+			return x.wasmPluginState(f)
 		}
 	}
 	return nil

@@ -37,15 +37,7 @@ func (x *Index) setRequestAuth(k key, f *requestFact) {
 			x.touchRequest(r)
 		}
 	}
-	for _, from := range f.sources() {
-		x.keyUsers[from]++
-	}
-	for _, from := range old.sources() {
-		if x.keyUsers[from]--; x.keyUsers[from] == 0 {
-			delete(x.keyUsers, from)
-			delete(x.keys, from)
-		}
-	}
+	x.keys.use(old.sources(), f.sources())
 }
 
 // sources are where the keys of the rules of a RequestAuthentication are fetched from that a waypoint or a gateway may need.
@@ -68,10 +60,9 @@ func (x *Index) touchRequest(f *requestFact) {
 
 // SetKeys records what came of fetching a key set. One that nobody needs any more is fine.
 func (x *Index) SetKeys(from policy.KeySource, s KeyState) {
-	if x.keyUsers[from] == 0 || x.keys[from] == s {
+	if !x.keys.set(from, s) {
 		return
 	}
-	x.keys[from] = s
 	for _, all := range x.requests {
 		for _, f := range all {
 			if slices.Contains(f.sources(), from) {
@@ -84,12 +75,7 @@ func (x *Index) SetKeys(from policy.KeySource, s KeyState) {
 
 // keySources are the key sets that are needed, sorted.
 func (x *Index) keySources() []policy.KeySource {
-	out := make([]policy.KeySource, 0, len(x.keyUsers))
-	for from := range x.keyUsers {
-		out = append(out, from)
-	}
-	slices.SortFunc(out, func(a, b policy.KeySource) int { return strings.Compare(a.URL, b.URL) })
-	return out
+	return x.keys.wanted(func(a, b policy.KeySource) int { return strings.Compare(a.URL, b.URL) })
 }
 
 // tokenRules are the rules of a RequestAuthentication with the keys that there are.
@@ -97,7 +83,7 @@ func (x *Index) tokenRules(f *requestFact) []mesh.TokenRule {
 	out := make([]mesh.TokenRule, 0, len(f.Rules))
 	for _, r := range f.Rules {
 		if r.From != (policy.KeySource{}) {
-			r.Keys = x.keys[r.From].Keys
+			r.Keys = x.keys.state[r.From].Keys
 		}
 		out = append(out, r.TokenRule)
 	}
@@ -130,7 +116,7 @@ func (x *Index) requestState(f *requestFact) *PolicyState {
 	}
 	var late []string
 	for _, from := range f.sources() {
-		k := x.keys[from]
+		k := x.keys.state[from]
 		text := from.URL + ": " + k.Problem
 		switch {
 		case k.Keys == "" && k.Problem == "":

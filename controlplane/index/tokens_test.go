@@ -55,7 +55,7 @@ func TestKeys(t *testing.T) {
 	x.SetKeys(policy.KeySource{URL: "https://other.example"}, KeyState{Keys: "k2"})
 	check("k1", "", "500")
 	x.Delete(RequestAuthentication, "shop", "tokens")
-	if u := x.Commit(); len(u.Keys) != 0 || len(u.Snapshot.Service(ui).Tokens) != 0 || len(x.keys) != 0 {
+	if u := x.Commit(); len(u.Keys) != 0 || len(u.Snapshot.Service(ui).Tokens) != 0 || len(x.keys.state) != 0 {
 		t.Errorf("without the object %v is wanted, and the waypoint has %v", u.Keys, u.Snapshot.Service(ui).Tokens)
 	}
 }

@@ -1,6 +1,2 @@
-// Package jwks fetches the key sets that verify tokens, from addresses that somebody wrote into an object of the cluster.
-// Whoever may write one must not thereby reach what only the control plane reaches: names are resolved once, every
-// address is judged, and the connection goes to an address that was judged. That holds for redirects too.
-//
-// What was fetched last is kept when a later attempt fails. It must not know what the keys are for.
+// Package jwks fetches the key sets that verify tokens, as package fetch does. It must not know what the keys are for.
 package jwks

@@ -15,20 +15,19 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/warrenmesh/warren/controlplane/fetch"
 	"github.com/warrenmesh/warren/controlplane/policy"
 )
 
 const keys = `{"keys":[{"kty":"EC","kid":"a","crv":"P-256","x":"mrZ-Co1ePQxhma2yMx8yCIQtdcVGfs6JSQJIqsIl6TY","y":"zXZTK7M2ubn-cUMEj766gAPDPqLwgqSDKbtRdv957qw","d":"secret"},{"kty":"oct","k":"shared"},{"kty":"EC","kid":"broken","crv":"P-256","x":"AA","y":"AA"}]}`
 
-// fetcher reaches srv under the names of addrs, and no other.
-func fetcher(srv *httptest.Server, addrs map[string][]string) *Fetcher {
-	f := New(func(policy.KeySource, string, string) {}, slog.New(slog.DiscardHandler))
-	pool := &tls.Config{InsecureSkipVerify: true} // the name of the test's certificate is another
+// reaches is what reaches srv under the names of addrs, and no other.
+func reaches(srv *httptest.Server, addrs map[string][]string) http.RoundTripper {
 	at := srv.Listener.Addr().String()
 	asked := map[string]int{}
 	var mu sync.Mutex
-	f.use(dialer{
-		lookup: func(_ context.Context, host string) ([]netip.Addr, error) {
+	return fetch.Guarded(fetch.Dialer{
+		Lookup: func(_ context.Context, host string) ([]netip.Addr, error) {
 			mu.Lock()
 			defer mu.Unlock()
 			list := addrs[host]
@@ -39,31 +38,14 @@ func fetcher(srv *httptest.Server, addrs map[string][]string) *Fetcher {
 			asked[host]++
 			return []netip.Addr{netip.MustParseAddr(one)}, nil
 		},
-		dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+		Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
 			if !strings.HasPrefix(address, "192.0.2.") {
 				return nil, fmt.Errorf("%s was dialled", address)
 			}
 			var d net.Dialer
 			return d.DialContext(ctx, network, at)
 		},
-		judge: judge,
-	}, pool)
-	return f
-}
-
-func TestJudge(t *testing.T) {
-	for _, a := range []string{"127.0.0.1", "127.9.9.9", "::1", "::", "0.0.0.0", "169.254.169.254", "fe80::1", "fe80::1%eth0", "::ffff:127.0.0.1",
-		"::ffff:169.254.169.254", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192",
-		"224.0.0.1", "255.255.255.255", "ff02::1", "::127.0.0.1", "64:ff9b:1::7f00:1", "2001::1"} {
-		if judge(netip.MustParseAddr(a)) == nil {
-			t.Errorf("%s may be called", a)
-		}
-	}
-	for _, a := range []string{"10.96.0.1", "192.168.1.1", "8.8.8.8", "2606:4700::1", "fd12::1", "64:ff9b::808:808"} {
-		if err := judge(netip.MustParseAddr(a)); err != nil {
-			t.Errorf("%s: %v", a, err)
-		}
-	}
+	}, &tls.Config{InsecureSkipVerify: true}) // the name of the test's certificate is another
 }
 
 func TestFetch(t *testing.T) {
@@ -132,7 +114,7 @@ func TestFetch(t *testing.T) {
 			if rest, ok := strings.CutPrefix(c.url, "issuer:"); ok {
 				from = policy.KeySource{URL: rest, Discover: true}
 			}
-			got, err := fetcher(srv, addrs).fetch(t.Context(), from)
+			got, err := source(false, reaches(srv, addrs))(t.Context(), from)
 			switch {
 			case c.want == "" && err != nil:
 				t.Error(err)
@@ -152,9 +134,8 @@ func TestKept(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		type told struct{ keys, problem string }
 		var all []told
-		f := New(func(_ policy.KeySource, keys, problem string) { all = append(all, told{keys, problem}) }, slog.New(slog.DiscardHandler))
 		n := 0
-		f.client = &http.Client{Transport: transport(func(*http.Request) (*http.Response, error) {
+		by := transport(func(*http.Request) (*http.Response, error) {
 			n++
 			rec := httptest.NewRecorder()
 			if n >= 3 && n <= 6 {
@@ -165,7 +146,8 @@ func TestKept(t *testing.T) {
 				rec.WriteHeader(http.StatusNotFound)
 			}
 			return rec.Result(), nil
-		})}
+		})
+		f := New(false, by, func(_ policy.KeySource, keys, problem string) { all = append(all, told{keys, problem}) }, slog.New(slog.DiscardHandler))
 		ctx, stop := context.WithCancel(t.Context())
 		f.Want([]policy.KeySource{{URL: "https://good.example/keys"}})
 		done := make(chan struct{})

@@ -33,5 +33,6 @@ const (
 	ReasonTooLarge    = "TooLarge"         // beyond what one policy may have
 	ReasonConflicted  = "Conflicted"       // an older object of the same level holds instead
 	ReasonNoKeys      = "KeysNotFetched"   // the keys that verify tokens are not there
+	ReasonNoModule    = "ModuleNotFetched" // the Wasm module is not there
 	ReasonIgnored     = "Ignored"          // it cannot apply to anything where it is
 )

@@ -46,15 +46,15 @@ func accepted(k index.PolicyKey, s *index.PolicyState, o Object) []condition {
 	return []condition{c}
 }
 
-// patchesAccepted says whether an EnvoyFilter is one that proxies are told of.
+// patchesAccepted says whether an EnvoyFilter or a WasmPlugin is one that proxies are told of.
 func patchesAccepted(s *index.PolicyState) condition {
 	c := condition{ConditionAccepted, string(metav1.ConditionTrue), "Accepted", "bound to " + few(names(s.Waypoints))}
 	switch {
+	case s.Reason == policy.ReasonUnsupported:
+		c.Status, c.Reason, c.Message = string(metav1.ConditionFalse), "Invalid", s.Message
 	case len(s.Waypoints) > 0:
 	case s.Exact:
 		c.Message = s.Message
-	case s.Reason == policy.ReasonUnsupported:
-		c.Status, c.Reason, c.Message = string(metav1.ConditionFalse), "Invalid", s.Message
 	default:
 		c.Status, c.Reason, c.Message = string(metav1.ConditionFalse), s.Reason, s.Message
 	}

@@ -399,7 +399,7 @@ func (h heard) OnStreamDeltaRequest(_ int64, req *discovery.DeltaDiscoveryReques
 	without := req.ErrorDetail != nil && h.w.leaveOff(h.name, h.told, req.TypeUrl, clip(req.ErrorDetail.Message))
 	h.w.mu.Unlock()
 	if without {
-		h.log.Warn("EnvoyFilters are left off, because the waypoint's Envoy refuses what they make")
+		h.log.Warn("EnvoyFilters or modules are left off, because the waypoint's Envoy refuses what they make")
 		h.w.progress()
 	}
 	if req.ErrorDetail != nil {

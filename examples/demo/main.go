@@ -40,6 +40,7 @@ var commands = []command{
 	{"tcp-halfclose", "send, shut down the sending side, then read to the end", runHalfClose},
 	{"tcp-storm", "open many connections and compare the addresses that each side saw", runStorm},
 	{"hook", "a webhook and an aggregated API for an API server", runHook},
+	{"files", "serve the files of a directory", runFiles},
 	{"sleep", "do nothing until told to stop", runSleep},
 }
 

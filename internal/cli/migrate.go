@@ -246,7 +246,6 @@ const servicesAlone = "Warren's waypoints take what is sent to Services"
 
 // notFollowed are kinds of Istio that Warren does not look at, and what to do.
 var notFollowed = map[string]string{
-	"WasmPlugin":       "extensions of Envoy are not loaded",
 	"Sidecar":          "there are no sidecars",
 	"ProxyConfig":      "there are no sidecars",
 	"WorkloadGroup":    "there are no machines outside of Kubernetes",
@@ -255,6 +254,7 @@ var notFollowed = map[string]string{
 
 // partlyFollowed are kinds of Istio of which an object may do here what it did there, or not, and how to learn it.
 var partlyFollowed = map[string]string{
+	"WasmPlugin":  "warren analyze says which are refused: modules are fetched by https, not from images (oci://) or files, and without its module a plugin has requests answered with 503 but for failStrategy FAIL_OPEN; those of sidecars run nowhere, and for a waypoint there have to be targetRefs",
 	"EnvoyFilter": "warren analyze says which patches are refused; those of sidecars change nothing, and for a waypoint there have to be targetRefs",
 }
 

@@ -106,6 +106,8 @@ func TestMigrationOfObjects(t *testing.T) {
 ---
 {kind: WasmPlugin, apiVersion: extensions.istio.io/v1alpha1, metadata: {name: f, namespace: shop}}
 ---
+{kind: ProxyConfig, apiVersion: networking.istio.io/v1beta1, metadata: {name: p, namespace: shop}}
+---
 {kind: Sidecar, apiVersion: other.example/v1, metadata: {name: not-istio, namespace: shop}}
 ---
 {kind: Gateway, apiVersion: gateway.networking.k8s.io/v1, metadata: {name: way, namespace: shop}, spec: {gatewayClassName: istio-waypoint}}
@@ -123,8 +125,8 @@ func TestMigrationOfObjects(t *testing.T) {
 		t.Errorf("pods: %+v", got)
 	}
 	got := istioObjects(objects)
-	if len(got) != 5 || !says(got, "ok", "2 waypoints") || !says(got, "failed", "Gateway shop/pods", "istio.io/waypoint-for=workload") ||
-		!says(got, "failed", "Gateway shop/east", "istio-east-west") || !says(got, "warning", "WasmPlugin", "of no effect: shop/f") || !says(got, "warning", "EnvoyFilter", "not in all: shop/e") {
+	if len(got) != 6 || !says(got, "ok", "2 waypoints") || !says(got, "failed", "Gateway shop/pods", "istio.io/waypoint-for=workload") ||
+		!says(got, "failed", "Gateway shop/east", "istio-east-west") || !says(got, "warning", "WasmPlugin", "not in all: shop/f") || !says(got, "warning", "ProxyConfig", "of no effect: shop/p") || !says(got, "warning", "EnvoyFilter", "not in all: shop/e") {
 		t.Errorf("objects: %+v", got)
 	}
 	if got := istioObjects(nil); len(got) != 0 {

@@ -17,6 +17,7 @@ type Ingress struct {
 	Tokens       []TokenRule
 	Limits       []RateLimit // by name
 	Patches      []Patch     // in the order in which they are made
+	Plugins      []Plugin    // in the order in which requests pass by those of a phase
 	Telemetry    *Telemetry  // nil: the default
 
 	BackendCertificate string // of Certificates, the one that is shown to applications with which it speaks TLS; "": none

@@ -108,6 +108,7 @@ type Service struct {
 	Tokens  []TokenRule
 	Limits  []RateLimit // by name
 	Patches []Patch     // in the order in which they are made
+	Plugins []Plugin    // in the order in which requests pass by those of a phase
 
 	Telemetry *Telemetry // of its waypoint; nil: the default
 

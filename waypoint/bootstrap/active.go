@@ -189,6 +189,9 @@ func (r *readBack) dump(ctx context.Context, kind string, names []string, have m
 	if len(names) <= 20 { // a request has to fit into Envoy's limit of headers
 		q.Set("name_regex", "^("+strings.Join(names, "|")+")$")
 	}
+	if kind == resource.ExtensionConfigType { // there may be modules in them
+		q.Set("mask", "version_info,ecds_filter.name")
+	}
 	res, err := r.get(ctx, "/config_dump?"+q.Encode())
 	if err != nil {
 		return err

@@ -1,4 +1,4 @@
-package jwks
+package fetch
 
 import (
 	"context"
@@ -10,8 +10,9 @@ import (
 	"time"
 )
 
-// forbidden are addresses that are no issuer's: this machine, its neighbours on the link, and where clouds tell a machine
-// its secrets. Private networks are not among them: issuers run in clusters.
+// forbidden are addresses that are nobody's who serves others: this machine, its neighbours on the link, and where clouds tell a machine
+// its secrets. Private networks are not among them: what is fetched is
+// served in clusters, too.
 var forbidden = []netip.Prefix{
 	netip.MustParsePrefix("0.0.0.0/8"), netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("169.254.0.0/16"),
 	netip.MustParsePrefix("192.0.0.0/24"),                                                  // of protocols; Oracle's metadata
@@ -33,13 +34,13 @@ var embedding = []struct {
 	{netip.MustParsePrefix("2002::/16"), 2}, // 6to4
 }
 
-// judge refuses an address that must not be called.
-func judge(a netip.Addr) error {
+// Judge refuses an address that must not be called.
+func Judge(a netip.Addr) error {
 	a = a.WithZone("").Unmap()
 	for _, e := range embedding {
 		if e.prefix.Contains(a) {
 			b := a.As16()
-			if err := judge(netip.AddrFrom4([4]byte(b[e.at : e.at+4]))); err != nil {
+			if err := Judge(netip.AddrFrom4([4]byte(b[e.at : e.at+4]))); err != nil {
 				return err
 			}
 		}
@@ -52,26 +53,26 @@ func judge(a netip.Addr) error {
 
 var errForbidden = errors.New("its address is loopback, link-local, of a cloud's metadata or of no host, and is not called")
 
-// dialer connects to hosts whose addresses may be called.
-type dialer struct {
-	lookup func(ctx context.Context, host string) ([]netip.Addr, error)
-	dial   func(ctx context.Context, network, address string) (net.Conn, error)
-	judge  func(netip.Addr) error
+// Dialer connects to hosts whose addresses may be called.
+type Dialer struct {
+	Lookup func(ctx context.Context, host string) ([]netip.Addr, error)
+	Dial   func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-func newDialer() dialer {
+// NewDialer asks the system's resolver, and connects within 5 s.
+func NewDialer() Dialer {
 	d := net.Dialer{Timeout: 5 * time.Second}
-	return dialer{
-		lookup: func(ctx context.Context, host string) ([]netip.Addr, error) {
+	return Dialer{
+		Lookup: func(ctx context.Context, host string) ([]netip.Addr, error) {
 			return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 		},
-		dial: d.DialContext, judge: judge,
+		Dial: d.DialContext,
 	}
 }
 
 // DialContext resolves the host once. A name that has one forbidden address is not called at any: it may be about to
 // have others.
-func (d dialer) DialContext(ctx context.Context, _, address string) (net.Conn, error) {
+func (d Dialer) DialContext(ctx context.Context, _, address string) (net.Conn, error) {
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
 		return nil, err
@@ -79,18 +80,18 @@ func (d dialer) DialContext(ctx context.Context, _, address string) (net.Conn, e
 	addrs := []netip.Addr{}
 	if a, err := netip.ParseAddr(host); err == nil {
 		addrs = append(addrs, a)
-	} else if addrs, err = d.lookup(ctx, host); err != nil {
+	} else if addrs, err = d.Lookup(ctx, host); err != nil {
 		return nil, fmt.Errorf("resolve %s: %w", host, err)
 	}
 	for _, a := range addrs {
-		if err := d.judge(a); err != nil {
+		if err := Judge(a); err != nil {
 			return nil, fmt.Errorf("%s: %w", host, err)
 		}
 	}
 	err = fmt.Errorf("%s has no address", host)
 	for _, a := range addrs {
 		var c net.Conn
-		if c, err = d.dial(ctx, "tcp", net.JoinHostPort(a.Unmap().String(), port)); err == nil {
+		if c, err = d.Dial(ctx, "tcp", net.JoinHostPort(a.Unmap().String(), port)); err == nil {
 			return c, nil
 		}
 	}
