@@ -262,6 +262,7 @@ func TestWaypointServes(t *testing.T) {
 	t.Run("provider", func(t *testing.T) { waypointAsks(t, istio, guarded, get) })
 	t.Run("tokens", func(t *testing.T) { waypointTokens(t, istio, guarded, get) })
 	t.Run("patches", func(t *testing.T) { waypointPatches(t, istio, guarded, ask) })
+	t.Run("plugins", func(t *testing.T) { waypointPlugins(t, istio, guarded, ask) })
 
 	// A change reaches the next request.
 	apply := func(spec string) {
@@ -443,6 +444,7 @@ extensionProviders:
 	kube.Resources = []*metav1.APIResourceList{
 		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}}},
 		{GroupVersion: "networking.istio.io/v1alpha3", APIResources: []metav1.APIResource{{Name: "envoyfilters"}}},
+		{GroupVersion: "extensions.istio.io/v1alpha1", APIResources: []metav1.APIResource{{Name: "wasmplugins"}}},
 		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}, {Name: "requestauthentications"}}},
 		{GroupVersion: "policy.warren.io/v1alpha1", APIResources: []metav1.APIResource{{Name: "ratelimits"}}},
 		{GroupVersion: "telemetry.istio.io/v1", APIResources: []metav1.APIResource{{Name: "telemetries"}}},
