@@ -141,6 +141,7 @@ type target struct {
 	service mesh.ServiceName
 	port    uint16
 	subset  string
+	from    string // namespace whose DestinationRule holds for it; "": the service's own
 	http    bool
 	grpc    bool // HTTP/2 whatever the port says: what spans and logs are sent to
 	encrypt bool // connections that get TLS on the way
@@ -159,6 +160,9 @@ func (t target) name() string {
 	}
 	if t.subset != "" {
 		kind += "/" + t.subset
+	}
+	if t.from != "" {
+		kind += "@" + t.from
 	}
 	return "outbound|" + strconv.Itoa(int(t.port)) + "|" + kind + "|" + t.service.Hostname
 }

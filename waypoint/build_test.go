@@ -117,6 +117,14 @@ func told(to *mesh.TelemetryProvider) *mesh.Telemetry {
 
 var cases = map[string]func(*mesh.Service){
 	"plain": nil,
+	"sender": func(s *mesh.Service) { // the rule of who sends comes before the service's own, where there is one
+		s.Traffic = []mesh.Traffic{{Balance: mesh.BalanceRandom}, {From: "blog", Subset: "v1", Balance: mesh.BalanceRoundRobin}}
+		s.Subsets = append(slices.Clone(versions), mesh.Subset{Name: "v1", Labels: map[string]string{"version": "v2"}, From: "blog"})
+		to := func(from, subset string) mesh.HTTPBackend {
+			return mesh.HTTPBackend{Service: catalog, Subset: subset, From: from, Weight: 1}
+		}
+		s.HTTP = []mesh.HTTPRule{{Name: "blog/v/0", Backends: []mesh.HTTPBackend{to("blog", "v1"), to("blog", "v2"), to("other", "v1")}}}
+	},
 	"connections": func(s *mesh.Service) {
 		s.Ports = append(s.Ports, mesh.ServicePort{Port: 9000, Target: 9000}, mesh.ServicePort{Port: 5432, Target: 5432, App: mesh.AppTCP})
 		s.Routed = []mesh.Routed{{Port: 5432, Backends: []mesh.HTTPBackend{{Invalid: "there is no such Service", Weight: 1}}},

@@ -165,7 +165,7 @@ func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
 		return out
 	}
 	i := slices.IndexFunc(svc.Ports, func(p mesh.ServicePort) bool { return p.Port == t.port })
-	labels, known := subsetLabels(svc, t.subset)
+	labels, known := subsetLabels(svc, t)
 	if e := b.encryption(t); i < 0 || !known || b.unreachable(e) {
 		return out
 	}
@@ -213,13 +213,13 @@ func endpoint(w *mesh.Workload, at netip.AddrPort, unreadyToo bool) *endpointv3.
 	return e
 }
 
-// subsetLabels returns what an endpoint of a subset must have; known is false where the service has no such subset.
-func subsetLabels(svc *mesh.Service, name string) (_ map[string]string, known bool) {
-	if name == "" {
+// subsetLabels returns what an endpoint of a target's subset must have; known is false where the service has no such subset.
+func subsetLabels(svc *mesh.Service, t target) (_ map[string]string, known bool) {
+	if t.subset == "" {
 		return nil, true
 	}
 	for _, s := range svc.Subsets {
-		if s.Name == name {
+		if s.Name == t.subset && s.From == t.from {
 			return s.Labels, true
 		}
 	}

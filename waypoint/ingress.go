@@ -58,14 +58,21 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 	w.written++
 	listeners := []*listenerv3.Listener{b.originate()}
 	var tables []*routev3.RouteConfiguration
+	var arriving []arrival
 	for from := 0; from < len(g.Listeners); {
 		to := from + 1
 		for to < len(g.Listeners) && g.Listeners[to].Port == g.Listeners[from].Port {
 			to++
 		}
-		l, routes := b.ingressPort(g.Listeners[from:to])
-		listeners, tables = append(listeners, l), append(tables, routes...)
+		chains, routes := b.ingressChains(g.Listeners[from:to])
+		if l := b.ingressPort(chains); l != nil {
+			listeners = append(listeners, l)
+		}
+		arriving, tables = append(arriving, chains...), append(tables, routes...)
 		from = to
+	}
+	if g.Tunnels {
+		listeners = append(listeners, b.terminate(), b.arrive(arriving))
 	}
 	all := map[string][]*item{}
 	add := func(kind, name string, m proto.Message) {
@@ -87,7 +94,12 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 		}
 	}
 	for _, m := range b.fixedClusters() {
-		if m.Name != mainInternal {
+		if m.Name != mainInternal || g.Tunnels {
+			add(resource.ClusterType, m.Name, m)
+		}
+	}
+	if g.Tunnels {
+		for _, m := range b.ownPorts() {
 			add(resource.ClusterType, m.Name, m)
 		}
 	}
@@ -142,17 +154,8 @@ func (b *builder) named(t target) *corev3.Metadata {
 // ofService is a formatter of what [builder.named] says.
 func ofService(field string) string { return "%CLUSTER_METADATA(" + metaService + ":" + field + ")%" }
 
-// ingressPort is the listener of a port: a filter chain for each of what is served there.
-func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listener, tables []*routev3.RouteConfiguration) {
-	port := list[0].Port
-	l := &listenerv3.Listener{
-		Name: ingressPrefix + strconv.Itoa(int(port)), Address: socket("0.0.0.0", uint32(port)),
-		PerConnectionBufferLimitBytes: wrapperspb.UInt32(1 << 20),
-	}
-	if b.hasIPv6() {
-		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: socket("::", uint32(port))}}
-	}
-	inspect := false
+// ingressChains are the filter chains of what is served on a port.
+func (b *builder) ingressChains(list []mesh.IngressListener) (chains []arrival, tables []*routev3.RouteConfiguration) {
 	for i := range list {
 		in := &list[i]
 		c := b.ingressChain(in)
@@ -164,7 +167,6 @@ func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listen
 			f.Filters = append(b.connectionAccess(c), b.forwardTCP(c, in))
 		}
 		if in.TLS != nil || len(in.Names) > 0 {
-			inspect = true
 			f.FilterChainMatch = &listenerv3.FilterChainMatch{TransportProtocol: "tls"}
 			if !slices.Contains(in.Names, "*") {
 				f.FilterChainMatch.ServerNames = in.Names
@@ -173,12 +175,35 @@ func (b *builder) ingressPort(list []mesh.IngressListener) (_ *listenerv3.Listen
 		if in.TLS != nil {
 			f.TransportSocket = b.transport("envoy.transport_sockets.tls", downstream(in))
 		}
-		l.FilterChains = append(l.FilterChains, f)
+		chains = append(chains, arrival{in, f})
+	}
+	return chains, tables
+}
+
+// ingressPort is the listener of a port: a filter chain for each of what is served there; nil where that is the tunnel's alone.
+func (b *builder) ingressPort(chains []arrival) *listenerv3.Listener {
+	port := chains[0].in.Port
+	l := &listenerv3.Listener{
+		Name: ingressPrefix + strconv.Itoa(int(port)), Address: socket("0.0.0.0", uint32(port)),
+		PerConnectionBufferLimitBytes: wrapperspb.UInt32(1 << 20),
+	}
+	if b.hasIPv6() {
+		l.AdditionalAddresses = []*listenerv3.AdditionalAddress{{Address: socket("::", uint32(port))}}
+	}
+	inspect := false
+	for _, a := range chains {
+		if !a.in.Tunnelled {
+			l.FilterChains = append(l.FilterChains, a.chain)
+			inspect = inspect || a.byTLS()
+		}
+	}
+	if len(l.FilterChains) == 0 {
+		return nil
 	}
 	if inspect {
 		l.ListenerFilters = []*listenerv3.ListenerFilter{b.listenerFilter("envoy.filters.listener.tls_inspector", &tlsinspectorv3.TlsInspector{})}
 	}
-	return l, tables
+	return l
 }
 
 // ingressChain has what serves services serve a listener.
@@ -248,8 +273,7 @@ func (b *builder) share(p *tcpproxyv3.TcpProxy, c chain, backends []mesh.HTTPBac
 		}
 		name := blackHole
 		if svc := b.lookup(t.Service); t.Invalid == "" && svc != nil {
-			k := target{service: t.Service, port: b.portOf(c, &t), subset: t.Subset}
-			k = b.overTLS(c, k)
+			k := b.overTLS(c, b.target(c, &t))
 			b.targets[k] = true
 			name = k.name()
 		}

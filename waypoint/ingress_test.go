@@ -68,6 +68,19 @@ func TestIngress(t *testing.T) {
 	ingressGolden(t, "ingress", shop(nil), in)
 }
 
+// TestIngressTunnels has what is of the mesh come to a gateway by tunnel: to the same as from outside, and to what is for it alone.
+func TestIngressTunnels(t *testing.T) {
+	in := entrance()
+	in.Tunnels = true
+	in.Listeners = append(in.Listeners, mesh.IngressListener{Name: "http/8081", Port: 8081, Tunnelled: true, Hosts: []mesh.IngressHost{
+		{Names: []string{"out.example"}, Rules: []mesh.HTTPRule{{Name: "shop/out/0", Backends: []mesh.HTTPBackend{{Service: outside, Port: 80, Weight: 1}}}}},
+	}})
+	in.Access = append(in.Access, mesh.AccessPolicy{Name: mesh.PolicyName{Namespace: "shop", Name: "way-only"}, Action: mesh.Allow, Rules: []mesh.AccessRule{{Clauses: []mesh.AccessClause{
+		{Who: true, Any: [][]mesh.AccessTest{{{On: mesh.AccessPrincipal, Text: []mesh.TextMatch{text(mesh.TextExact, "cluster.local/ns/shop/sa/way")}}}}},
+	}}}})
+	ingressGolden(t, "ingress-tunnel", shop(nil), in)
+}
+
 // TestEncryptedBackends has a gateway speak TLS to applications, but where TLS passes it or where it cannot be had.
 func TestEncryptedBackends(t *testing.T) {
 	in := entrance()

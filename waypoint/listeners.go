@@ -362,8 +362,10 @@ func (b *builder) logFields(c chain, http bool) map[string]string {
 	if b.ingress != nil {
 		fields["destination_service"] = ofService("host")
 		fields["requested_server_name"] = "%REQUESTED_SERVER_NAME%"
-		for _, f := range []string{"source_principal", "source_workload", "source_namespace"} {
-			delete(fields, f) // a client from outside
+		if !b.ingress.Tunnels { // all clients are from outside
+			for _, f := range []string{"source_principal", "source_workload", "source_namespace"} {
+				delete(fields, f)
+			}
 		}
 	}
 	if http {

@@ -333,9 +333,19 @@ func (b *builder) backend(c chain, t *mesh.HTTPBackend) string {
 	if b.lookup(t.Service) == nil {
 		return blackHole
 	}
-	k := target{service: t.Service, port: b.portOf(c, t), subset: t.Subset, http: true}
+	k := b.target(c, t)
+	k.http = true
 	b.targets[k] = true
 	return k.name()
+}
+
+// target is where a backend is.
+func (b *builder) target(c chain, t *mesh.HTTPBackend) target {
+	k := target{service: t.Service, port: b.portOf(c, t), subset: t.Subset}
+	if svc := b.lookup(t.Service); svc != nil && svc.RuledBy(t.From) {
+		k.from = t.From
+	}
+	return k
 }
 
 // portOf is the port of a backend. One that none is named of has the only port of the service, at a gateway, whose own ports are

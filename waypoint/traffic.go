@@ -19,7 +19,7 @@ import (
 // traffic is how the endpoints of a target are used.
 func (b *builder) traffic(t target) *mesh.Traffic {
 	if svc := b.lookup(t.service); svc != nil {
-		if use := svc.TrafficFor(t.subset, t.port); use != nil {
+		if use := svc.TrafficFor(t.from, t.subset, t.port); use != nil {
 			return use
 		}
 	}
@@ -131,8 +131,7 @@ func outliers(o *mesh.Outliers) *clusterv3.OutlierDetection {
 func (b *builder) hashPolicies(c chain, r *mesh.HTTPRule) []*routev3.RouteAction_HashPolicy {
 	var out []*routev3.RouteAction_HashPolicy
 	for i := range r.Backends {
-		t := target{service: r.Backends[i].Service, port: b.portOf(c, &r.Backends[i]), subset: r.Backends[i].Subset, http: true}
-		k := b.traffic(t).Hash
+		k := b.traffic(b.target(c, &r.Backends[i])).Hash
 		if k == nil {
 			continue
 		}

@@ -127,7 +127,7 @@ func Run(in Input) ([]Finding, error) {
 		if n == nil || judged[of] || !r.Cluster && !alone(n.Reason) {
 			continue
 		}
-		r.add(of, severityOf(n.Reason), kebab(n.Reason), "", n.Message)
+		r.add(of, severityOf(k.Kind, n.Reason), kebab(n.Reason), "", n.Message)
 	}
 	if r.Cluster {
 		r.references()
@@ -211,7 +211,10 @@ func atWaypoint(u *index.Update, o *unstructured.Unstructured) bool {
 }
 
 // severityOf is how bad it is what the index says of an object.
-func severityOf(reason string) string {
+func severityOf(kind index.Kind, reason string) string {
+	if kind == index.VirtualService && reason == policy.ReasonNoWaypoint {
+		return Warning // it may be for gateways, too, which follow it
+	}
 	switch reason {
 	case "PartlyIgnored", "InjectionLabelIgnored", index.ReasonConflicted, index.ReasonNoProxy:
 		return Warning

@@ -120,12 +120,8 @@ func (r *run) service(o *unstructured.Unstructured, field, host string) *corev1.
 }
 
 func (r *run) virtualService(o *unstructured.Unstructured, v *networkingv1.VirtualService) {
-	inMesh := len(v.Spec.Gateways) == 0 || slices.Contains(v.Spec.Gateways, "mesh")
 	for i, h := range v.Spec.Hosts {
-		field := fmt.Sprintf("spec.hosts[%d]", i)
-		if s := r.service(o, field, h); s != nil && inMesh && len(v.Spec.Http) > 0 {
-			r.routed(o, field, s)
-		}
+		r.service(o, fmt.Sprintf("spec.hosts[%d]", i), h)
 	}
 	for i, http := range v.Spec.Http {
 		for j, d := range http.Route {

@@ -30,7 +30,7 @@ func TestCredentialsOfDestinationRules(t *testing.T) {
 				t.Errorf("asked for are %v", u.Secrets)
 			}
 		}
-		return u.Snapshot.Service(api).TrafficFor("", 80).TLS.CredentialOf("egress")
+		return u.Snapshot.Service(api).TrafficFor("", "", 80).TLS.CredentialOf("egress")
 	}
 	said := func() string {
 		if n := x.notices[NoticeKey{DestinationRule, "shop", "api"}]; n != nil {

@@ -184,6 +184,7 @@ type Index struct {
 	backendAPI
 	credentialAPI
 	delegateAPI
+	consumerAPI
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -256,6 +257,7 @@ func New(cfg Config) (*Index, error) {
 		backendAPI:      newBackendAPI(),
 		credentialAPI:   newCredentialAPI(),
 		delegateAPI:     newDelegateAPI(),
+		consumerAPI:     newConsumerAPI(),
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -484,6 +486,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 	for name := range x.dirtyHosts {
 		was, is := x.winners[name], winner(x.candidates[name])
 		x.touchDeciders(name, is)
+		x.touchVirtuals(name)
 		if was != is {
 			x.touchSenders(name)
 			for _, f := range x.candidates[name] {

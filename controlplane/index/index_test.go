@@ -48,225 +48,9 @@ var testConfig = Config{
 	Enablement: []EnablementSelector{{NamespaceSelector: metav1.LabelSelector{MatchLabels: map[string]string{"team": "meshed"}}}},
 }
 
-// dump writes everything that was derived, in an order of its own and without revisions.
-func dump(x *Index) string {
-	var b strings.Builder
-	s := x.Snapshot()
-	line := func(format string, args ...any) { fmt.Fprintf(&b, format+"\n", args...) }
-	for _, w := range slices.SortedFunc(s.Workloads(), func(a, b *mesh.Workload) int { return cmp.Compare(a.UID, b.UID) }) {
-		line("workload %s", w.UID)
-		line("  addrs %v%s net %q node %q host-network %t", w.Addrs, w.Hostname, w.Network, w.Node, w.HostNetwork)
-		line("  identity %q tunnel %d native %t healthy %t", w.Identity, w.Tunnel, w.NativeTunnel, w.Healthy)
-		line("  of %s (kind %d), canonical %s/%s, locality %+v, capacity %d", w.WorkloadName, w.Kind, w.CanonicalName, w.CanonicalRevision, w.Locality, w.Capacity)
-		for _, n := range slices.SortedFunc(maps.Keys(w.Services), mesh.ServiceName.Compare) {
-			line("  backs %s %v", n, w.Services[n])
-		}
-		if len(w.Policies) > 0 {
-			line("  policies %v", w.Policies)
-		}
-		if len(w.Audits) > 0 {
-			line("  audits %v", w.Audits)
-		}
-	}
-	for _, v := range slices.SortedFunc(s.Services(), func(a, b *mesh.Service) int { return a.Name.Compare(b.Name) }) {
-		line("service %s", v.Name)
-		line("  vips %v%v ports %v lb %+v sans %v canonical %t", v.VIPs, v.VIPNets, v.Ports, v.LB, v.SANs, v.Canonical)
-		if v.NamespaceOnly {
-			line("  for its namespace alone")
-		}
-		if v.Waypoint != nil {
-			line("  waypoint %s", v.Waypoint.Service)
-		}
-		if v.IngressUseWaypoint {
-			line("  gateways send by it")
-		}
-		for _, r := range v.HTTP {
-			line("  http %s port %d from %q matches %+v backends %+v invalid %q", r.Name, r.Port, r.From, r.Matches, r.Backends, r.Invalid)
-		}
-		for _, a := range v.Access {
-			line("  access %s action %d dry-run %t rules %+v", a.Name, a.Action, a.DryRun, a.Rules)
-		}
-		for _, r := range v.Tokens {
-			line("  tokens %+v", r)
-		}
-		if v.Telemetry != nil {
-			line("%s", toldText(v.Telemetry))
-		}
-		for _, l := range v.Limits {
-			line("  limit %+v", l)
-		}
-		linePatches(line, v.Patches)
-		linePlugins(line, v.Plugins)
-		for _, r := range v.Routed {
-			line("  routed port %d%v to %+v", r.Port, r.Names, r.Backends)
-		}
-		for _, e := range v.TLS {
-			line("  encrypted port %d host %s names %+v roots %d bytes invalid %q", e.Port, e.Host, e.Names, len(e.Roots), e.Invalid)
-		}
-		for _, s := range v.Subsets {
-			line("  subset %s %v", s.Name, s.Labels)
-		}
-	}
-	for _, g := range slices.SortedFunc(s.Ingresses(), func(a, b *mesh.Ingress) int { return a.Name.Compare(b.Name) }) {
-		line("ingress %s", g.Name)
-		for _, l := range g.Listeners {
-			line("  listener %s port %d names %v tls %+v", l.Name, l.Port, l.Names, l.TLS)
-			for _, to := range l.Backends {
-				line("    to %s port %d subset %q weight %d", to.Service, to.Port, to.Subset, to.Weight)
-			}
-			for _, h := range l.Hosts {
-				only := ""
-				if h.HTTPSOnly {
-					only = " by https only"
-				}
-				line("    hosts %v misdirects %t%s", h.Names, h.Misdirects, only)
-				for _, r := range h.Rules {
-					line("      http %s matches %+v backends %+v invalid %q", r.Name, r.Matches, r.Backends, r.Invalid)
-				}
-			}
-		}
-		for _, c := range g.Certificates {
-			line("  certificate %s", c.Name)
-		}
-		for _, a := range g.Access {
-			line("  access %s action %d dry-run %t rules %+v", a.Name, a.Action, a.DryRun, a.Rules)
-		}
-		for _, r := range g.Tokens {
-			line("  tokens %+v", r)
-		}
-		for _, l := range g.Limits {
-			line("  limit %+v", l)
-		}
-		linePatches(line, g.Patches)
-		linePlugins(line, g.Plugins)
-		if g.Telemetry != nil {
-			line("%s", toldText(g.Telemetry))
-		}
-	}
-	for _, k := range slices.SortedFunc(maps.Keys(x.gatewayStates), compareKeys) {
-		g := x.gatewayStates[k]
-		line("gateway %s accepted %+v", k, g.Accepted)
-		if !g.Resolved.OK() {
-			line("  resolved %+v", g.Resolved)
-		}
-		for _, set := range g.Sets {
-			line("  set %s/%s accepted %+v", set.Namespace, set.Name, set.Accepted)
-			for _, l := range set.Listeners {
-				line("    listener %s attached %d accepted %+v resolved %+v conflicted %+v", l.Name, l.Attached, l.Accepted, l.Resolved, l.Conflicted)
-			}
-		}
-		for _, l := range g.Listeners {
-			line("  listener %s attached %d accepted %+v resolved %+v conflicted %+v", l.Name, l.Attached, l.Accepted, l.Resolved, l.Conflicted)
-			for _, kind := range l.Kinds {
-				line("    takes %s", kind.Kind)
-			}
-		}
-	}
-	for _, p := range slices.SortedFunc(s.Policies(), func(a, b *mesh.Policy) int { return a.Name.Compare(b.Name) }) {
-		line("policy %s scope %d action %d dry-run %t", p.Name, p.Scope, p.Action, p.DryRun)
-		for _, r := range p.Rules {
-			line("  rule")
-			for _, c := range r.Clauses {
-				for i, m := range c.Matches {
-					line("    %s %s", map[bool]string{true: "and", false: "or "}[i == 0], matchText(m))
-				}
-			}
-		}
-	}
-	if ns := s.Config().UDPNamespaces; len(ns) > 0 {
-		line("policies apply to UDP of %v", ns)
-	}
-	for _, k := range sortedKeys(keySet(x.locals)) {
-		p := x.locals[k]
-		line("pod %s/%s %s on %s: enrolled %t (%s) strict %t phase %d", p.Namespace, p.Name, p.UID, p.Node, p.Enrolled, p.Reason, p.Strict, p.Phase)
-	}
-	for _, n := range slices.Sorted(maps.Keys(x.nsStates)) {
-		line("namespace %s enrolled %t", n, x.nsStates[n].Enrolled)
-	}
-	for _, k := range slices.SortedFunc(maps.Keys(x.states), func(a, b PolicyKey) int {
-		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
-	}) {
-		s := x.states[k]
-		at := ""
-		if len(s.Waypoints) > 0 {
-			at = fmt.Sprintf(" at %v", s.Waypoints)
-		}
-		line("state %s %s/%s: compiled %v%s exact %t %s: %s", k.Kind, k.Namespace, k.Name, s.Compiled, at, s.Exact, s.Reason, s.Message)
-	}
-	for _, k := range slices.SortedFunc(maps.Keys(x.routeStates), func(a, b RouteKey) int {
-		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
-	}) {
-		for _, p := range x.routeStates[k].Parents {
-			line("route %s %s/%s at %s: accepted %+v resolved %+v partly %+v", k.Kind, k.Namespace, k.Name, p.Ref.Name, p.Accepted, p.Resolved, p.Partly)
-		}
-	}
-	for _, k := range slices.SortedFunc(maps.Keys(x.notices), func(a, b NoticeKey) int {
-		return cmp.Or(cmp.Compare(a.Kind, b.Kind), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
-	}) {
-		line("notice %s %s/%s: %s: %s", k.Kind, k.Namespace, k.Name, x.notices[k].Reason, x.notices[k].Message)
-	}
-	return b.String()
-}
-
-func toldText(t *mesh.Telemetry) string {
-	out := "  told"
-	if tr := t.Tracing; tr != nil {
-		out += fmt.Sprintf(" by spans to %s, %g%% tags %v workloads %t", tr.To.Name, tr.Percent, tr.Tags, !tr.NoWorkloads)
-	}
-	for _, l := range t.Logs {
-		out += fmt.Sprintf(" by lines to %s if %q", l.To.Name, l.Filter)
-	}
-	for _, m := range t.Metrics {
-		out += fmt.Sprintf(" metric %q disabled %t without %v with %v", m.Metric, m.Disable != nil && *m.Disable, m.Remove, m.Set)
-	}
-	return out
-}
-
-func keySet[V any](m map[key]V) map[key]struct{} {
-	out := map[key]struct{}{}
-	for k := range m {
-		out[k] = struct{}{}
-	}
-	return out
-}
-
-func matchText(m mesh.Match) string {
-	var out []string
-	add := func(name string, n int, v any) {
-		if n > 0 {
-			out = append(out, fmt.Sprintf("%s %v", name, v))
-		}
-	}
-	add("ns", len(m.Namespaces), m.Namespaces)
-	add("not-ns", len(m.NotNamespaces), m.NotNamespaces)
-	add("principal", len(m.Principals), m.Principals)
-	add("not-principal", len(m.NotPrincipals), m.NotPrincipals)
-	add("sa", len(m.ServiceAccounts), m.ServiceAccounts)
-	add("not-sa", len(m.NotServiceAccounts), m.NotServiceAccounts)
-	add("src", len(m.SourceIPs), m.SourceIPs)
-	add("not-src", len(m.NotSourceIPs), m.NotSourceIPs)
-	add("dst", len(m.DestinationIPs), m.DestinationIPs)
-	add("not-dst", len(m.NotDestinationIPs), m.NotDestinationIPs)
-	add("port", len(m.DestinationPorts), m.DestinationPorts)
-	add("not-port", len(m.NotDestinationPorts), m.NotDestinationPorts)
-	return strings.Join(out, ", ")
-}
-
 // patchYAML is an EnvoyFilter for something that adds a filter to all.
 func patchYAML(to string) string {
 	return `spec: {` + to + `configPatches: [{applyTo: HTTP_FILTER, patch: {operation: ADD, value: {name: gzip, typed_config: {"@type": type.googleapis.com/envoy.extensions.filters.http.grpc_web.v3.GrpcWeb}}}}]}`
-}
-
-func linePatches(line func(string, ...any), all []mesh.Patch) {
-	for _, p := range all {
-		line("  patch %s %s op %d port %d names %q filter %q value %s", p.Object, p.At, p.Op, p.Port, p.ServerName, p.Filter, p.Value)
-	}
-}
-
-func linePlugins(line func(string, ...any), all []mesh.Plugin) {
-	for _, p := range all {
-		line("  plugin %s phase %d fails %d root %q ports %v env %v config %s module %s", p.Object, p.Phase, p.Fails, p.Root, p.Ports, p.Env, p.Config, p.Module)
-	}
 }
 
 // decode reads one YAML document.
@@ -522,7 +306,7 @@ func drawMeta(t *rapid.T, name string, names ...string) metav1.ObjectMeta {
 var podLabels = []map[string]string{
 	nil, {"app": "x"}, {"app": "z"}, {"app": "x", labelMode: "none"}, {"app": "x", labelMode: "ambient"}, {labelMode: "odd"}, {"app": "z", labelTunnel: "http"},
 	{"app": "z", LabelWaypoint: "w", LabelWaypointNamespace: "b"}, {LabelWaypoint: "none"},
-	{"app": "x", labelServing: "true"}, {"app": "z", labelServing: "true"}, {labelServing: "true"},
+	{"app": "x", labelServing: "true"}, {"app": "x", labelServing: "true", labelTunnel: "http"}, {"app": "z", labelServing: "true"}, {labelServing: "true"},
 	{"app": "x", labelManaged: "istio.io-gateway-controller", policy.LabelGateway: "w"}, {labelManaged: "istio.io-gateway-controller", policy.LabelGateway: "w1"},
 }
 
@@ -562,12 +346,14 @@ func drawObject(t *rapid.T) (ref, any) {
 		mustYAML(t, pick(t, "spec", `{hosts: [s0], http: [{route: [{destination: {host: s0, subset: v1}}]}]}`,
 			`{hosts: [s0, s1.b.svc.cluster.local], http: [{match: [{uri: {regex: "("}}], route: [{destination: {host: s1}}]}]}`,
 			`{hosts: [s1], gateways: [g], http: [{redirect: {uri: /}}]}`,
+			`{hosts: [db.example], http: [{route: [{destination: {host: s1.b.svc.cluster.local, subset: v1}}]}]}`,
 			`{hosts: ["*"], gateways: [a/g, mesh], http: [{match: [{gateways: [mesh]}], redirect: {uri: /m}}, {route: [{destination: {host: s0}}]}]}`,
 			`{hosts: [x.example], exportTo: ["."], gateways: [a/g, b/g], tls: [{match: [{sniHosts: [x.example]}], route: [{destination: {host: s0}}]}], tcp: [{route: [{destination: {host: s1}}]}]}`), &v.Spec)
 		return ref{kind, keyOf(v)}, v
 	case DestinationRule:
 		d := &networkingv1.DestinationRule{ObjectMeta: drawMeta(t, "name", "dr0", "dr1")}
-		mustYAML(t, pick(t, "spec", `{host: s0, subsets: [{name: v1, labels: {app: x}}]}`, `{host: s1, trafficPolicy: {loadBalancer: {simple: RANDOM}}}`), &d.Spec)
+		mustYAML(t, pick(t, "spec", `{host: s0, subsets: [{name: v1, labels: {app: x}}]}`, `{host: s1, trafficPolicy: {loadBalancer: {simple: RANDOM}}}`,
+			`{host: s1.b.svc.cluster.local, trafficPolicy: {tls: {mode: SIMPLE, credentialName: c}}, subsets: [{name: v1, labels: {app: x}}]}`), &d.Spec)
 		return ref{kind, keyOf(d)}, d
 	case Gateway:
 		g := &gatewayv1.Gateway{ObjectMeta: drawMeta(t, "name", "w", "w1")}
@@ -590,6 +376,7 @@ func drawObject(t *rapid.T) (ref, any) {
 		g := &networkingv1.Gateway{ObjectMeta: drawMeta(t, "name", "g", "h")}
 		mustYAML(t, pick(t, "servers", `{selector: {app: x}, servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: ["*"]}]}`,
 			`{selector: {app: x}, servers: [{port: {number: 80, name: t, protocol: TCP}, hosts: ["*"]}, {port: {number: 443, name: s, protocol: HTTPS}, hosts: [b/x.example], tls: {mode: MUTUAL, credentialName: c}}]}`,
+			`{selector: {app: x}, servers: [{port: {number: 80, name: s, protocol: HTTPS}, hosts: ["*"], tls: {mode: ISTIO_MUTUAL}}]}`,
 			`{selector: {app: z}, servers: [{port: {number: 80, name: http, protocol: HTTP}, hosts: [./x.example], tls: {httpsRedirect: true}}, {port: {number: 443, name: s, protocol: TLS}, hosts: ["*"], tls: {mode: PASSTHROUGH}}]}`), &g.Spec)
 		return ref{IstioGateway, keyOf(g)}, g
 	case GatewayClass:

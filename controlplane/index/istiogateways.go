@@ -52,6 +52,11 @@ type entrance struct {
 	gateways []*istioGatewayFact // that select any of them, the oldest first
 }
 
+// tunnels reports whether any of its pods takes the mesh's tunnel.
+func (e *entrance) tunnels() bool {
+	return slices.ContainsFunc(e.labels, func(l map[string]string) bool { return l[labelTunnel] == "http" })
+}
+
 // istioGatewayAPI is what the index has of them.
 type istioGatewayAPI struct {
 	istioGateways map[string]map[string]*istioGatewayFact

@@ -132,6 +132,9 @@ func (c *compiled) virtualServiceFactOf(v *networkingv1.VirtualService) *routeFa
 func (c *compiled) destinationRuleFactOf(d *networkingv1.DestinationRule) *routeFact {
 	f := &routeFact{key: keyOf(d), uid: string(d.UID), created: d.CreationTimestamp, hosts: []mesh.ServiceName{c.ResolveHost(d.Namespace, d.Spec.Host)}}
 	f.subsets, f.traffic, f.problems = routing.DestinationRule(&d.Spec)
+	if f.away() {
+		f.consume()
+	}
 	return f
 }
 
@@ -139,6 +142,7 @@ func (x *Index) setRoutes(kind Kind, all map[string]map[string]*routeFact, k key
 	old := put(all, k, f)
 	if kind == DestinationRule {
 		x.setCredentialed(k, f)
+		x.setConsumer(old, f)
 	}
 	for _, r := range []*routeFact{old, f} {
 		if r == nil {
@@ -146,6 +150,9 @@ func (x *Index) setRoutes(kind Kind, all map[string]map[string]*routeFact, k key
 		}
 		x.dirtyEntrance = x.dirtyEntrance || r.at != nil
 		x.dirtyRoutes[ref{kind, k}] = struct{}{}
+		if kind == VirtualService {
+			x.touchConsumers(k.Namespace)
+		}
 		for _, h := range r.hosts {
 			x.dirtyHosts[h] = struct{}{}
 			for _, other := range all[k.Namespace] { // which of several holds may have changed
@@ -160,8 +167,12 @@ func (x *Index) setRoutes(kind Kind, all map[string]map[string]*routeFact, k key
 // oldest is the object of the service's namespace that speaks for it. Those of other namespaces are for their own
 // clients, whom a waypoint cannot tell from others.
 func oldest(all map[string]map[string]*routeFact, name mesh.ServiceName) *routeFact {
+	return oldestIn(all[name.Namespace], name)
+}
+
+func oldestIn(namespace map[string]*routeFact, name mesh.ServiceName) *routeFact {
 	var best *routeFact
-	for _, f := range all[name.Namespace] {
+	for _, f := range namespace {
 		if slices.Contains(f.hosts, name) && f.older(best) {
 			best = f
 		}
@@ -189,6 +200,7 @@ func (x *Index) route(s *mesh.Service) {
 			x.dirtyRoutes[ref{DestinationRule, d.key}] = struct{}{} // what is missing is said
 		}
 	}
+	x.consumed(s)
 }
 
 // routeConnections adds what a VirtualService says about connections to ports of a service, where no TCPRoute does. On ports that
@@ -228,8 +240,17 @@ func (x *Index) commitRoutes(u *Update) {
 			continue
 		}
 		problems, reason := append(slices.Clone(f.problems), x.missing(f)...), reasonPartlyIgnored
+		if r.kind == VirtualService {
+			without := x.withoutWaypoint(f)
+			if len(problems) == 0 && len(without) == len(f.hosts) && len(without) > 0 {
+				reason = reasonNoWaypoint
+			}
+			problems = append(problems, without...)
+		}
 		for _, h := range f.hosts {
-			if h.Namespace != f.Namespace {
+			if h.Namespace != f.Namespace && r.kind == DestinationRule {
+				problems = append(problems, x.unconsumed(f, all[f.Namespace])...)
+			} else if h.Namespace != f.Namespace {
 				problems = append(problems, h.Hostname+" is of another namespace, where this holds for nobody; write it in the namespace "+h.Namespace)
 			} else if first := oldest(all, h); first != f {
 				problems = append(problems, "for "+h.Hostname+" "+first.Name+" holds, which is older")

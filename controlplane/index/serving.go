@@ -24,10 +24,11 @@ type serving struct {
 
 // servedPort is what servers have made of a port.
 type servedPort struct {
-	family string
-	first  string          // server that has it
-	names  map[string]bool // server names in TLS that are taken; "*" is all others
-	hosts  *hostTable      // of all servers without TLS
+	family    string
+	tunnelled bool
+	first     string          // server that has it
+	names     map[string]bool // server names in TLS that are taken; "*" is all others
+	hosts     *hostTable      // of all servers without TLS
 }
 
 // hostTable is which VirtualServices are for which hosts.
@@ -50,7 +51,7 @@ func (s *serving) say(g *istioGatewayFact, server *routing.Server, format string
 }
 
 func (s *serving) serve() *mesh.Ingress {
-	s.out, s.ports = &mesh.Ingress{Name: s.entrance.name, Workload: s.entrance.workload}, map[uint16]*servedPort{}
+	s.out, s.ports = &mesh.Ingress{Name: s.entrance.name, Workload: s.entrance.workload, Tunnels: s.entrance.tunnels()}, map[uint16]*servedPort{}
 	s.out.Access, s.out.Tokens = s.x.gatewayAccess(s.entrance.Namespace, s.entrance.labels, func(string, []policy.Target) bool { return false })
 	s.out.Limits = s.x.entranceLimits(s.entrance)
 	nobody := func(string, policy.Target) bool { return false }
@@ -63,7 +64,7 @@ func (s *serving) serve() *mesh.Ingress {
 	}
 	for port, p := range s.ports {
 		if p.hosts != nil {
-			s.out.Listeners = append(s.out.Listeners, mesh.IngressListener{Name: "http/" + strconv.Itoa(int(port)), Port: port, Hosts: p.hosts.finish()})
+			s.out.Listeners = append(s.out.Listeners, mesh.IngressListener{Name: "http/" + strconv.Itoa(int(port)), Port: port, Tunnelled: p.tunnelled, Hosts: p.hosts.finish()})
 		}
 	}
 	slices.SortFunc(s.out.Listeners, func(a, b mesh.IngressListener) int {
@@ -74,14 +75,17 @@ func (s *serving) serve() *mesh.Ingress {
 }
 
 func (s *serving) server(g *istioGatewayFact, server *routing.Server) {
-	p, family := s.ports[server.Port], server.Serves.Family()
+	p, family := s.ports[server.Port], server.Family()
 	switch {
+	case server.Tunnelled && !s.out.Tunnels:
+		s.say(g, server, "tls.mode ISTIO_MUTUAL: the gateway's pods have not the label %s: http, so that nothing comes to them by the mesh's tunnel", labelTunnel)
+		return
 	case p == nil:
-		p = &servedPort{family: family, first: "Gateway " + g.String() + " " + server.At, names: map[string]bool{}}
+		p = &servedPort{family: family, tunnelled: server.Tunnelled, first: "Gateway " + g.String() + " " + server.At, names: map[string]bool{}}
 	case p.family != family:
 		s.say(g, server, "port %d is taken for %s by %s", server.Port, p.family, p.first)
 		return
-	case family == "TCP":
+	case server.Serves == routing.ServesTCP:
 		s.say(g, server, "port %d is taken by %s, and connections without TLS tell no host", server.Port, p.first)
 		return
 	}
@@ -119,7 +123,7 @@ func (s *serving) server(g *istioGatewayFact, server *routing.Server) {
 		if backends == nil {
 			return
 		}
-		s.out.Listeners = append(s.out.Listeners, mesh.IngressListener{Name: "tcp/" + name, Port: server.Port, Backends: backends})
+		s.out.Listeners = append(s.out.Listeners, mesh.IngressListener{Name: "tcp/" + name, Port: server.Port, Backends: backends, Tunnelled: server.Tunnelled})
 	}
 	s.ports[server.Port] = p
 }

@@ -24,14 +24,18 @@ const (
 )
 
 // Family is what can share a port.
-func (s Serves) Family() string {
-	switch s {
+func (s *Server) Family() string {
+	family := "TLS"
+	switch s.Serves {
 	case ServesHTTP:
-		return "HTTP"
+		family = "HTTP"
 	case ServesTCP:
-		return "TCP"
+		family = "TCP"
 	}
-	return "TLS"
+	if s.Tunnelled {
+		family += " by the mesh's tunnel"
+	}
+	return family
 }
 
 // Server is a server of a Gateway that can be served.
@@ -41,6 +45,7 @@ type Server struct {
 	Serves      Serves
 	Hosts       []ServerHost
 	HTTPSOnly   bool
+	Tunnelled   bool     // only what comes by the mesh's tunnel (ISTIO_MUTUAL)
 	Credentials []string // Secrets, in the namespace of the gateway's pods
 	ClientRoots string   // the Secret whose roots clients' certificates are checked against; "" asks for none
 	TLS         mesh.ListenerTLS
@@ -53,7 +58,7 @@ type ServerHost struct {
 }
 
 // GatewayPorts are the ports that a gateway's pods have for themselves.
-var GatewayPorts = []uint16{15000, 15020, 15021}
+var GatewayPorts = []uint16{15000, mesh.HBONEPort, 15020, 15021}
 
 // RootsSuffix is what Istio adds to a credential's name for the Secret with the roots of clients.
 const RootsSuffix = "-cacert"
@@ -187,9 +192,12 @@ func (c *serverConverter) tls(t *networking.ServerTLSSettings, out *Server) {
 	case networking.ServerTLSSettings_PASSTHROUGH:
 		out.Serves = ServesSNI
 		return
+	case networking.ServerTLSSettings_ISTIO_MUTUAL:
+		c.tunnelled(t, out)
+		return
 	case networking.ServerTLSSettings_SIMPLE, networking.ServerTLSSettings_MUTUAL, networking.ServerTLSSettings_OPTIONAL_MUTUAL:
 	default:
-		c.say("tls.mode", "%s is not followed; use SIMPLE, MUTUAL, OPTIONAL_MUTUAL or PASSTHROUGH", t.Mode)
+		c.say("tls.mode", "%s is not followed; use SIMPLE, MUTUAL, OPTIONAL_MUTUAL, ISTIO_MUTUAL or PASSTHROUGH", t.Mode)
 		return
 	}
 	if t.ServerCertificate != "" || t.PrivateKey != "" || t.CaCertificates != "" || t.CaCrl != "" || len(t.TlsCertificates) > 0 {
@@ -228,6 +236,20 @@ func (c *serverConverter) tls(t *networking.ServerTLSSettings, out *Server) {
 		}
 	}
 	out.TLS.Ciphers = t.CipherSuites
+}
+
+// tunnelled is a server for clients with certificates of the mesh, which come by its tunnel.
+func (c *serverConverter) tunnelled(t *networking.ServerTLSSettings, out *Server) {
+	if out.Tunnelled = true; out.Serves == ServesHTTPS {
+		out.Serves = ServesHTTP
+	} else {
+		out.Serves = ServesTCP
+	}
+	if t.CredentialName != "" || len(t.CredentialNames) > 0 || t.CaCertCredentialName != "" || t.ServerCertificate != "" || t.PrivateKey != "" || t.CaCertificates != "" ||
+		t.CaCrl != "" || len(t.TlsCertificates) > 0 || len(t.SubjectAltNames) > 0 || len(t.VerifyCertificateSpki) > 0 || len(t.VerifyCertificateHash) > 0 ||
+		t.InsecureSkipVerify.GetValue() || t.MinProtocolVersion != 0 || t.MaxProtocolVersion != 0 || len(t.CipherSuites) > 0 {
+		c.say("tls", "ISTIO_MUTUAL is the mesh's own TLS, of which nothing else can be set; who may come says an AuthorizationPolicy")
+	}
 }
 
 // credential is the Secret that a credential's name means.

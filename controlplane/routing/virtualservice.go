@@ -27,7 +27,7 @@ func ForMesh(v *networking.VirtualService) bool {
 
 // VirtualService returns what a VirtualService says within the mesh, and in words what of it does not work.
 func VirtualService(namespace, name string, v *networking.VirtualService, resolve Resolve) (*AtGateway, []string) {
-	c := &converter{namespace: namespace, resolve: resolve, here: func(gateways []string) bool { return slices.Contains(gateways, MeshGateway) }}
+	c := &converter{namespace: namespace, resolve: resolve, sends: true, here: func(gateways []string) bool { return slices.Contains(gateways, MeshGateway) }}
 	out := &AtGateway{}
 	if len(v.Http) > 0 { // else it is not about requests
 		out.HTTP = c.http(namespace+"/"+name, v.Http)
@@ -47,6 +47,7 @@ type converter struct {
 	namespace string
 	resolve   Resolve
 	here      func(gateways []string) bool // whether what is for these is for whom is converted
+	sends     bool                         // it does under its namespace's DestinationRules; gateways, which all namespaces share, do not
 	at        string
 	problems  []string
 }
@@ -196,7 +197,11 @@ func (c *converter) destination(d *networking.Destination) (mesh.HTTPBackend, bo
 	if d.GetHost() == "" || d.GetPort().GetNumber() > 65535 {
 		return mesh.HTTPBackend{}, false
 	}
-	return mesh.HTTPBackend{Service: c.resolve(c.namespace, d.Host), Subset: d.Subset, Port: uint16(d.GetPort().GetNumber())}, true
+	b := mesh.HTTPBackend{Service: c.resolve(c.namespace, d.Host), Subset: d.Subset, Port: uint16(d.GetPort().GetNumber())}
+	if c.sends && b.Service.Namespace != c.namespace {
+		b.From = c.namespace
+	}
+	return b, true
 }
 
 func join(a, b mesh.HTTPHeaders) mesh.HTTPHeaders {

@@ -77,6 +77,7 @@ type HTTPBackend struct {
 	Service  ServiceName
 	Subset   string // "" for all endpoints
 	Port     uint16 // 0: that of the request
+	From     string // namespace whose DestinationRule for the service holds, where there is one; "": only the service's own
 	Weight   uint32
 	Request  HTTPHeaders
 	Response HTTPHeaders
@@ -182,6 +183,7 @@ const Million = 1_000_000
 type Subset struct {
 	Name   string
 	Labels map[string]string
+	From   string // for what this namespace sends alone, see HTTPBackend; "": for all others
 }
 
 func equalHTTP(a, b *Service) bool {

@@ -12,6 +12,7 @@ type Ingress struct {
 	Name         ServiceName // the gateway's pods: their namespace, and as a host name the name of their service account
 	Workload     string      // their Deployment
 	Listeners    []IngressListener
+	Tunnels      bool           // its pods take the mesh's tunnel
 	Certificates []Certificate  // by name
 	Access       []AccessPolicy // by name
 	Tokens       []TokenRule
@@ -31,6 +32,8 @@ type IngressListener struct {
 	Port  uint16
 	Names []string     // server names in TLS, perhaps "*.domain" or "*", which is whatever else is asked for; empty: the same, without TLS too
 	TLS   *ListenerTLS // nil: what comes is not TLS, or goes on as it comes
+
+	Tunnelled bool // only what comes by the mesh's tunnel is served
 
 	// One of these: requests are routed by the host that they are for, connections go to the backends.
 	Hosts    []IngressHost

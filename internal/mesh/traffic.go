@@ -1,12 +1,16 @@
 package mesh
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // Traffic is how a waypoint uses the endpoints of a service, or of a subset and a port of it. Zero fields leave what is
 // otherwise done.
 type Traffic struct {
 	Subset string // "": of all endpoints
 	Port   uint16 // of the service; 0: of those that have no Traffic of their own
+	From   string // for what this namespace sends alone, see HTTPBackend; "": for all others
 
 	Balance Balance
 	Hash    *HashKey // instead of Balance
@@ -52,13 +56,20 @@ type Outliers struct {
 	MinHealthyPercent                                    uint32 // below which all are used
 }
 
-// TrafficFor is what holds for a subset and a port of a service; nil for nothing.
-func (s *Service) TrafficFor(subset string, port uint16) *Traffic {
+// RuledBy reports whether a namespace has a DestinationRule of its own for what it sends to a service of another one.
+func (s *Service) RuledBy(namespace string) bool {
+	return namespace != "" && (slices.ContainsFunc(s.Subsets, func(o Subset) bool { return o.From == namespace }) ||
+		slices.ContainsFunc(s.Traffic, func(o Traffic) bool { return o.From == namespace }))
+}
+
+// TrafficFor is what holds for a subset and a port of a service by the rule of a namespace that sends to it ("": by the service's
+// own); nil for nothing.
+func (s *Service) TrafficFor(from, subset string, port uint16) *Traffic {
 	var best *Traffic
 	rank := -1
 	for i := range s.Traffic {
 		t := &s.Traffic[i]
-		if t.Subset != "" && t.Subset != subset || t.Port != 0 && t.Port != port {
+		if t.From != from || t.Subset != "" && t.Subset != subset || t.Port != 0 && t.Port != port {
 			continue
 		}
 		r := 0

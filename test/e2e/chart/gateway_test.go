@@ -30,7 +30,7 @@ func TestGateway(t *testing.T) {
 		}
 	}
 	pod := object(t, all, "Deployment", "istio-ingressgateway")
-	for _, want := range []string{"drop: [ALL]", "runAsNonRoot: true", "readOnlyRootFilesystem: true", "automountServiceAccountToken: false", "istio.io/dataplane-mode: none"} {
+	for _, want := range []string{"drop: [ALL]", "runAsNonRoot: true", "readOnlyRootFilesystem: true", "automountServiceAccountToken: false", "istio.io/dataplane-mode: none", "networking.istio.io/tunnel: http"} {
 		if !strings.Contains(pod, want) {
 			t.Errorf("the pod lacks %q", want)
 		}
