@@ -49,6 +49,23 @@ func NewClient(c Config) *Client {
 	return out
 }
 
+// HTTP is the client that it fetches by, for libraries that speak a protocol of their own. Whatever it is asked for is judged.
+func (c *Client) HTTP() *http.Client {
+	out := *c.client
+	out.Transport = judged{c}
+	return &out
+}
+
+// judged judges each request, and not only those that are redirected.
+type judged struct{ *Client }
+
+func (j judged) RoundTrip(r *http.Request) (*http.Response, error) {
+	if err := j.allowed(r.URL); err != nil {
+		return nil, err
+	}
+	return j.Transport.RoundTrip(r)
+}
+
 // Guarded connects by a dialer. A proxy of the environment would connect to what it likes.
 func Guarded(d Dialer, trust *tls.Config) http.RoundTripper {
 	return &http.Transport{

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/warrenmesh/warren/controlplane/fetch"
@@ -39,6 +40,15 @@ func source(by http.RoundTripper) func(context.Context, policy.ModuleSource) (*m
 	c.NoPlain = ""
 	known := fetch.NewClient(c) // whatever comes has to be what is known
 	return func(ctx context.Context, s policy.ModuleSource) (*mesh.Module, error) {
+		if reference, ok := strings.CutPrefix(s.URL, policy.Images); ok {
+			ctx, cancel := context.WithTimeout(ctx, patience)
+			defer cancel()
+			b, err := image(ctx, encrypted.HTTP(), reference, s.SHA256)
+			if err != nil {
+				return nil, err
+			}
+			return module(b, "")
+		}
 		client := encrypted
 		if s.SHA256 != "" {
 			client = known

@@ -70,7 +70,7 @@ func CompileWasmPlugin(w *extensionsv1alpha1.WasmPlugin) CompiledPlugin {
 	if out.Source, text = moduleSource(spec); text != "" {
 		problem("spec.%s", text)
 	}
-	if spec.ImagePullPolicy == extensions.PullPolicy_Always {
+	if spec.ImagePullPolicy == extensions.PullPolicy_Always || spec.ImagePullPolicy == extensions.PullPolicy_UNSPECIFIED_POLICY && latest(out.Source) {
 		out.Source.For = p.Key()
 	}
 	connections := spec.Type != extensions.PluginType_UNSPECIFIED_PLUGIN_TYPE && spec.Type != extensions.PluginType_HTTP
@@ -136,6 +136,9 @@ func moduleSource(spec *extensions.WasmPlugin) (from ModuleSource, problem strin
 		return from, "sha256: " + quote(spec.Sha256) + " is no SHA-256 in hexadecimal, which has 64 digits"
 	}
 	u, err := url.Parse(spec.Url)
+	if err != nil && !strings.Contains(spec.Url, "://") { // an image of a registry with a port
+		return imageSource(spec)
+	}
 	if err != nil || spec.Url == "" {
 		return from, "url: " + quote(spec.Url) + " is no address; write it as in https://modules.example/filter.wasm"
 	}
@@ -149,7 +152,7 @@ func moduleSource(spec *extensions.WasmPlugin) (from ModuleSource, problem strin
 		return from, "url: a file would be one of the proxy's own image, of which nobody but who builds it knows what is there; serve it by https"
 	default:
 		if u.Scheme == "oci" || !strings.Contains(spec.Url, "://") { // as Istio has it, an image
-			return from, "url: images (oci://) are not supported yet; serve the module by https"
+			return imageSource(spec)
 		}
 		return from, "url: modules are not fetched by " + quote(u.Scheme) + "; write https"
 	}
@@ -157,6 +160,35 @@ func moduleSource(spec *extensions.WasmPlugin) (from ModuleSource, problem strin
 		return from, "url: it has to have a host, and no user name or password, which everybody could read who reads the object"
 	}
 	return ModuleSource{URL: spec.Url, SHA256: spec.Sha256}, ""
+}
+
+// Images begins the address of a module that is in an image.
+const Images = "oci://"
+
+// imageSource reads where the image is that has the module. Its digest is that of the manifest.
+func imageSource(spec *extensions.WasmPlugin) (from ModuleSource, problem string) {
+	if spec.ImagePullSecret != "" {
+		return from, "imagePullSecret: it is not supported yet; images are fetched that everybody may have"
+	}
+	name, pinned, digested := strings.Cut(strings.TrimPrefix(spec.Url, Images), "@")
+	if digested {
+		sum, ok := strings.CutPrefix(pinned, "sha256:")
+		switch {
+		case !ok || !digest.MatchString(sum):
+			return from, "url: " + quote(pinned) + " is no digest; write it as in registry.example/name@sha256:..."
+		case spec.Sha256 != "" && spec.Sha256 != sum:
+			return from, "sha256: it is not the digest in the url"
+		}
+		return ModuleSource{URL: Images + name + "@" + pinned, SHA256: sum}, ""
+	}
+	return ModuleSource{URL: Images + name, SHA256: spec.Sha256}, ""
+}
+
+// latest reports whether an image is the one that is called so: there may be another one the next time.
+func latest(from ModuleSource) bool {
+	name, ok := strings.CutPrefix(from.URL, Images)
+	_, tag, tagged := strings.Cut(name[strings.LastIndex(name, "/")+1:], ":")
+	return ok && from.SHA256 == "" && (!tagged || tag == "latest")
 }
 
 // matched is a plugin for proxies of a mode: those at the ports that one of the selectors is for, all where there is none.

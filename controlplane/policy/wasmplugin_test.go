@@ -59,8 +59,9 @@ match: [{mode: SERVER, ports: [{number: 8080}, {number: 80}]}, {mode: CLIENT}, {
 func TestWasmPluginRefused(t *testing.T) {
 	for _, c := range []struct{ spec, want string }{
 		{`url: ""`, "spec.url"},
-		{`url: oci://registry.example/filter:v1`, "images (oci://) are not supported yet"},
-		{`url: registry.example/filter:v1`, "images (oci://) are not supported yet"},
+		{`{url: "oci://registry.example/filter:v1", imagePullSecret: s}`, "spec.imagePullSecret: it is not supported yet"},
+		{`url: oci://registry.example/filter@sha256:abc`, "is no digest"},
+		{`{url: "oci://registry.example/filter@sha256:` + strings.Repeat("0a", 32) + `", sha256: ` + strings.Repeat("0b", 32) + `}`, "it is not the digest in the url"},
 		{`url: file:///opt/filter.wasm`, "spec.url: a file"},
 		{`url: ftp://m.example/a`, `not fetched by "ftp"`},
 		{`url: http://m.example/a`, "without TLS"},
@@ -83,5 +84,31 @@ func TestWasmPluginRefused(t *testing.T) {
 	}
 	if p := wasmPlugin(t, `{url: "https://m.example/a", type: NETWORK}`); len(p.Problems) != 1 || !strings.Contains(p.Problems[0], "NETWORK is not supported yet") || p.Waypoint != nil {
 		t.Errorf("one for connections: %+v", p)
+	}
+}
+
+func TestWasmPluginImages(t *testing.T) {
+	sum := strings.Repeat("0a", 32)
+	for _, c := range []struct {
+		spec string
+		want ModuleSource
+		anew bool
+	}{
+		{`url: oci://registry.example/filter:v1`, ModuleSource{URL: "oci://registry.example/filter:v1"}, false},
+		{`url: registry.example:5000/a/filter:v1`, ModuleSource{URL: "oci://registry.example:5000/a/filter:v1"}, false},
+		{`url: registry.example:5000/a/filter`, ModuleSource{URL: "oci://registry.example:5000/a/filter"}, true},
+		{`url: oci://registry.example/filter:latest`, ModuleSource{URL: "oci://registry.example/filter:latest"}, true},
+		{`{url: "oci://registry.example/filter:latest", imagePullPolicy: IfNotPresent}`, ModuleSource{URL: "oci://registry.example/filter:latest"}, false},
+		{`{url: "oci://registry.example/filter:latest", sha256: ` + sum + `}`, ModuleSource{URL: "oci://registry.example/filter:latest", SHA256: sum}, false},
+		{`url: oci://registry.example/filter:v1@sha256:` + sum, ModuleSource{URL: "oci://registry.example/filter:v1@sha256:" + sum, SHA256: sum}, false},
+	} {
+		p := wasmPlugin(t, c.spec)
+		if anew := p.Source.For != ""; anew != c.anew {
+			t.Errorf("%s: fetched anew %t, want %t", c.spec, anew, c.anew)
+		}
+		p.Source.For = ""
+		if len(p.Problems) > 0 || p.Source != c.want {
+			t.Errorf("%s: %+v %q", c.spec, p.Source, p.Problems)
+		}
 	}
 }

@@ -254,7 +254,7 @@ var notFollowed = map[string]string{
 
 // partlyFollowed are kinds of Istio of which an object may do here what it did there, or not, and how to learn it.
 var partlyFollowed = map[string]string{
-	"WasmPlugin":  "warren analyze says which are refused: modules are fetched by https, not from images (oci://) or files, and without its module a plugin has requests answered with 503 but for failStrategy FAIL_OPEN; those of sidecars run nowhere, and for a waypoint there have to be targetRefs",
+	"WasmPlugin":  "warren analyze says which are refused: modules are fetched by https or from images that need no imagePullSecret, not from files, and without its module a plugin has requests answered with 503 but for failStrategy FAIL_OPEN; those of sidecars run nowhere, and for a waypoint there have to be targetRefs",
 	"EnvoyFilter": "warren analyze says which patches are refused; those of sidecars change nothing, and for a waypoint there have to be targetRefs",
 }
 

@@ -155,11 +155,11 @@ func waypointPlugins(t *testing.T, istio *istiofake.Clientset, guarded func(name
 	says("before another one", 200, "before")
 	apply("url: http://"+host+"/absent.wasm\nsha256: "+digest, holds("True Accepted", "False ModuleNotFetched: what it was before holds meanwhile: http://"+host+"/absent.wasm: the answer is 404"))
 	says("while another one is not there", 200, "before")
-	apply("url: oci://registry.example/plugin", holds("False Invalid: no module is loaded, and requests are answered with 503", "False UnsupportedValue"))
+	apply("url: file:///plugin.wasm", holds("False Invalid: no module is loaded, and requests are answered with 503", "False UnsupportedValue"))
 	if body := says("without a module", 503, ""); !strings.Contains(body, "the module of WasmPlugin shop/plugin does not run") {
 		t.Errorf("it is not said why: %s", body)
 	}
-	apply("url: oci://registry.example/plugin\nfailStrategy: FAIL_OPEN", holds("False Invalid", "False UnsupportedValue"))
+	apply("url: file:///plugin.wasm\nfailStrategy: FAIL_OPEN", holds("False Invalid", "False UnsupportedValue"))
 	says("without a module that has to run", 200, "")
 
 	// One that Envoy refuses is left off, and the rest goes on.
