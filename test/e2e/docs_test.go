@@ -30,6 +30,7 @@ var pages = []docPage{
 	{"docs/tasks/canary.md", false},
 	{"docs/tasks/rate-limits.md", false},
 	{"docs/tasks/envoyfilter.md", false},
+	{"docs/tasks/wasm.md", false},
 	{"docs/tasks/egress.md", false},
 	{"docs/tasks/find-out-why.md", false},
 	{"docs/tasks/upgrade.md", true},

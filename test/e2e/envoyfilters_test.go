@@ -50,6 +50,12 @@ const luaAnswer = `function envoy_on_response(handle) handle:headers():add("x-lu
 // answersWithLua wants the header that luaAnswer adds in an answer of a gateway.
 func answersWithLua(t *testing.T, address, what string) {
 	t.Helper()
+	answersWith(t, address, what, "x-lua", "yes")
+}
+
+// answersWith wants a header in an answer of a gateway.
+func answersWith(t *testing.T, address, what, header, value string) {
+	t.Helper()
 	client := &http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
 		return mesh.DialOutside(ctx, network, net.JoinHostPort(address, "80"))
 	}}}
@@ -58,7 +64,7 @@ func answersWithLua(t *testing.T, address, what string) {
 	_, err = io.Copy(io.Discard, res.Body)
 	must(t, err)
 	res.Body.Close()
-	if res.StatusCode != 200 || res.Header.Get("x-lua") != "yes" {
+	if res.StatusCode != 200 || res.Header.Get(header) != value {
 		t.Errorf("%s: %d %v", what, res.StatusCode, res.Header)
 	}
 }
