@@ -117,6 +117,11 @@ func told(to *mesh.TelemetryProvider) *mesh.Telemetry {
 
 var cases = map[string]func(*mesh.Service){
 	"plain": nil,
+	"not-exported": func(s *mesh.Service) { // to this waypoint's namespace
+		s.RuleIn = []string{"bank"}
+		s.Traffic, s.Subsets = []mesh.Traffic{{Balance: mesh.BalanceRandom}}, versions
+		s.HTTP = []mesh.HTTPRule{{Name: "shop/v/0", Backends: []mesh.HTTPBackend{to("", 1), to("v1", 1)}}}
+	},
 	"sender": func(s *mesh.Service) { // the rule of who sends comes before the service's own, where there is one
 		s.Traffic = []mesh.Traffic{{Balance: mesh.BalanceRandom}, {From: "blog", Subset: "v1", Balance: mesh.BalanceRoundRobin}}
 		s.Subsets = append(slices.Clone(versions), mesh.Subset{Name: "v1", Labels: map[string]string{"version": "v2"}, From: "blog"})

@@ -165,7 +165,7 @@ func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
 		return out
 	}
 	i := slices.IndexFunc(svc.Ports, func(p mesh.ServicePort) bool { return p.Port == t.port })
-	labels, known := subsetLabels(svc, t)
+	labels, known := b.subsetLabels(svc, t)
 	if e := b.encryption(t); i < 0 || !known || b.unreachable(e) {
 		return out
 	}
@@ -214,9 +214,12 @@ func endpoint(w *mesh.Workload, at netip.AddrPort, unreadyToo bool) *endpointv3.
 }
 
 // subsetLabels returns what an endpoint of a target's subset must have; known is false where the service has no such subset.
-func subsetLabels(svc *mesh.Service, t target) (_ map[string]string, known bool) {
+func (b *builder) subsetLabels(svc *mesh.Service, t target) (_ map[string]string, known bool) {
 	if t.subset == "" {
 		return nil, true
+	}
+	if !svc.RuledFor(t.from, b.self.Namespace) {
+		return nil, false
 	}
 	for _, s := range svc.Subsets {
 		if s.Name == t.subset && s.From == t.from {

@@ -18,7 +18,7 @@ import (
 
 // traffic is how the endpoints of a target are used.
 func (b *builder) traffic(t target) *mesh.Traffic {
-	if svc := b.lookup(t.service); svc != nil {
+	if svc := b.lookup(t.service); svc != nil && svc.RuledFor(t.from, b.self.Namespace) {
 		if use := svc.TrafficFor(t.from, t.subset, t.port); use != nil {
 			return use
 		}

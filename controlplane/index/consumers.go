@@ -62,11 +62,14 @@ func (x *Index) touchConsumers(namespace string) {
 	}
 }
 
-// touchVirtuals marks the VirtualServices for a service: whether it has a waypoint is told to their authors.
-func (x *Index) touchVirtuals(name mesh.ServiceName) {
-	for _, v := range x.virtuals[name.Namespace] {
-		if slices.Contains(v.hosts, name) {
-			x.dirtyRoutes[ref{VirtualService, v.key}] = struct{}{}
+// touchRules marks the VirtualServices and DestinationRules for a service: whether it has a waypoint that follows them is told to their
+// authors.
+func (x *Index) touchRules(name mesh.ServiceName) {
+	for kind, all := range map[Kind]map[string]*routeFact{VirtualService: x.virtuals[name.Namespace], DestinationRule: x.destinations[name.Namespace]} {
+		for _, f := range all {
+			if slices.Contains(f.hosts, name) {
+				x.dirtyRoutes[ref{kind, f.key}] = struct{}{}
+			}
 		}
 	}
 }

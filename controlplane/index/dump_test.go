@@ -41,8 +41,8 @@ func dump(x *Index) string {
 	for _, v := range slices.SortedFunc(s.Services(), func(a, b *mesh.Service) int { return a.Name.Compare(b.Name) }) {
 		line("service %s", v.Name)
 		line("  vips %v%v ports %v lb %+v sans %v canonical %t", v.VIPs, v.VIPNets, v.Ports, v.LB, v.SANs, v.Canonical)
-		if v.NamespaceOnly {
-			line("  for its namespace alone")
+		if v.Limited() {
+			line("  for %v alone", v.VisibleIn)
 		}
 		if v.Waypoint != nil {
 			line("  waypoint %s", v.Waypoint.Service)
@@ -72,6 +72,9 @@ func dump(x *Index) string {
 		}
 		for _, e := range v.TLS {
 			line("  encrypted port %d host %s names %+v roots %d bytes invalid %q", e.Port, e.Host, e.Names, len(e.Roots), e.Invalid)
+		}
+		if v.RuleIn != nil {
+			line("  ruled in %v alone", v.RuleIn)
 		}
 		for _, s := range v.Subsets {
 			line("  subset %s %v%s", s.Name, s.Labels, sentFrom(s.From))

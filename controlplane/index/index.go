@@ -486,7 +486,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 	for name := range x.dirtyHosts {
 		was, is := x.winners[name], winner(x.candidates[name])
 		x.touchDeciders(name, is)
-		x.touchVirtuals(name)
+		x.touchRules(name)
 		if was != is {
 			x.touchSenders(name)
 			for _, f := range x.candidates[name] {

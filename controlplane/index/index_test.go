@@ -345,14 +345,14 @@ func drawObject(t *rapid.T) (ref, any) {
 		v := &networkingv1.VirtualService{ObjectMeta: drawMeta(t, "name", "vs0", "vs1")}
 		mustYAML(t, pick(t, "spec", `{hosts: [s0], http: [{route: [{destination: {host: s0, subset: v1}}]}]}`,
 			`{hosts: [s0, s1.b.svc.cluster.local], http: [{match: [{uri: {regex: "("}}], route: [{destination: {host: s1}}]}]}`,
-			`{hosts: [s1], gateways: [g], http: [{redirect: {uri: /}}]}`,
+			`{hosts: [s1], gateways: [g], http: [{redirect: {uri: /}}]}`, `{hosts: [s0], exportTo: [a], http: [{redirect: {uri: /}}]}`,
 			`{hosts: [db.example], http: [{route: [{destination: {host: s1.b.svc.cluster.local, subset: v1}}]}]}`,
 			`{hosts: ["*"], gateways: [a/g, mesh], http: [{match: [{gateways: [mesh]}], redirect: {uri: /m}}, {route: [{destination: {host: s0}}]}]}`,
 			`{hosts: [x.example], exportTo: ["."], gateways: [a/g, b/g], tls: [{match: [{sniHosts: [x.example]}], route: [{destination: {host: s0}}]}], tcp: [{route: [{destination: {host: s1}}]}]}`), &v.Spec)
 		return ref{kind, keyOf(v)}, v
 	case DestinationRule:
 		d := &networkingv1.DestinationRule{ObjectMeta: drawMeta(t, "name", "dr0", "dr1")}
-		mustYAML(t, pick(t, "spec", `{host: s0, subsets: [{name: v1, labels: {app: x}}]}`, `{host: s1, trafficPolicy: {loadBalancer: {simple: RANDOM}}}`,
+		mustYAML(t, pick(t, "spec", `{host: s0, subsets: [{name: v1, labels: {app: x}}]}`, `{host: s1, exportTo: ["b"], trafficPolicy: {loadBalancer: {simple: RANDOM}}}`,
 			`{host: s1.b.svc.cluster.local, trafficPolicy: {tls: {mode: SIMPLE, credentialName: c}}, subsets: [{name: v1, labels: {app: x}}]}`), &d.Spec)
 		return ref{kind, keyOf(d)}, d
 	case Gateway:
@@ -564,7 +564,7 @@ func drawObject(t *rapid.T) (ref, any) {
 		mustYAML(t, pick(t, "entry",
 			`spec: {hosts: [db.example], ports: [{number: 5432, name: pg, protocol: TCP}], resolution: DNS}`,
 			`spec: {hosts: [db.example, s0.a.svc.cluster.local], addresses: [240.0.0.1], ports: [{number: 80, name: web, protocol: HTTP}], resolution: STATIC, endpoints: [{address: 192.0.2.9}]}`,
-			`spec: {hosts: [api.example], ports: [{number: 443, name: tls, protocol: TLS}], resolution: STATIC, workloadSelector: {labels: {app: x}}}`,
+			`spec: {hosts: [api.example], exportTo: [., b], ports: [{number: 443, name: tls, protocol: TLS}], resolution: STATIC, workloadSelector: {labels: {app: x}}}`,
 			`spec: {hosts: ["*.example"], addresses: [203.0.113.0/24], ports: [{number: 443, name: tls, protocol: TLS}], resolution: NONE}`), e)
 		e.ObjectMeta = drawMeta(t, "name", "se0", "se1")
 		return ref{kind, keyOf(e)}, e

@@ -326,9 +326,8 @@ func (f *routeFact) visible(namespace string) bool {
 
 // visible reports whether an object of a namespace is for another one.
 func visible(exportTo []string, from, namespace string) bool {
-	return len(exportTo) == 0 || slices.ContainsFunc(exportTo, func(to string) bool {
-		return to == "*" || to == namespace || to == "." && from == namespace
-	})
+	in := visibleIn(exportTo, from)
+	return in == nil || slices.Contains(in, namespace)
 }
 
 // untargeted is what of a policy without targets says whom it is for.

@@ -130,7 +130,7 @@ func (c *compiled) virtualServiceFactOf(v *networkingv1.VirtualService) *routeFa
 }
 
 func (c *compiled) destinationRuleFactOf(d *networkingv1.DestinationRule) *routeFact {
-	f := &routeFact{key: keyOf(d), uid: string(d.UID), created: d.CreationTimestamp, hosts: []mesh.ServiceName{c.ResolveHost(d.Namespace, d.Spec.Host)}}
+	f := &routeFact{key: keyOf(d), uid: string(d.UID), created: d.CreationTimestamp, hosts: []mesh.ServiceName{c.ResolveHost(d.Namespace, d.Spec.Host)}, exportTo: d.Spec.ExportTo}
 	f.subsets, f.traffic, f.problems = routing.DestinationRule(&d.Spec)
 	if f.away() {
 		f.consume()
@@ -170,10 +170,29 @@ func oldest(all map[string]map[string]*routeFact, name mesh.ServiceName) *routeF
 	return oldestIn(all[name.Namespace], name)
 }
 
+// spokenFor is the VirtualService that speaks for a service: the oldest that is exported to the namespace of its waypoint.
+func (x *Index) spokenFor(name mesh.ServiceName) *routeFact {
+	way, ok := x.wayTo(name)
+	return oldestOf(x.virtuals[name.Namespace], name, func(f *routeFact) bool { return !ok || f.visible(way) })
+}
+
+// wayTo is the namespace of the waypoint of a service; ok is false where it has none.
+func (x *Index) wayTo(name mesh.ServiceName) (_ string, ok bool) {
+	s := winner(x.candidates[name])
+	if s == nil || x.waypointFor(s) == nil {
+		return "", false
+	}
+	return x.waypointAsked(s).Namespace, true
+}
+
 func oldestIn(namespace map[string]*routeFact, name mesh.ServiceName) *routeFact {
+	return oldestOf(namespace, name, func(*routeFact) bool { return true })
+}
+
+func oldestOf(namespace map[string]*routeFact, name mesh.ServiceName, counts func(*routeFact) bool) *routeFact {
 	var best *routeFact
 	for _, f := range namespace {
-		if slices.Contains(f.hosts, name) && f.older(best) {
+		if slices.Contains(f.hosts, name) && counts(f) && f.older(best) {
 			best = f
 		}
 	}
@@ -183,7 +202,8 @@ func oldestIn(namespace map[string]*routeFact, name mesh.ServiceName) *routeFact
 // route adds to a service what is written about its requests.
 func (x *Index) route(s *mesh.Service) {
 	rules, open := x.gatewayRules(s.Name)
-	if v := oldest(x.virtuals, s.Name); v != nil && open && v.rules != nil {
+	v := x.spokenFor(s.Name)
+	if v != nil && open && v.rules != nil {
 		if rules = append(rules, v.rules...); len(rules) == 0 {
 			rules = []mesh.HTTPRule{} // nothing of it can be followed: no request matches
 		} else if len(v.rules) == 0 {
@@ -191,11 +211,11 @@ func (x *Index) route(s *mesh.Service) {
 		}
 	}
 	s.HTTP, s.Routed = rules, x.routed(s.Name)
-	if v := oldest(x.virtuals, s.Name); v != nil {
+	if v != nil {
 		s.Routed = v.routeConnections(s, s.Routed)
 	}
 	if d := oldest(x.destinations, s.Name); d != nil {
-		s.Subsets, s.Traffic = d.subsets, x.equipped(s.Name, d)
+		s.Subsets, s.Traffic, s.RuleIn = d.subsets, x.equipped(s.Name, d), visibleIn(d.exportTo, d.Namespace)
 		if x.credentialed[d.key] == d {
 			x.dirtyRoutes[ref{DestinationRule, d.key}] = struct{}{} // what is missing is said
 		}
@@ -226,6 +246,14 @@ func (f *routeFact) routeConnections(s *mesh.Service, routed []mesh.Routed) []me
 	return routed
 }
 
+// holds is the object of a kind that holds for a service.
+func (x *Index) holds(kind Kind, name mesh.ServiceName) *routeFact {
+	if kind == VirtualService {
+		return x.spokenFor(name)
+	}
+	return oldest(x.destinations, name)
+}
+
 // commitRoutes tells authors what of their objects does not hold.
 func (x *Index) commitRoutes(u *Update) {
 	for r := range x.dirtyRoutes {
@@ -252,7 +280,9 @@ func (x *Index) commitRoutes(u *Update) {
 				problems = append(problems, x.unconsumed(f, all[f.Namespace])...)
 			} else if h.Namespace != f.Namespace {
 				problems = append(problems, h.Hostname+" is of another namespace, where this holds for nobody; write it in the namespace "+h.Namespace)
-			} else if first := oldest(all, h); first != f {
+			} else if way, ok := x.wayTo(h); ok && !f.visible(way) {
+				problems = append(problems, "exportTo leaves out "+way+", whose waypoint is in front of "+h.Hostname+": there it has no effect")
+			} else if first := x.holds(r.kind, h); first != f {
 				problems = append(problems, "for "+h.Hostname+" "+first.Name+" holds, which is older")
 			} else if r.kind == VirtualService && f.rules != nil {
 				if route := x.overridden(h); route != "" {

@@ -280,7 +280,7 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 	if spec.WorkloadSelector != nil {
 		template.selector = spec.WorkloadSelector.Labels
 	}
-	template.service = mesh.Service{Short: e.Name, SANs: spec.SubjectAltNames, NamespaceOnly: len(spec.ExportTo) > 0 && !exportedBeyond(spec.ExportTo, e.Namespace)}
+	template.service = mesh.Service{Short: e.Name, SANs: spec.SubjectAltNames, VisibleIn: visibleIn(spec.ExportTo, e.Namespace)}
 	template.service.Name.Namespace = e.Namespace
 	for _, p := range spec.Ports {
 		if p.Number == 0 || p.Number > 65535 || strings.EqualFold(p.Protocol, "UDP") {
@@ -324,7 +324,7 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 		}
 		f.hosts = append(f.hosts, &h)
 	}
-	f.problems = entryProblems(spec, e.Namespace)
+	f.problems = entryProblems(spec)
 	for _, w := range spec.Endpoints {
 		ep := c.endpointFactOf(key{e.Namespace, e.Name}, w, w.Labels, nil)
 		ep.created = e.CreationTimestamp
@@ -335,16 +335,26 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 	return f
 }
 
-// exportedBeyond reports whether exportTo says that others than the object's own namespace see it.
-func exportedBeyond(exportTo []string, namespace string) bool {
-	return slices.ContainsFunc(exportTo, func(to string) bool { return to != "." && to != namespace })
+// visibleIn are the namespaces that exportTo of an object names, sorted; nil for all. "~" is none.
+func visibleIn(exportTo []string, own string) []string {
+	if len(exportTo) == 0 || slices.Contains(exportTo, "*") {
+		return nil
+	}
+	out := []string{}
+	for _, to := range exportTo {
+		if to == "." {
+			to = own
+		}
+		if to != "~" && !slices.Contains(out, to) {
+			out = append(out, to)
+		}
+	}
+	slices.Sort(out)
+	return out
 }
 
 // entryProblems is what of a ServiceEntry is not followed, whatever else there is.
-func entryProblems(spec *networkingv1alpha3.ServiceEntry, namespace string) (out []string) {
-	if exportedBeyond(spec.ExportTo, namespace) && !slices.Contains(spec.ExportTo, "*") {
-		out = append(out, `exportTo names other namespaces, which is not followed: all namespaces know its hosts; write ".", "*" or nothing`)
-	}
+func entryProblems(spec *networkingv1alpha3.ServiceEntry) (out []string) {
 	wild := slices.ContainsFunc(spec.Hosts, func(h string) bool { return strings.HasPrefix(h, "*") })
 	switch spec.Resolution {
 	case networkingv1alpha3.ServiceEntry_DYNAMIC_DNS:

@@ -41,7 +41,7 @@ func (s *Service) Equal(o *Service) bool {
 		slices.Equal(s.VIPs, o.VIPs) && slices.Equal(s.VIPNets, o.VIPNets) &&
 		slices.Equal(s.Ports, o.Ports) && slices.Equal(s.SANs, o.SANs) &&
 		s.Waypoint.Equal(o.Waypoint) && s.IngressUseWaypoint == o.IngressUseWaypoint &&
-		s.LB.Equal(o.LB) && s.Canonical == o.Canonical && s.NamespaceOnly == o.NamespaceOnly &&
+		s.LB.Equal(o.LB) && s.Canonical == o.Canonical && (s.VisibleIn == nil) == (o.VisibleIn == nil) && slices.Equal(s.VisibleIn, o.VisibleIn) &&
 		equalHTTP(s, o)
 }
 

@@ -79,27 +79,37 @@ func (s *Snapshot) ResolveExcluding(src *Workload, dst netip.AddrPort, tried []s
 }
 
 // memberFor is memberAt as a client in a namespace sees it: where pods may reach only what the mesh knows, the endpoints
-// of what is for one namespace alone are nobody to the others.
+// of what is for some namespaces alone are nobody to the others.
 func (s *Snapshot) memberFor(a NetAddr, namespace string) *member {
 	at, ok := s.addrs.get(a)
 	if !ok {
 		return nil
 	}
 	for _, m := range at.list {
-		if !s.config.RegistryOnly || m.Namespace == namespace || !s.Private(m.Workload) {
+		if !s.config.RegistryOnly || s.known(m.Workload, namespace) {
 			return m
 		}
 	}
 	return nil
 }
 
-// Private reports whether nothing but services for their own namespace alone have a workload that is no pod.
+// Private reports whether nothing but services for some namespaces alone have a workload that is no pod.
 func (s *Snapshot) Private(w *Workload) bool {
+	return s.hidden(w, func(svc *Service) bool { return svc.Limited() })
+}
+
+// known reports whether the pods of a namespace know a workload: all know pods, of others they know those of services they know.
+func (s *Snapshot) known(w *Workload, namespace string) bool {
+	return !s.hidden(w, func(svc *Service) bool { return !svc.Visible(namespace) })
+}
+
+// hidden reports whether all services that have a workload which is no pod are such ones.
+func (s *Snapshot) hidden(w *Workload, such func(*Service) bool) bool {
 	if w.Node != "" || w.HostNetwork || len(w.Services) == 0 {
 		return false
 	}
 	for name := range w.Services {
-		if svc := s.Service(name); svc == nil || !svc.NamespaceOnly {
+		if svc := s.Service(name); svc == nil || !such(svc) {
 			return false
 		}
 	}
@@ -143,7 +153,7 @@ func (r *resolution) toService(svc *Service, dst netip.AddrPort) Route {
 		return Route{Kind: RoutePassthrough, Dial: dst, Service: svc, Why: WhyServicePassthru}
 	}
 	m, port, why := r.choose(svc, dst.Port())
-	if m == nil && why == WhyNoEndpoint && svc.NamespaceOnly && r.s.config.RegistryOnly && r.s.onlyNames(svc.Name) {
+	if m == nil && why == WhyNoEndpoint && svc.Limited() && r.s.config.RegistryOnly && r.s.onlyNames(svc.Name) {
 		// It is here only because other namespaces must not have it: what nodes do not resolve leaves as it came.
 		return Route{Kind: RoutePassthrough, Dial: dst, Service: svc, Why: WhyServicePassthru}
 	}
@@ -330,7 +340,7 @@ func (s *Snapshot) Shares(src *Workload, dst netip.AddrPort) (total int, shares 
 	svc := there.list[0]
 	i := slices.IndexFunc(svc.Ports, func(p ServicePort) bool { return p.Port == dst.Port() })
 	set, ok := s.endpoints.get(svc.Name)
-	if svc.NamespaceOnly || svc.Waypoint != nil || svc.LB.Mode == LBPassthrough || i < 0 || !ok {
+	if svc.Limited() || svc.Waypoint != nil || svc.LB.Mode == LBPassthrough || i < 0 || !ok {
 		return 0, nil
 	}
 	r := resolution{s: s, src: src, network: src.Network}

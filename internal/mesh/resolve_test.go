@@ -254,7 +254,12 @@ func TestRegistryOnly(t *testing.T) {
 func TestRegistryOnlyByNamespace(t *testing.T) {
 	private := func(name string, vips ...string) *Service {
 		s := svc(name, vips...)
-		s.NamespaceOnly = true
+		s.VisibleIn = []string{s.Name.Namespace}
+		return s
+	}
+	listed := func(name, vip string, namespaces ...string) *Service {
+		s := svc(name, vip)
+		s.VisibleIn = append([]string{}, namespaces...)
 		return s
 	}
 	entry := func(name, addr string, services ...string) *Workload { // an endpoint that is written in a ServiceEntry
@@ -270,7 +275,8 @@ func TestRegistryOnlyByNamespace(t *testing.T) {
 	client := pod("client", "10.0.0.9")
 	parts := []any{client, other, ranged, private("static", "203.0.113.1"), entry("e1", "192.0.2.1", "static"),
 		private("names", "203.0.113.2"), names, svc("open", "203.0.113.3"), entry("e2", "192.0.2.2", "open", "static"),
-		private("pods", "203.0.113.4"), pod("p", "10.0.0.1", "pods")}
+		private("pods", "203.0.113.4"), pod("p", "10.0.0.1", "pods"), listed("both", "203.0.113.5", "elsewhere", "shop"), entry("e3", "192.0.2.3", "both"),
+		listed("theirs", "203.0.113.6", "elsewhere"), entry("e4", "192.0.2.4", "theirs"), listed("nobodys", "203.0.113.7"), entry("e5", "192.0.2.5", "nobodys")}
 	only, every := build(append(parts, Config{RegistryOnly: true})...), build(append(parts, Config{})...)
 	for _, tc := range []struct {
 		dst              string
@@ -285,6 +291,12 @@ func TestRegistryOnlyByNamespace(t *testing.T) {
 		{"203.0.113.3:80", WhyNotCaptured, WhyNotCaptured, WhyNotCaptured, WhyNotCaptured},
 		{"192.0.2.2:80", WhyNotCaptured, WhyNotCaptured, WhyNotCaptured, WhyNotCaptured}, // of a service for all as well
 		{"10.0.0.1:80", WhyWorkload, WhyWorkload, WhyWorkload, WhyWorkload},              // a pod
+		{"203.0.113.5:80", WhyNotCaptured, WhyNotCaptured, WhyNotCaptured, WhyNotCaptured},
+		{"192.0.2.3:80", WhyNotCaptured, WhyNotCaptured, WhyNotCaptured, WhyNotCaptured},
+		{"203.0.113.6:80", WhyNotInRegistry, WhyNotCaptured, WhyUnknown, WhyNotCaptured},
+		{"192.0.2.4:80", WhyNotInRegistry, WhyNotCaptured, WhyNotCaptured, WhyNotCaptured},
+		{"203.0.113.7:80", WhyNotInRegistry, WhyNotInRegistry, WhyUnknown, WhyUnknown},
+		{"192.0.2.5:80", WhyNotInRegistry, WhyNotInRegistry, WhyNotCaptured, WhyNotCaptured},
 	} {
 		for _, c := range []struct {
 			s    *Snapshot

@@ -142,10 +142,13 @@ func (s *Snapshot) serviceFor(a NetAddr, namespace string) *Service {
 	}
 	var first *Service
 	for _, svc := range at.list {
+		if !svc.Visible(namespace) {
+			continue
+		}
 		if svc.Name.Namespace == namespace {
 			return svc
 		}
-		if first == nil && !svc.NamespaceOnly {
+		if first == nil {
 			first = svc
 		}
 	}
@@ -166,7 +169,7 @@ func (s *Snapshot) serviceByPrefix(a NetAddr, namespace string) *Service {
 			continue
 		}
 		own := n.service.Name.Namespace == namespace
-		if namespace != "" && n.service.NamespaceOnly && !own {
+		if namespace != "" && !n.service.Visible(namespace) {
 			continue
 		}
 		if best == nil || own {

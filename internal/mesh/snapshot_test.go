@@ -112,7 +112,7 @@ func TestWorkloadsThatShareAnAddress(t *testing.T) {
 
 func TestServicesThatShareAnAddress(t *testing.T) {
 	a, b := svc("a", "10.96.0.1"), svc("b", "10.96.0.1")
-	other := &Service{Name: ServiceName{"other", "x"}, VIPs: []NetAddr{at("10.96.0.1")}, NamespaceOnly: true}
+	other := &Service{Name: ServiceName{"other", "x"}, VIPs: []NetAddr{at("10.96.0.1")}, VisibleIn: []string{"other"}}
 	s := build(b, a, other)
 	if got := s.ServiceAt(at("10.96.0.1")); got != other {
 		t.Errorf("the address is %s", got.Name)
@@ -141,7 +141,7 @@ func TestServicePrefixes(t *testing.T) {
 	}
 	wide, narrow := net("wide", "192.168.0.0/16"), net("narrow", "192.168.7.0/24")
 	private := net("private", "192.168.7.0/25")
-	private.Name.Namespace, private.NamespaceOnly = "other", true
+	private.Name.Namespace, private.VisibleIn = "other", []string{"other"}
 	s := build(wide, narrow, private)
 	for addr, want := range map[string]*Service{"192.168.1.1": wide, "192.168.7.200": narrow, "10.0.0.1": nil} {
 		if got := s.ServiceAt(at(addr)); got != want {
@@ -225,7 +225,7 @@ func genParts(t *rapid.T, b *Builder) {
 	case 5, 6:
 		s := svc(fmt.Sprint("s", n("service", 3)), fmt.Sprintf("10.96.0.%d", n("vip", 2)))
 		s.Canonical = n("canonical", 2) == 0
-		s.NamespaceOnly = n("private", 3) == 0
+		s.VisibleIn = [][]string{nil, {s.Name.Namespace}, {"other", "third"}, {}}[n("visible", 3)]
 		s.LB.Mode = LBMode(n("mode", 3))
 		if s.LB.Mode == LBStrict || s.LB.Mode == LBFailover {
 			s.LB.Prefer = [][]LBScope{{ScopeNode}, {ScopeNetwork, ScopeNode}, {ScopeZone}}[n("prefer", 2)]

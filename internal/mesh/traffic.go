@@ -62,6 +62,12 @@ func (s *Service) RuledBy(namespace string) bool {
 		slices.ContainsFunc(s.Traffic, func(o Traffic) bool { return o.From == namespace }))
 }
 
+// RuledFor reports whether what is said by a rule, that of a namespace which sends or ("") the service's own, is for the waypoints and
+// gateways of a namespace.
+func (s *Service) RuledFor(from, namespace string) bool {
+	return from != "" || s.RuleIn == nil || slices.Contains(s.RuleIn, namespace)
+}
+
 // TrafficFor is what holds for a subset and a port of a service by the rule of a namespace that sends to it ("": by the service's
 // own); nil for nothing.
 func (s *Service) TrafficFor(from, subset string, port uint16) *Traffic {

@@ -1,6 +1,9 @@
 package mesh
 
-import "net/netip"
+import (
+	"net/netip"
+	"slices"
+)
 
 // NetAddr is an address and the network it is reachable in. Two clusters on networks of their own may use
 // the same pod address; "" is the network of a mesh that has only one.
@@ -97,13 +100,14 @@ type Service struct {
 	IngressUseWaypoint bool
 	LB                 LoadBalancing
 	Canonical          bool
-	NamespaceOnly      bool // visible in its own namespace alone (exportTo)
+	VisibleIn          []string // namespaces whose pods know it (exportTo), sorted; nil: all of them
 
 	// For waypoints alone; not sent to nodes.
 	HTTP    []HTTPRule // nil: requests go to the service as they come
 	Routed  []Routed   // ports of which connections do not
 	Subsets []Subset
 	Traffic []Traffic
+	RuleIn  []string       // namespaces whose waypoints and gateways Subsets and Traffic are for, but what these send on their own, sorted; nil: all of them
 	Access  []AccessPolicy // by name
 	Tokens  []TokenRule
 	Limits  []RateLimit // by name
@@ -117,6 +121,14 @@ type Service struct {
 	TLS []BackendTLS // of gateways, by port
 
 	Revision uint64
+}
+
+// Limited reports whether not all namespaces know a service.
+func (s *Service) Limited() bool { return s.VisibleIn != nil }
+
+// Visible reports whether the pods of a namespace know a service. Of a client that nobody knows, "", they know what all do.
+func (s *Service) Visible(namespace string) bool {
+	return s.VisibleIn == nil || slices.Contains(s.VisibleIn, namespace)
 }
 
 // NetPrefix is a prefix in a network.

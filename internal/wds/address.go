@@ -1,7 +1,10 @@
 package wds
 
 import (
+	"slices"
+
 	"google.golang.org/protobuf/types/known/anypb"
+	"google.golang.org/protobuf/types/known/structpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/warrenmesh/warren/api/node"
@@ -102,6 +105,47 @@ func decodeAudits(list []*workload.Extension) ([]mesh.PolicyName, error) {
 	return nil, nil
 }
 
+// visibilityExtension has the namespaces that know a service, where these are others than its own, for which there is a field. A reader
+// that does not know it takes the service to be for all.
+const visibilityExtension = "warren.io/visible-in"
+
+func encodeVisibility(s *mesh.Service) (workload.Service_Visibility, []*workload.Extension) {
+	switch {
+	case !s.Limited():
+		return workload.Service_PUBLIC, nil
+	case slices.Equal(s.VisibleIn, []string{s.Name.Namespace}):
+		return workload.Service_NAMESPACE, nil
+	}
+	list := &structpb.ListValue{Values: encodeAll(s.VisibleIn, structpb.NewStringValue)}
+	config, err := anypb.New(list)
+	if err != nil { // names of namespaces are ASCII
+		return workload.Service_NAMESPACE, nil
+	}
+	return workload.Service_PUBLIC, []*workload.Extension{{Name: visibilityExtension, Config: config}}
+}
+
+// decodeVisibility returns the namespaces that know a service; nil for all.
+func decodeVisibility(list []*workload.Extension) ([]string, error) {
+	for _, ext := range list {
+		if ext.GetName() != visibilityExtension {
+			continue
+		}
+		var names structpb.ListValue
+		if err := ext.GetConfig().UnmarshalTo(&names); err != nil {
+			return nil, bad("the extension %s: %w", visibilityExtension, err)
+		}
+		out := make([]string, 0, len(names.Values))
+		for _, v := range names.Values {
+			if _, ok := v.GetKind().(*structpb.Value_StringValue); !ok {
+				return nil, bad("the extension %s: %v is no name", visibilityExtension, v)
+			}
+			out = append(out, v.GetStringValue())
+		}
+		return out, nil
+	}
+	return nil, nil
+}
+
 // EncodeService writes a service; its resource name is Name.String().
 func EncodeService(s *mesh.Service) *workload.Address {
 	p := &workload.Service{
@@ -145,9 +189,7 @@ func EncodeService(s *mesh.Service) *workload.Address {
 		}
 		p.LoadBalancing = lb
 	}
-	if s.NamespaceOnly {
-		p.Visibility = workload.Service_NAMESPACE
-	}
+	p.Visibility, p.Extensions = encodeVisibility(s)
 	return &workload.Address{Type: &workload.Address_Service{Service: p}}
 }
 
@@ -321,10 +363,13 @@ func decodeService(p *workload.Service) (*mesh.Service, error) {
 	if s.Waypoint, err = decodeGateway(p.Waypoint); err != nil {
 		return nil, err
 	}
+	if s.VisibleIn, err = decodeVisibility(p.Extensions); err != nil {
+		return nil, err
+	}
 	switch p.Visibility {
 	case workload.Service_PUBLIC:
 	case workload.Service_NAMESPACE:
-		s.NamespaceOnly = true
+		s.VisibleIn = []string{s.Name.Namespace}
 	default:
 		return nil, bad("the visibility %d", p.Visibility)
 	}

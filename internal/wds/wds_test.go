@@ -94,8 +94,9 @@ func (g gen) workload() *mesh.Workload {
 func (g gen) meshService() *mesh.Service {
 	s := &mesh.Service{
 		Name: g.service(), Short: g.word(), Ports: some(g, 3, g.servicePort), SANs: some(g, 2, g.word), Waypoint: g.gateway(),
-		IngressUseWaypoint: g.yes(), Canonical: g.yes(), NamespaceOnly: g.yes(),
-		VIPs: some(g, 3, func() mesh.NetAddr { return mesh.NetAddr{Network: g.word(), Addr: g.addr()} }),
+		IngressUseWaypoint: g.yes(), Canonical: g.yes(),
+		VisibleIn: [][]string{nil, {}, {"a", "b"}}[g.n(2)],
+		VIPs:      some(g, 3, func() mesh.NetAddr { return mesh.NetAddr{Network: g.word(), Addr: g.addr()} }),
 	}
 	for range g.n(2) {
 		if p := g.prefix(); !p.IsSingleIP() {

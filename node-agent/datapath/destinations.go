@@ -45,7 +45,7 @@ type View interface {
 // A service with none of these is left alone: its connections never touch the agent.
 //
 // Where pods may reach only what the mesh knows, every other address is captured too, and the agent refuses it; what
-// the mesh knows and is left alone is entered as that. What is for one namespace alone (exportTo) is captured then, because
+// the mesh knows and is left alone is entered as that. What is for some namespaces alone (exportTo) is captured then, because
 // the agent knows the client's.
 func Desired(v View, network string) Destinations {
 	d := Destinations{Addrs: map[netip.Addr]bool{}, Prefixes: map[netip.Prefix]bool{}}
@@ -86,7 +86,7 @@ func Desired(v View, network string) Destinations {
 		if !captured && !registryOnly {
 			continue
 		}
-		captured = captured || s.NamespaceOnly
+		captured = captured || s.Limited()
 		for _, vip := range s.VIPs {
 			if vip.Network == network {
 				d.Addrs[vip.Addr.Unmap()] = d.Addrs[vip.Addr.Unmap()] || captured

@@ -110,7 +110,7 @@ func TestDesiredIsWhatResolveNeeds(t *testing.T) {
 			if n("passthrough", 2) == 0 {
 				s.LB.Mode = mesh.LBPassthrough
 			}
-			s.NamespaceOnly = n("private", 2) == 0
+			s.VisibleIn = [][]string{nil, nil, {s.Name.Namespace}, {"another"}}[n("visible", 3)]
 			if n("waypoint", 4) == 0 {
 				s.Waypoint = &mesh.Gateway{Service: services[0], HBONEPort: 15008}
 			}

@@ -217,7 +217,7 @@ func TestServiceIsLeftToTheAgent(t *testing.T) {
 		{"the endpoint has a tunnel of its own", mesh.SameNodeKernel, nil, workload(func(w *mesh.Workload) { w.NativeTunnel = true }), "connect_captured"},
 		{"no endpoint", mesh.SameNodeKernel, nil, workload(func(w *mesh.Workload) { w.Services = nil }), "connect_captured"},
 		{"the address itself", mesh.SameNodeKernel, nil, svc(func(s *mesh.Service) { s.LB.Mode = mesh.LBPassthrough }), "connect_captured"},
-		{"in its namespace only", mesh.SameNodeKernel, nil, svc(func(s *mesh.Service) { s.NamespaceOnly = true }), "connect_captured"},
+		{"in its namespace only", mesh.SameNodeKernel, nil, svc(func(s *mesh.Service) { s.VisibleIn = []string{s.Name.Namespace} }), "connect_captured"},
 		{"two Services at one address", mesh.SameNodeKernel, nil, func(b *mesh.Builder) {
 			svc(func(s *mesh.Service) { s.Name.Hostname, s.Name.Namespace = "other.example", "other" })(b)
 		}, "connect_captured"},
