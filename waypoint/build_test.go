@@ -160,6 +160,18 @@ var cases = map[string]func(*mesh.Service){
 			{Port: 5432, Beside: true, Backends: []mesh.HTTPBackend{{Invalid: "the route cannot be followed", Weight: 1}}},
 		}
 	},
+	"consumers": func(s *mesh.Service) { // connections of other namespaces' clients
+		s.Ports = append(s.Ports, mesh.ServicePort{Port: 443, Target: 8443, App: mesh.AppTLS}, mesh.ServicePort{Port: 9000, Target: 9000})
+		s.Subsets = versions
+		s.Routed = []mesh.Routed{
+			{Port: 443, Names: []string{"a.example"}, Beside: true, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+			{Port: 443, From: "blog", Names: []string{"a.example"}, Beside: true, Backends: []mesh.HTTPBackend{to("v2", 1)}},
+			{Port: 443, From: "bank", Backends: []mesh.HTTPBackend{{Invalid: "it is not there", Weight: 1}}},
+			{Port: 9000, From: "blog", Names: []string{"b.example"}, Beside: true, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+			{Port: 9000, From: "bank", Names: []string{"b.example"}, Beside: true, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+			{Port: 9000, From: "bank", Backends: []mesh.HTTPBackend{to("v1", 1), to("v2", 3)}},
+		}
+	},
 	"names": func(s *mesh.Service) {
 		s.Routed = []mesh.Routed{{Port: 80, Backends: []mesh.HTTPBackend{{Service: outside, Port: 80, Weight: 1}, {Service: single, Port: 80, Weight: 1}}}}
 	},

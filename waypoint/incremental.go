@@ -251,7 +251,7 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 		fmt.Fprintf(h, "%s\n", vip.Addr)
 	}
 	for _, port := range svc.Ports {
-		if r := svc.RoutedAt(port.Port); r != nil && !r.Beside { // requests, too
+		if r := svc.RoutedAt("", port.Port); r != nil && !r.Beside { // requests, too
 			port.App = mesh.AppTCP
 		}
 		c := chain{svc: svc, port: port}
@@ -267,6 +267,7 @@ func (w *Writer) part(s *mesh.Snapshot, svc *mesh.Service, old *part) (*part, er
 		for _, m := range ready.chains {
 			b.write(h, m)
 		}
+		b.write(h, ready.on) // which has names that the chains have not
 		p.ports = append(p.ports, ready)
 	}
 	for _, e := range b.extensions {

@@ -94,6 +94,12 @@ func randomChange(r *rand.Rand, b *mesh.Builder) {
 				Mirrors: []mesh.HTTPMirror{{Backend: mesh.HTTPBackend{Service: name()}, Millionths: mesh.Million}},
 			})
 		}
+		for range r.IntN(3) {
+			s.Routed = append(s.Routed, mesh.Routed{
+				Port: 80, Names: [][]string{nil, {"a.example"}, {"b.example"}}[r.IntN(3)], From: []string{"", "blog"}[r.IntN(2)], Beside: r.IntN(2) == 0,
+				Backends: []mesh.HTTPBackend{{Service: name(), Port: 80, Weight: 1}},
+			})
+		}
 		if r.IntN(3) == 0 {
 			s.Traffic = []mesh.Traffic{{Hash: &mesh.HashKey{Header: fmt.Sprint("x-", r.IntN(2)), SourceIP: r.IntN(2) == 0}}}
 		}

@@ -153,10 +153,12 @@ func (b *builder) serve(c chain) served {
 		requests := out.on
 		out.on = b.chainNamed(c.name("tcp"))
 		out.chains = append(out.chains, &listenerv3.FilterChain{Name: c.name("tcp"), Filters: append(b.connectionAccess(c), b.serveTCP(c))})
-		b.byServerName(&out)
+		opaque := out.on
+		b.byServerName(&out, "")
 		if c.sniffed() {
 			out.on = b.byProtocol(requests, out.on)
 		}
+		b.byClient(&out, requests, opaque)
 	}
 	return out
 }
@@ -341,7 +343,7 @@ func (b *builder) serveTCP(c chain) *listenerv3.Filter {
 	p := b.tcpProxy(c)
 	p.HashPolicy = b.connectionHash(c)
 	p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: b.overTLS(c, target{service: c.svc.Name, port: c.port.Port}).name()}
-	if r := c.svc.RoutedAt(c.port.Port); r != nil {
+	if r := c.svc.RoutedAt("", c.port.Port); r != nil {
 		b.share(p, c, r.Backends)
 	}
 	return b.networkFilter("envoy.filters.network.tcp_proxy", p)

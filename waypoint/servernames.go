@@ -19,15 +19,15 @@ type asked struct {
 	chain string
 }
 
-// byServerName has connections with TLS to a port go where the server names say that they ask for. The most specific name
-// holds, and of several routes for one the first; what asks for another goes on as without.
-func (b *builder) byServerName(out *served) {
+// byServerName has connections with TLS to a port go where the server names say that they ask for, by the routes for the clients of a
+// namespace. The most specific name holds, and of several routes for one the first; what asks for another goes on as without.
+func (b *builder) byServerName(out *served, from string) {
 	var names []asked
 	c := out.chain
 	c.port.App = mesh.AppTLS
 	for i := range out.svc.Routed {
 		r := &out.svc.Routed[i]
-		if r.Port != out.port.Port || len(r.Names) == 0 {
+		if r.Port != out.port.Port || r.From != from || len(r.Names) == 0 {
 			continue
 		}
 		p := b.tcpProxy(c)
@@ -59,6 +59,41 @@ func (b *builder) byServerName(out *served) {
 	}
 	m.MatcherType = &matcherv3.Matcher_MatcherList_{MatcherList: list}
 	out.on = nested(m)
+}
+
+// byClient has connections of the clients of some namespaces go where routes say that are for these alone. requests and opaque are
+// where others go that no such route has: requests where both may come, and what is none.
+func (b *builder) byClient(out *served, requests, opaque *matcherv3.Matcher_OnMatch) {
+	rest, clients := out.on, map[string]*matcherv3.Matcher_OnMatch{}
+	for i := range out.svc.Routed {
+		from := out.svc.Routed[i].From
+		if from == "" || clients[from] != nil || out.svc.Routed[i].Port != out.port.Port {
+			continue
+		}
+		all := out.svc.RoutedAt(from, out.port.Port)
+		out.on = opaque
+		if all != nil { // whatever is in them
+			c := out.chain
+			c.port.App = mesh.AppTCP
+			p := b.tcpProxy(c)
+			b.share(p, c, all.Backends)
+			name := c.name("tcp/" + from)
+			out.chains = append(out.chains, &listenerv3.FilterChain{
+				Name: name, Filters: append(b.connectionAccess(c), b.networkFilter("envoy.filters.network.tcp_proxy", p)),
+			})
+			out.on = b.chainNamed(name)
+		}
+		b.byServerName(out, from)
+		if all == nil && out.sniffed() {
+			out.on = b.byProtocol(requests, out.on)
+		}
+		clients[from] = out.on
+	}
+	if out.on = rest; len(clients) > 0 {
+		m := exactly("client", b.extension(&networkinputsv3.FilterStateInput{Key: stateNamespace}), clients)
+		m.OnNoMatch = rest
+		out.on = nested(m)
+	}
 }
 
 // serverName matches a server name, "*.domain" or "*", which is any.

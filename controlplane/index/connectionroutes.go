@@ -109,22 +109,27 @@ func (f *ingressFact) tls(l *ingressListener) *mesh.ListenerTLS {
 	return out
 }
 
-// routed are the ports of a service of which TCPRoutes share the connections out. Of several routes the oldest has a port.
+// routed are the ports of a service of which TCPRoutes share the connections out, and TLSRoutes those that ask for a server name. Of
+// several routes for the same clients the oldest has a port, or a name.
 func (x *Index) routed(name mesh.ServiceName) (out []mesh.Routed) {
 	var routes []*boundRoute
 	for b := range x.routesAt[name] {
-		if b.fact.kind == TCPRoute && len(b.backends) > 0 {
+		if b.fact.connections() && len(b.backends) > 0 {
 			routes = append(routes, b)
 		}
 	}
 	slices.SortFunc(routes, (*boundRoute).older)
 	for _, b := range routes {
 		for _, port := range x.portsOf(b) {
-			if !slices.ContainsFunc(out, func(o mesh.Routed) bool { return o.Port == port }) {
-				out = append(out, mesh.Routed{Port: port, Backends: b.backends})
+			r := mesh.Routed{Port: port, From: b.from, Backends: b.backends}
+			if b.fact.kind == TLSRoute {
+				r.Names, r.Beside = b.fact.hostnames, true
+			}
+			if len(r.Names) > 0 || !slices.ContainsFunc(out, func(o mesh.Routed) bool { return o.Port == port && o.From == r.From && len(o.Names) == 0 }) {
+				out = append(out, r)
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b mesh.Routed) int { return cmp.Compare(a.Port, b.Port) })
+	slices.SortStableFunc(out, func(a, b mesh.Routed) int { return cmp.Compare(a.Port, b.Port) })
 	return out
 }

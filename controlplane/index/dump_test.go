@@ -68,7 +68,7 @@ func dump(x *Index) string {
 		linePatches(line, v.Patches)
 		linePlugins(line, v.Plugins)
 		for _, r := range v.Routed {
-			line("  routed port %d%v to %+v", r.Port, r.Names, r.Backends)
+			line("  routed port %d%v from %q to %+v", r.Port, r.Names, r.From, r.Backends)
 		}
 		for _, e := range v.TLS {
 			line("  encrypted port %d host %s names %+v roots %d bytes invalid %q", e.Port, e.Host, e.Names, len(e.Roots), e.Invalid)

@@ -351,11 +351,8 @@ func (x *Index) bind(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundRou
 	case len(s.service.VIPs) == 0:
 		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" is headless: without an address of its own nothing can be routed")
 	}
-	switch {
-	case f.kind == TLSRoute:
-		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "TLSRoutes are followed at Gateways alone, not at Services; a TCPRoute is, whatever the server name")
-	case f.kind == TCPRoute && b.from != "":
-		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "a TCPRoute of another namespace, for its own clients, is not followed; write it in the namespace "+k.Namespace)
+	if f.kind == TLSRoute && len(f.hostnames) == 0 {
+		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), "it has no hostnames: which server names is it for?")
 	}
 	var other []string
 	for i, port := range s.service.Ports {
@@ -461,7 +458,7 @@ func (x *Index) stateRoute(u *Update, r ref) {
 		p := b.parent
 		if b.gateway == (key{}) && p.Accepted.OK() && len(x.portsOf(b)) == 0 {
 			others := "GRPCRoutes"
-			if f.connections() {
+			if f.kind == TCPRoute {
 				others = "HTTPRoutes or GRPCRoutes"
 			}
 			p.Accepted = routing.Verdict{Reason: ReasonConflicted, Message: others + " are attached to the same ports of the Service, and hold there"}
@@ -474,7 +471,7 @@ func (x *Index) stateRoute(u *Update, r ref) {
 			}
 		}
 	}
-	if worst.OK() && len(f.hostnames) > 0 && f.services {
+	if worst.OK() && len(f.hostnames) > 0 && f.services && f.kind != TLSRoute {
 		worst = routing.Verdict{Reason: reasonPartlyIgnored, Message: "hostnames mean nothing at a Service, which is known by its address; match the header Host instead"}
 	}
 	x.notice(u, nk, f.uid, worst.Reason, worst.Message)
@@ -498,9 +495,9 @@ func SameParent(a, b gatewayv1.ParentReference) bool {
 }
 
 // portsOf are the ports where a route holds: those where the routes of its clients are of its kind. GRPCRoutes come first, then
-// HTTPRoutes, whomever they are for where the other is for connections.
+// HTTPRoutes, whomever they are for where the other is for connections, but those that a TLSRoute is for are no requests.
 func (x *Index) portsOf(b *boundRoute) []uint16 {
-	if b.fact.kind == GRPCRoute {
+	if b.fact.kind == GRPCRoute || b.fact.kind == TLSRoute {
 		return b.ports
 	}
 	var taken []uint16

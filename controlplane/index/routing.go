@@ -223,11 +223,11 @@ func (x *Index) route(s *mesh.Service) {
 	x.consumed(s)
 }
 
-// routeConnections adds what a VirtualService says about connections to ports of a service, where no TCPRoute does. On ports that
+// routeConnections adds what a VirtualService says about connections to ports of a service, where neither TCPRoute nor TLSRoute does. On ports that
 // are declared as HTTP there are none but requests.
 func (f *routeFact) routeConnections(s *mesh.Service, routed []mesh.Routed) []mesh.Routed {
 	for _, p := range s.Ports {
-		taken := slices.ContainsFunc(routed, func(r mesh.Routed) bool { return r.Port == p.Port })
+		taken := slices.ContainsFunc(routed, func(r mesh.Routed) bool { return r.Port == p.Port && r.From == "" })
 		if taken || p.App == mesh.AppHTTP1 || p.App == mesh.AppHTTP2 || p.App == mesh.AppGRPC {
 			continue
 		}

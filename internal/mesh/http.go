@@ -88,14 +88,16 @@ type HTTPBackend struct {
 type Routed struct {
 	Port     uint16
 	Names    []string // only those with TLS that ask for one of these server names, perhaps "*.domain"; empty: all others
+	From     string   // only those of clients of this namespace, who meet no other of its kind (with Names, without); "": all others
 	Beside   bool     // only those that are no requests, where both may come; false: whatever is in them
 	Backends []HTTPBackend
 }
 
-// RoutedAt is what says where connections to a port go that no server name decides about; nil where that is the service itself.
-func (s *Service) RoutedAt(port uint16) *Routed {
+// RoutedAt is what says where connections of a namespace's clients ("": of all others) to a port go that no server name decides about;
+// nil where that is the service itself.
+func (s *Service) RoutedAt(from string, port uint16) *Routed {
 	for i := range s.Routed {
-		if s.Routed[i].Port == port && len(s.Routed[i].Names) == 0 {
+		if s.Routed[i].From == from && s.Routed[i].Port == port && len(s.Routed[i].Names) == 0 {
 			return &s.Routed[i]
 		}
 	}

@@ -21,7 +21,11 @@ func TestWaypointConnections(t *testing.T) {
 		lab.PodSpec{Namespace: ns, Name: "old", Account: "stock", Node: nodes[1], Args: []string{"inventory"}},
 		lab.PodSpec{Namespace: ns, Name: "new", Account: "stock", Node: nodes[0], Args: []string{"inventory"}},
 	))
+	consumers := namespace(t, "e2e-waypoint-tcp-consumers", ambient)
+	must(t, mesh.Run(ctx, lab.PodSpec{Namespace: consumers, Name: "consumer", Account: "consumer", Node: nodes[1], Args: []string{"sleep"}}))
 	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	must(t, mesh.AwaitReady(ctx, consumers, time.Minute))
+	inMesh(t, consumers)
 	inMesh(t, ns) // before there are pods that are not captured
 	applyIn(t, ns, aWaypoint)
 	apply := func(weights string) {
@@ -111,4 +115,38 @@ spec:
 			return nil
 		}))
 	}
+
+	// Routes of another namespace are for that one's clients, who meet no other: here they lead to the Service itself.
+	must(t, mesh.Apply(ctx, strings.NewReplacer("NS", ns, "CONSUMERS", consumers).Replace(`
+apiVersion: gateway.networking.k8s.io/v1
+kind: TCPRoute
+metadata: {name: own, namespace: CONSUMERS}
+spec:
+  parentRefs: [{group: "", kind: Service, name: old, namespace: NS, port: 80}]
+  rules: [{backendRefs: [{name: old, namespace: NS, port: 80}]}]
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: TLSRoute
+metadata: {name: own, namespace: CONSUMERS}
+spec:
+  parentRefs: [{group: "", kind: Service, name: old, namespace: NS, port: 443}]
+  hostnames: [old.NS]
+  rules: [{backendRefs: [{name: old, namespace: NS, port: 443}]}]
+`)))
+	must(t, lab.Eventually(ctx, time.Minute, func() error {
+		before := requests("old")
+		for range 20 {
+			if out, err := mesh.Exec(ctx, consumers, "consumer", "/demo", "get", "http://old."+ns+"/stock"); err != nil {
+				return fmt.Errorf("%w: %s", err, out)
+			}
+		}
+		if got := requests("old") - before; got != 20 {
+			return fmt.Errorf("of 20 connections of the consumer the Service itself got %d", got)
+		}
+		if out, err := mesh.Exec(ctx, consumers, "consumer", "/demo", "get", "https://old."+ns+"/"); err == nil || !strings.Contains(err.Error()+out, "gave HTTP response") {
+			return fmt.Errorf("the consumer's TLS: %q (%v), want the Service itself, which has none", out, err)
+		}
+		return nil
+	}))
+	shared(n, n)
 }
