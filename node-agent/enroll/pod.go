@@ -208,7 +208,7 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 		}
 	}
 	if p.accepting != nil && (was.Identity != d.Identity || was.WorkloadUID != d.WorkloadUID) {
-		r.retire(p.accepting, nil)
+		r.retire(p.accepting, nil, r.cfg.Drain, false)
 		p.accepting = nil
 	}
 	if p.accepting == nil {
@@ -227,7 +227,7 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 	if err := r.cfg.Plumber.Enroll(datapath.Pod{UID: p.uid, Workload: d.WorkloadUID, Identity: d.Identity, NetNS: p.ns,
 		Addrs: p.addrs, Listeners: *p.listeners}); err != nil {
 		if _, never := unsupported(err); never {
-			r.teardown(p)
+			r.teardown(p, r.cfg.Drain, false)
 		}
 		return err
 	}
@@ -282,7 +282,7 @@ func (r *Registry) locate(p *pod, d LocalPod, sb sandbox) error {
 			ns.Close()
 		} else {
 			if p.ns != nil {
-				r.teardown(p)
+				r.teardown(p, r.cfg.Drain, false)
 			}
 			p.ns, p.addrs = ns, nil
 		}
@@ -344,7 +344,7 @@ func (r *Registry) evict(p *pod) {
 	r.mu.Unlock()
 	for _, uid := range stale {
 		r.log.Info("pod is gone: its address belongs to another", "uid", uid, "successor", p.uid)
-		r.dispose(context.Background(), uid)
+		r.dispose(uid, r.cfg.Drain, false)
 	}
 }
 
@@ -419,15 +419,16 @@ func (r *Registry) release(_ context.Context, uid string) {
 	r.log.Info("pod released", "namespace", p.status.Namespace, "pod", p.status.Name, "uid", uid)
 }
 
-// dispose ends everything about a pod that is gone, or that has lingered. What it returns is closed once its connections have
-// ended; nil where it had none.
-func (r *Registry) dispose(_ context.Context, uid string) (ended <-chan struct{}) {
+// dispose ends everything about a pod that is gone, or that has lingered: connections that do not end by themselves within a time,
+// and where its applications have ended, too, whatever else there is in its namespace. What it returns is closed after that; nil
+// where nobody served it.
+func (r *Registry) dispose(uid string, within time.Duration, deserted bool) (ended <-chan struct{}) {
 	p := r.held(uid)
 	if p == nil {
 		return nil
 	}
 	defer r.unclaim(p)
-	ended = r.teardown(p)
+	ended = r.teardown(p, within, deserted)
 	p.dead = true
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -444,8 +445,8 @@ func (r *Registry) dispose(_ context.Context, uid string) (ended <-chan struct{}
 }
 
 // teardown releases what p has on the node: capture first, or the pod would go on being captured with nobody to
-// serve it. What it returns is as of [Registry.retire]; nil where nobody served it.
-func (r *Registry) teardown(p *pod) (ended <-chan struct{}) {
+// serve it. What it takes and returns is as of [Registry.dispose].
+func (r *Registry) teardown(p *pod, within time.Duration, deserted bool) (ended <-chan struct{}) {
 	if err := r.cfg.Plumber.Release(p.uid); err != nil {
 		r.log.Error("end capture", "uid", p.uid, "err", err)
 	}
@@ -457,7 +458,7 @@ func (r *Registry) teardown(p *pod) (ended <-chan struct{}) {
 		p.listeners = nil
 	}
 	if p.accepting != nil {
-		ended = r.retire(p.accepting, p.ns)
+		ended = r.retire(p.accepting, p.ns, within, deserted)
 	} else if p.ns != nil {
 		p.ns.Close()
 	}
@@ -467,18 +468,50 @@ func (r *Registry) teardown(p *pod) (ended <-chan struct{}) {
 	return ended
 }
 
-// retire lets open connections end by themselves; their namespace is closed after them, and then what it returns.
-func (r *Registry) retire(a Accepting, ns *netns.Handle) <-chan struct{} {
+// retire lets open connections end by themselves within a time; their namespace is closed after them, and then what it returns.
+func (r *Registry) retire(a Accepting, ns *netns.Handle, within time.Duration, deserted bool) <-chan struct{} {
 	a.StopAccepting()
 	ended := make(chan struct{})
 	r.drains.Go(func() {
 		defer close(ended)
-		ctx, cancel := context.WithTimeout(r.draining, r.cfg.Drain)
+		ctx, cancel := context.WithTimeout(r.draining, within)
 		defer cancel()
 		a.Close(ctx)
-		if ns != nil {
-			ns.Close()
+		if ns == nil {
+			return
 		}
+		if deserted {
+			if err := hush(r.draining, ns, within); err != nil {
+				r.log.Warn("those at the other end of a pod's connections may not hear that they have ended", "err", err)
+			}
+		}
+		ns.Close()
 	})
 	return ended
+}
+
+// hush waits until all that was sent from a namespace has been acknowledged, and the end of all connections with it: when the
+// namespace is gone nobody sends it again, and who is not told that a tunnel has ended sends into it. What has not ended in time
+// is reset.
+func hush(ctx context.Context, ns *netns.Handle, within time.Duration) error {
+	const sending = netns.Carrying&^(1<<netns.TCPFinWait2) | 1<<netns.TCPLastAck | 1<<netns.TCPClosing
+	dg, err := netns.OpenDiag(ns)
+	if err != nil {
+		return err
+	}
+	defer dg.Close()
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	for {
+		left, err := dg.List(sending)
+		if err != nil || len(left) == 0 {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			_, err := dg.Destroy(left)
+			return err
+		case <-time.After(5 * time.Millisecond):
+		}
+	}
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -158,6 +159,46 @@ func TestADELWaitsForConnectionsToEnd(t *testing.T) {
 	}
 	close(l.served.hold)
 	<-answered
+}
+
+// What does not end before a pod's network goes is reset, so that those at its other end hear of it.
+func TestADELLeavesNoConnectionOpen(t *testing.T) {
+	l := newLab(t)
+	n := l.start()
+	if err := n.SetNamespaces(shopEnrolled); err != nil {
+		t.Fatal(err)
+	}
+	d, ns, path := l.pod(1)
+	n.SetPods([]LocalPod{d}, true)
+	if resp, err := add(n, d, path, "sandbox1"); err != nil || !resp.Captured {
+		t.Fatalf("%+v, %v", resp, err)
+	}
+	ln := listen(t, ns, netip.AddrPortFrom(d.Addrs[0], 9000))
+	var stays, goes net.Conn
+	if err := ns.Do(func() (err error) {
+		if stays, err = net.Dial("tcp", ln.Addr().String()); err == nil {
+			goes, err = net.Dial("tcp", ln.Addr().String())
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer stays.Close()
+	for range 2 {
+		served, err := ln.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer served.Close()
+	}
+	goes.Close() // its other end has heard, and has not closed
+	del(t, n, d, path, "sandbox1")
+	if err := stays.SetReadDeadline(time.Now().Add(plenty)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := stays.Read(make([]byte, 1)); !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("a connection of a pod that is gone: %v, want a reset", err)
+	}
 }
 
 func TestAPodOfAnEnrolledNamespaceWaitsUntilItIsKnown(t *testing.T) {

@@ -173,8 +173,9 @@ func (r *Registry) known(req cni.Request) (known, <-chan struct{}) {
 	return k, r.changed
 }
 
-// delWait is how long a DEL waits for a pod's connections to end, of which the applications have: with the answer the pod's
-// network goes, and who was not told before that a tunnel has ended waits for it in vain. It is less than the plugin waits.
+// delWait is how long a DEL waits for a pod's connections to end, of which the applications have, and then as long for the other
+// ends to have heard: with the answer the pod's network goes, and who was not told before that a tunnel has ended waits for it in
+// vain. Twice that is less than the plugin waits.
 const delWait = time.Second
 
 // Del answers a CNI DEL. A runtime may send it late, when the pod has another sandbox already, and more than
@@ -191,10 +192,10 @@ func (r *Registry) Del(ctx context.Context, req cni.Request) (cni.Response, erro
 	}
 	r.mu.Unlock()
 	if uid != "" {
-		if ended := r.dispose(ctx, uid); ended != nil {
+		if ended := r.dispose(uid, delWait, true); ended != nil {
 			select {
 			case <-ended:
-			case <-time.After(delWait):
+			case <-ctx.Done():
 			}
 		}
 	}

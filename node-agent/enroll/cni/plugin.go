@@ -160,7 +160,7 @@ func (p Plugin) Del(args *skel.CmdArgs) error {
 		fmt.Fprintf(p.Stderr, "%s: %v\n", PluginType, err)
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second) // the agent has the pod's connections end
 	defer cancel()
 	if _, err := (Client{c.set.Socket}).Do(ctx, PathDel, request(args)); err != nil {
 		fmt.Fprintf(p.Stderr, "%s: the node agent was not told that the pod is gone: %v\n", PluginType, err)
