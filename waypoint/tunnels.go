@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
@@ -21,6 +22,14 @@ import (
 // the endpoint it was made for, which travels with it to connect_originate; a pod that hbone has not is not reached. A cluster
 // that makes its hosts of the addresses it is asked for (ORIGINAL_DST) would need no list, but has every connection make a
 // host, and with it a tunnel, until Envoy's main thread has noted the first.
+
+// A tunnel whose peer has acknowledged nothing of what it was sent for this long is dead, and what it carries is sent elsewhere if it
+// may be (tcp(7), TCP_USER_TIMEOUT). Nodes have the same bound for theirs.
+const (
+	silence        = 10 * time.Second
+	ipprotoTCP     = 6
+	tcpUserTimeout = 18
+)
 
 // subsetTunnel is the metadata that a pod is found by: its address with the port of tunnels.
 const subsetTunnel = "tunnel"
@@ -87,7 +96,11 @@ func (b *builder) hbone(pods []netip.AddrPort) (*clusterv3.Cluster, *endpointv3.
 		ClusterDiscoveryType: &clusterv3.Cluster_Type{Type: clusterv3.Cluster_EDS},
 		EdsClusterConfig:     &clusterv3.Cluster_EdsClusterConfig{EdsConfig: adsSource()},
 		ConnectTimeout:       durationpb.New(connectTimeout),
-		CircuitBreakers:      limits(&mesh.Traffic{}),
+		UpstreamBindConfig: &corev3.BindConfig{SocketOptions: []*corev3.SocketOption{{
+			Description: "TCP_USER_TIMEOUT", Level: ipprotoTCP, Name: tcpUserTimeout, State: corev3.SocketOption_STATE_PREBIND,
+			Value: &corev3.SocketOption_IntValue{IntValue: silence.Milliseconds()},
+		}}},
+		CircuitBreakers: limits(&mesh.Traffic{}),
 		LbSubsetConfig: &clusterv3.Cluster_LbSubsetConfig{
 			FallbackPolicy:  clusterv3.Cluster_LbSubsetConfig_NO_FALLBACK,
 			SubsetSelectors: []*clusterv3.Cluster_LbSubsetConfig_LbSubsetSelector{{Keys: []string{subsetTunnel}, SingleHostPerSubset: true}},

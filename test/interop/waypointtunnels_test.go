@@ -6,6 +6,10 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -83,9 +87,64 @@ func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path
 	if n := accepted.Load(); n != 1 {
 		t.Errorf("%d requests came by %d tunnels", requests, n)
 	}
+	if ms := userTimeouts(t, 15008); len(ms) != 1 || ms[0] != 10_000 {
+		t.Errorf("a tunnel whose peer is silent ends after %v ms, want 10000", ms)
+	}
 	if _, ok := authorities.Load("127.0.1.5:8080"); !ok {
 		t.Error("no CONNECT was for the pod's port")
 	}
+}
+
+// userTimeouts are the TCP_USER_TIMEOUTs of the connections to a port that processes of this one's have, in milliseconds.
+func userTimeouts(t *testing.T, port int) (all []int) {
+	t.Helper()
+	sockets, err := filepath.Glob("/proc/[0-9]*/fd/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	mine := fmt.Sprintf("\nPPid:\t%d\n", os.Getpid())
+	for _, path := range sockets {
+		process, n := filepath.Dir(filepath.Dir(path)), filepath.Base(path)
+		if status, err := os.ReadFile(filepath.Join(process, "status")); err != nil || !strings.Contains(string(status), mine) {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(process))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ms, ok := userTimeout(t, pid, n, port); ok {
+			all = append(all, ms)
+		}
+	}
+	return all
+}
+
+// userTimeout is that of a process's descriptor, if that is a connection to a port.
+func userTimeout(t *testing.T, pid int, descriptor string, port int) (ms int, ok bool) {
+	t.Helper()
+	n, err := strconv.Atoi(descriptor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	of, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return 0, false // ended meanwhile
+	}
+	defer unix.Close(of)
+	fd, err := unix.PidfdGetfd(of, n, 0)
+	if err != nil {
+		return 0, false // closed meanwhile
+	}
+	defer unix.Close(fd)
+	peer, err := unix.Getpeername(fd)
+	to, is := peer.(*unix.SockaddrInet4)
+	if err != nil || !is || to.Port != port {
+		return 0, false
+	}
+	if ms, err = unix.GetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT); err != nil {
+		t.Fatal(err)
+	}
+	return ms, true
 }
 
 // serveTunnels is a pod whose tunnels end here; it counts them.
