@@ -95,8 +95,8 @@ func routesAfterClusters(t *testing.T, answers bool) {
 	take(ask(envoyresource.EndpointType, has(ui)))
 	take(ask(envoyresource.RouteType, routes...))
 
-	put(2, mesh.HTTPRule{Backends: []mesh.HTTPBackend{{Service: db, Port: 80, Weight: 1}}})
 	began := time.Now()
+	put(2, mesh.HTTPRule{Backends: []mesh.HTTPBackend{{Service: db, Port: 80, Weight: 1}}})
 	clusters := next(envoyresource.ClusterType)
 	if len(clusters.Resources) != 1 || !strings.Contains(clusters.Resources[0].Name, db.Hostname) || len(clusters.RemovedResources) > 0 {
 		t.Fatalf("of clusters come %v and go %v, while routes name the old ones", clusters.Resources, clusters.RemovedResources)
