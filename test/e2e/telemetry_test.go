@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -62,9 +63,9 @@ spec:
 	}
 	call("/nothing-of-the-kind")
 	call("/stock")
-	must(t, lab.Eventually(ctx, time.Minute, func() error {
-		text, err := mesh.Kubectl(ctx, "-n", ns, "logs", "collector")
-		if err != nil {
+	var text string
+	must(t, lab.Eventually(ctx, time.Minute, func() (err error) {
+		if text, err = mesh.Kubectl(ctx, "-n", ns, "logs", "collector"); err != nil {
 			return err
 		}
 		for _, want := range []string{
@@ -82,6 +83,23 @@ spec:
 			t.Error("a line that the filter excludes came")
 		}
 		return nil
+	}))
+	// The waypoint's line about a request and the node's about the connection that it came by name the same end of it.
+	from := regexp.MustCompile(`-> downstream_remote_address: Str\(([^)]+)\)`).FindStringSubmatch(text)
+	if from == nil {
+		t.Fatal("the waypoint's lines do not say where requests come from")
+	}
+	must(t, lab.Eventually(ctx, 30*time.Second, func() error {
+		lines, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "logs", "-l", lab.NodeApp, "--tail=2000")
+		if err != nil {
+			return err
+		}
+		for line := range strings.Lines(lines) {
+			if strings.Contains(line, "src.addr="+from[1]+" ") && strings.Contains(line, "dst.service=inventory."+ns+".svc.cluster.local") && strings.Contains(line, "direction=outbound") {
+				return nil
+			}
+		}
+		return fmt.Errorf("no line of a node's about what comes from %s", from[1])
 	}))
 	way, err := mesh.Kubectl(ctx, "-n", ns, "logs", "-l", "gateway.networking.k8s.io/gateway-name=way", "--tail=-1")
 	must(t, err)
