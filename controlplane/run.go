@@ -82,6 +82,7 @@ type controlPlane struct {
 	gateways   gatewayStates
 	secrets    *followed[index.SecretKey, index.SecretState]
 	roots      *followed[index.RootsKey, index.RootsState]
+	parameters *parameters
 	grpc       *grpc.Server
 	serving    *ca.Serving
 	admission  *admission.Server
@@ -118,6 +119,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	}, log.With("scope", "modules"))
 	cp.secrets = newSecrets(clients.Kube, cp.source.SetSecret, log.With("scope", "secrets"))
 	cp.roots = newRoots(clients.Kube, cp.source.SetRoots, log.With("scope", "secrets"))
+	cp.parameters = newParameters(clients.Kube, cfg.Mesh.RootNamespace, log.With("scope", "deploy"))
 	trusted := map[string]bool{}
 	for _, a := range cfg.TrustedNodes {
 		trusted[a] = true
@@ -221,6 +223,7 @@ func (cp *controlPlane) run(ctx context.Context) error {
 	g.Go(func() error { cp.modules.Run(ctx); return nil })
 	g.Go(func() error { cp.secrets.run(ctx); return nil })
 	g.Go(func() error { cp.roots.run(ctx); return nil })
+	g.Go(func() error { cp.parameters.run(ctx); return nil })
 	if l := listeners[0]; l != nil {
 		g.Go(func() error { // only what has been read is served, and only then are pods known to the CA
 			select {

@@ -21,6 +21,7 @@ type followed[K ~struct{ Namespace, Name string }, S any] struct {
 	informer func(informers.SharedInformerFactory) cache.SharedIndexInformer
 	read     func(any) (metav1.Object, *S) // nil for what is no such object
 	tell     func(K, *S)
+	absent   bool // that there is no such object is told too
 	log      *slog.Logger
 
 	mu      sync.Mutex
@@ -114,7 +115,8 @@ func (w *followed[K, S]) follow(ctx context.Context, k K) {
 			w.tell(k, s.state)
 		}
 	}
-	if _, err := w.informer(factory).AddEventHandler(cache.ResourceEventHandlerFuncs{
+	informer := w.informer(factory)
+	if _, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
 		AddFunc:    saw,
 		UpdateFunc: func(_, is any) { saw(is) },
 		DeleteFunc: func(any) {
@@ -127,6 +129,9 @@ func (w *followed[K, S]) follow(ctx context.Context, k K) {
 		return
 	}
 	factory.Start(ctx.Done())
+	if w.absent && cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) && len(informer.GetStore().ListKeys()) == 0 {
+		w.tell(k, nil)
+	}
 	<-ctx.Done()
 	factory.Shutdown()
 }

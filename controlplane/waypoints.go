@@ -102,7 +102,7 @@ func (cp *controlPlane) deployer() *deploy.Deployer {
 			_, ok := cp.source.Object(index.Gateway, namespace, name)
 			return ok
 		},
-		State: cp.waypointState, Log: cp.cfg.Log.With("scope", "deploy"),
+		State: cp.waypointState, Parameters: cp.parameters, Log: cp.cfg.Log.With("scope", "deploy"),
 	}
 }
 

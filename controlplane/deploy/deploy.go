@@ -46,7 +46,19 @@ type Deployer struct {
 	Exists func(namespace, name string) bool
 	// Ingress is what the index makes of a gateway; nil before it has seen it.
 	Ingress func(namespace, name string) *index.GatewayState
-	Log     *slog.Logger
+	// Parameters are what ConfigMaps say of what is made; nil where they are not followed.
+	Parameters ParameterSource
+	Log        *slog.Logger
+}
+
+// ParameterSource follows the ConfigMaps that say what Gateways are made with.
+type ParameterSource interface {
+	// Want has just these followed, beside the defaults of classes. It does not block.
+	Want([]ParametersKey)
+	// Get returns what one says; nil where there is none. known is false until it was looked for.
+	Get(ParametersKey) (p *Parameters, known bool)
+	// Defaults are those of a class, by the name of their ConfigMap.
+	Defaults(class string) (all map[string]*Parameters, known bool)
 }
 
 // done is what was applied for a Gateway.
@@ -54,6 +66,8 @@ type done struct {
 	generation int64
 	labels     string
 	ports      string // that ListenerSets add
+	wishes     string // the version of its Parameters
+	scaled     bool   // by a HorizontalPodAutoscaler of ours
 	at         time.Time
 	failed     string // what the API server said; "" for success
 }
@@ -73,6 +87,7 @@ func (d *Deployer) Run(ctx context.Context) {
 				d.acceptClass(ctx, c)
 			}
 			here := map[types.UID]bool{}
+			d.wantParameters(list)
 			for _, g := range list {
 				here[g.UID] = true
 				d.reconcile(ctx, g, applied)
@@ -131,31 +146,81 @@ func (d *Deployer) acceptClass(ctx context.Context, c *gatewayv1.GatewayClass) b
 }
 
 func (d *Deployer) reconcile(ctx context.Context, g *gatewayv1.Gateway, applied map[types.UID]done) {
+	w, problem, known := d.wishes(g)
+	if !known {
+		return // it will be
+	}
 	reason, message := verdict(g)
 	var state *index.GatewayState
 	if !isWaypoint(g) {
 		if state = d.Ingress(g.Namespace, g.Name); state == nil || state.UID != string(g.UID) || state.Generation != g.Generation {
 			return // it will be
 		}
-		reason, message = ingressVerdict(g, state)
+		reason, message = ingressVerdict(g, state, w)
+	}
+	if reason == gatewayv1.GatewayReasonAccepted && problem != "" { // what was made stays as it is
+		reason, message = gatewayv1.GatewayReasonInvalidParameters, problem
 	}
 	accepted := reason == gatewayv1.GatewayReasonAccepted
-	labels, ports := fmt.Sprint(g.Labels), fmt.Sprint(addedPorts(state))
+	now := done{generation: g.Generation, labels: fmt.Sprint(g.Labels), ports: fmt.Sprint(addedPorts(state)), wishes: w.version(), scaled: w.scaled()}
 	was, ok := applied[g.UID]
-	if accepted && (!ok || was.generation != g.Generation || was.labels != labels || was.ports != ports || was.failed != "" || time.Since(was.at) > again) {
-		was = done{generation: g.Generation, labels: labels, ports: ports, at: time.Now()}
-		if err := d.apply(ctx, g, addedPorts(state)); err != nil {
-			was.failed = err.Error()
+	same := done{generation: was.generation, labels: was.labels, ports: was.ports, wishes: was.wishes, scaled: was.scaled} == now
+	if accepted && (!ok || !same || was.failed != "" || time.Since(was.at) > again) {
+		now.at = time.Now()
+		err := d.apply(ctx, g, addedPorts(state), w)
+		if err == nil && !now.scaled && (!ok || was.scaled || was.failed != "") {
+			err = d.unscale(ctx, g)
+		}
+		if err != nil {
+			now.failed = err.Error()
 			d.Log.Warn("Gateway not deployed", "namespace", g.Namespace, "gateway", g.Name, "error", err)
 		}
+		was = now
 		applied[g.UID] = was
 	}
-	d.tell(ctx, g, state, reason, message, was.failed)
+	d.tell(ctx, g, state, w, reason, message, was.failed)
 }
 
-func (d *Deployer) apply(ctx context.Context, g *gatewayv1.Gateway, added []gatewayv1.PortNumber) error {
+// wantParameters has those ConfigMaps followed that Gateways refer to.
+func (d *Deployer) wantParameters(list []*gatewayv1.Gateway) {
+	if d.Parameters == nil {
+		return
+	}
+	var keys []ParametersKey
+	for _, g := range list {
+		if i := g.Spec.Infrastructure; i != nil && i.ParametersRef != nil && i.ParametersRef.Kind == "ConfigMap" {
+			keys = append(keys, ParametersKey{g.Namespace, i.ParametersRef.Name})
+		}
+	}
+	d.Parameters.Want(keys)
+}
+
+// unscale deletes the HorizontalPodAutoscaler that was made for a Gateway; another's of that name stays.
+func (d *Deployer) unscale(ctx context.Context, g *gatewayv1.Gateway) error {
+	all, name := d.Kube.AutoscalingV2().HorizontalPodAutoscalers(g.Namespace), nameOf(g)
+	now, err := all.Get(ctx, name, metav1.GetOptions{})
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err == nil && !metav1.IsControlledBy(now, g) {
+		return nil
+	}
+	if err == nil {
+		err = all.Delete(ctx, name, metav1.DeleteOptions{Preconditions: &metav1.Preconditions{UID: &now.UID}})
+	}
+	if err != nil && !overtaken(err) {
+		return fmt.Errorf("delete HorizontalPodAutoscaler %s: %w", name, err)
+	}
+	return nil
+}
+
+func (d *Deployer) apply(ctx context.Context, g *gatewayv1.Gateway, added []gatewayv1.PortNumber, w wishes) error {
 	name := nameOf(g)
-	for _, m := range d.Settings.manifests(g, added) {
+	manifests, err := d.Settings.manifests(g, added, w)
+	if err != nil {
+		return err
+	}
+	for _, m := range manifests {
 		err := apply(m.body, func(b []byte, o metav1.PatchOptions) (err error) {
 			switch m.kind {
 			case serviceAccount:
@@ -166,6 +231,8 @@ func (d *Deployer) apply(ctx context.Context, g *gatewayv1.Gateway, added []gate
 				_, err = d.Kube.AppsV1().Deployments(g.Namespace).Patch(ctx, name, types.ApplyPatchType, b, o)
 			case budget:
 				_, err = d.Kube.PolicyV1().PodDisruptionBudgets(g.Namespace).Patch(ctx, name, types.ApplyPatchType, b, o)
+			case autoscaler:
+				_, err = d.Kube.AutoscalingV2().HorizontalPodAutoscalers(g.Namespace).Patch(ctx, name, types.ApplyPatchType, b, o)
 			}
 			return err
 		})

@@ -28,6 +28,7 @@ const (
 	telemetryPort   = 15020
 	drainSeconds    = 30
 	terminateWithin = drainSeconds + 15
+	drainVariable   = "DRAIN_SECONDS"
 )
 
 // Settings are the same for all waypoints.
@@ -56,6 +57,7 @@ const (
 	service
 	deployment
 	budget
+	autoscaler
 )
 
 // isWaypoint tells the two kinds of Gateways apart.
@@ -69,8 +71,8 @@ func nameOf(g *gatewayv1.Gateway) string {
 	return index.IngressName(g)
 }
 
-// manifests are the objects of a Gateway, to which ListenerSets add ports.
-func (s Settings) manifests(g *gatewayv1.Gateway, added []gatewayv1.PortNumber) []manifest {
+// manifests are the objects of a Gateway, to which ListenerSets add ports, as Parameters wish them to be.
+func (s Settings) manifests(g *gatewayv1.Gateway, added []gatewayv1.PortNumber, w wishes) ([]manifest, error) {
 	labels, annotations := object{}, object{}
 	if i := g.Spec.Infrastructure; i != nil {
 		for k, v := range i.Labels {
@@ -104,7 +106,7 @@ func (s Settings) manifests(g *gatewayv1.Gateway, added []gatewayv1.PortNumber) 
 	account := meta("v1", "ServiceAccount")
 
 	svc := meta("v1", "Service")
-	svc["spec"] = serviceSpec(g, added, selector)
+	svc["spec"] = serviceSpec(g, added, selector, w)
 
 	pod := object{}
 	for k, v := range labels {
@@ -135,7 +137,20 @@ func (s Settings) manifests(g *gatewayv1.Gateway, added []gatewayv1.PortNumber) 
 
 	pdb := meta("policy/v1", "PodDisruptionBudget")
 	pdb["spec"] = object{"maxUnavailable": 1, "selector": object{"matchLabels": selector}}
-	return []manifest{{serviceAccount, account}, {service, svc}, {deployment, dep}, {budget, pdb}}
+
+	all := []manifest{{serviceAccount, account}, {service, svc}, {deployment, dep}, {budget, pdb}}
+	if w.scaled() {
+		hpa := meta("autoscaling/v2", "HorizontalPodAutoscaler")
+		hpa["spec"] = object{"scaleTargetRef": object{"apiVersion": "apps/v1", "kind": "Deployment", "name": name}}
+		all = append(all, manifest{autoscaler, hpa})
+	}
+	for i := range all {
+		var err error
+		if all[i], err = w.on(all[i]); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
 }
 
 func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
@@ -169,7 +184,7 @@ func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
 				field("POD_NAME", "metadata.name"), field("POD_NAMESPACE", "metadata.namespace"),
 				field("POD_IP", "status.podIP"), field("SERVICE_ACCOUNT", "spec.serviceAccountName"),
 				value("CONTROL_ADDRESS", s.Service), value("CLUSTER_ID", s.ClusterID), value("TRUST_DOMAIN", s.TrustDomain),
-				value("DRAIN_SECONDS", fmt.Sprint(drainSeconds)),
+				value(drainVariable, fmt.Sprint(drainSeconds)),
 			},
 			"ports":          ports,
 			"readinessProbe": probe,
@@ -205,14 +220,14 @@ func (s Settings) pod(g *gatewayv1.Gateway, selector object) object {
 }
 
 // serviceSpec is how clients reach a Gateway's pods.
-func serviceSpec(g *gatewayv1.Gateway, added []gatewayv1.PortNumber, selector object) object {
+func serviceSpec(g *gatewayv1.Gateway, added []gatewayv1.PortNumber, selector object, w wishes) object {
 	ports := []any{object{"name": "status-port", "port": statusPort, "protocol": "TCP", "appProtocol": "tcp"}}
 	spec := object{"selector": selector, "ipFamilyPolicy": "PreferDualStack"}
 	if isWaypoint(g) {
 		spec["ports"] = append(ports, object{"name": "mesh", "port": mesh.HBONEPort, "protocol": "TCP", "appProtocol": "tcp"})
 		return spec
 	}
-	spec["type"] = cmp.Or(g.Annotations[annotationType], "LoadBalancer")
+	spec["type"] = cmp.Or(w.serviceType(g), "LoadBalancer")
 	var asked []gatewayv1.PortNumber
 	for _, l := range g.Spec.Listeners {
 		asked = append(asked, l.Port)
@@ -254,9 +269,6 @@ func verdict(g *gatewayv1.Gateway) (reason gatewayv1.GatewayConditionReason, mes
 	}
 	if len(g.Spec.Listeners) != 1 || g.Spec.Listeners[0].Protocol != hboneProtocol || g.Spec.Listeners[0].Port != mesh.HBONEPort {
 		return gatewayv1.GatewayReasonListenersNotValid, fmt.Sprintf("a waypoint has one listener, with protocol HBONE and port %d", mesh.HBONEPort)
-	}
-	if i := g.Spec.Infrastructure; i != nil && i.ParametersRef != nil {
-		return gatewayv1.GatewayReasonInvalidParameters, "infrastructure.parametersRef is not supported"
 	}
 	return gatewayv1.GatewayReasonAccepted, "the waypoint is made as the Deployment " + g.Name
 }

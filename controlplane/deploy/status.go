@@ -17,18 +17,18 @@ import (
 )
 
 // ingressVerdict says whether a gateway can be made.
-func ingressVerdict(g *gatewayv1.Gateway, s *index.GatewayState) (reason gatewayv1.GatewayConditionReason, message string) {
+func ingressVerdict(g *gatewayv1.Gateway, s *index.GatewayState, w wishes) (reason gatewayv1.GatewayConditionReason, message string) {
 	if !s.Accepted.OK() {
 		return gatewayv1.GatewayConditionReason(s.Accepted.Reason), s.Accepted.Message
 	}
-	switch v := g.Annotations[annotationType]; corev1.ServiceType(v) {
+	switch v := w.serviceType(g); corev1.ServiceType(v) {
 	case "", corev1.ServiceTypeLoadBalancer:
 	case corev1.ServiceTypeNodePort, corev1.ServiceTypeClusterIP:
 		if len(addressesAsked(g)) > 0 {
-			return gatewayv1.GatewayReasonUnsupportedAddress, fmt.Sprintf("addresses are asked of a load balancer, and the annotation %s has the value %s", annotationType, v)
+			return gatewayv1.GatewayReasonUnsupportedAddress, fmt.Sprintf("addresses are asked of a load balancer, and its Service is to be of type %s", v)
 		}
 	default:
-		return gatewayv1.GatewayReasonInvalidParameters, fmt.Sprintf("the annotation %s has the value %q; use LoadBalancer, NodePort or ClusterIP", annotationType, v)
+		return gatewayv1.GatewayReasonInvalidParameters, fmt.Sprintf("its Service cannot be of type %q, by the annotation %s or its parameters; use LoadBalancer, NodePort or ClusterIP", v, annotationType)
 	}
 	return gatewayv1.GatewayReasonAccepted, "the gateway is made as the Deployment " + nameOf(g)
 }
@@ -40,9 +40,9 @@ type address struct {
 }
 
 // addresses are those of a Gateway, and how many pods are ready behind it.
-func (d *Deployer) addresses(g *gatewayv1.Gateway, accepted bool) (out []address, ready int) {
+func (d *Deployer) addresses(g *gatewayv1.Gateway, w wishes, accepted bool) (out []address, ready int) {
 	virtual, ready := d.State(g.Namespace, nameOf(g))
-	kind := corev1.ServiceType(g.Annotations[annotationType])
+	kind := corev1.ServiceType(w.serviceType(g))
 	if isWaypoint(g) || kind == corev1.ServiceTypeClusterIP || kind == corev1.ServiceTypeNodePort {
 		for _, v := range virtual {
 			out = append(out, address{gatewayv1.IPAddressType, v})
@@ -71,9 +71,9 @@ func missing(g *gatewayv1.Gateway, has []address) string {
 }
 
 // tell writes the status where it differs from what is there.
-func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.GatewayState, reason gatewayv1.GatewayConditionReason, message, failed string) {
+func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.GatewayState, w wishes, reason gatewayv1.GatewayConditionReason, message, failed string) {
 	accepted := reason == gatewayv1.GatewayReasonAccepted
-	addresses, ready := d.addresses(g, accepted)
+	addresses, ready := d.addresses(g, w, accepted || state != nil && state.Accepted.OK()) // one whose parameters are wrong serves on
 	programmed := condition(string(gatewayv1.GatewayConditionProgrammed), true, string(gatewayv1.GatewayReasonProgrammed),
 		fmt.Sprintf("%d of its pods are ready", ready), g.Generation)
 	switch {

@@ -155,9 +155,6 @@ func ingressFactOf(g *gatewayv1.Gateway) *ingressFact {
 			f.accepted = verdict(gatewayv1.GatewayReasonUnsupportedAddress, strconv.Quote(a.Value)+" is no IP address")
 		}
 	}
-	if i := g.Spec.Infrastructure; i != nil && i.ParametersRef != nil {
-		f.accepted = verdict(gatewayv1.GatewayReasonInvalidParameters, "infrastructure.parametersRef is not supported")
-	}
 	f.admits, f.frontend = setsAdmitted(g.Spec.AllowedListeners), g.Spec.TLS
 	if t := g.Spec.TLS; t != nil && t.Backend != nil {
 		f.shown = t.Backend.ClientCertificateRef
