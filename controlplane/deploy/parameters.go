@@ -34,6 +34,9 @@ type Parameters struct {
 	version string
 }
 
+// Problem says why nothing of it holds; "" for no reason.
+func (p *Parameters) Problem() string { return p.problem }
+
 // keys are those of the ConfigMap; shapes are what the patches are of.
 var (
 	keys = map[string]kind{
