@@ -57,6 +57,7 @@ func TestParametersOfAWaypoint(t *testing.T) {
 	becomes("deployment/way", "{.status.updatedReplicas} {.status.readyReplicas} {.status.replicas}", "2 2 2")
 	becomes("deployment/way", "{.metadata.annotations.team} {.spec.template.spec.containers[0].resources.requests.cpu}", "blue 123m")
 
+	options("  deployment: |\n    spec: {template: {spec: {hostNetwork: true}}}\n")
 	const accepted = `{.status.conditions[?(@.type=="Accepted")].status} {.status.conditions[?(@.type=="Accepted")].message}`
 	becomes("gateway.gateway.networking.k8s.io/way", accepted, "False infrastructure.parametersRef: ConfigMap "+ns+"/options: deployment: spec.template.spec.hostNetwork cannot be set")
 	becomes("deployment/way", "{.status.readyReplicas} {.spec.template.spec.hostNetwork}", "2 ")

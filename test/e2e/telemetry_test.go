@@ -99,7 +99,7 @@ spec:
 				return nil
 			}
 		}
-		return fmt.Errorf("no line of a node's about what comes from %s", from[1])
+		return fmt.Errorf("no line of a node's about what comes from %s: %s", from[1], lines)
 	}))
 	way, err := mesh.Kubectl(ctx, "-n", ns, "logs", "-l", "gateway.networking.k8s.io/gateway-name=way", "--tail=-1")
 	must(t, err)
