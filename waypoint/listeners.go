@@ -42,6 +42,7 @@ const (
 	stateLocal     = "envoy.filters.listener.original_dst.local_ip"
 	stateRemote    = "envoy.filters.listener.original_dst.remote_ip"
 	statePrincipal = "io.istio.peer_principal" // as Istio's proxies name it
+	stateForwarded = "warren.forwarded"        // what the tunnel says of the connection in it: a node's record names it so
 )
 
 // terminate is the only listener with a port: the far end of the clients' tunnels.
@@ -126,11 +127,13 @@ func (b *builder) tunnelState() proto.Message {
 			SharedWithUpstream: sfsvaluev3.FilterStateValue_ONCE,
 		}
 	}
+	forwarded := value(stateForwarded, "envoy.string", "%REQ(FORWARDED):256%")
+	forwarded.GetFormatString().OmitEmptyValues, forwarded.SkipIfEmpty = true, true
 	return &sfsv3.Config{OnRequestHeaders: append([]*sfsvaluev3.FilterStateValue{
 		value(stateLocal, "", "%REQ(:AUTHORITY)%"),
 		value(stateRemote, "", "%DOWNSTREAM_REMOTE_ADDRESS%"),
 		value(statePrincipal, "envoy.string", "%DOWNSTREAM_PEER_URI_SAN%"),
-		provenNamespace(value),
+		provenNamespace(value), forwarded,
 	}, peerState(value)...)}
 }
 
@@ -369,6 +372,8 @@ func (b *builder) logFields(c chain, http bool) map[string]string {
 				delete(fields, f)
 			}
 		}
+	} else {
+		fields["tunnel_forwarded"] = "%FILTER_STATE(" + stateForwarded + ":PLAIN)%"
 	}
 	if http {
 		for k, v := range map[string]string{

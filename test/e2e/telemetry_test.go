@@ -85,7 +85,7 @@ spec:
 		return nil
 	}))
 	// The waypoint's line about a request and the node's about the connection that it came by name the same end of it.
-	from := regexp.MustCompile(`-> downstream_remote_address: Str\(([^)]+)\)`).FindStringSubmatch(text)
+	from := regexp.MustCompile(`-> tunnel_forwarded: Str\(for="([^"]+)"`).FindStringSubmatch(text)
 	if from == nil {
 		t.Fatal("the waypoint's lines do not say where requests come from")
 	}
@@ -99,7 +99,7 @@ spec:
 				return nil
 			}
 		}
-		return fmt.Errorf("no line of a node's about what comes from %s: %s", from[1], lines)
+		return fmt.Errorf("no line of a node's about what comes from %s", from[1])
 	}))
 	way, err := mesh.Kubectl(ctx, "-n", ns, "logs", "-l", "gateway.networking.k8s.io/gateway-name=way", "--tail=-1")
 	must(t, err)
