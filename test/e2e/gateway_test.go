@@ -132,6 +132,13 @@ func addressOf(t *testing.T, ns, name string) string {
 // edgeOf makes a gateway "edge" that passes all requests on to a Service, and returns its address.
 func edgeOf(t *testing.T, ns, service string) string {
 	t.Helper()
+	makeEdge(t, ns, service)
+	return addressOf(t, ns, "edge")
+}
+
+// makeEdge makes it, and does not wait for an address.
+func makeEdge(t *testing.T, ns, service string) {
+	t.Helper()
 	applyIn(t, ns, strings.ReplaceAll(`
 apiVersion: gateway.networking.k8s.io/v1
 kind: Gateway
@@ -145,7 +152,6 @@ spec:
   parentRefs: [{name: edge}]
   rules: [{backendRefs: [{name: SERVICE, port: 80}]}]
 `, "SERVICE", service))
-	return addressOf(t, ns, "edge")
 }
 
 // A gateway is made where a Gateway of the class istio asks for one. Clients from outside reach what HTTPRoutes attach to

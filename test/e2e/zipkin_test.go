@@ -40,7 +40,7 @@ func TestZipkin(t *testing.T) {
 		t.Fatal(err, out)
 	}
 	setMesh(t, strings.ReplaceAll("extensionProviders:\n- {name: zipkin, zipkin: {service: zipkin.NS.svc.cluster.local, port: 9411}}\n", "NS", ns))
-	edgeOf(t, ns, "inventory")
+	makeEdge(t, ns, "inventory")
 	applyIn(t, ns, `
 apiVersion: telemetry.istio.io/v1
 kind: Telemetry
