@@ -61,15 +61,20 @@ type ParameterSource interface {
 	Defaults(class string) (all map[string]*Parameters, known bool)
 }
 
-// done is what was applied for a Gateway.
-type done struct {
+// asked is what says how the objects of a Gateway are to be.
+type asked struct {
 	generation int64
 	labels     string
 	ports      string // that ListenerSets add
 	wishes     string // the version of its Parameters
 	scaled     bool   // by a HorizontalPodAutoscaler of ours
-	at         time.Time
-	failed     string // what the API server said; "" for success
+}
+
+// done is what was applied for a Gateway.
+type done struct {
+	asked
+	at     time.Time
+	failed string // what the API server said; "" for success
 }
 
 // Run works until ctx ends.
@@ -162,20 +167,19 @@ func (d *Deployer) reconcile(ctx context.Context, g *gatewayv1.Gateway, applied 
 		reason, message = gatewayv1.GatewayReasonInvalidParameters, problem
 	}
 	accepted := reason == gatewayv1.GatewayReasonAccepted
-	now := done{generation: g.Generation, labels: fmt.Sprint(g.Labels), ports: fmt.Sprint(addedPorts(state)), wishes: w.version(), scaled: w.scaled()}
+	now := asked{g.Generation, fmt.Sprint(g.Labels), fmt.Sprint(addedPorts(state)), w.version(), w.scaled()}
 	was, ok := applied[g.UID]
-	same := done{generation: was.generation, labels: was.labels, ports: was.ports, wishes: was.wishes, scaled: was.scaled} == now
-	if accepted && (!ok || !same || was.failed != "" || time.Since(was.at) > again) {
-		now.at = time.Now()
+	if accepted && (!ok || was.asked != now || was.failed != "" || time.Since(was.at) > again) {
+		before := was
+		was = done{asked: now, at: time.Now()}
 		err := d.apply(ctx, g, addedPorts(state), w)
-		if err == nil && !now.scaled && (!ok || was.scaled || was.failed != "") {
+		if err == nil && !now.scaled && (!ok || before.scaled || before.failed != "") {
 			err = d.unscale(ctx, g)
 		}
 		if err != nil {
-			now.failed = err.Error()
+			was.failed = err.Error()
 			d.Log.Warn("Gateway not deployed", "namespace", g.Namespace, "gateway", g.Name, "error", err)
 		}
-		was = now
 		applied[g.UID] = was
 	}
 	d.tell(ctx, g, state, w, reason, message, was.failed)

@@ -208,7 +208,7 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 		}
 	}
 	if p.accepting != nil && (was.Identity != d.Identity || was.WorkloadUID != d.WorkloadUID) {
-		r.retire(p.accepting, nil, r.cfg.Drain, false)
+		r.retire(p.accepting, nil, false)
 		p.accepting = nil
 	}
 	if p.accepting == nil {
@@ -227,7 +227,7 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 	if err := r.cfg.Plumber.Enroll(datapath.Pod{UID: p.uid, Workload: d.WorkloadUID, Identity: d.Identity, NetNS: p.ns,
 		Addrs: p.addrs, Listeners: *p.listeners}); err != nil {
 		if _, never := unsupported(err); never {
-			r.teardown(p, r.cfg.Drain, false)
+			r.teardown(p, false)
 		}
 		return err
 	}
@@ -282,7 +282,7 @@ func (r *Registry) locate(p *pod, d LocalPod, sb sandbox) error {
 			ns.Close()
 		} else {
 			if p.ns != nil {
-				r.teardown(p, r.cfg.Drain, false)
+				r.teardown(p, false)
 			}
 			p.ns, p.addrs = ns, nil
 		}
@@ -344,7 +344,7 @@ func (r *Registry) evict(p *pod) {
 	r.mu.Unlock()
 	for _, uid := range stale {
 		r.log.Info("pod is gone: its address belongs to another", "uid", uid, "successor", p.uid)
-		r.dispose(uid, r.cfg.Drain, false)
+		r.dispose(uid, false)
 	}
 }
 
@@ -419,16 +419,16 @@ func (r *Registry) release(_ context.Context, uid string) {
 	r.log.Info("pod released", "namespace", p.status.Namespace, "pod", p.status.Name, "uid", uid)
 }
 
-// dispose ends everything about a pod that is gone, or that has lingered: connections that do not end by themselves within a time,
-// and where its applications have ended, too, whatever else there is in its namespace. What it returns is closed after that; nil
+// dispose ends everything about a pod that is gone, or that has lingered: connections that do not end by themselves in time, and where
+// its namespace is deserted, its applications having ended, whatever else there is in it. What it returns is closed after that; nil
 // where nobody served it.
-func (r *Registry) dispose(uid string, within time.Duration, deserted bool) (ended <-chan struct{}) {
+func (r *Registry) dispose(uid string, deserted bool) (ended <-chan struct{}) {
 	p := r.held(uid)
 	if p == nil {
 		return nil
 	}
 	defer r.unclaim(p)
-	ended = r.teardown(p, within, deserted)
+	ended = r.teardown(p, deserted)
 	p.dead = true
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -446,7 +446,7 @@ func (r *Registry) dispose(uid string, within time.Duration, deserted bool) (end
 
 // teardown releases what p has on the node: capture first, or the pod would go on being captured with nobody to
 // serve it. What it takes and returns is as of [Registry.dispose].
-func (r *Registry) teardown(p *pod, within time.Duration, deserted bool) (ended <-chan struct{}) {
+func (r *Registry) teardown(p *pod, deserted bool) (ended <-chan struct{}) {
 	if err := r.cfg.Plumber.Release(p.uid); err != nil {
 		r.log.Error("end capture", "uid", p.uid, "err", err)
 	}
@@ -458,7 +458,7 @@ func (r *Registry) teardown(p *pod, within time.Duration, deserted bool) (ended 
 		p.listeners = nil
 	}
 	if p.accepting != nil {
-		ended = r.retire(p.accepting, p.ns, within, deserted)
+		ended = r.retire(p.accepting, p.ns, deserted)
 	} else if p.ns != nil {
 		p.ns.Close()
 	}
@@ -469,8 +469,12 @@ func (r *Registry) teardown(p *pod, within time.Duration, deserted bool) (ended 
 }
 
 // retire lets open connections end by themselves within a time; their namespace is closed after them, and then what it returns.
-func (r *Registry) retire(a Accepting, ns *netns.Handle, within time.Duration, deserted bool) <-chan struct{} {
+func (r *Registry) retire(a Accepting, ns *netns.Handle, deserted bool) <-chan struct{} {
 	a.StopAccepting()
+	within := r.cfg.Drain
+	if deserted {
+		within = delWait // a DEL waits for it
+	}
 	ended := make(chan struct{})
 	r.drains.Go(func() {
 		defer close(ended)

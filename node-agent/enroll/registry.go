@@ -383,7 +383,7 @@ func (r *Registry) reconcile(ctx context.Context, audit bool) {
 		wg.Go(func() { defer func() { <-slots }(); f() })
 	}
 	for _, uid := range todo.gone {
-		do(func() { r.dispose(uid, r.cfg.Drain, false) })
+		do(func() { r.dispose(uid, false) })
 	}
 	wg.Wait() // before their successors, which may have their addresses
 	for _, uid := range todo.release {

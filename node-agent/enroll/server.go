@@ -192,7 +192,7 @@ func (r *Registry) Del(ctx context.Context, req cni.Request) (cni.Response, erro
 	}
 	r.mu.Unlock()
 	if uid != "" {
-		if ended := r.dispose(uid, delWait, true); ended != nil {
+		if ended := r.dispose(uid, true); ended != nil {
 			select {
 			case <-ended:
 			case <-ctx.Done():

@@ -16,7 +16,6 @@ import (
 
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
-	"golang.org/x/sys/unix"
 
 	"github.com/warrenmesh/warren/internal/netns"
 )
@@ -332,7 +331,7 @@ func hungUp(conn net.Conn) bool {
 	ended := true
 	_ = raw.Control(func(fd uintptr) {
 		state, err := netns.State(int(fd))
-		ended = err != nil || state != unix.BPF_TCP_ESTABLISHED
+		ended = err != nil || state != netns.TCPEstablished
 	})
 	return ended
 }
