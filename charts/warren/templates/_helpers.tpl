@@ -1,5 +1,8 @@
 {{- define "warren.node" -}}{{ if .Values.compat.istioNames }}ztunnel{{ else }}warren-node{{ end }}{{- end }}
-{{- define "warren.control" -}}{{ if .Values.compat.istioNames }}istiod{{ else }}warren-control{{ end }}{{- end }}
+{{- define "warren.control" -}}{{ if .Values.compat.istioNames }}istiod{{ else }}warren-control{{ end }}{{ include "warren.suffix" . }}{{- end }}
+{{- /* What the names of a second control plane's objects end in; empty for that which the agents ask, whose release has the rest of the mesh. */ -}}
+{{- define "warren.suffix" -}}{{ if ne .Values.revision "default" }}-{{ .Values.revision }}{{ end }}{{- end }}
+{{- define "warren.mesh" -}}{{ if eq .Values.revision "default" }}true{{ end }}{{- end }}
 {{- define "warren.image" -}}
 {{ .root.Values.image.registry }}/{{ .name }}:{{ .tag | default .root.Values.image.tag | default .root.Chart.AppVersion }}
 {{- end }}

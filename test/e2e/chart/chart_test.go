@@ -126,6 +126,64 @@ func TestCanaryNodes(t *testing.T) {
 	}
 }
 
+// A control plane beside the mesh's brings nothing that there is once in a mesh, and no name that the mesh's has.
+func TestRevision(t *testing.T) {
+	set := []string{"revision=next", "networkPolicies.enabled=true", "resourceQuotas.enabled=true", "securityContextConstraints.enabled=true", "node.canary.nodes=pool=canary"}
+	all := renderChart(t, "warren-next", dir, "istio-system", set)
+	names := map[string]bool{}
+	for doc := range strings.SplitSeq("\n"+render(t, set[1:]...), "\n---") {
+		names[kindAndName(doc)] = true
+	}
+	n := 0
+	for doc := range strings.SplitSeq("\n"+all, "\n---") {
+		what := kindAndName(doc)
+		if what == "" {
+			continue
+		}
+		n++
+		if names[what] {
+			t.Errorf("the mesh has a %s too", what)
+		}
+		if !strings.Contains(what, "next") {
+			t.Errorf("%s does not say whose it is", what)
+		}
+		if strings.Contains(doc, "helm.sh/hook") {
+			t.Errorf("%s is a hook", what)
+		}
+	}
+	if n != 11 {
+		t.Errorf("%d objects, want a Deployment, two Services, a ConfigMap, a ServiceAccount, two roles with their bindings, a budget and a NetworkPolicy", n)
+	}
+	control := object(t, all, "Deployment", "warren-control-next")
+	for _, want := range []string{`{name: REVISION, value: "next"}`, `{name: ADMISSION, value: "false"}`, `matchLabels: {app: istiod, istio.io/rev: "next"}`, "serviceAccountName: warren-control-next"} {
+		if !strings.Contains(control, want) {
+			t.Errorf("it lacks %q:\n%s", want, control)
+		}
+	}
+	role := object(t, all, "Role", "warren-control-next")
+	if !strings.Contains(role, "resourceNames: [warren-control-leader-next]") || strings.Contains(role, "update, ") || strings.Count(role, "update") != 1 {
+		t.Errorf("what it may write in its namespace is not its own Lease alone:\n%s", role)
+	}
+	if out, err := helm(t, "template", "warren", dir, "--set", "revision=next"); err == nil || !strings.Contains(out, "install it under another name, as warren-next") {
+		t.Errorf("a second control plane takes the name of the mesh's release: %v: %.300s", err, out)
+	}
+	object(t, renderChart(t, "warren-next", dir, "istio-system", []string{"revision=next", "compat.istioNames=true"}), "Deployment", "istiod-next")
+}
+
+// kindAndName describes a document.
+func kindAndName(doc string) string {
+	kind, name := "", ""
+	for line := range strings.Lines(doc) {
+		if v, ok := strings.CutPrefix(line, "kind: "); ok && kind == "" {
+			kind = strings.TrimSpace(v)
+		}
+		if v, ok := strings.CutPrefix(line, "  name: "); ok && name == "" {
+			name = strings.TrimSpace(v)
+		}
+	}
+	return strings.TrimSpace(kind + " " + name)
+}
+
 func TestAdmission(t *testing.T) {
 	all := render(t)
 	hook := object(t, all, "ValidatingWebhookConfiguration", "warren-validator")
