@@ -16,7 +16,7 @@ func (cp *controlPlane) newAuthority() *ca.Authority {
 	cfg := cp.cfg
 	return &ca.Authority{
 		Keys: &ca.Keys{Client: cp.clients.Kube, Namespace: cfg.Namespace, TrustDomain: cfg.Mesh.TrustDomain,
-			Dir: cfg.CACertsDir, RootLife: cfg.RootTTL},
+			Dir: cfg.CACertsDir, RootLife: cfg.RootTTL, Joins: cfg.secondary()},
 		Life: cfg.MaxCertTTL, Agents: cp.agents, OnChange: cp.certify, Event: cp.events.Event,
 		Log: cfg.Log.With("scope", "ca"),
 	}

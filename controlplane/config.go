@@ -18,14 +18,17 @@ import (
 	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/controlplane/policy"
 	"github.com/warrenmesh/warren/internal/mesh"
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
 // Config is what a control plane has to be told.
 type Config struct {
 	Namespace string // its own; also the root namespace of the mesh unless the mesh config says otherwise
 	PodName   string // its identity in the leader election
-	Revision  string // istio.io/rev
-	Version   string // of Warren, reported on /version
+	// Revision is istio.io/rev. The control plane of another than the default one makes and configures the waypoints and gateways
+	// that ask for it, and leaves the rest of the mesh to that.
+	Revision string
+	Version  string // of Warren, reported on /version
 
 	Mesh      index.Config
 	Waypoints WaypointConfig
@@ -64,7 +67,7 @@ func (c Config) Defaults() Config {
 	}
 	def(&c.Namespace, "istio-system")
 	def(&c.PodName, "warren-control")
-	def(&c.Revision, "default")
+	def(&c.Revision, revision.Default)
 	def(&c.Version, "unknown")
 	def(&c.ServiceAccount, "warren-control")
 	def(&c.Mesh.ClusterID, "Kubernetes")
@@ -76,7 +79,7 @@ func (c Config) Defaults() Config {
 		c.TrustedNodes = []string{c.Namespace + "/warren-node", c.Namespace + "/ztunnel"}
 	}
 	if len(c.ServiceNames) == 0 {
-		c.ServiceNames = []string{"istiod", "warren-control"}
+		c.ServiceNames = []string{"istiod" + revision.Suffix(c.Revision), "warren-control" + revision.Suffix(c.Revision)}
 	}
 	if c.DefaultCertTTL == 0 {
 		c.DefaultCertTTL = 24 * time.Hour
@@ -95,6 +98,9 @@ func (c Config) Validate() error {
 	var errs []error
 	if err := c.Mesh.Validate(); err != nil {
 		errs = append(errs, err)
+	}
+	if err := revision.Check(c.Revision); err != nil {
+		errs = append(errs, fmt.Errorf("revision: %w", err))
 	}
 	for _, a := range c.TrustedNodes {
 		if ns, sa, ok := strings.Cut(a, "/"); !ok || ns == "" || sa == "" || strings.Contains(sa, "/") {
@@ -177,10 +183,7 @@ func (e enablementSource) selector() (index.EnablementSelector, error) {
 
 // configMapName is that of Istio's MeshConfig.
 func (c Config) configMapName() string {
-	if c.Revision == "default" {
-		return "istio"
-	}
-	return "istio-" + c.Revision
+	return "istio" + revision.Suffix(c.Revision)
 }
 
 // withConfigMap adds what the mesh's ConfigMap says; it wins over what was set before. A mesh without one is fine.

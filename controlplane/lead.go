@@ -15,13 +15,13 @@ import (
 	"k8s.io/client-go/tools/leaderelection/resourcelock"
 
 	"github.com/warrenmesh/warren/controlplane/ca"
+	"github.com/warrenmesh/warren/internal/revision"
 )
-
-const leaseName = "warren-control-leader"
 
 // lead takes part in the election until ctx ends, and does the leader's work while it is one.
 func (cp *controlPlane) lead(ctx context.Context) error {
-	lock, err := resourcelock.New(resourcelock.LeasesResourceLock, cp.cfg.Namespace, leaseName,
+	name := revision.Lease(cp.cfg.Revision)
+	lock, err := resourcelock.New(resourcelock.LeasesResourceLock, cp.cfg.Namespace, name,
 		cp.clients.Kube.CoreV1(), cp.clients.Kube.CoordinationV1(), resourcelock.ResourceLockConfig{Identity: cp.cfg.PodName})
 	if err != nil {
 		return fmt.Errorf("leader election: %w", err)
@@ -31,7 +31,7 @@ func (cp *controlPlane) lead(ctx context.Context) error {
 		won, over := make(chan context.Context, 1), make(chan struct{})
 		elector, err := leaderelection.NewLeaderElector(leaderelection.LeaderElectionConfig{
 			Lock: lock, LeaseDuration: 15 * time.Second, RenewDeadline: 10 * time.Second, RetryPeriod: 2 * time.Second,
-			ReleaseOnCancel: true, Name: leaseName,
+			ReleaseOnCancel: true, Name: name,
 			Callbacks: leaderelection.LeaderCallbacks{
 				OnStartedLeading: func(ctx context.Context) { won <- ctx },
 				OnStoppedLeading: func() {},
@@ -58,6 +58,24 @@ func (cp *controlPlane) lead(ctx context.Context) error {
 
 // leaderWork is what one replica does for all.
 func (cp *controlPlane) leaderWork(ctx context.Context) {
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	// Of each revision: what its Gateways need.
+	wg.Go(func() { cp.policies.Run(ctx) })
+	if cp.routes != nil {
+		wg.Go(func() { cp.routes.Run(ctx) })
+		wg.Go(func() { cp.followOwners(ctx) })
+	}
+	if d := cp.deployer(); d != nil {
+		wg.Go(func() { d.Run(ctx) })
+	}
+	if !cp.cfg.secondary() {
+		cp.meshWork(ctx)
+	}
+}
+
+// meshWork is what there is once in a mesh. The control plane that the agents ask does it; the others take what it wrote.
+func (cp *controlPlane) meshWork(ctx context.Context) {
 	for _, c := range cp.copies {
 		defer cp.watchCopies(ctx, c)()
 	}
@@ -68,15 +86,8 @@ func (cp *controlPlane) leaderWork(ctx context.Context) {
 		wg.Go(func() { c.Run(ctx) })
 	}
 	wg.Go(func() { cp.notices.Run(ctx) })
-	wg.Go(func() { cp.policies.Run(ctx) })
 	wg.Go(func() { cp.waypoints().Run(ctx) })
 	wg.Go(func() { cp.addresses().Run(ctx) })
-	if cp.routes != nil {
-		wg.Go(func() { cp.routes.Run(ctx) })
-	}
-	if d := cp.deployer(); d != nil {
-		wg.Go(func() { d.Run(ctx) })
-	}
 	wg.Go(func() { cp.bundle.Run(ctx) })
 	wg.Wait()
 }

@@ -83,6 +83,7 @@ type controlPlane struct {
 	secrets    *followed[index.SecretKey, index.SecretState]
 	roots      *followed[index.RootsKey, index.RootsState]
 	parameters *parameters
+	revisions  *revisions
 	grpc       *grpc.Server
 	serving    *ca.Serving
 	admission  *admission.Server
@@ -120,6 +121,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	cp.secrets = newSecrets(clients.Kube, cp.source.SetSecret, log.With("scope", "secrets"))
 	cp.roots = newRoots(clients.Kube, cp.source.SetRoots, log.With("scope", "secrets"))
 	cp.parameters = newParameters(clients.Kube, cfg.Mesh.RootNamespace, log.With("scope", "deploy"))
+	cp.revisions = &revisions{kube: clients.Kube, namespace: cfg.Namespace, log: log.With("scope", "deploy")}
 	trusted := map[string]bool{}
 	for _, a := range cfg.TrustedNodes {
 		trusted[a] = true
@@ -139,7 +141,7 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	cp.policies = cp.newPolicies()
 	if clients.Gateways != nil {
 		cp.routes = status.NewRoutes(status.RoutesConfig{
-			Object: status.RouteObjects(cp.source), Write: status.WriteRouteStatus(clients.Gateways), Log: log.With("scope", "status"), Metrics: cp.metrics,
+			Object: status.RouteObjects(cp.source), Write: status.WriteRouteStatus(clients.Gateways), Ours: cp.saysOfRoutes, Log: log.With("scope", "status"), Metrics: cp.metrics,
 		})
 	}
 	cp.envoys.OnProgress = cp.policies.Progress
@@ -224,6 +226,7 @@ func (cp *controlPlane) run(ctx context.Context) error {
 	g.Go(func() error { cp.secrets.run(ctx); return nil })
 	g.Go(func() error { cp.roots.run(ctx); return nil })
 	g.Go(func() error { cp.parameters.run(ctx); return nil })
+	g.Go(func() error { cp.revisions.run(ctx); return nil })
 	if l := listeners[0]; l != nil {
 		g.Go(func() error { // only what has been read is served, and only then are pods known to the CA
 			select {

@@ -102,6 +102,7 @@ func (cp *controlPlane) deployer() *deploy.Deployer {
 			_, ok := cp.source.Object(index.Gateway, namespace, name)
 			return ok
 		},
+		Claim: cp.claim, Secondary: cp.cfg.secondary(),
 		State: cp.waypointState, Parameters: cp.parameters, Log: cp.cfg.Log.With("scope", "deploy"),
 	}
 }

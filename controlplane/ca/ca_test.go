@@ -318,6 +318,25 @@ func TestOneRoot(t *testing.T) {
 	}
 }
 
+// A control plane that joins a mesh makes no root of its own: it waits for the mesh's, and signs with that.
+func TestJoinsTheRootThatIsThere(t *testing.T) {
+	client := fake.NewClientset()
+	joins := &Keys{Client: client, Namespace: "istio-system", TrustDomain: "cluster.local", Joins: true}
+	if _, err := joins.load(t.Context()); err == nil || !strings.Contains(err.Error(), "has to be there first") {
+		t.Errorf("without a root: %v", err)
+	}
+	if list, err := client.CoreV1().Secrets("").List(t.Context(), metav1.ListOptions{}); err != nil || len(list.Items) > 0 {
+		t.Fatalf("it made %v, %v", list, err)
+	}
+	there, err := (&Keys{Client: client, Namespace: "istio-system", TrustDomain: "cluster.local"}).load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if m, err := joins.load(t.Context()); err != nil || !m.want.Equal(there.want) {
+		t.Errorf("it signs with another key than the mesh's: %v", err)
+	}
+}
+
 // TestPluggedIn: an intermediate under the operator's own root, in the Secret cacerts.
 func TestPluggedIn(t *testing.T) {
 	rootCert, rootKey, err := NewSelfSigned("operator", time.Now())

@@ -44,6 +44,8 @@ type Keys struct {
 	TrustDomain string
 	// Dir is where a plugged-in key is mounted, "" for nowhere.
 	Dir string
+	// Joins has the self-signed root made by somebody else, whom the mesh trusts already.
+	Joins bool
 	// RootLife is how long a self-signed root lives; 0: 10 years. It is replaced when a fifth of that is left.
 	RootLife time.Duration
 }
@@ -90,6 +92,9 @@ func (k *Keys) load(ctx context.Context) (*material, error) {
 			k.previous(m, own.Data[fileCert], own.Data[fileKey])
 		}
 		return m, nil
+	}
+	if own == nil && k.Joins {
+		return nil, fmt.Errorf("there is no Secret %s/%s: the root of the mesh is made by the control plane that the agents ask, which has to be there first", k.Namespace, secretName)
 	}
 	if own == nil {
 		if own, err = k.selfSigned(ctx); err != nil {

@@ -46,9 +46,20 @@ type Deployer struct {
 	Exists func(namespace, name string) bool
 	// Ingress is what the index makes of a gateway; nil before it has seen it.
 	Ingress func(namespace, name string) *index.GatewayState
+	// Claim tells whose a Gateway is; nil where there is no other control plane.
+	Claim func(*gatewayv1.Gateway) Claim
+	// Secondary leaves to another control plane what is no Gateway's: the classes, and ListenerSets whose Gateway is gone.
+	Secondary bool
 	// Parameters are what ConfigMaps say of what is made; nil where they are not followed.
 	Parameters ParameterSource
 	Log        *slog.Logger
+}
+
+// Claim is whose a Gateway is. That of another control plane, or of one that is not known yet, is the zero value.
+type Claim struct {
+	Mine bool
+	// Problem is why it is nobody's, where it is on this control plane to say so.
+	Problem string
 }
 
 // ParameterSource follows the ConfigMaps that say what Gateways are made with.
@@ -84,23 +95,26 @@ func (d *Deployer) Run(ctx context.Context) {
 	defer tick.Stop()
 	for {
 		if list, ok := d.List(); ok {
-			if !classed {
+			if !classed && !d.Secondary {
 				classed = d.class(ctx, Class, controller, "waypoints: HTTP routing and policy for services of the mesh") &&
 					d.class(ctx, index.IngressClass, index.IngressController, "gateways: ways into the mesh and out of it")
 			}
-			for _, c := range d.Classes() {
-				d.acceptClass(ctx, c)
+			if !d.Secondary {
+				for _, c := range d.Classes() {
+					d.acceptClass(ctx, c)
+				}
+				d.tellOrphans(ctx, list)
 			}
 			here := map[types.UID]bool{}
+			list = d.claimed(ctx, list)
 			d.wantParameters(list)
 			for _, g := range list {
 				here[g.UID] = true
 				d.reconcile(ctx, g, applied)
 			}
-			d.tellOrphans(ctx, list)
 			for uid := range applied {
 				if !here[uid] {
-					delete(applied, uid) // the API server collects what the Gateway owned
+					delete(applied, uid) // the API server collects what the Gateway owned, or another control plane goes on with it
 				}
 			}
 		}
@@ -110,6 +124,22 @@ func (d *Deployer) Run(ctx context.Context) {
 		case <-tick.C:
 		}
 	}
+}
+
+// claimed are the Gateways that are this control plane's. It says of those that are nobody's why.
+func (d *Deployer) claimed(ctx context.Context, list []*gatewayv1.Gateway) (mine []*gatewayv1.Gateway) {
+	if d.Claim == nil {
+		return list
+	}
+	for _, g := range list {
+		switch c := d.Claim(g); {
+		case c.Mine:
+			mine = append(mine, g)
+		case c.Problem != "":
+			d.tellUnclaimed(ctx, g, c.Problem)
+		}
+	}
+	return mine
 }
 
 // class makes a GatewayClass and accepts it.

@@ -290,3 +290,43 @@ func TestDeploysGateways(t *testing.T) {
 		}
 	}
 }
+
+// Of Gateways those are made that are this control plane's, and of one that is nobody's it is said; what was made stays.
+func TestClaims(t *testing.T) {
+	gateways := gatewayfake.NewSimpleClientset()
+	named := func(name string) *gatewayv1.Gateway {
+		g := gateway(func(g *gatewayv1.Gateway) { g.Name, g.UID = name, types.UID(name) })
+		if _, err := gateways.GatewayV1().Gateways("shop").Create(t.Context(), g, metav1.CreateOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		return g
+	}
+	all := []*gatewayv1.Gateway{named("ours"), named("theirs"), named("nobodys")}
+	d := &Deployer{Gateways: gateways, Log: slog.New(slog.DiscardHandler)}
+	if got := d.claimed(t.Context(), all); len(got) != 3 {
+		t.Errorf("where there is no other control plane it has %d of 3", len(got))
+	}
+	d.Claim = func(g *gatewayv1.Gateway) Claim {
+		return map[string]Claim{"ours": {Mine: true}, "nobodys": {Problem: "there is no such revision"}}[g.Name]
+	}
+	if got := d.claimed(t.Context(), all); len(got) != 1 || got[0].Name != "ours" {
+		t.Errorf("claimed: %v", got)
+	}
+	for _, g := range all {
+		now, err := gateways.GatewayV1().Gateways("shop").Get(t.Context(), g.Name, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := meta.FindStatusCondition(now.Status.Conditions, "Programmed")
+		if (c != nil) != (g.Name == "nobodys") || c != nil && (c.Status != "False" || c.Reason != reasonNoRevision || c.ObservedGeneration != 3) {
+			t.Errorf("%s says %+v", g.Name, now.Status.Conditions)
+		}
+		if g.Name == "nobodys" {
+			gateways.ClearActions()
+			d.claimed(t.Context(), []*gatewayv1.Gateway{now})
+			if n := len(gateways.Actions()); n > 0 {
+				t.Errorf("it is said again: %v", gateways.Actions())
+			}
+		}
+	}
+}

@@ -130,12 +130,28 @@ func (d *Deployer) tell(ctx context.Context, g *gatewayv1.Gateway, state *index.
 	sets := attachedSets(state)
 	changed = changed || (sets == nil) != (status.AttachedListenerSets == nil) || sets != nil && *sets != *status.AttachedListenerSets
 	d.tellSets(ctx, state, programmed)
-	if !changed {
-		return
+	if changed {
+		d.write(ctx, g, object{"conditions": status.Conditions, "addresses": next, "listeners": listeners, "attachedListenerSets": sets})
 	}
-	err := mergeStatus(g, object{
-		"conditions": status.Conditions, "addresses": next, "listeners": listeners, "attachedListenerSets": sets,
-	}, func(b []byte, o metav1.PatchOptions) error {
+}
+
+// reasonNoRevision says that a Gateway is for a control plane that is not there.
+const reasonNoRevision = "RevisionNotFound"
+
+// tellUnclaimed says that nobody makes a Gateway, or changes what was made for it. That goes on as it is.
+func (d *Deployer) tellUnclaimed(ctx context.Context, g *gatewayv1.Gateway, problem string) {
+	status := g.Status.DeepCopy()
+	message := "nobody makes or configures it: " + problem
+	changed := meta.SetStatusCondition(&status.Conditions, condition(string(gatewayv1.GatewayConditionAccepted), false, reasonNoRevision, message, g.Generation))
+	changed = meta.SetStatusCondition(&status.Conditions, condition(string(gatewayv1.GatewayConditionProgrammed), false, reasonNoRevision, message, g.Generation)) || changed
+	if changed {
+		d.write(ctx, g, object{"conditions": status.Conditions})
+	}
+}
+
+// write patches the status of a Gateway.
+func (d *Deployer) write(ctx context.Context, g *gatewayv1.Gateway, status object) {
+	err := mergeStatus(g, status, func(b []byte, o metav1.PatchOptions) error {
 		_, err := d.Gateways.GatewayV1().Gateways(g.Namespace).Patch(ctx, g.Name, types.MergePatchType, b, o, "status")
 		return err
 	})

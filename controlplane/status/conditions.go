@@ -21,6 +21,10 @@ const (
 	ConditionWaypointAccepted = "WaypointAccepted"
 )
 
+// partPrefix and a revision are the type of the condition in which that revision's control plane says what its waypoints and
+// gateways do about a policy. The default one, which writes the others, counts it.
+const partPrefix = "warren.io/Enforced-"
+
 var ownConditions = []string{ConditionEnforced, ConditionAccepted, ConditionZtunnelAccepted, ConditionWaypointAccepted}
 
 // Reasons of the condition Enforced, beside those with which package policy says what nodes do instead.
@@ -54,11 +58,11 @@ func find(list []*metav1alpha1.IstioCondition, kind string) *metav1alpha1.IstioC
 	return nil
 }
 
-// unchanged reports whether the object has just these of our conditions.
-func unchanged(have []*metav1alpha1.IstioCondition, want []condition, generation int64) bool {
+// unchanged reports whether the object has just these of those conditions that are ours.
+func unchanged(have []*metav1alpha1.IstioCondition, want []condition, generation int64, ours func(kind string) bool) bool {
 	n := 0
 	for _, c := range have {
-		if c != nil && slices.Contains(ownConditions, c.Type) {
+		if c != nil && ours(c.Type) {
 			n++
 		}
 	}
@@ -75,12 +79,12 @@ type wireCondition struct {
 	LastTransitionTime metav1.Time `json:"lastTransitionTime"`
 }
 
-// statusPatch is the merge patch that makes want our conditions of an object. It leaves those of others, and holds
-// for the object only as it was read: the list has no keys, so a patch replaces it as a whole.
-func statusPatch(o Object, want []condition, now time.Time) ([]byte, error) {
+// statusPatch is the merge patch that makes want those conditions of an object that are ours. It leaves those of others, and
+// holds for the object only as it was read: the list has no keys, so a patch replaces it as a whole.
+func statusPatch(o Object, want []condition, now time.Time, ours func(kind string) bool) ([]byte, error) {
 	list := []any{}
 	for _, c := range o.Conditions {
-		if c != nil && !slices.Contains(ownConditions, c.Type) {
+		if c != nil && !ours(c.Type) {
 			list = append(list, c)
 		}
 	}
@@ -95,6 +99,14 @@ func statusPatch(o Object, want []condition, now time.Time) ([]byte, error) {
 		"metadata": map[string]any{"uid": o.UID, "resourceVersion": o.ResourceVersion},
 		"status":   map[string]any{"conditions": list},
 	})
+}
+
+// lack has a condition say who does not do what it is about.
+func (c *condition) lack(reason, word string, who []string) {
+	if len(who) > 0 {
+		c.Status, c.Reason = string(metav1.ConditionFalse), reason
+		c.Message += "; " + word + " " + few(who)
+	}
 }
 
 // few names the first of many.

@@ -45,6 +45,11 @@ type PoliciesConfig struct {
 	// Waypoint tells how far the pods of a waypoint are; nil: none is known.
 	Waypoint func(mesh.ServiceName) map[string]xds.Progress
 
+	// Owner names the revision whose control plane a waypoint or gateway is told by, and Revision is this one's. With Owner nil
+	// there is no other.
+	Owner    func(mesh.ServiceName) string
+	Revision string
+
 	RootNamespace string
 	Log           *slog.Logger
 	Metrics       prometheus.Registerer
@@ -257,7 +262,8 @@ func (p *Policies) reconcile(ctx context.Context, queue toWrite[index.PolicyKey]
 		return // gone; the index will say so
 	}
 	now := time.Now()
-	want, again := p.assess(k, o, now)
+	ours := p.ours(k)
+	want, again := p.assess(k, o, now, ours)
 	if again > 0 {
 		queue.AddAfter(k, again)
 	}
@@ -265,7 +271,7 @@ func (p *Policies) reconcile(ctx context.Context, queue toWrite[index.PolicyKey]
 		queue.Forget(k)
 		return
 	}
-	patch, err := statusPatch(o, want, now)
+	patch, err := statusPatch(o, want, now, ours)
 	if err != nil {
 		p.cfg.Log.Error("conditions not written", "kind", k.Kind, "namespace", k.Namespace, "name", k.Name, "error", err)
 		return
@@ -302,7 +308,7 @@ func (p *Policies) wrote(k index.PolicyKey, o Object, want []condition, now time
 }
 
 // assess returns the conditions to write, nil for none, and when to look again without a reason to, 0 for never.
-func (p *Policies) assess(k index.PolicyKey, o Object, now time.Time) (want []condition, again time.Duration) {
+func (p *Policies) assess(k index.PolicyKey, o Object, now time.Time, ours func(kind string) bool) (want []condition, again time.Duration) {
 	p.mu.Lock()
 	p.waiting[k] = struct{}{} // before the nodes are read: what they do from here on has it looked at again
 	p.mu.Unlock()
@@ -314,26 +320,28 @@ func (p *Policies) assess(k index.PolicyKey, o Object, now time.Time) (want []co
 		delete(p.waiting, k)
 		return nil, 0 // the index has not come as far as the watch: it will
 	}
-	enforced, done := p.enforced(k, e, nodes)
+	want, said, done := p.says(k, e, o, nodes)
+	if !p.secondary() && len(p.parts(e.state)) > 0 {
+		again = pace // what others write is no change that the index tells of
+	}
 	if done {
 		delete(p.waiting, k)
 		e.behind = time.Time{}
-		if !e.timed {
+		if !e.timed && len(want) > 0 {
 			e.timed = true
 			p.seconds.Observe(now.Sub(e.taken).Seconds())
 		}
 	} else if e.behind.IsZero() {
 		e.behind = now
 	}
-	want = append(accepted(k, e.state, o), enforced)
-	if unchanged(o.Conditions, want, o.Generation) {
-		return nil, 0
+	if unchanged(o.Conditions, want, o.Generation, ours) {
+		return nil, again
 	}
 	if e.wroteOf == o.Generation && now.Sub(e.wroteAt) < watchLag && equalConditions(e.wrote, want) {
 		return nil, e.wroteAt.Add(watchLag).Sub(now)
 	}
 	if !done {
-		was := find(o.Conditions, ConditionEnforced)
+		was := find(o.Conditions, said)
 		wait := e.behind.Add(patience)
 		switch {
 		case was != nil && was.ObservedGeneration == o.Generation && was.Status == string(metav1.ConditionTrue):
@@ -345,7 +353,7 @@ func (p *Policies) assess(k index.PolicyKey, o Object, now time.Time) (want []co
 			return nil, wait.Sub(now)
 		}
 	}
-	return want, 0
+	return want, again
 }
 
 func equalConditions(a, b []condition) bool {
@@ -363,7 +371,7 @@ func equalConditions(a, b []condition) bool {
 }
 
 // enforced counts the nodes. done reports that every one that has to holds what is compiled for the object.
-func (p *Policies) enforced(k index.PolicyKey, e *entry, nodes map[string]xds.Progress) (_ condition, done bool) {
+func (p *Policies) enforced(k index.PolicyKey, e *entry, o Object, nodes map[string]xds.Progress) (_ condition, done bool) {
 	concerned := p.concerned(k, e.state)
 	revision := max(e.revision, p.tally.since(e.state.Compiled))
 	var pending, disconnected, unknown, refusing []string
@@ -395,23 +403,14 @@ func (p *Policies) enforced(k index.PolicyKey, e *entry, nodes map[string]xds.Pr
 		}
 	}
 	ways := p.waypoints(e, &pending, &refusing, &why)
+	p.others(e.state, o, &ways, &pending, &refusing, &why)
 	total := len(concerned)
 	c := condition{Type: ConditionEnforced, Status: string(metav1.ConditionTrue), Reason: reasonEnforced,
 		Message: fmt.Sprintf("%d/%d nodes at revision %d", n, total, revision) + ways.text}
-	for _, part := range []struct {
-		reason, word string
-		nodes        []string
-	}{
-		{reasonPending, "waiting for", pending},
-		{reasonPending, "not connected and behind:", disconnected},
-		{reasonDisconnected, "not connected:", unknown},
-		{reasonRefused, "refused by", refusing},
-	} {
-		if len(part.nodes) > 0 {
-			c.Status, c.Reason = string(metav1.ConditionFalse), part.reason
-			c.Message += "; " + part.word + " " + few(part.nodes)
-		}
-	}
+	c.lack(reasonPending, "waiting for", pending)
+	c.lack(reasonPending, "not connected and behind:", disconnected)
+	c.lack(reasonDisconnected, "not connected:", unknown)
+	c.lack(reasonRefused, "refused by", refusing)
 	if why != "" {
 		c.Message += "; " + why
 	}
@@ -442,9 +441,11 @@ func (p *Policies) enforced(k index.PolicyKey, e *entry, nodes map[string]xds.Pr
 type atWaypoints struct {
 	text string
 	done bool
+	own  int // that this control plane tells
 }
 
-// waypoints counts their pods. One that is not connected lets nobody through, and is waited for nevertheless.
+// waypoints counts the pods of those that this control plane tells. One that is not connected lets nobody through, and is waited
+// for nevertheless.
 func (p *Policies) waypoints(e *entry, pending, refusing *[]string, why *string) atWaypoints {
 	out := atWaypoints{done: true}
 	for _, name := range e.state.Waypoints {
@@ -453,6 +454,11 @@ func (p *Policies) waypoints(e *entry, pending, refusing *[]string, why *string)
 		if p.cfg.Waypoint != nil {
 			pods = p.cfg.Waypoint(name)
 		}
+		// One that goes over to another control plane has pods here for as long as they carry something.
+		if p.elsewhere(name) != "" && (len(pods) == 0 || p.secondary()) {
+			continue
+		}
+		out.own++
 		n := 0
 		for _, pod := range slices.Sorted(maps.Keys(pods)) {
 			switch at := pods[pod]; {

@@ -38,7 +38,9 @@ type RoutesConfig struct {
 	// Object returns a route as the watch has it, false where it has none.
 	Object func(index.RouteKey) (RouteObject, bool)
 	// Write applies a merge patch to the status of a route.
-	Write   func(ctx context.Context, k index.RouteKey, patch []byte) error
+	Write func(ctx context.Context, k index.RouteKey, patch []byte) error
+	// Ours reports whether what becomes of a route at a parent is this control plane's to say; nil: it always is.
+	Ours    func(index.RouteKey, gatewayv1.ParentReference) bool
 	Log     *slog.Logger
 	Metrics prometheus.Registerer
 }
@@ -84,6 +86,17 @@ func (r *Routes) Take(changed map[index.RouteKey]*index.RouteState) {
 	}
 }
 
+// Again has all routes looked at: other parents are ours now.
+func (r *Routes) Again() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for k := range r.states {
+		if r.queue != nil {
+			r.queue.Add(k)
+		}
+	}
+}
+
 // Run writes until ctx ends, beginning with everything. It is the leader's.
 func (r *Routes) Run(ctx context.Context) {
 	write(ctx, r.reconcile, func(q toWrite[index.RouteKey]) {
@@ -113,7 +126,8 @@ func (r *Routes) reconcile(ctx context.Context, queue toWrite[index.RouteKey], l
 		queue.AddAfter(k, watchLag/10)
 		return
 	}
-	parents, changed := routeStatus(o, s, metav1.Now())
+	ours := func(ref gatewayv1.ParentReference) bool { return r.cfg.Ours == nil || r.cfg.Ours(k, ref) }
+	parents, changed := routeStatus(o, s, metav1.Now(), ours)
 	if !changed {
 		queue.Forget(k)
 		return
@@ -148,12 +162,12 @@ func (r *Routes) reconcile(ctx context.Context, queue toWrite[index.RouteKey], l
 	r.writes.WithLabelValues(result).Inc()
 }
 
-// routeStatus is what a route is to say of its parents. What others say stays.
-func routeStatus(o RouteObject, s *index.RouteState, now metav1.Time) (parents []gatewayv1.RouteParentStatus, changed bool) {
+// routeStatus is what a route is to say of those of its parents that are ours. What others say stays.
+func routeStatus(o RouteObject, s *index.RouteState, now metav1.Time, ours func(gatewayv1.ParentReference) bool) (parents []gatewayv1.RouteParentStatus, changed bool) {
 	parents = []gatewayv1.RouteParentStatus{}
 	had := map[int]gatewayv1.RouteParentStatus{}
 	for _, p := range o.Parents {
-		if p.ControllerName != RouteController {
+		if p.ControllerName != RouteController || !ours(p.ParentRef) {
 			parents = append(parents, p)
 			continue
 		}
@@ -170,6 +184,9 @@ func routeStatus(o RouteObject, s *index.RouteState, now metav1.Time) (parents [
 		had[i] = p
 	}
 	for i, p := range s.Parents {
+		if !ours(p.Ref) {
+			continue
+		}
 		was, ok := had[i]
 		next := gatewayv1.RouteParentStatus{ParentRef: p.Ref, ControllerName: RouteController, Conditions: append([]metav1.Condition{}, was.Conditions...)}
 		changed = changed || !ok

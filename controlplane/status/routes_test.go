@@ -21,6 +21,8 @@ func routeParent(name string) gatewayv1.ParentReference {
 	return gatewayv1.ParentReference{Group: &group, Kind: &kind, Name: gatewayv1.ObjectName(name)}
 }
 
+func everywhere(gatewayv1.ParentReference) bool { return true }
+
 // TestRouteStatus writes what has changed, keeps what others wrote, and has nothing to say twice.
 func TestRouteStatus(t *testing.T) {
 	then, now := metav1.NewTime(time.Unix(1, 0)), metav1.NewTime(time.Unix(2, 0))
@@ -35,7 +37,7 @@ func TestRouteStatus(t *testing.T) {
 		{Ref: routeParent("ui"), Resolved: routing.Verdict{Reason: "BackendNotFound", Message: "Service shop/x was not found"}},
 		{Ref: routeParent("new"), Accepted: routing.Verdict{Reason: "NoWaypoint", Message: "it has no effect"}, Partly: routing.Verdict{Reason: "UnsupportedValue", Message: "rules[0]: odd"}},
 	}}
-	got, changed := routeStatus(o, s, now)
+	got, changed := routeStatus(o, s, now, everywhere)
 	if !changed || len(got) != 3 || got[0].ControllerName != "other.example/controller" {
 		t.Fatalf("changed %t: %+v", changed, got)
 	}
@@ -57,7 +59,7 @@ func TestRouteStatus(t *testing.T) {
 		t.Errorf("PartiallyInvalid %+v", c)
 	}
 	o.Parents = got
-	if _, changed := routeStatus(o, s, metav1.Now()); changed {
+	if _, changed := routeStatus(o, s, metav1.Now(), everywhere); changed {
 		t.Error("what is said already is written again")
 	}
 }
@@ -140,5 +142,27 @@ func TestRoutesAreWrittenOnce(t *testing.T) {
 	run.Wait()
 	if writes != 2 {
 		t.Errorf("%d writes, want 2", writes)
+	}
+}
+
+// What becomes of a route at another control plane's Gateway is left to that.
+func TestRouteStatusOfOthers(t *testing.T) {
+	gateway := func(name string) gatewayv1.ParentReference {
+		return gatewayv1.ParentReference{Name: gatewayv1.ObjectName(name)}
+	}
+	ours := func(ref gatewayv1.ParentReference) bool { return ref.Name != "theirs" }
+	o := RouteObject{UID: "u", Generation: 3, Parents: []gatewayv1.RouteParentStatus{
+		{ParentRef: gateway("theirs"), ControllerName: RouteController, Conditions: []metav1.Condition{{Type: "Accepted", Status: "False", Reason: "Odd"}}}}}
+	s := &index.RouteState{UID: "u", Parents: []index.RouteParent{{Ref: gateway("theirs")}, {Ref: gateway("ours")}}}
+	got, changed := routeStatus(o, s, metav1.Now(), ours)
+	if !changed || len(got) != 2 || got[0].ParentRef.Name != "theirs" || got[0].Conditions[0].Reason != "Odd" || got[1].ParentRef.Name != "ours" {
+		t.Fatalf("changed %t: %+v", changed, got)
+	}
+	o.Parents = got
+	if _, changed := routeStatus(o, s, metav1.Now(), ours); changed {
+		t.Error("there is nothing left to say")
+	}
+	if got, changed := routeStatus(o, s, metav1.Now(), everywhere); !changed || meta.FindStatusCondition(got[0].Conditions, "Accepted").Reason != "Accepted" {
+		t.Errorf("once all is ours: changed %t: %+v", changed, got)
 	}
 }
