@@ -217,6 +217,7 @@ func (a *app) checkInstallation(ctx context.Context, c *conn, s *meshStatus) []f
 	default:
 		out = append(out, finding{"root certificate", "ok", "published", ""})
 	}
+	out = append(out, a.checkRevisions(ctx, c, s)...)
 	out = append(out, a.checkAdmission(ctx, c), a.checkCryptography(ctx, c))
 	out = append(out, a.checkLabels(ctx, c)...)
 	out = append(out, checkUDP(s))

@@ -114,7 +114,7 @@ func (a *app) root() *cobra.Command {
 	_ = root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json", "yaml"}, cobra.ShellCompDirectiveNoFileComp))
 	root.AddCommand(a.installCommand(), a.upgradeCommand(), a.uninstallCommand(), a.manifestCommand(), a.profileCommand(),
 		a.checkCommand(), a.statusCommand(), a.analyzeCommand(), a.whyCommand(), a.describeCommand(), a.waypointCommand(), a.nodeConfigCommand(), a.proxyConfigCommand(), a.proxyStatusCommand(), a.tapCommand(), a.topCommand(), a.dashboardCommand(), a.migrateCommand(), a.sysdumpCommand(), a.authzCommand(),
-		a.versionCommand(), a.benchCommand(), a.cleanCommand())
+		a.tagCommand(), a.versionCommand(), a.benchCommand(), a.cleanCommand())
 	return root
 }
 

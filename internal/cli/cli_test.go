@@ -18,10 +18,14 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/version"
 	fakediscovery "k8s.io/client-go/discovery/fake"
+	dynamicfake "k8s.io/client-go/dynamic/fake"
 	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/warrenmesh/warren/internal/cli/release"
 )
 
 const dump = `{
@@ -46,7 +50,8 @@ func run(t *testing.T, objects []runtime.Object, args ...string) (code int, stdo
 				security = append(security, o)
 			}
 		}
-		return &conn{Interface: k, istio: istiofake.NewSimpleClientset(security...), ask: func(_ context.Context, p *corev1.Pod, port int, path string) ([]byte, error) {
+		gateways := dynamicfake.NewSimpleDynamicClientWithCustomListKinds(runtime.NewScheme(), map[schema.GroupVersionResource]string{gatewayResource: "GatewayList"})
+		return &conn{Interface: k, istio: istiofake.NewSimpleClientset(security...), objects: release.Cluster{Client: gateways}, ask: func(_ context.Context, p *corev1.Pod, port int, path string) ([]byte, error) {
 			switch {
 			case port == adminPort && path == "/config_dump":
 				return []byte(dump), nil

@@ -63,9 +63,11 @@ func (a *app) upgradeCommand() *cobra.Command {
 
 func (a *app) change(cmd *cobra.Command, ch *change) error {
 	// A typo is told before a cluster is asked.
-	if _, err := ch.values.values(cmd, nil); err != nil {
+	asked, err := ch.values.values(cmd, nil)
+	if err != nil {
 		return err
 	}
+	rev := release.RevisionOf(asked)
 	c, err := a.connect(a)
 	if err != nil {
 		return err
@@ -77,14 +79,14 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	if err := a.mayInstall(ctx, c, ch.force); err != nil {
 		return err
 	}
-	records := release.Records{Client: c, Namespace: a.namespace}
+	records := release.Records{Client: c, Namespace: a.namespace, Revision: rev}
 	history, err := records.List(ctx)
 	if err != nil {
 		return err
 	}
 	before := release.InForce(history)
 	if ch.upgrade && before == nil {
-		return fmt.Errorf("there is no release %s in %s to upgrade: %s install", release.Name, a.namespace, a.name())
+		return fmt.Errorf("there is no release %s in %s to upgrade: %s install%s", release.NameOf(rev), a.namespace, a.name(), revisionFlag(rev))
 	}
 	if release.Interrupted(history) {
 		last := history[len(history)-1]
@@ -93,7 +95,11 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 			return err
 		}
 	}
-	var base map[string]any
+	mesh, err := a.joined(ctx, c, rev)
+	if err != nil {
+		return err
+	}
+	base := mesh.config()
 	if ch.upgrade && !ch.reset && ch.values.profile == "" {
 		base = before.Config
 	}
@@ -101,12 +107,18 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	if err != nil {
 		return err
 	}
-	revision := 1
+	if was := release.RevisionOf(values); was != rev { // set when that was a label alone
+		return fmt.Errorf("the release %s was installed with revision %s, which is that of a second control plane: uninstall it, and install it without a revision", release.NameOf(rev), was)
+	}
+	if err := mesh.fits(values); err != nil {
+		return err
+	}
+	number := 1
 	if len(history) > 0 {
-		revision = history[len(history)-1].Version + 1
+		number = history[len(history)-1].Version + 1
 	}
 	p.now("rendering")
-	target, err := a.target(c, revision)
+	target, err := a.target(c, number)
 	if err != nil {
 		return err
 	}
@@ -120,7 +132,7 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	}
 	err = a.roll(ctx, c, p, ch, records, history, rec, rendered.Objects)
 	if err == nil {
-		p.done("revision %d is ready after %s", rec.Version, time.Since(start).Round(100*time.Millisecond))
+		p.done("%srevision %d is ready after %s", ofRelease(rev), rec.Version, time.Since(start).Round(100*time.Millisecond))
 		return nil
 	}
 	// Whatever ended it, what is there is written down. The way back has its time even where there was little for the way there.
@@ -128,7 +140,7 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	defer cancelAfter()
 	err = errors.Join(err, records.Failed(after, rec, err.Error()))
 	if !ch.upgrade || !ch.rollback {
-		return fmt.Errorf("%w\nrun it again to go on, or %s uninstall", err, a.name())
+		return fmt.Errorf("%w\nrun it again to go on, or %s uninstall%s", err, a.name(), revisionFlag(rev))
 	}
 	p.done("revision %d does not become ready; going back to revision %d", rec.Version, before.Version)
 	if e := a.back(after, c, p, ch, records, append(history, rec), before); e != nil {
@@ -178,7 +190,7 @@ func (a *app) roll(ctx context.Context, c *conn, p *progress, ch *change, record
 			return err
 		}
 	}
-	release.Own(objects, a.namespace)
+	release.Own(objects, records.Revision, a.namespace)
 	n := 0
 	apply := func(some []*unstructured.Unstructured) error {
 		return c.objects.Apply(ctx, some, func(*unstructured.Unstructured) {

@@ -17,6 +17,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	authv1 "k8s.io/api/authorization/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
@@ -29,6 +30,7 @@ import (
 	k8stesting "k8s.io/client-go/testing"
 
 	"github.com/warrenmesh/warren/internal/cli/release"
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
 // site is a cluster without machines: what is applied is there, and Deployments and DaemonSets are ready at once, unless
@@ -100,10 +102,17 @@ func newSite(t *testing.T, objects ...runtime.Object) *site {
 		}
 		return true, o, s.mirror(o)
 	})
+	s.dynamic.PrependReactor("delete", "*", func(a k8stesting.Action) (bool, runtime.Object, error) {
+		err := s.kube.Tracker().Delete(a.GetResource(), a.GetNamespace(), a.(k8stesting.DeleteAction).GetName())
+		if apierrors.IsNotFound(err) { // it was not mirrored
+			err = nil
+		}
+		return false, nil, err
+	})
 	return s
 }
 
-// mirror makes workloads that were applied visible to the typed client.
+// mirror makes workloads and Services that were applied visible to the typed client.
 func (s *site) mirror(o *unstructured.Unstructured) error {
 	b, err := o.MarshalJSON()
 	if err != nil {
@@ -111,6 +120,9 @@ func (s *site) mirror(o *unstructured.Unstructured) error {
 	}
 	put := func(resource string, obj runtime.Object) error {
 		gvr := appsv1.SchemeGroupVersion.WithResource(resource)
+		if resource == "services" {
+			gvr = corev1.SchemeGroupVersion.WithResource(resource)
+		}
 		if err := s.kube.Tracker().Create(gvr, obj, o.GetNamespace()); err != nil {
 			return s.kube.Tracker().Update(gvr, obj, o.GetNamespace())
 		}
@@ -137,6 +149,12 @@ func (s *site) mirror(o *unstructured.Unstructured) error {
 			d.Status.UpdatedNumberScheduled, d.Status.NumberReady = 2, 2
 		}
 		return put("daemonsets", d)
+	case "Service":
+		svc := &corev1.Service{}
+		if err := json.Unmarshal(b, svc); err != nil {
+			return err
+		}
+		return put("services", svc)
 	}
 	return nil
 }
@@ -357,7 +375,7 @@ func TestManifestAndProfiles(t *testing.T) {
 // What the manifest of any profile has is found when it is uninstalled, though no record says what was applied.
 func TestManifestsOfAllProfilesAreFoundAgain(t *testing.T) {
 	a := &app{namespace: "istio-system"}
-	found, err := a.installedObjects(nil)
+	found, err := a.installedObjects(nil, revision.Default)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -13,6 +14,8 @@ import (
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
 var errNotInstalled = errors.New("no control plane of Warren")
@@ -20,6 +23,8 @@ var errNotInstalled = errors.New("no control plane of Warren")
 // meshStatus is what status prints.
 type meshStatus struct {
 	Control    ratio             `json:"control"`
+	Revisions  map[string]ratio  `json:"revisions,omitempty"` // of control planes beside the mesh's, which Control counts too
+	Tags       map[string]string `json:"tags,omitempty"`      // and what revisions are called besides
 	Agents     ratio             `json:"agents"`
 	Holders    ratio             `json:"holders"`
 	Namespaces []namespaceStatus `json:"namespaces"`
@@ -111,7 +116,18 @@ func (a *app) status(ctx context.Context, c *conn) (*meshStatus, error) {
 	for _, d := range deployments.Items {
 		s.Control.Ready += int(d.Status.ReadyReplicas)
 		s.Control.Want += int(d.Status.Replicas)
+		if rev := d.Labels[revision.Label]; rev != revision.Default && rev != "" {
+			if s.Revisions == nil {
+				s.Revisions = map[string]ratio{}
+			}
+			s.Revisions[rev] = ratio{int(d.Status.ReadyReplicas), int(d.Status.Replicas)}
+		}
 	}
+	known, err := a.revisions(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	s.Tags = known.Tags
 	for selector, r := range map[string]*ratio{agentSelector: &s.Agents, holderSelector: &s.Holders} {
 		sets, err := c.AppsV1().DaemonSets(a.namespace).List(ctx, metav1.ListOptions{LabelSelector: selector})
 		if err != nil {
@@ -203,7 +219,14 @@ func (a *app) printStatus(w io.Writer, s *meshStatus) error {
 		}
 		return a.paint(red, r.String()+" ready")
 	}
-	fmt.Fprintf(w, "control plane   %s\nnode agents     %s\nholders         %s\n\n", state(s.Control), state(s.Agents), state(s.Holders))
+	fmt.Fprintf(w, "control plane   %s\n", state(s.Control))
+	for _, rev := range slices.Sorted(maps.Keys(s.Revisions)) {
+		fmt.Fprintf(w, "  of revision %s: %s\n", rev, state(s.Revisions[rev]))
+	}
+	for _, tag := range slices.Sorted(maps.Keys(s.Tags)) {
+		fmt.Fprintf(w, "  tag %s: revision %s\n", tag, s.Tags[tag])
+	}
+	fmt.Fprintf(w, "node agents     %s\nholders         %s\n\n", state(s.Agents), state(s.Holders))
 	if len(s.Namespaces) == 0 {
 		fmt.Fprintf(w, "no namespace is in the mesh: kubectl label namespace NAMESPACE %s=ambient\n", modeLabel)
 		return nil

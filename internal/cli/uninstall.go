@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strconv"
@@ -16,11 +17,12 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 
 	"github.com/warrenmesh/warren/internal/cli/release"
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
 // uninstallCommand takes everything away.
 func (a *app) uninstallCommand() *cobra.Command {
-	limit, purge := 3*time.Minute, false
+	limit, purge, force, rev := 3*time.Minute, false, false, revision.Default
 	cmd := &cobra.Command{
 		Use: "uninstall", Short: "Clean the nodes and remove the mesh; pods go on without it",
 		Long: "Clean the nodes and remove the mesh; pods go on without it. It also removes what kubectl apply of a generated manifest\n" +
@@ -34,10 +36,26 @@ func (a *app) uninstallCommand() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(cmd.Context(), limit)
 			defer cancel()
+			if rev != revision.Default && purge {
+				return usageError{errors.New("--purge removes the whole mesh, and --revision a control plane beside it")}
+			}
+			if err := revision.Check(rev); err != nil {
+				return usageError{fmt.Errorf("--revision: %w", err)}
+			}
+			if !force {
+				if err := a.mayUninstall(ctx, c, rev); err != nil {
+					return err
+				}
+			}
+			if rev != revision.Default {
+				return a.uninstallRevision(ctx, c, rev)
+			}
 			return a.uninstall(ctx, c, purge)
 		},
 	}
 	cmd.Flags().DurationVar(&limit, "timeout", limit, "give up after this long")
+	cmd.Flags().StringVar(&rev, "revision", rev, "only the control plane of this revision, beside the mesh's")
+	cmd.Flags().BoolVar(&force, "force", false, "though Gateways or tags are left that are for it, or control planes of other revisions")
 	cmd.Flags().BoolVar(&purge, "purge", false, "remove the namespace, the root key, and the definitions with all policies, routes and gateways under them")
 	return cmd
 }
@@ -49,7 +67,7 @@ func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
 	if err != nil {
 		return err
 	}
-	objects, err := a.installedObjects(history)
+	objects, err := a.installedObjects(history, revision.Default)
 	if err != nil {
 		return err
 	}
@@ -70,11 +88,14 @@ func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
 	if err != nil {
 		return err
 	}
+	if err := a.deleteTags(ctx, c, revision.TagLabel+",app.kubernetes.io/part-of=warren"); err != nil {
+		return err
+	}
 	copies, err := a.removeCopies(ctx, c)
 	if err != nil {
 		return err
 	}
-	if err := a.awaitGone(ctx, c, p); err != nil {
+	if err := a.awaitGone(ctx, c, p, agentSelector, holderSelector, controlSelector, "app="+cleanName); err != nil {
 		return err
 	}
 	if err := records.Forget(ctx, history); err != nil {
@@ -108,8 +129,45 @@ func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
 	return nil
 }
 
+// uninstallRevision removes a control plane beside the mesh's. Nodes, definitions and the root stay: they are the mesh's.
+func (a *app) uninstallRevision(ctx context.Context, c *conn, rev string) error {
+	start, p := time.Now(), a.progress()
+	records := release.Records{Client: c, Namespace: a.namespace, Revision: rev}
+	history, err := records.List(ctx)
+	if err != nil {
+		return err
+	}
+	objects, err := a.installedObjects(history, rev)
+	if err != nil {
+		return err
+	}
+	found, err := c.objects.Present(ctx, objects)
+	if err != nil {
+		return err
+	}
+	if len(history) == 0 && len(found) == 0 {
+		p.done("there is no control plane of revision %s in %s", rev, a.namespace)
+		return nil
+	}
+	n, err := c.objects.Delete(ctx, found)
+	if err != nil {
+		return err
+	}
+	if err := a.awaitGone(ctx, c, p, controlSelector+","+revision.Label+"="+rev); err != nil {
+		return err
+	}
+	if err := c.CoordinationV1().Leases(a.namespace).Delete(ctx, revision.Lease(rev), metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("deleting the Lease of its replicas: %w", err)
+	}
+	if err := records.Forget(ctx, history); err != nil {
+		return err
+	}
+	p.done("control plane of revision %s: %s removed after %s", rev, plural(n, "object"), time.Since(start).Round(100*time.Millisecond))
+	return nil
+}
+
 // installedObjects is what may be there: what the record has, or else what the chart can yield.
-func (a *app) installedObjects(history []*release.Record) ([]*unstructured.Unstructured, error) {
+func (a *app) installedObjects(history []*release.Record, rev string) ([]*unstructured.Unstructured, error) {
 	var out []*unstructured.Unstructured
 	for _, rec := range history {
 		o, err := release.Parse(rec.Manifest)
@@ -123,7 +181,7 @@ func (a *app) installedObjects(history []*release.Record) ([]*unstructured.Unstr
 	}
 	for _, names := range []bool{false, true} {
 		on := map[string]any{"enabled": true}
-		r, err := release.Render(map[string]any{"compat": map[string]any{"istioNames": names}, "networkPolicies": on, "resourceQuotas": on,
+		r, err := release.Render(map[string]any{"revision": rev, "compat": map[string]any{"istioNames": names}, "networkPolicies": on, "resourceQuotas": on,
 			"securityContextConstraints": on, "node": map[string]any{"canary": map[string]any{"nodes": "of=any"}}}, release.Target{Namespace: a.namespace})
 		if err != nil {
 			return nil, err
@@ -179,11 +237,11 @@ func (a *app) removeCopies(ctx context.Context, c *conn) (int, error) {
 }
 
 // awaitGone waits for the last pod, which has sockets on the nodes.
-func (a *app) awaitGone(ctx context.Context, c *conn, p *progress) error {
+func (a *app) awaitGone(ctx context.Context, c *conn, p *progress, selectors ...string) error {
 	return a.poll(ctx, "waiting for the pods to end", func() (string, error) {
 		n := 0
-		for _, app := range []string{agentSelector, holderSelector, controlSelector, "app=" + cleanName} {
-			list, err := c.CoreV1().Pods(a.namespace).List(ctx, metav1.ListOptions{LabelSelector: app})
+		for _, selector := range selectors {
+			list, err := c.CoreV1().Pods(a.namespace).List(ctx, metav1.ListOptions{LabelSelector: selector})
 			if err != nil {
 				return "", err
 			}

@@ -8,6 +8,8 @@ import (
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
 // versions is what version prints.
@@ -19,9 +21,10 @@ type versions struct {
 }
 
 type podVersion struct {
-	Pod  string `json:"pod"`
-	Node string `json:"node"`
-	Tag  string `json:"tag"`
+	Pod      string `json:"pod"`
+	Node     string `json:"node"`
+	Tag      string `json:"tag"`
+	Revision string `json:"revision,omitempty"` // of a control plane beside the mesh's
 }
 
 func (a *app) versionCommand() *cobra.Command {
@@ -44,7 +47,12 @@ func (a *app) versionCommand() *cobra.Command {
 						return fmt.Errorf("listing pods of %s: %w; --client asks no cluster", a.namespace, err)
 					}
 					for i := range list.Items {
-						*s.to = append(*s.to, podVersion{list.Items[i].Name, list.Items[i].Spec.NodeName, imageTag(&list.Items[i])})
+						p := &list.Items[i]
+						rev := p.Labels[revision.Label]
+						if rev == revision.Default || s.selector == agentSelector {
+							rev = ""
+						}
+						*s.to = append(*s.to, podVersion{p.Name, p.Spec.NodeName, imageTag(p), rev})
 					}
 				}
 			}
@@ -56,6 +64,11 @@ func (a *app) versionCommand() *cobra.Command {
 				fmt.Fprintf(w, "warren %s\n", v.Client)
 				for tag, n := range v.Images {
 					fmt.Fprintf(w, "cluster %s on %s\n", tag, plural(n, "pod"))
+				}
+				for _, p := range v.Control {
+					if p.Revision != "" {
+						fmt.Fprintf(w, "control plane of revision %s: %s in %s\n", p.Revision, p.Tag, p.Pod)
+					}
 				}
 				if !client && len(v.Images) == 0 {
 					fmt.Fprintf(w, "nothing of Warren runs in %s\n", a.namespace)

@@ -19,6 +19,8 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/validation"
 	"sigs.k8s.io/yaml"
+
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
 // Names by which waypoints are asked for, Istio's.
@@ -39,6 +41,7 @@ type waypointOptions struct {
 	namespace string // of the waypoint
 	all       bool   // namespaces, or waypoints where some are deleted
 	name, use string
+	revision  string // or a tag
 	enroll    bool
 	overwrite bool
 	wait      bool
@@ -52,7 +55,8 @@ type waypointStatus struct {
 	Namespace  string   `json:"namespace"`
 	Name       string   `json:"name"`
 	For        string   `json:"for"`
-	Programmed string   `json:"programmed"` // True, False or Unknown
+	Revision   string   `json:"revision,omitempty"` // or tag that it asks for itself
+	Programmed string   `json:"programmed"`         // True, False or Unknown
 	Message    string   `json:"message"`
 	Pods       ratio    `json:"pods"`
 	Bound      []string `json:"bound"` // namespaces and services that ask for it
@@ -75,6 +79,7 @@ func (a *app) waypointCommand() *cobra.Command {
 func (o *waypointOptions) form(cmd *cobra.Command) {
 	cmd.Flags().StringVar(&o.name, "name", "waypoint", "name of the waypoint")
 	cmd.Flags().StringVar(&o.use, "for", "service", "what it takes: service, all or none")
+	cmd.Flags().StringVar(&o.revision, "revision", "", "revision or tag of the control plane that makes and configures it (default what its namespace asks for, or the mesh's)")
 	_ = cmd.RegisterFlagCompletionFunc("for", cobra.FixedCompletions([]string{"service", "all", "none"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
@@ -113,7 +118,14 @@ func (o *waypointOptions) gateway(namespace string) (*unstructured.Unstructured,
 	default:
 		return nil, usageError{fmt.Errorf("--for %s is none of service, all, none", o.use)}
 	}
-	meta := map[string]any{"name": o.name, "labels": map[string]any{forLabel: o.use}}
+	labels := map[string]any{forLabel: o.use}
+	if o.revision != "" {
+		if err := revision.Check(o.revision); err != nil {
+			return nil, usageError{fmt.Errorf("--revision: %w", err)}
+		}
+		labels[revision.Label] = o.revision
+	}
+	meta := map[string]any{"name": o.name, "labels": labels}
 	if namespace != "" {
 		meta["namespace"] = namespace
 	}
@@ -283,7 +295,7 @@ func (a *app) waypoints(ctx context.Context, c *conn, namespace string) ([]waypo
 		if class, _, _ := unstructured.NestedString(g.Object, "spec", "gatewayClassName"); class != waypointClass {
 			continue
 		}
-		w := waypointStatus{Namespace: g.GetNamespace(), Name: g.GetName(), For: g.GetLabels()[forLabel]}
+		w := waypointStatus{Namespace: g.GetNamespace(), Name: g.GetName(), For: g.GetLabels()[forLabel], Revision: g.GetLabels()[revision.Label]}
 		if w.For == "" {
 			w.For = "service"
 		}
@@ -400,13 +412,22 @@ func (a *app) printWaypoints(w io.Writer, list []waypointStatus, namespace strin
 		fmt.Fprintf(w, "no waypoint in %s: %s waypoint apply\n", where, a.name())
 		return nil
 	}
-	t := table{head: []string{"NAMESPACE", "NAME", "FOR", "PROGRAMMED", "PODS", "ASKED FOR BY"}}
+	head := []string{"NAMESPACE", "NAME", "FOR", "PROGRAMMED", "PODS", "ASKED FOR BY"}
+	revised := slices.ContainsFunc(list, func(x waypointStatus) bool { return x.Revision != "" })
+	if revised {
+		head = append(head, "REVISION")
+	}
+	t := table{head: head}
 	for _, x := range list {
 		programmed := a.paint(red, x.Programmed)
 		if x.Programmed == "True" {
 			programmed = a.paint(green, x.Programmed)
 		}
-		t.add(x.Namespace, x.Name, x.For, programmed, x.Pods.String(), dash(some(x.Bound)))
+		row := []string{x.Namespace, x.Name, x.For, programmed, x.Pods.String(), dash(some(x.Bound))}
+		if revised {
+			row = append(row, dash(x.Revision))
+		}
+		t.add(row...)
 	}
 	return t.write(w)
 }

@@ -182,8 +182,8 @@ func (c Cluster) resource(o *unstructured.Unstructured) (dynamic.ResourceInterfa
 	return c.Client.Resource(m.Resource), nil
 }
 
-// Own marks objects as the release's, for Helm.
-func Own(objects []*unstructured.Unstructured, namespace string) {
+// Own marks objects as the release's of a revision, for Helm.
+func Own(objects []*unstructured.Unstructured, rev, namespace string) {
 	for _, o := range objects {
 		l := o.GetLabels()
 		if l == nil {
@@ -195,7 +195,7 @@ func Own(objects []*unstructured.Unstructured, namespace string) {
 		if a == nil {
 			a = map[string]string{}
 		}
-		a["meta.helm.sh/release-name"], a["meta.helm.sh/release-namespace"] = Name, namespace
+		a["meta.helm.sh/release-name"], a["meta.helm.sh/release-namespace"] = NameOf(rev), namespace
 		o.SetAnnotations(a)
 	}
 }

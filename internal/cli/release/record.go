@@ -31,11 +31,12 @@ const kept = 10
 type Records struct {
 	Client    kubernetes.Interface
 	Namespace string
+	Revision  string // of the control plane whose release it is; "" for the mesh's
 }
 
 // List returns the revisions, the oldest first.
 func (r Records) List(ctx context.Context) ([]*Record, error) {
-	list, err := r.Client.CoreV1().Secrets(r.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "owner=helm,name=" + Name})
+	list, err := r.Client.CoreV1().Secrets(r.Namespace).List(ctx, metav1.ListOptions{LabelSelector: "owner=helm,name=" + NameOf(r.Revision)})
 	if err != nil {
 		return nil, fmt.Errorf("reading the record of the release in %s: %w", r.Namespace, err)
 	}
@@ -62,7 +63,7 @@ func (r Records) Next(history []*Record, values map[string]any, rendered *Render
 		return nil, err
 	}
 	now := time.Now()
-	rec := &Record{Name: Name, Namespace: r.Namespace, Version: 1, Chart: c, Config: values, Manifest: string(manifest), Hooks: rendered.Hooks,
+	rec := &Record{Name: NameOf(r.Revision), Namespace: r.Namespace, Version: 1, Chart: c, Config: values, Manifest: string(manifest), Hooks: rendered.Hooks,
 		ApplyMethod: "ssa", Info: &helmrelease.Info{FirstDeployed: now, LastDeployed: now, Status: common.StatusPendingInstall,
 			Description: "Initial install underway", Notes: rendered.Notes}}
 	if len(history) > 0 {

@@ -26,10 +26,20 @@ import (
 
 	"github.com/warrenmesh/warren/charts"
 	"github.com/warrenmesh/warren/internal/build"
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
-// Name is the release's, as Helm lists it.
+// Name is the release's, as Helm lists it, and begins the names of those of control planes beside the mesh's.
 const Name = "warren"
+
+// NameOf is the name of the release of a revision.
+func NameOf(rev string) string { return Name + revision.Suffix(rev) }
+
+// RevisionOf is the revision that values are for.
+func RevisionOf(values map[string]any) string {
+	rev, _ := values["revision"].(string)
+	return cmp.Or(rev, revision.Default)
+}
 
 const hookAnnotation = "helm.sh/hook"
 
@@ -104,7 +114,7 @@ func Render(values map[string]any, t Target) (*Rendered, error) {
 		caps.APIVersions = t.APIs
 	}
 	all, err := util.ToRenderValues(c, clone(values), common.ReleaseOptions{
-		Name: Name, Namespace: t.Namespace, Revision: max(1, t.Revision), IsInstall: t.Revision <= 1, IsUpgrade: t.Revision > 1}, caps)
+		Name: NameOf(RevisionOf(values)), Namespace: t.Namespace, Revision: max(1, t.Revision), IsInstall: t.Revision <= 1, IsUpgrade: t.Revision > 1}, caps)
 	if err != nil {
 		return nil, err
 	}

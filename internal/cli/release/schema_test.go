@@ -89,15 +89,22 @@ var everything = map[string]any{
 	"compat":          map[string]any{"istioNames": true},
 	"image":           map[string]any{"pullSecrets": []any{"registry"}},
 	"networkPolicies": map[string]any{"enabled": true},
-	"node":            map[string]any{"canary": map[string]any{"nodes": "pool=canary"}},
+	"node":            map[string]any{"canary": map[string]any{"nodes": "pool=canary", "revision": "next"}},
 }
+
+// beside is a control plane beside the mesh's.
+const beside = "(a second control plane)"
 
 func TestEveryVersionOfKubernetesTakesTheChart(t *testing.T) {
 	for _, s := range apiServers(t) {
 		n, seen := 0, map[string]bool{} // most profiles share most objects
-		for _, name := range append(Profiles(), "") {
+		for _, name := range append(Profiles(), "", beside) {
 			v := everything
-			if name != "" {
+			switch name {
+			case "":
+			case beside:
+				v = merge(clone(everything), map[string]any{"revision": "next"})
+			default:
 				var err error
 				if v, err = (Sources{Profile: name}).Values(nil); err != nil {
 					t.Fatal(name, err)
