@@ -105,7 +105,7 @@ func TestAnalysis(t *testing.T) {
 			t.Errorf("%s is found and not explained", code)
 		}
 	}
-	for _, c := range []Code{NotAWaypoint, NotFollowed, SubsetSelectsNothing, UnknownField, UnknownHost, UnknownPort, UnknownSubset, UnknownWaypoint} {
+	for _, c := range []Code{NotAWaypoint, NotFollowed, SubsetSelectsNothing, UnknownField, UnknownHost, UnknownPort, UnknownRevision, UnknownSubset, UnknownWaypoint} {
 		if !codes[string(c)] {
 			t.Errorf("no example earns %s", c)
 		}

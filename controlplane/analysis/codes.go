@@ -16,6 +16,7 @@ const (
 	UnknownField         Code = "unknown-field"
 	UnknownHost          Code = "unknown-host"
 	UnknownPort          Code = "unknown-port"
+	UnknownRevision      Code = "unknown-revision"
 	UnknownSubset        Code = "unknown-subset"
 	UnknownWaypoint      Code = "unknown-waypoint"
 )
@@ -33,6 +34,7 @@ var Explanations = []Explanation{
 	{string(policy.Unreadable), Error, "The object is not of the form that its kind has."},
 	{string(UnknownWaypoint), Error, "The label `istio.io/use-waypoint` names a Gateway that is not there. Connections to what asks for it are refused."},
 	{string(NotAWaypoint), Error, "The label names a Gateway of another class than `istio-waypoint`."},
+	{string(UnknownRevision), Error, "The label `istio.io/rev` of a Gateway, or of a namespace (a warning), is neither a revision that has a control plane nor a tag: [nobody makes or configures](install.md#a-second-control-plane) what asks for it."},
 	{string(UnknownHost), Error, "A host of a VirtualService or DestinationRule that no Service and no ServiceEntry has."},
 	{string(UnknownPort), Error, "A route's destination names a port that the Service does not have."},
 	{string(UnknownSubset), Error, "A route's destination names a subset that no DestinationRule of the Service declares."},

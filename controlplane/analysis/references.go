@@ -18,6 +18,7 @@ import (
 	"github.com/warrenmesh/warren/controlplane/admission"
 	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
 // references finds names that lead nowhere.
@@ -25,6 +26,12 @@ func (r *run) references() {
 	for _, kind := range []string{"Namespace", "Service", "ServiceEntry", "Pod"} {
 		for _, o := range r.objects[kind] {
 			r.waypoint(o)
+		}
+	}
+	known := r.revisions()
+	for _, kind := range []string{"Namespace", "Gateway"} {
+		for _, o := range r.objects[kind] {
+			r.revision(o, known)
 		}
 	}
 	for _, o := range r.objects["VirtualService"] {
@@ -67,6 +74,40 @@ func (r *run) waypoint(o *unstructured.Unstructured) {
 	if class := gateway.Spec.GatewayClassName; class != index.WaypointClass {
 		r.add(idOf(o), Error, string(NotAWaypoint), at, fmt.Sprintf("the Gateway %s/%s is of class %s; a waypoint's is %s", ns, name, class, index.WaypointClass))
 	}
+}
+
+// revisions are the control planes and tags that there are.
+func (r *run) revisions() revision.Known {
+	var services []revision.Service
+	for _, o := range r.objects["Service"] {
+		if o.GetNamespace() == r.Config.RootNamespace {
+			services = append(services, o.GetLabels())
+		}
+	}
+	return revision.Read(services)
+}
+
+// revision looks at the label that asks for a control plane. A namespace's is for the Gateways in it, of which there may be none.
+func (r *run) revision(o *unstructured.Unstructured, known revision.Known) {
+	asked := o.GetLabels()[revision.Label]
+	if asked == "" {
+		return
+	}
+	_, problem := known.Owner(asked)
+	if problem == "" {
+		return
+	}
+	severity, what := Error, "nobody makes or configures it"
+	if o.GetKind() == "Namespace" {
+		severity, what = Warning, "nobody makes or configures the Gateways in it that say nothing else"
+	}
+	hint := "install it with warren install --revision, name one with warren tag set, or take the label away"
+	if _, tagged := known.Tags[asked]; tagged {
+		hint = "install it with warren install --revision, or move the tag with warren tag set --overwrite"
+	} else if near := admission.Nearest(asked, slices.Concat(slices.Sorted(maps.Keys(known.Revisions)), slices.Sorted(maps.Keys(known.Tags)))); near != "" {
+		hint = "is " + near + " meant?"
+	}
+	r.add(idOf(o), severity, string(UnknownRevision), "metadata.labels."+revision.Label, fmt.Sprintf("%s: %s; %s", what, problem, hint))
 }
 
 // host finds the Service that a host of an object in a namespace means. known is false for a name outside of the cluster, of which
