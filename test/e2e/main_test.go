@@ -190,6 +190,27 @@ spec:
   listeners: [{name: mesh, port: 15008, protocol: HBONE}]
 `
 
+// field reads a part of an object; it is the error where it cannot be read.
+func field(t *testing.T, ns, what, path string) string {
+	t.Helper()
+	out, err := mesh.Kubectl(t.Context(), "-n", ns, "get", what, "-o", "jsonpath="+path)
+	if err != nil {
+		return err.Error()
+	}
+	return out
+}
+
+// fieldBecomes waits until a part of an object has a text in it, or nothing where that is empty.
+func fieldBecomes(t *testing.T, ns, what, path, want string) {
+	t.Helper()
+	must(t, lab.Eventually(t.Context(), 90*time.Second, func() error {
+		if is := field(t, ns, what, path); !strings.Contains(is, want) || want == "" && is != "" {
+			return fmt.Errorf("%s of %s is %q, want %q", path, what, is, want)
+		}
+		return nil
+	}))
+}
+
 // enforced waits until policies are, each as KIND/NAME.
 func enforced(t *testing.T, ns string, policies ...string) {
 	t.Helper()

@@ -2,8 +2,6 @@ package e2e
 
 import (
 	"context"
-	"fmt"
-	"strings"
 	"testing"
 	"time"
 
@@ -19,23 +17,7 @@ func TestParametersOfAWaypoint(t *testing.T) {
 		t.Helper()
 		applyIn(t, ns, "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: options, namespace: NS}\ndata:\n"+data)
 	}
-	get := func(what, path string) string {
-		t.Helper()
-		out, err := mesh.Kubectl(ctx, "-n", ns, "get", what, "-o", "jsonpath="+path)
-		if err != nil {
-			return err.Error()
-		}
-		return out
-	}
-	becomes := func(what, path, want string) {
-		t.Helper()
-		must(t, lab.Eventually(ctx, 90*time.Second, func() error {
-			if is := get(what, path); !strings.Contains(is, want) || want == "" && is != "" {
-				return fmt.Errorf("%s of %s is %q, want %q", path, what, is, want)
-			}
-			return nil
-		}))
-	}
+	becomes := func(what, path, want string) { t.Helper(); fieldBecomes(t, ns, what, path, want) }
 	options(`
   horizontalPodAutoscaler: |
     spec: {minReplicas: 2, maxReplicas: 2}
