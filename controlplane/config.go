@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	networking "istio.io/api/networking/v1alpha3"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -17,6 +18,7 @@ import (
 
 	"github.com/warrenmesh/warren/controlplane/index"
 	"github.com/warrenmesh/warren/controlplane/policy"
+	"github.com/warrenmesh/warren/controlplane/routing"
 	"github.com/warrenmesh/warren/internal/mesh"
 	"github.com/warrenmesh/warren/internal/revision"
 )
@@ -142,6 +144,8 @@ type meshFile struct {
 		Mode string `json:"mode"`
 	} `json:"outboundTrafficPolicy"`
 
+	LocalityLbSetting *networking.LocalityLoadBalancerSetting `json:"localityLbSetting"`
+
 	ExtensionProviders []extensionProvider `json:"extensionProviders"`
 	DefaultProviders   struct {
 		Tracing       []string `json:"tracing"`
@@ -232,6 +236,11 @@ func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
 	default:
 		return c, fmt.Errorf("ConfigMap %s/%s: outboundTrafficPolicy.mode is %q: it must be ALLOW_ANY or REGISTRY_ONLY", c.Namespace, name, mode)
 	}
+	locality, problems := routing.MeshLocality(m.LocalityLbSetting)
+	if len(problems) > 0 {
+		return c, fmt.Errorf("ConfigMap %s/%s: %s", c.Namespace, name, strings.Join(problems, "; "))
+	}
+	c.Mesh.Locality = locality
 	for _, p := range m.ExtensionProviders {
 		provider, err := p.provider(c.Mesh.ClusterDomain)
 		if err != nil {

@@ -214,6 +214,18 @@ var cases = map[string]func(*mesh.Service){
 			{Subset: "v2", Port: 80, Hash: &mesh.HashKey{Cookie: "user", CookiePath: "/", CookieTTL: ptr(time.Hour), Maglev: true}},
 		}
 	},
+	"traffic-connections": func(s *mesh.Service) {
+		s.Ports = append(s.Ports, mesh.ServicePort{Port: 443, Target: 8443, App: mesh.AppTCP})
+		s.Subsets = versions
+		s.HTTP = []mesh.HTTPRule{{Name: "both", Backends: []mesh.HTTPBackend{to("v1", 50), to("v2", 50)}}}
+		s.Traffic = []mesh.Traffic{
+			{Keepalive: &mesh.Keepalive{Probes: 3, Idle: time.Hour}, ConnectionDuration: time.Minute, TCPIdleTimeout: 30 * time.Second, Warmup: &mesh.Warmup{Over: time.Minute},
+				RetryBudget: &mesh.RetryBudget{Percent: 20, Over: time.Second, Least: 3}, MaxStreams: 9, Ping: 10 * time.Second, PingTimeout: time.Second},
+			{Subset: "v1", Speak: mesh.SpeakHTTP2, MaxStreams: 7, Balance: mesh.BalanceRoundRobin, Warmup: &mesh.Warmup{Over: time.Minute, Percent: ptr(20.), Aggression: ptr(2.)}},
+			{Subset: "v2", Speak: mesh.SpeakClient, Outliers: &mesh.Outliers{},
+				Locality: &mesh.LocalityLB{Distribute: []mesh.Distribution{{From: "eu/*", To: []mesh.LocalityShare{{Locality: "eu/*", Percent: 90}, {Locality: "us/*", Percent: 10}}}}}},
+		}
+	},
 	"access": func(s *mesh.Service) {
 		s.Access = []mesh.AccessPolicy{
 			{Name: mesh.PolicyName{Namespace: "shop", Name: "admin"}, Action: mesh.Deny, Rules: []mesh.AccessRule{{Clauses: []mesh.AccessClause{

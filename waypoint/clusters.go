@@ -43,16 +43,18 @@ func (b *builder) fixedClusters() []*clusterv3.Cluster {
 	}
 }
 
-// reach writes how a target is reached. Endpoints that are names are in the cluster, and do not come apart from it.
-func (b *builder) reach(t target) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment) {
+// reach writes how a target is reached. Endpoints that are names are in the cluster, and do not come apart from it; for them near and
+// far are the same.
+func (b *builder) reach(t target) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment, *nearness) {
 	c := b.cluster(t)
 	b.patchTarget(t, c)
-	e := b.endpoints(t)
+	e, near := b.endpoints(t)
 	if b.resolves(t.service) {
 		b.resolved(c, e, t)
-		return c, nil
+		return c, nil, nil
 	}
-	return b.discovered(c, e)
+	c, e = b.discovered(c, e)
+	return c, e, near
 }
 
 // discovered is a cluster of EDS with its endpoints. A cluster that changes waits for them, which nobody sends again unless
@@ -110,6 +112,8 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 		LbPolicy:             clusterv3.Cluster_LEAST_REQUEST,
 		CircuitBreakers:      limits(use),
 		OutlierDetection:     outliers(use.Outliers),
+
+		UpstreamConnectionOptions: keepalive(use.Keepalive),
 		TransportSocketMatches: []*clusterv3.Cluster_TransportSocketMatch{
 			{Name: "tunnel", Match: tunnelled(), TransportSocket: b.internal(b.application(t), metaOriginalDst, metaSubset)},
 			{Name: "plaintext", Match: &structpb.Struct{}, TransportSocket: b.application(t)},
@@ -117,24 +121,24 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 		// Endpoints that are gone or unready are not waited for.
 		CommonLbConfig: &clusterv3.Cluster_CommonLbConfig{HealthyPanicThreshold: &typev3.Percent{Value: 0}},
 	}
-	balance(c, use)
+	balance(c, use, b.s.Config().Locality)
 	if !t.http {
 		return c
 	}
 	o := &upstreamhttpv3.HttpProtocolOptions{CommonHttpProtocolOptions: connections(use)}
 	switch {
-	case b.http2(t):
+	case b.http2(t) || use.Speak == mesh.SpeakHTTP2:
 		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
-			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: &corev3.Http2ProtocolOptions{}},
+			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: http2Options(use)},
 		}}
-	case b.ingress != nil || b.encryption(t) != nil: // what the client speaks says nothing of the application; by TLS it would be asked
+	case use.Speak != mesh.SpeakClient && (b.ingress != nil || b.encryption(t) != nil): // what the client speaks says nothing of the application; by TLS it would be asked
 		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
 			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_HttpProtocolOptions{HttpProtocolOptions: &corev3.Http1ProtocolOptions{}},
 		}}
 	default:
 		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_UseDownstreamProtocolConfig{
 			UseDownstreamProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_UseDownstreamHttpConfig{
-				HttpProtocolOptions: &corev3.Http1ProtocolOptions{}, Http2ProtocolOptions: &corev3.Http2ProtocolOptions{},
+				HttpProtocolOptions: &corev3.Http1ProtocolOptions{}, Http2ProtocolOptions: http2Options(use),
 			},
 		}
 	}
@@ -157,22 +161,23 @@ func (b *builder) http2(t target) bool {
 	})
 }
 
-// endpoints lists those of a target that have an address on this network.
-func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
+// endpoints lists those of a target that have an address on this network, and says by what they are near or far: nil where all are alike.
+func (b *builder) endpoints(t target) (*endpointv3.ClusterLoadAssignment, *nearness) {
 	out := &endpointv3.ClusterLoadAssignment{ClusterName: t.name()}
 	svc := b.lookup(t.service)
 	if svc == nil {
-		return out
+		return out, nil
 	}
 	i := slices.IndexFunc(svc.Ports, func(p mesh.ServicePort) bool { return p.Port == t.port })
 	labels, known := b.subsetLabels(svc, t)
 	if e := b.encryption(t); i < 0 || !known || b.unreachable(e) {
-		return out
+		return out, nil
 	}
 	if b.goesThrough(svc) {
 		out.Endpoints = b.throughWaypoint(svc, t.port)
-		return out
+		return out, nil
 	}
+	near := nearnessOf(svc, b.traffic(t), b.s.Config().Locality)
 	group := &endpointv3.LocalityLbEndpoints{LoadBalancingWeight: wrapperspb.UInt32(1)}
 	names := b.resolves(t.service)
 	for w, ports := range b.s.Endpoints(t.service) {
@@ -192,12 +197,13 @@ func (b *builder) endpoints(t target) *endpointv3.ClusterLoadAssignment {
 		case len(w.Addrs) == 0 || names && w.Tunnel == mesh.TunnelHBONE: // where there are names there are no tunnels
 			continue
 		}
+		near.add(w)
 		group.LbEndpoints = append(group.LbEndpoints, endpoint(w, netip.AddrPortFrom(w.Addrs[0], port), svc.LB.AllowUnhealthy))
 	}
 	if len(group.LbEndpoints) > 0 {
 		out.Endpoints = []*endpointv3.LocalityLbEndpoints{group}
 	}
-	return out
+	return out, near
 }
 
 func endpoint(w *mesh.Workload, at netip.AddrPort, unreadyToo bool) *endpointv3.LbEndpoint {

@@ -66,6 +66,7 @@ func (w *Writer) builder(s *mesh.Snapshot) *builder {
 type item struct {
 	name, version string
 	message       proto.Message
+	near          *nearness // of endpoints; nil: all proxies get the same
 }
 
 // part is what a service asks for.
@@ -94,6 +95,7 @@ type reached struct {
 // collection is all resources of a type.
 type collection struct {
 	items    []*item
+	near     bool // some of them are endpoints that may be near or far
 	byName   map[string]types.Resource
 	versions map[string]string
 }
@@ -301,11 +303,11 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 				if r == nil {
 					r = &reached{}
 				}
-				c, e := b.reach(t)
+				c, e, near := b.reach(t)
 				next := &reached{target: t, from: b.from, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c)}
 				next.secrets, next.patched = b.secretItems(r.secrets), b.patched
 				if e != nil {
-					next.endpoints, next.pods = b.item([]*item{r.endpoints}, e.ClusterName, e), pods(e)
+					next.endpoints, next.pods = b.endpointsItem([]*item{r.endpoints}, e, near), pods(e)
 				}
 				r = next
 				if b.err != nil {
@@ -344,9 +346,19 @@ func (b *builder) mainItem(parts []*part) *item {
 
 // item makes a resource of a message, the one there was where it is the same.
 func (b *builder) item(old []*item, name string, m proto.Message) *item {
+	return b.itemOf(old, name, m, nil)
+}
+
+// endpointsItem makes a resource of endpoints, which may be near or far.
+func (b *builder) endpointsItem(old []*item, e *endpointv3.ClusterLoadAssignment, near *nearness) *item {
+	return b.itemOf(old, e.ClusterName, e, near)
+}
+
+func (b *builder) itemOf(old []*item, name string, m proto.Message, near *nearness) *item {
 	h := sha256.New()
 	b.write(h, m)
-	out := &item{name, sum(h), m}
+	near.write(h)
+	out := &item{name, sum(h), m, near}
 	for _, o := range old {
 		if o != nil && o.name == name && o.version == out.version {
 			return o
@@ -370,6 +382,7 @@ func (c *collection) next(list []*item) *collection {
 	out := &collection{items: list, byName: make(map[string]types.Resource, len(list)), versions: make(map[string]string, len(list))}
 	for _, i := range list {
 		out.byName[i.name], out.versions[i.name] = i.message, i.version
+		out.near = out.near || i.near != nil
 	}
 	return out
 }

@@ -105,11 +105,11 @@ func (w *Writer) writeIngress(s *mesh.Snapshot, g *mesh.Ingress) (*Resources, er
 	}
 	var ends []netip.AddrPort
 	for _, t := range slices.SortedFunc(maps.Keys(b.targets), compareTargets) {
-		c, e := b.reach(t)
+		c, e, near := b.reach(t)
 		c.Metadata = b.named(t)
 		add(resource.ClusterType, c.Name, c)
 		if e != nil {
-			add(resource.EndpointType, e.ClusterName, e)
+			all[resource.EndpointType] = append(all[resource.EndpointType], b.endpointsItem(w.previous(resource.EndpointType).all(), e, near))
 			ends = append(ends, pods(e)...)
 		}
 	}
@@ -264,6 +264,17 @@ func (b *builder) tcpProxy(c chain) *tcpproxyv3.TcpProxy {
 	}
 }
 
+// patience ends connections to a target that have been silent, or there, for as long as its rule says. Of two targets the shorter one holds.
+func (b *builder) patience(p *tcpproxyv3.TcpProxy, t target) {
+	use := b.traffic(t)
+	if d := p.IdleTimeout.AsDuration(); use.TCPIdleTimeout > 0 && (d == 0 || use.TCPIdleTimeout < d) {
+		p.IdleTimeout = durationpb.New(use.TCPIdleTimeout)
+	}
+	if d := p.MaxDownstreamConnectionDuration.AsDuration(); use.ConnectionDuration > 0 && (d == 0 || use.ConnectionDuration < d) {
+		p.MaxDownstreamConnectionDuration = durationpb.New(use.ConnectionDuration)
+	}
+}
+
 // share has connections go to backends by their weights.
 func (b *builder) share(p *tcpproxyv3.TcpProxy, c chain, backends []mesh.HTTPBackend) {
 	w := &tcpproxyv3.TcpProxy_WeightedCluster{}
@@ -276,6 +287,7 @@ func (b *builder) share(p *tcpproxyv3.TcpProxy, c chain, backends []mesh.HTTPBac
 			k := b.overTLS(c, b.target(c, &t))
 			b.targets[k] = true
 			name = k.name()
+			b.patience(p, k)
 		}
 		w.Clusters = append(w.Clusters, &tcpproxyv3.TcpProxy_WeightedCluster_ClusterWeight{Name: name, Weight: t.Weight})
 	}

@@ -345,7 +345,9 @@ func (b *builder) noEnvoyHeaders() *corev3.TypedExtensionConfig {
 func (b *builder) serveTCP(c chain) *listenerv3.Filter {
 	p := b.tcpProxy(c)
 	p.HashPolicy = b.connectionHash(c)
-	p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: b.overTLS(c, target{service: c.svc.Name, port: c.port.Port}).name()}
+	to := b.overTLS(c, target{service: c.svc.Name, port: c.port.Port})
+	p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: to.name()}
+	b.patience(p, to)
 	if r := c.svc.RoutedAt("", c.port.Port); r != nil {
 		b.share(p, c, r.Backends)
 	}

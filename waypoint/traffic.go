@@ -1,6 +1,7 @@
 package waypoint
 
 import (
+	"cmp"
 	"math"
 	"slices"
 	"time"
@@ -8,7 +9,7 @@ import (
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
-	hashv3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
+	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -34,13 +35,20 @@ func limits(t *mesh.Traffic) *clusterv3.CircuitBreakers {
 		}
 		return wrapperspb.UInt32(n)
 	}
-	return &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{{
+	out := &clusterv3.CircuitBreakers_Thresholds{
 		MaxConnections: limit(t.MaxConnections), MaxPendingRequests: limit(t.MaxPending), MaxRequests: limit(t.MaxRequests), MaxRetries: limit(t.MaxRetries),
-	}}}
+	}
+	if r := t.RetryBudget; r != nil {
+		out.RetryBudget = &clusterv3.CircuitBreakers_Thresholds_RetryBudget{BudgetPercent: &typev3.Percent{Value: r.Percent}, MinRetryConcurrency: wrapperspb.UInt32(r.Least)}
+		if r.Over > 0 {
+			out.RetryBudget.BudgetInterval = durationpb.New(r.Over)
+		}
+	}
+	return &clusterv3.CircuitBreakers{Thresholds: []*clusterv3.CircuitBreakers_Thresholds{out}}
 }
 
 // balance chooses among endpoints.
-func balance(c *clusterv3.Cluster, t *mesh.Traffic) {
+func balance(c *clusterv3.Cluster, t *mesh.Traffic, everywhere *mesh.LocalityLB) {
 	switch t.Balance {
 	case mesh.BalanceRandom:
 		c.LbPolicy = clusterv3.Cluster_RANDOM
@@ -49,6 +57,17 @@ func balance(c *clusterv3.Cluster, t *mesh.Traffic) {
 	}
 	if o := t.Outliers; o != nil {
 		c.CommonLbConfig.HealthyPanicThreshold.Value = float64(o.MinHealthyPercent)
+	}
+	if l := cmp.Or(t.Locality, everywhere); l != nil && len(l.Distribute) > 0 {
+		c.CommonLbConfig.LocalityConfigSpecifier = &clusterv3.Cluster_CommonLbConfig_LocalityWeightedLbConfig_{LocalityWeightedLbConfig: &clusterv3.Cluster_CommonLbConfig_LocalityWeightedLbConfig{}}
+	}
+	if slow := slowStart(t.Warmup); slow != nil && t.Hash == nil {
+		switch c.LbPolicy {
+		case clusterv3.Cluster_LEAST_REQUEST:
+			c.LbConfig = &clusterv3.Cluster_LeastRequestLbConfig_{LeastRequestLbConfig: &clusterv3.Cluster_LeastRequestLbConfig{SlowStartConfig: slow}}
+		case clusterv3.Cluster_ROUND_ROBIN:
+			c.LbConfig = &clusterv3.Cluster_RoundRobinLbConfig_{RoundRobinLbConfig: &clusterv3.Cluster_RoundRobinLbConfig{SlowStartConfig: slow}}
+		}
 	}
 	if t.Hash == nil {
 		return
@@ -68,14 +87,59 @@ func balance(c *clusterv3.Cluster, t *mesh.Traffic) {
 	c.LbConfig = &clusterv3.Cluster_RingHashLbConfig_{RingHashLbConfig: &clusterv3.Cluster_RingHashLbConfig{MinimumRingSize: size(t.Hash.RingSize, 1024)}}
 }
 
+func slowStart(w *mesh.Warmup) *clusterv3.Cluster_SlowStartConfig {
+	if w == nil {
+		return nil
+	}
+	out := &clusterv3.Cluster_SlowStartConfig{SlowStartWindow: durationpb.New(w.Over)}
+	if w.Percent != nil {
+		out.MinWeightPercent = &typev3.Percent{Value: *w.Percent}
+	}
+	if w.Aggression != nil {
+		out.Aggression = &corev3.RuntimeDouble{DefaultValue: *w.Aggression, RuntimeKey: "warren.warmup.aggression"} // a key is needed; nobody sets it
+	}
+	return out
+}
+
+// keepalive has the kernel probe connections.
+func keepalive(k *mesh.Keepalive) *clusterv3.UpstreamConnectionOptions {
+	if k == nil {
+		return nil
+	}
+	set := func(n uint32) *wrapperspb.UInt32Value {
+		if n == 0 {
+			return nil
+		}
+		return wrapperspb.UInt32(n)
+	}
+	return &clusterv3.UpstreamConnectionOptions{TcpKeepalive: &corev3.TcpKeepalive{
+		KeepaliveProbes: set(k.Probes), KeepaliveTime: set(uint32(k.Idle / time.Second)), KeepaliveInterval: set(uint32(k.Interval / time.Second)),
+	}}
+}
+
+// http2Options are those of connections of HTTP/2 to an endpoint.
+func http2Options(t *mesh.Traffic) *corev3.Http2ProtocolOptions {
+	o := &corev3.Http2ProtocolOptions{}
+	if t.MaxStreams > 0 {
+		o.MaxConcurrentStreams = wrapperspb.UInt32(t.MaxStreams)
+	}
+	if t.Ping > 0 {
+		o.ConnectionKeepalive = &corev3.KeepaliveSettings{Interval: durationpb.New(t.Ping), Timeout: durationpb.New(t.PingTimeout)}
+	}
+	return o
+}
+
 // connections are the limits of one connection to an endpoint.
 func connections(t *mesh.Traffic) *corev3.HttpProtocolOptions {
-	if t.IdleTimeout == 0 && t.MaxRequestsPerConnection == 0 {
+	if t.IdleTimeout == 0 && t.MaxRequestsPerConnection == 0 && t.ConnectionDuration == 0 {
 		return nil
 	}
 	o := &corev3.HttpProtocolOptions{}
 	if t.IdleTimeout > 0 {
 		o.IdleTimeout = durationpb.New(t.IdleTimeout)
+	}
+	if t.ConnectionDuration > 0 {
+		o.MaxConnectionDuration = durationpb.New(t.ConnectionDuration)
 	}
 	if t.MaxRequestsPerConnection > 0 {
 		o.MaxRequestsPerConnection = wrapperspb.UInt32(t.MaxRequestsPerConnection)
@@ -158,10 +222,10 @@ func (b *builder) hashPolicies(c chain, r *mesh.HTTPRule) []*routev3.RouteAction
 }
 
 // connectionHash chooses by the client's address where that was asked for.
-func (b *builder) connectionHash(c chain) []*hashv3.HashPolicy {
+func (b *builder) connectionHash(c chain) []*typev3.HashPolicy {
 	k := b.traffic(target{service: c.svc.Name, port: c.port.Port}).Hash
 	if k == nil || !k.SourceIP {
 		return nil
 	}
-	return []*hashv3.HashPolicy{{PolicySpecifier: &hashv3.HashPolicy_SourceIp_{SourceIp: &hashv3.HashPolicy_SourceIp{}}}}
+	return []*typev3.HashPolicy{{PolicySpecifier: &typev3.HashPolicy_SourceIp_{SourceIp: &typev3.HashPolicy_SourceIp{}}}}
 }

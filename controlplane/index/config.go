@@ -22,8 +22,9 @@ type Config struct {
 
 	TrustDomainAliases []string // peers of these are accepted too
 	SameNode           mesh.SameNode
-	RegistryOnly       bool   // outboundTrafficPolicy
-	RootNamespace      string // of mesh-wide policies
+	RegistryOnly       bool             // outboundTrafficPolicy
+	Locality           *mesh.LocalityLB // localityLbSetting
+	RootNamespace      string           // of mesh-wide policies
 
 	// APIServerSources are further addresses from which the API server calls pods, where it does not come from those
 	// under which the cluster knows it (a managed control plane behind tunnels or NAT).
@@ -79,7 +80,7 @@ func (c Config) meshConfig() mesh.Config {
 	return mesh.Config{
 		TrustDomain: c.TrustDomain, TrustDomainAliases: c.TrustDomainAliases, Cluster: c.ClusterID, ClusterDomain: c.ClusterDomain,
 		Network: c.Network, RootNamespace: c.RootNamespace, ControlRevision: c.Revision, SameNode: c.SameNode,
-		RegistryOnly: c.RegistryOnly,
+		RegistryOnly: c.RegistryOnly, Locality: c.Locality,
 	}
 }
 

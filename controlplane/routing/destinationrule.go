@@ -3,9 +3,7 @@ package routing
 import (
 	"cmp"
 	"fmt"
-	"time"
 
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 	networking "istio.io/api/networking/v1alpha3"
 
@@ -16,7 +14,7 @@ import (
 // work.
 func DestinationRule(d *networking.DestinationRule) (subsets []mesh.Subset, traffic []mesh.Traffic, problems []string) {
 	c := &trafficConverter{}
-	base := settings{d.TrafficPolicy.GetLoadBalancer(), d.TrafficPolicy.GetConnectionPool(), d.TrafficPolicy.GetOutlierDetection(), d.TrafficPolicy.GetTls()}
+	base := settings{d.TrafficPolicy.GetLoadBalancer(), d.TrafficPolicy.GetConnectionPool(), d.TrafficPolicy.GetOutlierDetection(), d.TrafficPolicy.GetTls(), d.TrafficPolicy.GetRetryBudget()}
 	c.at = "trafficPolicy"
 	c.unfollowed(d.TrafficPolicy)
 	traffic = c.add(traffic, "", base, d.TrafficPolicy.GetPortLevelSettings())
@@ -31,7 +29,7 @@ func DestinationRule(d *networking.DestinationRule) (subsets []mesh.Subset, traf
 		}
 		c.at = fmt.Sprintf("subsets[%d].trafficPolicy", i)
 		c.unfollowed(p)
-		own := settings{cmp.Or(p.LoadBalancer, base.balancer), cmp.Or(p.ConnectionPool, base.pool), cmp.Or(p.OutlierDetection, base.outliers), cmp.Or(p.Tls, base.tls)}
+		own := settings{cmp.Or(p.LoadBalancer, base.balancer), cmp.Or(p.ConnectionPool, base.pool), cmp.Or(p.OutlierDetection, base.outliers), cmp.Or(p.Tls, base.tls), cmp.Or(p.RetryBudget, base.retries)}
 		ports := p.PortLevelSettings
 		if len(ports) == 0 {
 			ports = d.TrafficPolicy.GetPortLevelSettings()
@@ -47,6 +45,7 @@ type settings struct {
 	pool     *networking.ConnectionPoolSettings
 	outliers *networking.OutlierDetection
 	tls      *networking.ClientTLSSettings
+	retries  *networking.TrafficPolicy_RetryBudget
 }
 
 type trafficConverter struct {
@@ -68,7 +67,6 @@ func (c *trafficConverter) ignored(there bool, field string) {
 func (c *trafficConverter) unfollowed(p *networking.TrafficPolicy) {
 	c.ignored(p.GetTunnel() != nil, "tunnel")
 	c.ignored(p.GetProxyProtocol() != nil, "proxyProtocol")
-	c.ignored(p.GetRetryBudget() != nil, "retryBudget")
 }
 
 // add converts what holds for a subset, and for its ports what they do not take from it.
@@ -85,7 +83,7 @@ func (c *trafficConverter) add(out []mesh.Traffic, subset string, s settings, po
 			c.say("port.number", "is no port")
 			continue
 		}
-		out = append(out, c.convert(mesh.Traffic{Subset: subset, Port: uint16(n)}, settings{p.LoadBalancer, p.ConnectionPool, p.OutlierDetection, p.Tls}))
+		out = append(out, c.convert(mesh.Traffic{Subset: subset, Port: uint16(n)}, settings{p.LoadBalancer, p.ConnectionPool, p.OutlierDetection, p.Tls, nil}))
 	}
 	return out
 }
@@ -94,14 +92,15 @@ func (c *trafficConverter) convert(t mesh.Traffic, s settings) mesh.Traffic {
 	c.balance(&t, s.balancer)
 	c.pool(&t, s.pool)
 	c.outliers(&t, s.outliers)
+	t.Locality = c.locality(s.balancer.GetLocalityLbSetting(), t.Outliers != nil)
+	t.RetryBudget = c.retryBudget(s.retries)
 	t.TLS = c.tls(s.tls)
 	return t
 }
 
 func (c *trafficConverter) balance(t *mesh.Traffic, b *networking.LoadBalancerSettings) {
-	c.ignored(b.GetLocalityLbSetting() != nil, "loadBalancer.localityLbSetting")
 	c.ignored(b.GetZoneAwareLbSetting() != nil, "loadBalancer.zoneAwareLbSetting")
-	c.ignored(b.GetWarmupDurationSecs() != nil || b.GetWarmup() != nil, "loadBalancer.warmup")
+	t.Warmup = c.warmup(b)
 	switch p := b.GetLbPolicy().(type) {
 	case *networking.LoadBalancerSettings_Simple:
 		switch p.Simple {
@@ -164,32 +163,40 @@ func (c *trafficConverter) pool(t *mesh.Traffic, p *networking.ConnectionPoolSet
 		}
 		return uint32(n)
 	}
-	length := func(field string, d *durationpb.Duration) time.Duration {
-		if d != nil && d.AsDuration() <= 0 {
-			c.say(field, "is no time, and left out")
-			return 0
-		}
-		return d.AsDuration()
-	}
 	if tcp := p.GetTcp(); tcp != nil {
 		t.MaxConnections = limit("connectionPool.tcp.maxConnections", tcp.MaxConnections)
-		if t.ConnectTimeout = length("connectionPool.tcp.connectTimeout", tcp.ConnectTimeout); t.ConnectTimeout > 0 {
+		if t.ConnectTimeout = c.length("connectionPool.tcp.connectTimeout", tcp.ConnectTimeout); t.ConnectTimeout > 0 {
 			c.say("connectionPool.tcp.connectTimeout", "is followed for endpoints outside the mesh alone")
 		}
-		c.ignored(tcp.TcpKeepalive != nil, "connectionPool.tcp.tcpKeepalive")
-		c.ignored(tcp.MaxConnectionDuration != nil, "connectionPool.tcp.maxConnectionDuration")
-		c.ignored(tcp.IdleTimeout != nil, "connectionPool.tcp.idleTimeout")
+		if k := tcp.TcpKeepalive; k != nil {
+			const at = "connectionPool.tcp.tcpKeepalive"
+			c.say(at, "is followed for endpoints outside the mesh alone")
+			t.Keepalive = &mesh.Keepalive{Probes: k.Probes, Idle: c.seconds(at+".time", k.Time), Interval: c.seconds(at+".interval", k.Interval)}
+		}
+		t.ConnectionDuration = c.length("connectionPool.tcp.maxConnectionDuration", tcp.MaxConnectionDuration)
+		t.TCPIdleTimeout = c.length("connectionPool.tcp.idleTimeout", tcp.IdleTimeout)
 	}
 	if h := p.GetHttp(); h != nil {
 		t.MaxPending = limit("connectionPool.http.http1MaxPendingRequests", h.Http1MaxPendingRequests)
 		t.MaxRequests = limit("connectionPool.http.http2MaxRequests", h.Http2MaxRequests)
 		t.MaxRequestsPerConnection = limit("connectionPool.http.maxRequestsPerConnection", h.MaxRequestsPerConnection)
 		t.MaxRetries = limit("connectionPool.http.maxRetries", h.MaxRetries)
-		t.IdleTimeout = length("connectionPool.http.idleTimeout", h.IdleTimeout)
-		c.ignored(h.H2UpgradePolicy != 0, "connectionPool.http.h2UpgradePolicy")
-		c.ignored(h.UseClientProtocol, "connectionPool.http.useClientProtocol")
-		c.ignored(h.MaxConcurrentStreams != 0, "connectionPool.http.maxConcurrentStreams")
-		c.ignored(h.Http2KeepAlive != nil, "connectionPool.http.http2KeepAlive")
+		t.IdleTimeout = c.length("connectionPool.http.idleTimeout", h.IdleTimeout)
+		t.MaxStreams = limit("connectionPool.http.maxConcurrentStreams", h.MaxConcurrentStreams)
+		switch {
+		case h.UseClientProtocol:
+			t.Speak = mesh.SpeakClient
+		case h.H2UpgradePolicy == networking.ConnectionPoolSettings_HTTPSettings_UPGRADE:
+			t.Speak = mesh.SpeakHTTP2
+		}
+		if k := h.Http2KeepAlive; k != nil {
+			t.Ping = c.length("connectionPool.http.http2KeepAlive.interval", k.Interval)
+			t.PingTimeout = c.length("connectionPool.http.http2KeepAlive.timeout", k.Timeout)
+			if t.Ping == 0 || t.PingTimeout == 0 {
+				c.say("connectionPool.http.http2KeepAlive", "needs interval and timeout, and is left out")
+				t.Ping, t.PingTimeout = 0, 0
+			}
+		}
 	}
 }
 

@@ -13,7 +13,7 @@ import (
 )
 
 func TestDestinationRule(t *testing.T) {
-	three := uint32(3)
+	three, twenty := uint32(3), float64(20)
 	hour := time.Hour
 	for _, c := range []struct {
 		name, spec string
@@ -43,8 +43,26 @@ func TestDestinationRule(t *testing.T) {
 				{Subset: "v1", TLS: &mesh.BackendTLS{Mutual: true, PublicRoots: true, Invalid: "credentialName is missing: which Secret has the certificate to show?"}},
 				{Subset: "v2", TLS: &mesh.BackendTLS{Credential: "a/b", Invalid: "credentialName is not the name of a Secret"}},
 			}, []string{"trafficPolicy.tls.clientCertificate is a file", "privateKey", "caCertificates", "credentialName is missing", "credentialName is not"}},
-		{"what is not followed is said", `trafficPolicy: {tunnel: {targetHost: a, targetPort: 1}, loadBalancer: {simple: PASSTHROUGH, localityLbSetting: {enabled: true}}, portLevelSettings: [{port: {number: 0}}]}`,
-			[]mesh.Traffic{{}}, []string{"trafficPolicy.tunnel", "localityLbSetting", "PASSTHROUGH", "portLevelSettings[0].port.number"}},
+		{"what is not followed is said", `trafficPolicy: {tunnel: {targetHost: a, targetPort: 1}, loadBalancer: {simple: PASSTHROUGH, warmup: {duration: 5s}}, portLevelSettings: [{port: {number: 0}}]}`,
+			[]mesh.Traffic{{}}, []string{"trafficPolicy.tunnel", "warmup is followed with", "PASSTHROUGH", "portLevelSettings[0].port.number"}},
+		{"connections", `trafficPolicy: {retryBudget: {percent: 25, budgetInterval: 2s}, connectionPool: {tcp: {maxConnectionDuration: 60s, idleTimeout: 30s, tcpKeepalive: {probes: 3, time: 7200s, interval: 0.5s}}, http: {maxConcurrentStreams: 7, h2UpgradePolicy: UPGRADE, http2KeepAlive: {interval: 10s, timeout: 1s}}}}`,
+			[]mesh.Traffic{{RetryBudget: &mesh.RetryBudget{Percent: 25, Over: 2 * time.Second, Least: 3}, ConnectionDuration: time.Minute, TCPIdleTimeout: 30 * time.Second,
+				Keepalive: &mesh.Keepalive{Probes: 3, Idle: 2 * time.Hour, Interval: time.Second}, MaxStreams: 7, Speak: mesh.SpeakHTTP2, Ping: 10 * time.Second, PingTimeout: time.Second}},
+			[]string{"tcpKeepalive is followed for endpoints outside", "interval is below a second"}},
+		{"what the client speaks comes before HTTP/2", `{trafficPolicy: {connectionPool: {http: {useClientProtocol: true, h2UpgradePolicy: UPGRADE, http2KeepAlive: {interval: 10s}}}, retryBudget: {percent: 101}}}`,
+			[]mesh.Traffic{{Speak: mesh.SpeakClient}}, []string{"http2KeepAlive needs interval and timeout", "retryBudget.percent"}},
+		{"a subset has its own retries", `{trafficPolicy: {retryBudget: {}}, subsets: [{name: v1, trafficPolicy: {loadBalancer: {simple: RANDOM}}}, {name: v2, trafficPolicy: {retryBudget: {minRetryConcurrency: 9}}}]}`,
+			[]mesh.Traffic{{RetryBudget: &mesh.RetryBudget{Percent: 20, Least: 3}}, {Subset: "v1", Balance: mesh.BalanceRandom, RetryBudget: &mesh.RetryBudget{Percent: 20, Least: 3}},
+				{Subset: "v2", RetryBudget: &mesh.RetryBudget{Percent: 20, Least: 9}}}, nil},
+		{"warming up", `trafficPolicy: {loadBalancer: {simple: ROUND_ROBIN, warmup: {duration: 30s, minimumPercent: 20, aggression: 0.5}}}`,
+			[]mesh.Traffic{{Balance: mesh.BalanceRoundRobin, Warmup: &mesh.Warmup{Over: 30 * time.Second, Percent: &twenty}}}, []string{"aggression is below 1"}},
+		{"warming up, as it was written before", `trafficPolicy: {loadBalancer: {warmupDurationSecs: 5s}}`, []mesh.Traffic{{Warmup: &mesh.Warmup{Over: 5 * time.Second}}}, nil},
+		{"localities, by regions", `trafficPolicy: {outlierDetection: {}, loadBalancer: {localityLbSetting: {failover: [{from: eu, to: us}, {from: eu, to: eu}]}}}`,
+			[]mesh.Traffic{{Outliers: &mesh.Outliers{}, Locality: &mesh.LocalityLB{Failover: []mesh.RegionFailover{{From: "eu", To: "us"}}}}}, []string{"failover[1] does not lead"}},
+		{"localities, by shares", `trafficPolicy: {loadBalancer: {localityLbSetting: {distribute: [{from: eu/*, to: {us/*: 10, eu/*: 90}}]}}}`,
+			[]mesh.Traffic{{Locality: &mesh.LocalityLB{Distribute: []mesh.Distribution{{From: "eu/*", To: []mesh.LocalityShare{{Locality: "eu/*", Percent: 90}, {Locality: "us/*", Percent: 10}}}}}}}, nil},
+		{"localities that mean nothing", `{trafficPolicy: {loadBalancer: {localityLbSetting: {distribute: [{from: eu/*, to: {us/*: 10}}]}}}, subsets: [{name: v1, trafficPolicy: {loadBalancer: {localityLbSetting: {failoverPriority: [a], enabled: true}}}}, {name: v2, trafficPolicy: {loadBalancer: {localityLbSetting: {enabled: false}}}}]}`,
+			[]mesh.Traffic{{}, {Subset: "v1", Locality: &mesh.LocalityLB{Labels: []string{"a"}}}, {Subset: "v2", Locality: &mesh.LocalityLB{Off: true}}}, []string{"do not sum to 100", "no effect without outlierDetection"}},
 		{"a hash of nothing", `trafficPolicy: {loadBalancer: {consistentHash: {useSourceIp: false}}}`, []mesh.Traffic{{}}, []string{"names nothing"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

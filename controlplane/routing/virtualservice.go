@@ -370,7 +370,7 @@ func (c *converter) cors(r *mesh.HTTPRule, p *networking.CorsPolicy) {
 	}
 	out := &mesh.HTTPCORS{
 		Methods: p.AllowMethods, AllowHeaders: p.AllowHeaders, ExposeHeaders: p.ExposeHeaders,
-		MaxAge: p.MaxAge.AsDuration(), Credentials: p.AllowCredentials.GetValue(),
+		MaxAge: p.MaxAge.AsDuration(), Credentials: p.AllowCredentials.GetValue(), Answer: p.UnmatchedPreflights == networking.CorsPolicy_IGNORE,
 	}
 	for i, o := range p.AllowOrigins {
 		s := textOf(o)
@@ -382,9 +382,6 @@ func (c *converter) cors(r *mesh.HTTPRule, p *networking.CorsPolicy) {
 			s = mesh.TextMatch{Kind: mesh.TextRegex, Value: ".*"}
 		}
 		out.Origins = append(out.Origins, s)
-	}
-	if p.UnmatchedPreflights == networking.CorsPolicy_IGNORE {
-		c.say("corsPolicy.unmatchedPreflights: IGNORE is not followed: they are forwarded")
 	}
 	r.CORS = out
 }

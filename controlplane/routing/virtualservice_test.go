@@ -60,6 +60,8 @@ func TestVirtualService(t *testing.T) {
 		{"what is not followed fails its requests", `http: [{delegate: {name: x}}, {name: empty}]`,
 			[]mesh.HTTPRule{{Name: "shop/v/0", Invalid: "delegate shop/x is no VirtualService without hosts and gateways that may be one, or there are routes beside it"}, {Name: "empty", Invalid: "it has neither route, redirect nor directResponse"}},
 			[]string{"delegate", "neither"}},
+		{"preflights of others are not for the application", `http: [{route: [{destination: {host: ui}}], corsPolicy: {allowOrigins: [{exact: "https://a.example"}], unmatchedPreflights: IGNORE}}]`,
+			[]mesh.HTTPRule{{Name: "shop/v/0", Backends: []mesh.HTTPBackend{ui("", 1)}, CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{{Kind: mesh.TextExact, Value: "https://a.example"}}, Answer: true}}}, nil},
 		{"nothing about requests", `tcp: [{route: [{destination: {host: ui}}]}]`, nil, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -92,7 +92,7 @@ func (w *Waypoints) arrived(t *told, a *arriving) {
 	if w.open[name] != t {
 		return
 	}
-	if err := w.send(name, t, t.resources); err != nil {
+	if err := w.send(t, t.resources); err != nil {
 		t.failed = clip(err.Error())
 		w.log.Error("configuration of a waypoint not sent", "waypoint", name.String(), "error", err)
 	}

@@ -89,7 +89,7 @@ func (h heard) asked(req *discovery.DeltaDiscoveryRequest) {
 	if !news {
 		return
 	}
-	if err := h.w.send(h.name, h.told, r); err != nil {
+	if err := h.w.send(h.told, r); err != nil {
 		h.log.Error("endpoints of a cluster that has changed are not sent", "error", err)
 	}
 }

@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -48,6 +47,7 @@ type told struct {
 	versions  map[string]string   // of them, by waypoint.ActiveKey
 	failed    string              // why they are not told what holds now
 	pods      map[*envoyPod]struct{}
+	places    map[waypoint.Place]*place // where they run
 	late      lateNames
 	arriving  *arriving // nil: the cache has all of resources
 
@@ -58,6 +58,9 @@ type told struct {
 // envoyPod is one stream.
 type envoyPod struct {
 	name   string
+	peer   string // its address
+	place  waypoint.Place
+	end    context.CancelFunc // of the stream
 	self   described
 	active map[string]string    // as its Envoy was read
 	nack   map[string]string    // by type
@@ -97,6 +100,7 @@ func (w *Waypoints) Update(s *mesh.Snapshot, revision uint64) {
 	}
 	for name, t := range w.open {
 		if changed {
+			w.moved(t)
 			w.build(name, t, bound[name])
 		}
 		t.look(revision)
@@ -166,7 +170,7 @@ func (w *Waypoints) build(name mesh.ServiceName, t *told, bound []*mesh.Service)
 		return
 	}
 	w.arrive(t, r)
-	if err := w.send(name, t, r); err != nil {
+	if err := w.send(t, r); err != nil {
 		t.failed = clip(err.Error())
 		w.log.Error("configuration of a waypoint not sent", "waypoint", name.String(), "error", err)
 		return
@@ -227,22 +231,13 @@ func (t *told) sent(r *waypoint.Resources) {
 	}
 }
 
-// send has the cache serve resources.
-func (w *Waypoints) send(name mesh.ServiceName, t *told, r *waypoint.Resources) error {
-	w.serial++
-	s := served{Resources: r, serial: strconv.FormatUint(w.serial, 10), late: t.late.endpoints(r)}
-	if t.arriving != nil {
-		s.was = t.arriving.was
-	}
-	return w.cache.SetSnapshot(context.Background(), name.String(), s)
-}
-
 // served is what the library's cache serves: whoever wrote the resources knows their hashes.
 type served struct {
 	*waypoint.Resources
 	was    *waypoint.Resources // see arriving
 	serial string
 	late   map[string]envoytypes.Resource
+	near   *waypoint.Nearby
 }
 
 func (s served) GetVersion(string) string   { return s.serial }
@@ -250,24 +245,18 @@ func (s served) ConstructVersionMap() error { return nil }
 
 func (s served) GetVersionMap(kind string) map[string]string {
 	all := beside(s.was, kind, s.Versions(kind), (*waypoint.Resources).Versions)
-	if kind != envoyresource.EndpointType || len(s.late) == 0 {
+	if kind != envoyresource.EndpointType {
 		return all
 	}
-	out := maps.Clone(all)
-	for name := range s.late {
-		out[name] = lateVersion
-	}
-	return out
+	return with(with(all, s.near.Versions()), lateVersions(s.late))
 }
 
 func (s served) GetResources(kind string) map[string]envoytypes.Resource {
 	all := beside(s.was, kind, s.ByName(kind), (*waypoint.Resources).ByName)
-	if kind != envoyresource.EndpointType || len(s.late) == 0 {
+	if kind != envoyresource.EndpointType {
 		return all
 	}
-	out := maps.Clone(all)
-	maps.Copy(out, s.late)
-	return out
+	return with(with(all, s.near.ByName()), s.late)
 }
 
 func (s served) GetResourcesAndTTL(kind string) map[string]envoytypes.ResourceWithTTL {
@@ -280,41 +269,50 @@ func (s served) GetResourcesAndTTL(kind string) map[string]envoytypes.ResourceWi
 
 // serve answers the Envoy of a waypoint until its stream ends.
 func (w *Waypoints) serve(stream grpc.BidiStreamingServer[discovery.DeltaDiscoveryRequest, discovery.DeltaDiscoveryResponse], name mesh.ServiceName, peer string) error {
-	me := &envoyPod{name: peer, nack: map[string]string{}, told: map[string]TypeState{}}
+	ctx, end := context.WithCancel(stream.Context())
+	defer end()
+	me := &envoyPod{name: peer, peer: peer, end: end, nack: map[string]string{}, told: map[string]TypeState{}}
+	log := w.log.With("waypoint", name.String(), "peer", peer)
 	w.mu.Lock()
 	t := w.open[name]
 	if t == nil {
-		t = &told{writer: waypoint.NewWriter(name), pods: map[*envoyPod]struct{}{}, late: lateNames{}}
+		t = &told{writer: waypoint.NewWriter(name), pods: map[*envoyPod]struct{}{}, places: map[waypoint.Place]*place{}, late: lateNames{}}
 		w.open[name] = t
-		w.build(name, t, waypoint.Bound(w.snapshot)[name])
 	}
-	t.pods[me] = struct{}{}
+	w.join(name, t, me)
+	switch {
+	case t.resources == nil:
+		w.build(name, t, waypoint.Bound(w.snapshot)[name])
+	case t.places[me.place].pods == 1:
+		if err := w.send(t, t.resources); err != nil {
+			log.Error("configuration of a waypoint not sent", "error", err)
+		}
+	}
+	id := t.places[me.place].id
 	w.mu.Unlock()
 	defer func() {
 		w.mu.Lock()
 		t.late.forget(me)
-		if delete(t.pods, me); len(t.pods) == 0 {
+		if w.leave(t, me); len(t.pods) == 0 {
 			t.stopWaiting()
 			delete(w.open, name)
-			w.cache.ClearSnapshot(name.String())
 		} else {
 			t.haveArrived() // it may have been the last that was waited for
 		}
 		w.mu.Unlock()
 		w.progress()
 	}()
-	log := w.log.With("waypoint", name.String(), "peer", peer)
 	log.Info("waypoint connected")
 	h := heard{w, t, me, name, log}
-	err := delta.NewServer(stream.Context(), w.cache, h).DeltaStreamHandler(owned{stream, name.String(), h}, envoyresource.AnyType)
+	err := delta.NewServer(ctx, w.cache, h).DeltaStreamHandler(owned{stream, id, h}, envoyresource.AnyType)
 	log.Info("waypoint disconnected", "error", err)
 	return err
 }
 
-// owned is a stream of a caller who is known: it gets its own waypoint's resources, whoever it says that it is.
+// owned is a stream of a caller who is known: it gets its own waypoint's resources, as they are for where it runs, whoever it says that it is.
 type owned struct {
 	grpc.BidiStreamingServer[discovery.DeltaDiscoveryRequest, discovery.DeltaDiscoveryResponse]
-	name  string
+	id    string // see place
 	heard heard
 }
 
@@ -332,7 +330,7 @@ func (s owned) Recv() (*discovery.DeltaDiscoveryRequest, error) {
 			s.heard.asked(req)
 		}
 		s.heard.named(req.GetNode())
-		req.Node = &core.Node{Id: s.name}
+		req.Node = &core.Node{Id: s.id}
 		return req, nil
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"iter"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 )
@@ -20,6 +21,8 @@ type Config struct {
 	SameNode           SameNode
 	UDPNamespaces      []string // whose pods have policies applied to UDP, sorted
 	RegistryOnly       bool     // captured pods reach nothing that the mesh does not know (outboundTrafficPolicy)
+
+	Locality *LocalityLB // of services of which neither a DestinationRule nor the Service says anything; for waypoints and gateways alone
 }
 
 // SameNode says how captured pods of one node may reach each other. It is part of the wire contract; an agent
@@ -348,7 +351,8 @@ func (c Config) TrustDomains() []string {
 func (c Config) Equal(o Config) bool {
 	return slices.Equal(c.TrustDomainAliases, o.TrustDomainAliases) && c.TrustDomain == o.TrustDomain && c.Cluster == o.Cluster && c.ClusterDomain == o.ClusterDomain &&
 		c.Network == o.Network && c.RootNamespace == o.RootNamespace && c.ControlRevision == o.ControlRevision &&
-		c.SameNode == o.SameNode && slices.Equal(c.UDPNamespaces, o.UDPNamespaces) && c.RegistryOnly == o.RegistryOnly
+		c.SameNode == o.SameNode && slices.Equal(c.UDPNamespaces, o.UDPNamespaces) && c.RegistryOnly == o.RegistryOnly &&
+		reflect.DeepEqual(c.Locality, o.Locality)
 }
 
 // FiltersUDP reports whether policies apply to the UDP that arrives at a namespace's pods.

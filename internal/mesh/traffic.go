@@ -12,20 +12,82 @@ type Traffic struct {
 	Port   uint16 // of the service; 0: of those that have no Traffic of their own
 	From   string // for what this namespace sends alone, see HTTPBackend; "": for all others
 
-	Balance Balance
-	Hash    *HashKey // instead of Balance
+	Balance  Balance
+	Hash     *HashKey    // instead of Balance
+	Warmup   *Warmup     // of endpoints that are new
+	Locality *LocalityLB // nil: what the service prefers, or else the nearest where Outliers are
 
 	ConnectTimeout           time.Duration // to endpoints without a tunnel
+	Keepalive                *Keepalive    // of connections to endpoints without a tunnel
+	ConnectionDuration       time.Duration // after which connections are ended
+	TCPIdleTimeout           time.Duration // of connections that are not HTTP
 	IdleTimeout              time.Duration // of connections without a request
+	Ping, PingTimeout        time.Duration // of HTTP/2: how often the endpoint is asked whether it is there, and for how long
+	Speak                    Speak
+	MaxStreams               uint32 // at a time on a connection of HTTP/2
 	MaxConnections           uint32
-	MaxPending               uint32 // requests that wait for a connection
-	MaxRequests              uint32 // at a time
-	MaxRetries               uint32 // at a time
+	MaxPending               uint32       // requests that wait for a connection
+	MaxRequests              uint32       // at a time
+	MaxRetries               uint32       // at a time
+	RetryBudget              *RetryBudget // instead of MaxRetries
 	MaxRequestsPerConnection uint32
 
 	Outliers *Outliers
 	TLS      *BackendTLS // nil: none but the mesh's own
 }
+
+// Speak is which HTTP endpoints are spoken to in, where their port does not say it.
+type Speak uint8
+
+const (
+	SpeakDefault Speak = iota // what the waypoint's client speaks; HTTP/1.1 from gateways and by TLS
+	SpeakClient               // what the client speaks, everywhere
+	SpeakHTTP2
+)
+
+// Warmup has an endpoint that is new get fewer requests at first.
+type Warmup struct {
+	Over       time.Duration
+	Percent    *float64 // of its share that it begins with; nil: 10
+	Aggression *float64 // above 1 it gets more earlier; nil: 1, the same more each second
+}
+
+// Keepalive are the kernel's probes of connections (tcp(7)). What is 0 is as the kernel has it.
+type Keepalive struct {
+	Probes         uint32
+	Idle, Interval time.Duration // in seconds, to the kernel
+}
+
+// RetryBudget bounds retries by the requests there are.
+type RetryBudget struct {
+	Percent float64       // of the requests at a time
+	Over    time.Duration // 0: of those at a time alone; else of those that began within it, too
+	Least   uint32        // retries at a time that there may always be
+}
+
+// LocalityLB says which endpoints of a service are used from where, as Istio's LocalityLoadBalancerSetting. Localities are
+// "region/zone/subzone", the last ones "*" or left out for all.
+type LocalityLB struct {
+	Off        bool           // all endpoints are alike
+	Distribute []Distribution // the first that is for the proxy holds; for others all endpoints are alike
+	Failover   []RegionFailover
+	Labels     []string // instead of the locality: keys, or key=value, of which an endpoint shares the more from the first with the proxy the nearer it is
+}
+
+// Distribution shares out what is sent from a locality. What is not listed gets nothing.
+type Distribution struct {
+	From string
+	To   []LocalityShare
+}
+
+// LocalityShare is what endpoints of a locality get together.
+type LocalityShare struct {
+	Locality string
+	Percent  uint32
+}
+
+// RegionFailover is the region that is next to another.
+type RegionFailover struct{ From, To string }
 
 // Balance says which endpoint is next.
 type Balance uint8

@@ -24,6 +24,7 @@ func meanings() map[string]string {
 		"meshConfig.caAddress":                  "ca.address",
 		"meshConfig.enableAutoMtls":             "",
 		"meshConfig.outboundTrafficPolicy.mode": "meshConfig.outboundTrafficPolicy.mode",
+		"meshConfig.localityLbSetting":          "meshConfig.localityLbSetting",
 		"meshConfig.extensionProviders":         "meshConfig.extensionProviders",
 		"meshConfig.defaultProviders":           "meshConfig.defaultProviders",
 

@@ -1,0 +1,313 @@
+package waypoint
+
+import (
+	"crypto/sha256"
+	"encoding/json"
+	"hash"
+	"maps"
+	"slices"
+	"strings"
+
+	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
+	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
+	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/warrenmesh/warren/internal/mesh"
+)
+
+// All pods of a waypoint are told the same but for one thing: which endpoints are near is another question in each zone. A part of the
+// configuration that depends on where a proxy runs is written once, with where the endpoints are, and put in order for each place that
+// proxies connect from.
+
+// Place is where a pod runs, by which endpoints are near to it or far.
+type Place struct {
+	mesh.Locality
+	Node, Network, Cluster string
+	Labels                 string // of the pod, "key=value", each in a line, in order
+}
+
+// PlaceOf is where a workload runs; of nil, nowhere, to which nothing is near.
+func PlaceOf(w *mesh.Workload) Place {
+	if w == nil {
+		return Place{}
+	}
+	at := Place{Locality: w.Locality, Node: w.Node, Network: w.Network, Cluster: w.Cluster}
+	for i, k := range slices.Sorted(maps.Keys(w.Labels)) {
+		if i > 0 {
+			at.Labels += "\n"
+		}
+		at.Labels += k + "=" + w.Labels[k]
+	}
+	return at
+}
+
+// label is the value of a label of the pod, or of its node where that says where the node is.
+func (p Place) label(key string) string {
+	switch key {
+	case "topology.kubernetes.io/region":
+		return p.Region
+	case "topology.kubernetes.io/zone":
+		return p.Zone
+	case "topology.istio.io/subzone":
+		return p.Subzone
+	case "kubernetes.io/hostname":
+		return p.Node
+	case "topology.istio.io/network":
+		return p.Network
+	case "topology.istio.io/cluster":
+		return p.Cluster
+	}
+	for line := range strings.Lines(p.Labels) {
+		if k, v, _ := strings.Cut(strings.TrimSuffix(line, "\n"), "="); k == key {
+			return v
+		}
+	}
+	return ""
+}
+
+// in reports whether a place is in a locality of Istio's, "region/zone/subzone", and how much of it is named.
+func (p Place) in(locality string) (named int, ok bool) {
+	for i, part := range strings.SplitN(locality, "/", 3) {
+		if part == "*" || part == "" {
+			continue
+		}
+		if part != []string{p.Region, p.Zone, p.Subzone}[i] {
+			return 0, false
+		}
+		named++
+	}
+	return named, true
+}
+
+// shares reports whether two places are in one scope.
+func (p Place) shares(scope mesh.LBScope, o Place) bool {
+	switch scope {
+	case mesh.ScopeRegion:
+		return p.Region == o.Region
+	case mesh.ScopeZone:
+		return p.Zone == o.Zone
+	case mesh.ScopeSubzone:
+		return p.Subzone == o.Subzone
+	case mesh.ScopeNode:
+		return p.Node == o.Node
+	case mesh.ScopeCluster:
+		return p.Cluster == o.Cluster
+	case mesh.ScopeNetwork:
+		return p.Network == o.Network
+	}
+	return true
+}
+
+// nearness says by what endpoints are near or far, and where each of them is.
+type nearness struct {
+	Scopes []mesh.LBScope   // the more of them are shared, from the first, the nearer; or
+	Rule   *mesh.LocalityLB // of a DestinationRule
+	Where  []Place          // in the order of the endpoints
+}
+
+// nearnessOf is by what the endpoints of a service are told apart, nil for nothing. As in Istio, a DestinationRule that says something
+// of localities comes before what the Service says, and that before what holds everywhere: nil for failing over to what is farther, which
+// takes outlier detection.
+func nearnessOf(svc *mesh.Service, use *mesh.Traffic, everywhere *mesh.LocalityLB) *nearness {
+	switch l := use.Locality; {
+	case l != nil && (l.Off || len(l.Distribute) == 0 && use.Outliers == nil):
+		return nil
+	case l != nil:
+		return &nearness{Rule: l}
+	case svc.LB.Mode == mesh.LBFailover:
+		return &nearness{Scopes: svc.LB.Prefer}
+	case everywhere == nil && use.Outliers != nil:
+		return &nearness{Rule: &mesh.LocalityLB{}}
+	case everywhere != nil && !everywhere.Off && (len(everywhere.Distribute) > 0 || use.Outliers != nil):
+		return &nearness{Rule: everywhere}
+	}
+	return nil
+}
+
+func (n *nearness) add(w *mesh.Workload) {
+	if n == nil {
+		return
+	}
+	at := PlaceOf(w)
+	if n.Rule == nil || len(n.Rule.Labels) == 0 {
+		at.Labels = ""
+	}
+	n.Where = append(n.Where, at)
+}
+
+// write adds it to a hash.
+func (n *nearness) write(h hash.Hash) {
+	if n != nil {
+		_ = json.NewEncoder(h).Encode(n) // which consists of text, numbers and lists of them; a hash takes all
+	}
+}
+
+// rank is how far an endpoint is from a place: 0 is nearest.
+func (n *nearness) rank(from, to Place) int {
+	switch {
+	case n.Rule == nil:
+		for i, scope := range n.Scopes {
+			if !from.shares(scope, to) {
+				return len(n.Scopes) - i
+			}
+		}
+		return 0
+	case len(n.Rule.Labels) > 0:
+		for i, label := range n.Rule.Labels {
+			key, want, fixed := strings.Cut(label, "=")
+			if !fixed {
+				want = from.label(key)
+			}
+			if to.label(key) != want {
+				return len(n.Rule.Labels) - i
+			}
+		}
+		return 0
+	case from.Locality == (mesh.Locality{}):
+		return 0
+	case from.Locality == to.Locality:
+		return 0
+	case from.Region == to.Region && from.Zone == to.Zone:
+		return 1
+	case from.Region == to.Region:
+		return 2
+	}
+	for _, f := range n.Rule.Failover {
+		if f.From == from.Region && f.To != to.Region {
+			return 4
+		}
+	}
+	return 3
+}
+
+// arrange puts endpoints in the order of a place, nil where all are alike to it.
+func (n *nearness) arrange(m *endpointv3.ClusterLoadAssignment, at Place) *endpointv3.ClusterLoadAssignment {
+	if len(m.Endpoints) != 1 || len(m.Endpoints[0].LbEndpoints) != len(n.Where) {
+		return nil
+	}
+	groups := n.distribute(m.Endpoints[0].LbEndpoints, at)
+	if groups == nil && (n.Rule == nil || len(n.Rule.Distribute) == 0) {
+		groups = n.order(m.Endpoints[0].LbEndpoints, at)
+	}
+	if groups == nil {
+		return nil
+	}
+	return &endpointv3.ClusterLoadAssignment{ClusterName: m.ClusterName, Endpoints: groups, Policy: m.Policy}
+}
+
+// order makes of each rank a priority: what is farther is for when too little of what is nearer is healthy.
+func (n *nearness) order(all []*endpointv3.LbEndpoint, at Place) (groups []*endpointv3.LocalityLbEndpoints) {
+	ranks := map[int][]*endpointv3.LbEndpoint{}
+	for i, e := range all {
+		if e.HealthStatus == corev3.HealthStatus_UNHEALTHY { // it would count as one that has failed
+			continue
+		}
+		r := n.rank(at, n.Where[i])
+		ranks[r] = append(ranks[r], e)
+	}
+	if len(ranks) < 2 {
+		return nil
+	}
+	for i, r := range slices.Sorted(maps.Keys(ranks)) {
+		groups = append(groups, &endpointv3.LocalityLbEndpoints{Priority: uint32(i), LoadBalancingWeight: wrapperspb.UInt32(1), LbEndpoints: ranks[r]})
+	}
+	return groups
+}
+
+// distribute gives each share its endpoints, nil where nothing is said of what is sent from the place.
+func (n *nearness) distribute(all []*endpointv3.LbEndpoint, at Place) (groups []*endpointv3.LocalityLbEndpoints) {
+	if n.Rule == nil || at.Locality == (mesh.Locality{}) {
+		return nil
+	}
+	i := slices.IndexFunc(n.Rule.Distribute, func(d mesh.Distribution) bool { _, ok := at.in(d.From); return ok })
+	if i < 0 {
+		return nil
+	}
+	shares := n.Rule.Distribute[i].To
+	of := make([][]*endpointv3.LbEndpoint, len(shares))
+	for i, e := range all {
+		best, most := -1, -1
+		for j, s := range shares {
+			if named, ok := n.Where[i].in(s.Locality); ok && named > most {
+				best, most = j, named
+			}
+		}
+		if best >= 0 {
+			of[best] = append(of[best], e)
+		}
+	}
+	groups = []*endpointv3.LocalityLbEndpoints{}
+	for j, s := range shares {
+		if s.Percent == 0 || len(of[j]) == 0 {
+			continue
+		}
+		where := &corev3.Locality{}
+		for k, part := range strings.SplitN(s.Locality, "/", 3) {
+			*[]*string{&where.Region, &where.Zone, &where.SubZone}[k] = part
+		}
+		groups = append(groups, &endpointv3.LocalityLbEndpoints{Locality: where, LoadBalancingWeight: wrapperspb.UInt32(s.Percent), LbEndpoints: of[j]})
+	}
+	return groups
+}
+
+// Nearby are the endpoints that proxies at a place get, where those are not what all get.
+type Nearby struct {
+	from map[string]*item // what they were made of
+	is   map[string]*item
+}
+
+// ByName are those endpoints.
+func (n *Nearby) ByName() map[string]types.Resource {
+	out := map[string]types.Resource{}
+	if n != nil {
+		for name, i := range n.is {
+			out[name] = i.message
+		}
+	}
+	return out
+}
+
+// Versions are the hashes of them.
+func (n *Nearby) Versions() map[string]string {
+	out := map[string]string{}
+	if n != nil {
+		for name, i := range n.is {
+			out[name] = i.version
+		}
+	}
+	return out
+}
+
+// Nearby puts endpoints in the order of a place. What has not changed since the last time is taken from there.
+func (r *Resources) Nearby(at Place, last *Nearby) *Nearby {
+	c := r.byType[resource.EndpointType]
+	if c == nil || !c.near || at == (Place{}) {
+		return nil
+	}
+	out := &Nearby{map[string]*item{}, map[string]*item{}}
+	for _, i := range c.items {
+		if i.near == nil {
+			continue
+		}
+		out.from[i.name] = i
+		if last != nil && last.from[i.name] == i {
+			if is := last.is[i.name]; is != nil {
+				out.is[i.name] = is
+			}
+			continue
+		}
+		if m := i.near.arrange(i.message.(*endpointv3.ClusterLoadAssignment), at); m != nil {
+			h := sha256.New()
+			data, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
+			if err != nil {
+				continue // what it is made of could be written
+			}
+			_, _ = h.Write(data)
+			out.is[i.name] = &item{name: i.name, version: sum(h), message: m}
+		}
+	}
+	return out
+}
