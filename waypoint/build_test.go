@@ -290,6 +290,15 @@ var cases = map[string]func(*mesh.Service){
 			{Name: "shop/more/0", Requests: 4294967295, Per: time.Hour, Burst: 4294967295, By: []mesh.LimitKey{{On: mesh.LimitNamespace}, {On: mesh.LimitAddress}}},
 		}
 	},
+	"limits-together": func(s *mesh.Service) {
+		one := &mesh.LimitCounter{Service: stock, Port: 50051, Domain: "warren", Timeout: 100 * time.Millisecond}
+		s.Limits = []mesh.RateLimit{
+			{Name: "shop/all/0", Requests: 100, Per: time.Second, Burst: 100, CountedBy: one},
+			{Name: "shop/all/1", Requests: 10, Per: time.Minute, Burst: 10, CountedBy: one, By: []mesh.LimitKey{{On: mesh.LimitPrincipal}}, Match: mesh.LimitMatch{Methods: []string{"POST"}}},
+			{Name: "shop/each/0", Requests: 7, Per: time.Second, Burst: 7},
+			{Name: "shop/nobody/0", Requests: 4294967295, Per: time.Hour, Burst: 1, CountedBy: &mesh.LimitCounter{Port: 8081, Domain: "other", Timeout: time.Second, FailOpen: true}},
+		}
+	},
 	"patches": func(s *mesh.Service) { s.Patches = patched() },
 	"plugins": func(s *mesh.Service) { s.Plugins = plugins() },
 	// What routes of the Gateway API add: rules for a port, for the clients of a namespace, and shares that fail.

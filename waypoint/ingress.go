@@ -222,7 +222,7 @@ func (b *builder) ingressRoutes(c chain, in *mesh.IngressListener) *routev3.Rout
 	all := false
 	for i := range in.Hosts {
 		h := &in.Hosts[i]
-		vh := &routev3.VirtualHost{Name: cmp.Or(strings.Join(h.Names, ","), "none"), Domains: h.Names, TypedPerFilterConfig: access}
+		vh := &routev3.VirtualHost{Name: cmp.Or(strings.Join(h.Names, ","), "none"), Domains: h.Names, TypedPerFilterConfig: access, RateLimits: askedOf(c.svc.Limits)}
 		all = all || slices.Contains(h.Names, "*")
 		rest := catchAll()
 		switch {
@@ -242,7 +242,7 @@ func (b *builder) ingressRoutes(c chain, in *mesh.IngressListener) *routev3.Rout
 	}
 	if !all { // so that policies decide about what is for nobody, too
 		out.VirtualHosts = append(out.VirtualHosts, &routev3.VirtualHost{
-			Name: "none", Domains: []string{"*"}, Routes: []*routev3.Route{catchAll()}, TypedPerFilterConfig: access,
+			Name: "none", Domains: []string{"*"}, Routes: []*routev3.Route{catchAll()}, TypedPerFilterConfig: access, RateLimits: askedOf(c.svc.Limits),
 		})
 	}
 	b.patchRoutes(c, out)

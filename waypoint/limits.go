@@ -1,16 +1,22 @@
 package waypoint
 
 import (
+	"fmt"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
+	"time"
 
 	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/config/common/mutation_rules/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
+	serviceconfigv3 "github.com/envoyproxy/go-control-plane/envoy/config/ratelimit/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	ratelimitv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/common/ratelimit/v3"
 	sfsvaluev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
 	h2mv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_to_metadata/v3"
 	localv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/local_ratelimit/v3"
+	countedv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ratelimit/v3"
 	hcmv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	earlyv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/early_header_mutation/header_mutation/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
@@ -24,6 +30,8 @@ import (
 const (
 	// limitStats begins the names of Envoy's own counters of limits.
 	limitStats = "warren"
+	// counterPrefix begins the names of the filters that ask who counts for all processes.
+	counterPrefix = "warren.counted."
 	// limitEntry is the entry of a descriptor that says which limit counts.
 	limitEntry = "limit"
 	// unsaidClient are all clients that do not have what tells clients apart.
@@ -47,9 +55,10 @@ func (b *builder) limitFilter(c chain) *hcmv3.HttpFilter {
 	return b.apart(c.name("limits"), buckets(c.svc.Limits))
 }
 
-// buckets are those of limits. Without any nothing is counted.
+// buckets are those of limits that each process counts by. Without any nothing is counted.
 func buckets(list []mesh.RateLimit) *localv3.LocalRateLimit {
 	out := &localv3.LocalRateLimit{StatPrefix: limitStats}
+	list = slices.DeleteFunc(slices.Clone(list), func(l mesh.RateLimit) bool { return l.CountedBy != nil })
 	if len(list) == 0 {
 		return out
 	}
@@ -72,6 +81,67 @@ func buckets(list []mesh.RateLimit) *localv3.LocalRateLimit {
 			out.MaxDynamicDescriptors = wrapperspb.UInt32(maxClients)
 		}
 		out.Descriptors = append(out.Descriptors, d)
+	}
+	return out
+}
+
+// counters are who counts for all processes, each once. The number of one is the stage at which it is asked.
+func counters(list []mesh.RateLimit) (out []mesh.LimitCounter) {
+	for _, l := range list {
+		if l.CountedBy != nil && !slices.Contains(out, *l.CountedBy) {
+			out = append(out, *l.CountedBy)
+		}
+	}
+	return out
+}
+
+// maxStages is how many stages Envoy has.
+const maxStages = 11
+
+// counterFilters ask who counts for all processes, after what this one counts itself. What they ask is in the table of routes; whom, in
+// the listener.
+func (b *builder) counterFilters(c chain) (out []*hcmv3.HttpFilter) {
+	all := counters(c.svc.Limits)
+	if len(all) > maxStages && b.err == nil {
+		b.err = fmt.Errorf("%s: its RateLimits are counted by %d services; %d may be asked for a request", c.name("http"), len(all), maxStages)
+		return nil
+	}
+	for i, by := range all {
+		cluster := blackHole
+		if b.lookup(by.Service) != nil {
+			t := target{service: by.Service, port: by.Port, http: true, grpc: true}
+			b.targets[t] = true
+			cluster = t.name()
+		}
+		out = append(out, b.httpFilter(counterPrefix+strconv.Itoa(i), &countedv3.RateLimit{
+			Domain: by.Domain, Stage: uint32(i), Timeout: durationpb.New(by.Timeout), FailureModeDeny: !by.FailOpen, StatPrefix: limitStats,
+			RateLimitService:               &serviceconfigv3.RateLimitServiceConfig{GrpcService: grpcService(cluster, by.Timeout), TransportApiVersion: corev3.ApiVersion_V3},
+			RateLimitedAsResourceExhausted: true, EnableXRatelimitHeaders: countedv3.RateLimit_DRAFT_VERSION_03,
+			StatusOnError: &typev3.HttpStatus{Code: typev3.StatusCode_ServiceUnavailable},
+		}))
+	}
+	return out
+}
+
+// limitUnits are the times that limits are by, to who counts for all.
+var limitUnits = map[time.Duration]typev3.RateLimitUnit{
+	time.Second: typev3.RateLimitUnit_SECOND, time.Minute: typev3.RateLimitUnit_MINUTE, time.Hour: typev3.RateLimitUnit_HOUR,
+}
+
+// askedOf is what who counts for all processes is asked about requests of a table of routes. The limit travels with the question, so that
+// they need not be told of it.
+func askedOf(list []mesh.RateLimit) (out []*routev3.RateLimit) {
+	all := counters(list)
+	for _, l := range list {
+		if l.CountedBy == nil {
+			continue
+		}
+		out = append(out, &routev3.RateLimit{
+			Stage: wrapperspb.UInt32(uint32(slices.Index(all, *l.CountedBy))), Actions: limitActions(l),
+			Limit: &routev3.RateLimit_Override{OverrideSpecifier: &routev3.RateLimit_Override_RateLimit{
+				RateLimit: &routev3.RateLimit_Override_RateLimitOverride{RequestsPerUnit: l.Requests, Unit: limitUnits[l.Per]},
+			}},
+		})
 	}
 	return out
 }

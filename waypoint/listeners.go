@@ -303,6 +303,7 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 				b.routesFilter(corsFilter, &corsv3.Cors{}), // before the limits, so that a page can read their answer
 				b.limitFilter(c),
 			},
+			b.counterFilters(c),
 			b.pluginFilters(c, mesh.PluginStats, mesh.PluginLast),
 			[]*hcmv3.HttpFilter{b.routesFilter(faultFilter, &faultv3.HTTPFault{}), b.router()},
 		)),

@@ -61,7 +61,7 @@ func (b *builder) routes(c chain) *routev3.RouteConfiguration {
 		vh.Routes = append(vh.Routes, again(b.plain(c))...)
 	}
 	vh.Routes = append(vh.Routes, catchAll())
-	vh.TypedPerFilterConfig = b.accessOf(c)
+	vh.TypedPerFilterConfig, vh.RateLimits = b.accessOf(c), askedOf(c.svc.Limits)
 	out := &routev3.RouteConfiguration{
 		Name: c.name("http"), VirtualHosts: []*routev3.VirtualHost{vh},
 		ValidateClusters: wrapperspb.Bool(false),

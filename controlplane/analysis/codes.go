@@ -49,6 +49,7 @@ var Explanations = []Explanation{
 	{"injection-label-ignored", Warning, "A namespace asks for sidecars, and is not in the mesh."},
 	{kebab(policy.ReasonNoWaypoint), Error, "What can be decided, routed or resolved by a waypoint alone, where none is in front of the Service or ServiceEntry. For policies, [it is refused meanwhile](policies.md#for-a-waypoint)."},
 	{kebab(index.ReasonNoProxy), Warning, "A Telemetry, a RateLimit, an EnvoyFilter or a WasmPlugin is for waypoints and gateways, and there is none that it is for."},
+	{kebab(index.ReasonNoCounter), Error, "A RateLimit is counted by a Service that is not there, has not that port, or may not be asked."},
 	{kebab(index.ReasonNoRequests), Error, "A RateLimit is for a Service of which no port is for HTTP."},
 	{kebab(index.ReasonForeignProxy), Error, "An EnvoyFilter or a WasmPlugin is for a Service whose waypoint is another namespace's: [docs/tasks/envoyfilter.md](tasks/envoyfilter.md#who-may-change-what)."},
 	{kebab(index.ReasonNoPatches), Error, "An EnvoyFilter has no patch for waypoints or gateways, or the match of a WasmPlugin is for none of their ports."},

@@ -62,9 +62,7 @@ func dump(x *Index) string {
 		if v.Telemetry != nil {
 			line("%s", toldText(v.Telemetry))
 		}
-		for _, l := range v.Limits {
-			line("  limit %+v", l)
-		}
+		lineLimits(line, v.Limits)
 		linePatches(line, v.Patches)
 		linePlugins(line, v.Plugins)
 		for _, r := range v.Routed {
@@ -120,9 +118,7 @@ func dump(x *Index) string {
 		for _, r := range g.Tokens {
 			line("  tokens %+v", r)
 		}
-		for _, l := range g.Limits {
-			line("  limit %+v", l)
-		}
+		lineLimits(line, g.Limits)
 		linePatches(line, g.Patches)
 		linePlugins(line, g.Plugins)
 		if g.Telemetry != nil {
@@ -247,5 +243,16 @@ func linePatches(line func(string, ...any), all []mesh.Patch) {
 func linePlugins(line func(string, ...any), all []mesh.Plugin) {
 	for _, p := range all {
 		line("  plugin %s phase %d fails %d root %q ports %v env %v config %s module %s", p.Object, p.Phase, p.Fails, p.Root, p.Ports, p.Env, p.Config, p.Module)
+	}
+}
+
+func lineLimits(line func(string, ...any), list []mesh.RateLimit) {
+	for _, l := range list {
+		by := l.CountedBy
+		l.CountedBy = nil
+		line("  limit %+v", l)
+		if by != nil {
+			line("    counted by %+v", *by)
+		}
 	}
 }

@@ -273,6 +273,9 @@ func (x *Index) setGrant(k key, f *grantFact) {
 			}
 		}
 	}
+	for f := range x.countedIn(k.Namespace) {
+		x.touchLimited(f)
+	}
 }
 
 // granted reports whether a route may send to a Service of another namespace.
@@ -282,9 +285,14 @@ func (x *Index) granted(f *gatewayRouteFact, k key) bool {
 
 // grantedTo reports whether what is of a kind of the Gateway API, in a namespace, may refer to what is in another.
 func (x *Index) grantedTo(fromKind, fromNamespace string, kind gatewayv1.Kind, k key) bool {
+	return x.grantedFrom(gatewayv1.GroupName, fromKind, fromNamespace, kind, k)
+}
+
+// grantedFrom is the same for a kind of any group.
+func (x *Index) grantedFrom(group gatewayv1.Group, fromKind, fromNamespace string, kind gatewayv1.Kind, k key) bool {
 	for _, g := range x.grants[k.Namespace] {
 		from := slices.ContainsFunc(g.from, func(r gatewayv1.ReferenceGrantFrom) bool {
-			return r.Group == gatewayv1.GroupName && string(r.Kind) == fromKind && string(r.Namespace) == fromNamespace
+			return r.Group == group && string(r.Kind) == fromKind && string(r.Namespace) == fromNamespace
 		})
 		if from && slices.ContainsFunc(g.to, func(r gatewayv1.ReferenceGrantTo) bool {
 			return r.Group == "" && r.Kind == kind && (deref(r.Name, "") == "" || string(*r.Name) == k.Name)

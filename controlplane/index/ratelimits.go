@@ -1,6 +1,7 @@
 package index
 
 import (
+	"iter"
 	"slices"
 	"strings"
 
@@ -10,6 +11,9 @@ import (
 
 // ReasonNoRequests says of a RateLimit that there are none to count: connections of its target have no requests.
 const ReasonNoRequests = "NoRequests"
+
+// ReasonNoCounter says of a RateLimit that there is nobody to count for all pods.
+const ReasonNoCounter = "NoCounter"
 
 // rateLimitFact is a RateLimit.
 type rateLimitFact struct {
@@ -26,21 +30,28 @@ func rateLimitFactOf(r *policy.RateLimit) *rateLimitFact {
 func (x *Index) setRateLimit(k key, f *rateLimitFact) {
 	old := put(x.rateLimits, k, f)
 	for _, r := range []*rateLimitFact{old, f} {
-		if r == nil {
-			continue
-		}
-		for _, t := range r.Targets {
-			x.touchTarget(k.Namespace, t)
-			x.dirtyEntrance = x.dirtyEntrance || t.Kind == policy.TargetIstioGateway
+		if r != nil {
+			x.touchLimited(r)
 		}
 	}
-	x.dirtyStates[PolicyKey{RateLimit, k.Namespace, k.Name}] = struct{}{}
 }
 
-// touchRateLimits marks the RateLimits of a namespace, of which it may have changed where they hold.
+// touchLimited marks a RateLimit and what it is for.
+func (x *Index) touchLimited(f *rateLimitFact) {
+	for _, t := range f.Targets {
+		x.touchTarget(f.Namespace, t)
+		x.dirtyEntrance = x.dirtyEntrance || t.Kind == policy.TargetIstioGateway
+	}
+	x.dirtyStates[PolicyKey{RateLimit, f.Namespace, f.Name}] = struct{}{}
+}
+
+// touchRateLimits marks the RateLimits of a namespace, of which it may have changed where they hold, and those that are counted there.
 func (x *Index) touchRateLimits(ns string) {
 	for name := range x.rateLimits[ns] {
 		x.dirtyStates[PolicyKey{RateLimit, ns, name}] = struct{}{}
+	}
+	for f := range x.countedIn(ns) {
+		x.dirtyStates[PolicyKey{RateLimit, f.Namespace, f.Name}] = struct{}{}
 	}
 }
 
@@ -56,9 +67,45 @@ func (x *Index) limitsFrom(namespaces []string, is func(*rateLimitFact) bool) (o
 	}
 	slices.SortFunc(all, func(a, b *rateLimitFact) int { return compareKeys(a.key, b.key) })
 	for _, f := range all {
-		out = append(out, f.Limits...)
+		by := x.counterOf(f)
+		for _, l := range f.Limits {
+			l.CountedBy = by
+			out = append(out, l)
+		}
 	}
 	return out
+}
+
+// counterOf is who counts for all pods what a RateLimit says, without a Service where there is none that may be asked.
+func (x *Index) counterOf(f *rateLimitFact) *mesh.LimitCounter {
+	if f.CountedBy == nil {
+		return nil
+	}
+	out := f.CountedBy.LimitCounter
+	if x.mayCount(f) {
+		out.Service = x.c.ServiceName(f.CountedBy.Namespace, f.CountedBy.Name)
+	}
+	return &out
+}
+
+// mayCount reports whether a RateLimit may have its requests counted by the Service it names: of another namespace it takes a
+// ReferenceGrant there, since waypoints come to it under their own names.
+func (x *Index) mayCount(f *rateLimitFact) bool {
+	k := key{f.CountedBy.Namespace, f.CountedBy.Name}
+	return k.Namespace == f.Namespace || x.grantedFrom(policy.RateLimitGroup, "RateLimit", f.Namespace, "Service", k)
+}
+
+// countedIn are the RateLimits that have their requests counted by a Service of a namespace.
+func (x *Index) countedIn(ns string) iter.Seq[*rateLimitFact] {
+	return func(yield func(*rateLimitFact) bool) {
+		for _, all := range x.rateLimits {
+			for _, f := range all {
+				if f.CountedBy != nil && f.CountedBy.Namespace == ns && !yield(f) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // limitsOf are those that a service's waypoint counts by.
@@ -110,6 +157,20 @@ func (x *Index) rateLimitState(f *rateLimitFact) *PolicyState {
 	}
 	if missing := x.missingTargets(f.Namespace, f.Targets); len(missing) > 0 {
 		s.lacks(ReasonTargetNotFound, "in namespace %s there is no %s", f.Namespace, strings.Join(missing, ", no "))
+	}
+	if by := f.CountedBy; by != nil {
+		otherwise := "every request is answered with 503"
+		if by.FailOpen {
+			otherwise = "all requests are let through"
+		}
+		switch {
+		case !x.mayCount(f):
+			s.lacks(ReasonNoCounter, "spec.countedBy: no ReferenceGrant in %s lets RateLimits of %s name its Service %s: %s", by.Namespace, f.Namespace, by.Name, otherwise)
+		case x.services[by.Namespace][by.Name] == nil:
+			s.lacks(ReasonNoCounter, "spec.countedBy: there is no Service %s/%s: %s", by.Namespace, by.Name, otherwise)
+		case !slices.ContainsFunc(x.services[by.Namespace][by.Name].service.Ports, func(p mesh.ServicePort) bool { return p.Port == by.Port }):
+			s.lacks(ReasonNoCounter, "spec.countedBy: Service %s/%s has no port %d: %s", by.Namespace, by.Name, by.Port, otherwise)
+		}
 	}
 	waypoints, _, without := x.decidedAt(f.Namespace, f.Targets)
 	gateways := x.gatewaysLimited(f)

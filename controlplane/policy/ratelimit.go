@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"cmp"
 	"fmt"
 	"regexp"
 	"strings"
@@ -35,8 +36,27 @@ type RateLimit struct {
 // RateLimitSpec is what is asked for.
 type RateLimitSpec struct {
 	TargetRefs []RateLimitTarget `json:"targetRefs"`
+	CountedBy  *CountedBy        `json:"countedBy"`
 	Limits     []Limit           `json:"limits"`
 }
+
+// CountedBy is who counts for all pods together.
+type CountedBy struct {
+	Service struct {
+		Namespace string `json:"namespace"` // "": of the object
+		Name      string `json:"name"`
+		Port      int64  `json:"port"`
+	} `json:"service"`
+	Domain   string `json:"domain"`  // "": DefaultDomain
+	Timeout  string `json:"timeout"` // "": DefaultCountTimeout
+	FailOpen bool   `json:"failOpen"`
+}
+
+// What is taken where a RateLimit does not say it.
+const (
+	DefaultDomain       = "warren"
+	DefaultCountTimeout = 100 * time.Millisecond
+)
 
 // RateLimitTarget is a Service, a ServiceEntry or a Gateway in the namespace of the object.
 type RateLimitTarget struct {
@@ -111,10 +131,18 @@ func ReadRateLimit(o *unstructured.Unstructured) *RateLimit {
 type CompiledLimits struct {
 	Targets []Target
 	Limits  []mesh.RateLimit
+	// CountedBy is who counts for all pods together; nil for nobody.
+	CountedBy *Counter
 	// Problems are the limits that cannot hold, which the definition of the kind refuses.
 	Problems []string
 	// Identities are the fields by which clients are told apart that have an identity in the mesh.
 	Identities []string
+}
+
+// Counter is a Service that counts. Whether there is one, and whether it may be asked, depends on what else is in the cluster.
+type Counter struct {
+	Namespace, Name string
+	mesh.LimitCounter
 }
 
 // CompileRateLimit reads a RateLimit.
@@ -126,9 +154,20 @@ func CompileRateLimit(r *RateLimit) CompiledLimits {
 	for _, t := range r.Spec.TargetRefs {
 		out.Targets = append(out.Targets, limitTarget(t))
 	}
+	if by := r.Spec.CountedBy; by != nil {
+		c, problem := compileCounter(r.Namespace, by)
+		if problem != "" { // and no limit is counted in another way than was asked for
+			out.Problems = append(out.Problems, "spec.countedBy."+problem)
+			return out
+		}
+		out.CountedBy = c
+	}
 	for i, l := range r.Spec.Limits {
 		at := fmt.Sprintf("spec.limits[%d]", i)
 		c, problem := compileLimit(l)
+		if problem == "" && out.CountedBy != nil && l.Burst != 0 {
+			problem = "burst: who counts for all pods does so by the second, the minute or the hour, and knows no burst"
+		}
 		if problem != "" {
 			out.Problems = append(out.Problems, at+"."+problem)
 			continue
@@ -157,6 +196,24 @@ func limitTarget(t RateLimitTarget) Target {
 		out.Kind = TargetGateway
 	}
 	return out
+}
+
+// compileCounter returns who counts, or what of that means nothing.
+func compileCounter(namespace string, by *CountedBy) (c *Counter, problem string) {
+	c = &Counter{Namespace: cmp.Or(by.Service.Namespace, namespace), Name: by.Service.Name}
+	c.Domain, c.Timeout, c.FailOpen = cmp.Or(by.Domain, DefaultDomain), DefaultCountTimeout, by.FailOpen
+	if by.Timeout != "" {
+		d, err := time.ParseDuration(by.Timeout)
+		if err != nil || d < time.Millisecond || d > time.Minute {
+			return nil, fmt.Sprintf("timeout: %s is not between 1ms and 1m", quote(by.Timeout))
+		}
+		c.Timeout = d
+	}
+	if c.Name == "" || by.Service.Port < 1 || by.Service.Port > 65535 {
+		return nil, "service: it needs a name and a port"
+	}
+	c.Port = uint16(by.Service.Port)
+	return c, ""
 }
 
 // compileLimit returns a limit, or what of it means nothing.

@@ -64,3 +64,31 @@ func TestMeaninglessLimits(t *testing.T) {
 		t.Errorf("of what cannot be read: %+v", got)
 	}
 }
+
+// Who counts for all pods, of another namespace too; without one that can be followed nothing is counted in another way.
+func TestCompileCountedBy(t *testing.T) {
+	got := rateLimitOf(t, `{countedBy: {service: {namespace: infra, name: counts, port: 8081}, domain: d, timeout: 1s500ms, failOpen: true}, limits: [{requests: 5, per: Second}, {requests: 5, per: Second, burst: 9}]}`)
+	want := CompiledLimits{
+		CountedBy: &Counter{"infra", "counts", mesh.LimitCounter{Port: 8081, Domain: "d", Timeout: 1500 * time.Millisecond, FailOpen: true}},
+		Limits:    []mesh.RateLimit{{Name: "shop/r/0", Requests: 5, Burst: 5, Per: time.Second}},
+		Problems:  []string{"spec.limits[1].burst: who counts for all pods does so by the second, the minute or the hour, and knows no burst"},
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("-want +got:\n%s", d)
+	}
+	if got := rateLimitOf(t, `{countedBy: {service: {name: counts, port: 1}}}`).CountedBy; *got != (Counter{"shop", "counts", mesh.LimitCounter{Port: 1, Domain: DefaultDomain, Timeout: DefaultCountTimeout}}) {
+		t.Errorf("what is not said: %+v", got)
+	}
+	for spec, want := range map[string]string{
+		`{service: {name: counts}}`:                            "spec.countedBy.service: it needs a name and a port",
+		`{service: {port: 1}}`:                                 "spec.countedBy.service: it needs a name and a port",
+		`{service: {name: counts, port: 65536}}`:               "spec.countedBy.service: it needs a name and a port",
+		`{service: {name: counts, port: 1}, timeout: 1us}`:     `spec.countedBy.timeout: "1us" is not between 1ms and 1m`,
+		`{service: {name: counts, port: 1}, timeout: forever}`: `spec.countedBy.timeout: "forever" is not between 1ms and 1m`,
+	} {
+		got := rateLimitOf(t, `{countedBy: `+spec+`, limits: [{requests: 1, per: Second}]}`)
+		if !slices.Equal(got.Problems, []string{want}) || len(got.Limits) != 0 {
+			t.Errorf("%s: %q, %v", spec, got.Problems, got.Limits)
+		}
+	}
+}

@@ -2,16 +2,26 @@ package mesh
 
 import "time"
 
-// RateLimit is how many requests each process of a waypoint or a gateway lets through: the rest is answered with 429. A
-// service has a bucket of its own for each port, a gateway for each listener, and where By is not empty, one for each client.
-// Of several limits that a request is counted by, all have to let it through.
+// RateLimit is how many requests each process of a waypoint or a gateway lets through, or all of them together: the rest is answered
+// with 429. Where each process counts for itself, a service has a bucket of its own for each port, a gateway for each listener. Where By
+// is not empty, there is one for each client. Of several limits that a request is counted by, all have to let it through.
 type RateLimit struct {
-	Name     string        // of all limits of a service or a gateway this one's alone: namespace/object/number
-	Requests uint32        // in Per; at least 1
-	Per      time.Duration // a second or more
-	Burst    uint32        // that may come at once after a pause, and as the first; at least 1
-	Match    LimitMatch
-	By       []LimitKey // what tells clients apart; empty: all have the same bucket
+	Name      string        // of all limits of a service or a gateway this one's alone: namespace/object/number
+	Requests  uint32        // in Per; at least 1
+	Per       time.Duration // a second, a minute or an hour
+	Burst     uint32        // that may come at once after a pause, and as the first; at least 1. Who counts for all of them does not know it
+	Match     LimitMatch
+	By        []LimitKey    // what tells clients apart; empty: all have the same bucket
+	CountedBy *LimitCounter // nil: each process for itself
+}
+
+// LimitCounter counts for all processes together. It speaks envoy.service.ratelimit.v3, and is told the limit with each request.
+type LimitCounter struct {
+	Service  ServiceName // none: it is as one that does not answer
+	Port     uint16
+	Domain   string
+	Timeout  time.Duration // within which it has to answer
+	FailOpen bool          // what it says nothing about is let through, rather than answered with 503
 }
 
 // LimitMatch says which requests are counted: those for which one of each list that is not empty holds, and every header.

@@ -14,6 +14,8 @@ import (
 	"github.com/warrenmesh/warren/test/e2e/lab"
 )
 
+var refusedWith = regexp.MustCompile(`\b([45]\d\d) [A-Z]`)
+
 var failedCalls = regexp.MustCompile(`(\d+) of \d+ calls of \S+ failed, last: (.*)`)
 
 // A waypoint lets through what a RateLimit says, for all clients together or for each identity, and so does a gateway; what
@@ -133,6 +135,89 @@ spec: {targetRefs: [TARGET], limits: LIMITS}
 	must(t, lab.Eventually(ctx, time.Minute, func() error {
 		said, err := mesh.Kubectl(ctx, "-n", ns, "get", "ratelimit", "nobody", "-o", `jsonpath={range .status.conditions[*]}{.type}={.status},{.reason} {end}`)
 		if err == nil && (!strings.Contains(said, "Accepted=False,TargetNotFound") || !strings.Contains(said, "Enforced=False,TargetNotFound")) {
+			err = fmt.Errorf("%s", said)
+		}
+		return err
+	}))
+}
+
+// Two pods of a waypoint have a service count for both of them together, which is Envoy's own one. Without its answer requests are
+// refused, or let through where that was asked for.
+func TestRateLimitsOfAllPodsTogether(t *testing.T) {
+	ctx := t.Context()
+	program, err := mesh.BuildLimiter(ctx)
+	must(t, err)
+	ns := behindWaypoint(t, "e2e-limits-together", 1, "client", "other")
+	applyIn(t, ns, "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: two, namespace: NS}\ndata: {deployment: \"spec: {replicas: 2}\"}\n")
+	if out, err := mesh.Kubectl(ctx, "-n", ns, "patch", "gateway.gateway.networking.k8s.io/way", "--type=merge", "-p",
+		`{"spec":{"infrastructure":{"parametersRef":{"group":"","kind":"ConfigMap","name":"two"}}}}`); err != nil {
+		t.Fatal(err, out)
+	}
+	must(t, lab.Eventually(ctx, 2*time.Minute, func() error {
+		out, err := mesh.Kubectl(ctx, "-n", ns, "get", "deployment/way", "-o", "jsonpath={.status.readyReplicas}")
+		if err == nil && out != "2" {
+			err = fmt.Errorf("%q pods of the waypoint are ready", out)
+		}
+		return err
+	}))
+	must(t, mesh.RunLimiter(ctx, program, ns, nodes[0]))
+	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
+	limit := func(counted string) {
+		t.Helper()
+		applyIn(t, ns, `
+apiVersion: policy.warren.io/v1alpha1
+kind: RateLimit
+metadata: {name: together, namespace: NS}
+spec:
+  targetRefs: [{kind: Service, name: inventory}]
+  countedBy: {service: {name: limiter, port: 8081}, `+counted+`}
+  limits: [{requests: 7, per: Hour, by: [{type: Namespace}]}]
+`)
+		enforced(t, ns, "ratelimit/together")
+	}
+	// codes are how often each status was the answer to one of n calls, each by a connection of its own.
+	codes := func(n int) map[string]int {
+		t.Helper()
+		out := map[string]int{}
+		for i := range n {
+			text, err := mesh.Exec(ctx, ns, []string{"client", "other"}[i%2], "/demo", "load", "-n", "1", "-url", "http://inventory/stock")
+			if err == nil {
+				out["200"]++
+				continue
+			}
+			m := refusedWith.FindStringSubmatch(text + err.Error())
+			if m == nil {
+				t.Fatalf("%v\n%s", err, text)
+			}
+			out[m[1]]++
+		}
+		return out
+	}
+	const second = "timeout: 1s"
+	limit(second)
+	if left := time.Until(time.Now().Truncate(time.Hour).Add(time.Hour)); left < time.Minute { // it counts by the hour of the clock
+		time.Sleep(left + time.Second)
+	}
+	if got := codes(20); got["200"] != 7 || got["429"] != 13 {
+		t.Errorf("of 20 calls by two pods %v, want 7 let through and 13 refused with 429", got)
+	}
+	if _, err := mesh.Kubectl(ctx, "-n", ns, "delete", "pod", "limiter", "--wait=true"); err != nil {
+		t.Fatal(err)
+	}
+	if got := codes(4); got["503"] != 4 {
+		t.Errorf("without an answer %v, want 503", got)
+	}
+	limit(second + ", failOpen: true")
+	if got := codes(4); got["200"] != 4 {
+		t.Errorf("without an answer that is needed %v, want 200", got)
+	}
+	limit("timeout: 100ms, domain: other")
+	if _, err := mesh.Kubectl(ctx, "-n", ns, "delete", "service", "limiter"); err != nil {
+		t.Fatal(err)
+	}
+	must(t, lab.Eventually(ctx, time.Minute, func() error {
+		said, err := mesh.Kubectl(ctx, "-n", ns, "get", "ratelimit", "together", "-o", `jsonpath={.status.conditions[?(@.type=="Enforced")]}`)
+		if err == nil && (!strings.Contains(said, "NoCounter") || !strings.Contains(said, "answered with 503")) {
 			err = fmt.Errorf("%s", said)
 		}
 		return err

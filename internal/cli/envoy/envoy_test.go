@@ -138,7 +138,7 @@ func TestTables(t *testing.T) {
 // TestLimitsThatCountARequestAreNamed: whether a request is one too many nobody can say beforehand.
 func TestLimitsThatCountARequestAreNamed(t *testing.T) {
 	c := Config{Listeners: load(t, "listeners.json"), Routes: load(t, "routes.json"), Extensions: load(t, "extensions.json"), Clusters: load(t, "clusters.json")}
-	each, all := Limit{"shop/stock/0", 5, "1s", true}, Limit{"shop/stock/1", 3, "60s", false}
+	each, all := Limit{"shop/stock/0", 5, "1s", true, false}, Limit{"shop/stock/1", 3, "60s", false, false}
 	for path, want := range map[string][]Limit{"/stock": {each}, "/split?a": {each, all}} {
 		out := c.Decide(Request{Dst: netip.MustParseAddrPort("10.96.0.7:80"), Source: netip.MustParseAddr("10.1.0.5"), Principal: "spiffe://cluster.local/ns/shop/sa/ui",
 			Method: "GET", Host: "inventory.shop", Path: path, Headers: map[string]string{"x-user": "anna"}})

@@ -18,6 +18,8 @@ const (
 	askFilter      = "envoy.filters.http.ext_authz"
 	tokenChain     = "|tokens|" // in the name of the filter that verifies them
 	limitChain     = "|limits|" // in the name of the filter that counts requests
+
+	counterPrefix = "warren.counted." // and of those that ask a service which does
 )
 
 // followed are the HTTP filters whose doing is followed, or that let everything pass.
@@ -79,6 +81,7 @@ type Limit struct {
 	Requests int
 	Per      string // seconds, as in "60s"
 	Clients  bool   // there is a bucket for each client
+	Together bool   // for all pods, which a service counts
 }
 
 // Target is a cluster to which a part of the requests goes.
@@ -151,22 +154,45 @@ func (c Config) limits(filter string, q *Request) (out []Limit, err error) {
 			if len(actions) == 0 {
 				continue
 			}
-			which := actions[0] // the others say whose bucket
-			if match := which.At("header_value_match"); match.Is() {
-				ok, e := allOf(match.At("headers").List(), func(m Value) (bool, error) { return matchHeader(m, q) })
-				counts[match.At("descriptor_value").Text()], err = ok, cmpErr(err, e)
-			} else {
-				counts[which.At("generic_key", "descriptor_value").Text()] = true
-			}
+			name, ok, e := countedBy(actions[0], q) // the others say whose bucket
+			counts[name], err = ok, cmpErr(err, e)
 		}
 		for _, d := range f.At("typed_config", "descriptors").List() {
 			entries, b := d.At("entries").List(), d.At("token_bucket")
 			if len(entries) > 0 && counts[entries[0].At("value").Text()] {
-				out = append(out, Limit{entries[0].At("value").Text(), b.At("tokens_per_fill").Int(), b.At("fill_interval").Text(), len(entries) > 1})
+				out = append(out, Limit{entries[0].At("value").Text(), b.At("tokens_per_fill").Int(), b.At("fill_interval").Text(), len(entries) > 1, false})
 			}
 		}
 	}
 	return out, err
+}
+
+// countedBy reports whether a request is counted by the limit that an action names.
+func countedBy(which Value, q *Request) (name string, ok bool, err error) {
+	if match := which.At("header_value_match"); match.Is() {
+		ok, err = allOf(match.At("headers").List(), func(m Value) (bool, error) { return matchHeader(m, q) })
+		return match.At("descriptor_value").Text(), ok, err
+	}
+	return which.At("generic_key", "descriptor_value").Text(), true, nil
+}
+
+// unitSeconds are the times that services count by.
+var unitSeconds = map[string]string{"SECOND": "1s", "MINUTE": "60s", "HOUR": "3600s"}
+
+// together adds the limits that a service is asked about at a stage.
+func (o *Outcome) together(host Value, stage int, q *Request) (err error) {
+	for _, r := range host.At("rate_limits").List() {
+		actions := r.At("actions").List()
+		if r.At("stage").Int() != stage || len(actions) == 0 {
+			continue
+		}
+		name, ok, e := countedBy(actions[0], q)
+		if err = cmpErr(err, e); ok {
+			limit := r.At("limit", "rate_limit")
+			o.Limits = append(o.Limits, Limit{name, limit.At("requests_per_unit").Int(), unitSeconds[limit.At("unit").Text()], len(actions) > 1, true})
+		}
+	}
+	return err
 }
 
 // choose walks a matcher to the name of a filter chain.
@@ -239,6 +265,12 @@ func (c Config) http(hcm Value, q Request) Outcome {
 		if strings.Contains(name, limitChain) {
 			var err error
 			if out.Limits, err = c.limits(name, &q); err != nil {
+				out.Unknown = append(out.Unknown, err.Error())
+			}
+			continue
+		}
+		if strings.HasPrefix(name, counterPrefix) {
+			if err := out.together(host, f.At("typed_config", "stage").Int(), &q); err != nil {
 				out.Unknown = append(out.Unknown, err.Error())
 			}
 			continue

@@ -75,8 +75,12 @@ func (q *Question) waypoint(src *mesh.Workload, r mesh.Route, e *End, add func(S
 		if l.Clients {
 			whose = "each client"
 		}
+		by := "each pod of the waypoint"
+		if l.Together {
+			by = "all pods together, as a service counts"
+		}
 		add(Step{Stage: "waypoint", Node: here, Result: "ok", Object: "RateLimit " + path.Dir(l.Name),
-			What: fmt.Sprintf("%d requests of %s are let through in %s by each pod of the waypoint, more are refused with 429", l.Requests, whose, l.Per)})
+			What: fmt.Sprintf("%d requests of %s are let through in %s by %s, more are refused with 429", l.Requests, whose, l.Per, by)})
 	}
 	var ends []End
 	for _, to := range out.To {
