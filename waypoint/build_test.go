@@ -188,7 +188,7 @@ var cases = map[string]func(*mesh.Service){
 				{Name: "end-user", Match: text(mesh.TextExact, "jason")}, {Name: "x-any"}, {Name: "x-none", Match: text(mesh.TextAbsent, "")},
 				{Name: "x-not", Match: text(mesh.TextRegex, "a.*"), Invert: true},
 			},
-		}, {Port: 81}}},
+		}, {Port: 81}, {Path: text(mesh.TextExact, "/blog"), Source: "blog"}}},
 	),
 	"retries":  one(mesh.HTTPRule{Timeout: 3 * time.Second, Retries: &mesh.HTTPRetries{Attempts: 3, PerTry: time.Second, On: "gateway-error", StatusCodes: []uint32{503}}}),
 	"faults":   one(mesh.HTTPRule{Delay: &mesh.HTTPDelay{Fixed: 2 * time.Second, Millionths: 100_000}, Abort: &mesh.HTTPAbort{Status: 555, Millionths: mesh.Million}}),

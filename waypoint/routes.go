@@ -113,6 +113,7 @@ func (b *builder) rule(c chain, r *mesh.HTTPRule) []*routev3.Route {
 		}
 		route := &routev3.Route{Name: r.Name, Match: match(m)}
 		from(route.Match, r.From)
+		from(route.Match, m.Source)
 		switch {
 		case r.Invalid != "" && r.GRPC:
 			route.Action = respond(503, "") // which gRPC calls UNAVAILABLE

@@ -82,8 +82,12 @@ func (c *converter) rule(h *networking.HTTPRoute) (r mesh.HTTPRule, ok bool) {
 		if len(m.Gateways) > 0 && !c.here(m.Gateways) {
 			continue
 		}
-		if len(m.SourceLabels) > 0 || m.SourceNamespace != "" {
-			c.say("match[%d] has sourceLabels or sourceNamespace, which a waypoint does not know: it matches nothing", i)
+		switch {
+		case len(m.SourceLabels) > 0:
+			c.say("match[%d] has sourceLabels, which a client does not prove: it matches nothing", i)
+			continue
+		case m.SourceNamespace != "" && !c.sends:
+			c.say("match[%d] has sourceNamespace, which clients of a gateway have none of: it matches nothing", i)
 			continue
 		}
 		if out, bad := c.match(m); bad != "" {
@@ -153,6 +157,7 @@ func (c *converter) match(m *networking.HTTPMatchRequest) (out mesh.HTTPMatch, b
 	}
 	out.Headers = append(named("headers", m.Headers, false), named("withoutHeaders", m.WithoutHeaders, true)...)
 	out.Query = named("queryParams", m.QueryParams, false)
+	out.Source = m.SourceNamespace
 	return out, bad
 }
 

@@ -70,6 +70,7 @@ type HTTPMatch struct {
 	Authority  TextMatch
 	Headers    []NamedMatch
 	Query      []NamedMatch
+	Source     string // namespace of the client, as its identity says; "": any
 }
 
 // HTTPBackend is where a share of the requests goes.
