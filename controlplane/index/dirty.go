@@ -223,6 +223,9 @@ func (x *Index) setEntry(k key, f *entryFact) {
 		}
 		x.touch(ServiceEntry, k)
 	}
+	for r := range x.routesOf[ref{ServiceEntry, k}] {
+		x.dirtyGatewayRoutes[r] = struct{}{}
+	}
 }
 
 func (x *Index) setEndpoint(k key, f *endpointFact) {

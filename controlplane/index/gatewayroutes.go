@@ -161,7 +161,9 @@ func (c *compiled) gatewayRouteFactOf(kind Kind, r metav1.Object, parents []gate
 		case ofService(p):
 			f.services = true
 			f.parents = append(f.parents, p)
-			f.mentions = append(f.mentions, c.serviceName(parentKey(f, p)))
+			if !ofEntry(p) { // whose host only the entry says
+				f.mentions = append(f.mentions, c.serviceName(parentKey(f, p)))
+			}
 		case deref(p.Group, gatewayv1.GroupName) == gatewayv1.GroupName && (deref(p.Kind, "Gateway") == "Gateway" || *p.Kind == "ListenerSet"):
 			f.gateways = true
 			f.parents = append(f.parents, p)
@@ -170,8 +172,13 @@ func (c *compiled) gatewayRouteFactOf(kind Kind, r metav1.Object, parents []gate
 	return f
 }
 
+// ofService reports whether a parent is what is asked for within the mesh: a Service, or what a ServiceEntry declares.
 func ofService(p gatewayv1.ParentReference) bool {
-	return deref(p.Group, gatewayv1.GroupName) == "" && deref(p.Kind, "Gateway") == "Service"
+	return deref(p.Group, gatewayv1.GroupName) == "" && deref(p.Kind, "Gateway") == "Service" || ofEntry(p)
+}
+
+func ofEntry(p gatewayv1.ParentReference) bool {
+	return deref(p.Group, gatewayv1.GroupName) == hostnameGroup && deref(p.Kind, "Gateway") == "ServiceEntry"
 }
 
 func deref[T ~string](p *T, otherwise T) T {
@@ -185,8 +192,11 @@ func parentKey(f *gatewayRouteFact, p gatewayv1.ParentReference) key {
 	return key{string(deref(p.Namespace, gatewayv1.Namespace(f.Namespace))), string(p.Name)}
 }
 
-// parentAt is the Gateway or the ListenerSet that a route names.
+// parentAt is the Gateway, the ListenerSet or the ServiceEntry that a route names.
 func parentAt(f *gatewayRouteFact, p gatewayv1.ParentReference) ref {
+	if ofEntry(p) {
+		return ref{ServiceEntry, parentKey(f, p)}
+	}
 	if deref(p.Kind, "Gateway") == "ListenerSet" {
 		return ref{ListenerSet, parentKey(f, p)}
 	}
@@ -230,7 +240,7 @@ func (x *Index) setGatewayRoute(kind Kind, k key, f *gatewayRouteFact) {
 			unlink(x.routesOn, name, r)
 		}
 		for _, p := range old.parents {
-			if !ofService(p) {
+			if !ofService(p) || ofEntry(p) {
 				unlink(x.routesOf, parentAt(old, p), r)
 			}
 		}
@@ -239,7 +249,7 @@ func (x *Index) setGatewayRoute(kind Kind, k key, f *gatewayRouteFact) {
 	if f != nil {
 		x.gatewayRoutes[r] = f
 		for _, p := range f.parents {
-			if !ofService(p) {
+			if !ofService(p) || ofEntry(p) {
 				link(x.routesOf, parentAt(f, p), r)
 			}
 		}
@@ -337,10 +347,37 @@ func (x *Index) backends(f *gatewayRouteFact, parent mesh.ServiceName) routing.B
 	}
 }
 
+// parent finds the Service, or what a ServiceEntry declares, that a route is attached to, nil where it is not there; without a name where
+// there is more than one.
+func (x *Index) parent(f *gatewayRouteFact, p gatewayv1.ParentReference) (at string, name mesh.ServiceName, s *serviceFact) {
+	k := parentKey(f, p)
+	if !ofEntry(p) {
+		return "Service " + k.String(), x.c.serviceName(k), x.services[k.Namespace][k.Name]
+	}
+	at = "ServiceEntry " + k.String()
+	e := x.entries[k.Namespace][k.Name]
+	switch {
+	case e == nil:
+		return at, mesh.ServiceName{Namespace: k.Namespace, Hostname: k.Name}, nil // a name of nothing
+	case len(e.hosts) != 1:
+		return at, mesh.ServiceName{}, nil
+	}
+	s = e.hosts[0]
+	if name = s.service.Name; !slices.Contains(f.mentions, name) {
+		f.mentions = append(f.mentions, name)
+		link(x.routesOn, name, f.ref)
+	}
+	if w := winner(x.candidates[name]); w != s {
+		return at + " (" + name.Hostname + " is another object's)", name, nil
+	}
+	return at, name, s
+}
+
 // bind finds what a route means at one of its parents.
 func (x *Index) bind(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundRoute {
 	k := parentKey(f, p)
-	b := &boundRoute{fact: f, name: x.c.serviceName(k), parent: RouteParent{Ref: p}, every: p.Port == nil && p.SectionName == nil}
+	at, name, s := x.parent(f, p)
+	b := &boundRoute{fact: f, name: name, parent: RouteParent{Ref: p}, every: p.Port == nil && p.SectionName == nil}
 	if k.Namespace != f.Namespace {
 		b.from = f.Namespace
 	}
@@ -351,11 +388,13 @@ func (x *Index) bind(f *gatewayRouteFact, p gatewayv1.ParentReference) *boundRou
 		b.ports = nil
 		return b
 	}
-	at := "Service " + k.Namespace + "/" + k.Name
-	s := x.services[k.Namespace][k.Name]
 	switch {
+	case name == (mesh.ServiceName{}):
+		return refuse(string(gatewayv1.RouteReasonUnsupportedValue), at+" has more than one host; routes are for those with one")
 	case s == nil:
 		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" was not found")
+	case len(s.service.VIPs) == 0 && s.owner.entry:
+		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" has no address: nobody comes to it")
 	case len(s.service.VIPs) == 0:
 		return refuse(string(gatewayv1.RouteReasonNoMatchingParent), at+" is headless: without an address of its own nothing can be routed")
 	}
