@@ -3,6 +3,7 @@ package waypoint
 import (
 	"crypto/sha256"
 	"encoding/json"
+	"fmt"
 	"hash"
 	"maps"
 	"slices"
@@ -12,7 +13,6 @@ import (
 	endpointv3 "github.com/envoyproxy/go-control-plane/envoy/config/endpoint/v3"
 	"github.com/envoyproxy/go-control-plane/pkg/cache/types"
 	"github.com/envoyproxy/go-control-plane/pkg/resource/v3"
-	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -253,32 +253,27 @@ func (n *nearness) distribute(all []*endpointv3.LbEndpoint, at Place) (groups []
 	return groups
 }
 
-// Nearby are the endpoints that proxies at a place get, where those are not what all get.
+// Nearby are the endpoints that proxies at a place get, where those are not what all get. It is not to be changed; nil has none.
 type Nearby struct {
-	from map[string]*item // what they were made of
-	is   map[string]*item
+	from     map[string]*item // what they were looked for in
+	byName   map[string]types.Resource
+	versions map[string]string
 }
 
 // ByName are those endpoints.
 func (n *Nearby) ByName() map[string]types.Resource {
-	out := map[string]types.Resource{}
-	if n != nil {
-		for name, i := range n.is {
-			out[name] = i.message
-		}
+	if n == nil {
+		return nil
 	}
-	return out
+	return n.byName
 }
 
 // Versions are the hashes of them.
 func (n *Nearby) Versions() map[string]string {
-	out := map[string]string{}
-	if n != nil {
-		for name, i := range n.is {
-			out[name] = i.version
-		}
+	if n == nil {
+		return nil
 	}
-	return out
+	return n.versions
 }
 
 // Nearby puts endpoints in the order of a place. What has not changed since the last time is taken from there.
@@ -287,26 +282,24 @@ func (r *Resources) Nearby(at Place, last *Nearby) *Nearby {
 	if c == nil || !c.near || at == (Place{}) {
 		return nil
 	}
-	out := &Nearby{map[string]*item{}, map[string]*item{}}
+	if last == nil {
+		last = &Nearby{}
+	}
+	out := &Nearby{map[string]*item{}, map[string]types.Resource{}, map[string]string{}}
 	for _, i := range c.items {
 		if i.near == nil {
 			continue
 		}
 		out.from[i.name] = i
-		if last != nil && last.from[i.name] == i {
-			if is := last.is[i.name]; is != nil {
-				out.is[i.name] = is
+		if last.from[i.name] == i {
+			if m := last.byName[i.name]; m != nil {
+				out.byName[i.name], out.versions[i.name] = m, last.versions[i.name]
 			}
-			continue
-		}
-		if m := i.near.arrange(i.message.(*endpointv3.ClusterLoadAssignment), at); m != nil {
+		} else if m := i.near.arrange(i.message.(*endpointv3.ClusterLoadAssignment), at); m != nil {
+			// The order is a function of what is hashed already, and of the place.
 			h := sha256.New()
-			data, err := proto.MarshalOptions{Deterministic: true}.Marshal(m)
-			if err != nil {
-				continue // what it is made of could be written
-			}
-			_, _ = h.Write(data)
-			out.is[i.name] = &item{name: i.name, version: sum(h), message: m}
+			fmt.Fprintf(h, "%s %q", i.version, at)
+			out.byName[i.name], out.versions[i.name] = m, sum(h)
 		}
 	}
 	return out
