@@ -16,13 +16,14 @@
  *                                          hook was in place
  *   TCP and UDP from a foreign address, ARP and neighbour advertisements for one -> drop: the neighbour's identity
  *
- * All other packets pass: answers to connections that came in, UDP, ICMP; of UDP see udp.h. Forwarded and native-XDP
+ * All other packets pass: answers to connections that came in, UDP, ICMP; of UDP see udp.h and dns.h. Forwarded and native-XDP
  * traffic has no skb->sk; the agent does not enrol pods behind such an interface.
  */
 #pragma once
 
 #include "near.h"
 #include "udp.h"
+#include "dns.h"
 
 struct arp_packet {
 	__u16 hardware, protocol;
@@ -73,6 +74,12 @@ static __always_inline int guard_tcp(struct __sk_buff *skb, struct bpf_sock *sk,
 	return TC_NEXT;
 }
 
+static __always_inline int guard_udp(struct __sk_buff *skb, struct guarded *g, struct transport *t)
+{
+	int verdict = udp_leaves(skb, t);
+	return verdict == TC_NEXT ? dns_leaves(skb, g, t) : verdict;
+}
+
 static __always_inline int guard_ipv4(struct __sk_buff *skb, struct bpf_sock *sk, struct guarded *g)
 {
 	struct transport t = {};
@@ -86,9 +93,10 @@ static __always_inline int guard_ipv4(struct __sk_buff *skb, struct bpf_sock *sk
 	case IPPROTO_TCP:
 		return own ? guard_tcp(skb, sk, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_UDP:
-		if (own || t.src.w[3] == 0) /* 0: who has no address yet asks for one */
-			return udp_leaves(skb, &t);
-		return shoot(GUARD_DROP_SOURCE);
+		if (own)
+			return guard_udp(skb, g, &t);
+		/* 0: who has no address yet asks for one */
+		return t.src.w[3] == 0 ? udp_leaves(skb, &t) : shoot(GUARD_DROP_SOURCE);
 	}
 	return TC_NEXT;
 }
@@ -111,7 +119,7 @@ static __always_inline int guard_ipv6(struct __sk_buff *skb, struct bpf_sock *sk
 	case IPPROTO_TCP:
 		return own ? guard_tcp(skb, sk, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_UDP:
-		return own ? udp_leaves(skb, &t) : shoot(GUARD_DROP_SOURCE);
+		return own ? guard_udp(skb, g, &t) : shoot(GUARD_DROP_SOURCE);
 	case IPPROTO_ICMPV6: {
 		__u8 type;
 		struct addr target;

@@ -248,6 +248,57 @@ struct {
 } udp_let_in SEC(".maps");
 
 struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, MAX_PODS);
+	__type(key, __u32); /* ifindex in the node's namespace */
+	__type(value, struct dns_client);
+	PINNED;
+} dns_clients SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct dns_key);
+	__type(value, struct dns_answer);
+	PINNED;
+} dns_names SEC(".maps");
+
+/* What is read of a question. */
+struct dns_question {
+	__u32 name; /* bytes of it */
+	__u32 left; /* of the label that is being read */
+	bool v4;    /* of A, not AAAA */
+	bool edns;
+	__u16 edns_flags; /* host order, as the next */
+	__u16 flags;      /* of the header */
+
+	/* While it is looked for what stands for all names below a domain. */
+	__u64 scope;
+	__u32 at; /* the label that it is at */
+	bool found;
+};
+
+/* Room for one question, which is no part of the state. */
+struct dns_scratch {
+	struct dns_key key;
+	__u8 zeros[DNS_NAME]; /* behind the name: never written */
+	struct dns_key above;
+	struct dns_answer answer;
+	struct dns_question question;
+	__u32 room[16]; /* for one header or record */
+	__u8 message[1088]; /* as Linux 6.1 counts: of a length below 512 it knows no more than its bits */
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct dns_scratch);
+	PINNED;
+} dns_scratches SEC(".maps");
+
+struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 21);
 	PINNED;

@@ -34,6 +34,27 @@ type MeshDirect struct {
 	Pad         uint32
 }
 
+type MeshDnsAnswer struct {
+	_       structs.HostLayout
+	V4Count uint32
+	V6Count uint32
+	V4      [8]uint32
+	V6      [8]MeshAddr
+}
+
+type MeshDnsClient struct {
+	_       structs.HostLayout
+	Scope   uint64
+	Ifindex uint32
+	Below   uint32
+}
+
+type MeshDnsKey struct {
+	_     structs.HostLayout
+	Scope uint64
+	Name  [256]uint8
+}
+
 type MeshEndpoint struct {
 	_       structs.HostLayout
 	Service MeshTarget
@@ -189,7 +210,11 @@ const (
 	MeshOutcomeNEAR_FULL                  MeshOutcome = 54
 	MeshOutcomeSERVICE_NEAR               MeshOutcome = 55
 	MeshOutcomeSERVICE_AGENT              MeshOutcome = 56
-	MeshOutcomeOUTCOMES                   MeshOutcome = 57
+	MeshOutcomeDNS_ANSWERED               MeshOutcome = 57
+	MeshOutcomeDNS_EMPTY                  MeshOutcome = 58
+	MeshOutcomeDNS_LEFT                   MeshOutcome = 59
+	MeshOutcomeDNS_DROP                   MeshOutcome = 60
+	MeshOutcomeOUTCOMES                   MeshOutcome = 61
 )
 
 type MeshOwner struct {
@@ -336,6 +361,9 @@ const (
 	MeshMapAgentSockets      = "agent_sockets"
 	MeshMapDestinations      = "destinations"
 	MeshMapDirects           = "directs"
+	MeshMapDnsClients        = "dns_clients"
+	MeshMapDnsNames          = "dns_names"
+	MeshMapDnsScratches      = "dns_scratches"
 	MeshMapEventBudgets      = "event_budgets"
 	MeshMapEvents            = "events"
 	MeshMapGates             = "gates"
@@ -441,6 +469,9 @@ type MeshMapSpecs struct {
 	AgentSockets    *ebpf.MapSpec `ebpf:"agent_sockets"`
 	Destinations    *ebpf.MapSpec `ebpf:"destinations"`
 	Directs         *ebpf.MapSpec `ebpf:"directs"`
+	DnsClients      *ebpf.MapSpec `ebpf:"dns_clients"`
+	DnsNames        *ebpf.MapSpec `ebpf:"dns_names"`
+	DnsScratches    *ebpf.MapSpec `ebpf:"dns_scratches"`
 	EventBudgets    *ebpf.MapSpec `ebpf:"event_budgets"`
 	Events          *ebpf.MapSpec `ebpf:"events"`
 	Gates           *ebpf.MapSpec `ebpf:"gates"`
@@ -508,6 +539,9 @@ type MeshMaps struct {
 	AgentSockets    *ebpf.Map `ebpf:"agent_sockets"`
 	Destinations    *ebpf.Map `ebpf:"destinations"`
 	Directs         *ebpf.Map `ebpf:"directs"`
+	DnsClients      *ebpf.Map `ebpf:"dns_clients"`
+	DnsNames        *ebpf.Map `ebpf:"dns_names"`
+	DnsScratches    *ebpf.Map `ebpf:"dns_scratches"`
 	EventBudgets    *ebpf.Map `ebpf:"event_budgets"`
 	Events          *ebpf.Map `ebpf:"events"`
 	Gates           *ebpf.Map `ebpf:"gates"`
@@ -541,6 +575,9 @@ func (m *MeshMaps) Close() error {
 		m.AgentSockets,
 		m.Destinations,
 		m.Directs,
+		m.DnsClients,
+		m.DnsNames,
+		m.DnsScratches,
 		m.EventBudgets,
 		m.Events,
 		m.Gates,

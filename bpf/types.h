@@ -228,6 +228,32 @@ struct udp_peer {
 
 #define UDP_FLOWS_PER_POD 4096
 
+/*
+ * Names that are answered for, as on the wire and in lower case, zeros behind; and to whom: a number of a namespace, 0 for all
+ * pods. A namespace's own row comes before that.
+ */
+#define DNS_NAME 256
+#define DNS_ADDRS 8 /* of each family: with the longest name they are an answer of 512 bytes at most */
+
+struct dns_key {
+	__u64 scope;
+	__u8 name[DNS_NAME];
+};
+
+struct dns_answer {
+	__u32 v4_count;
+	__u32 v6_count;
+	__u32 v4[DNS_ADDRS];
+	struct addr v6[DNS_ADDRS];
+};
+
+/* A pod whose questions are answered, by the node side of its veth. */
+struct dns_client {
+	__u64 scope;
+	__u32 ifindex; /* again: as in a gate */
+	__u32 below;   /* there are names that stand for all below them: "*" and then a domain */
+};
+
 enum event_kind {
 	EVENT_DENIED,
 	EVENT_OPENED, /* a direct connection */
@@ -340,6 +366,11 @@ enum outcome {
 
 	SERVICE_NEAR,
 	SERVICE_AGENT,
+
+	DNS_ANSWERED,
+	DNS_EMPTY,
+	DNS_LEFT,
+	DNS_DROP,
 
 	OUTCOMES,
 };

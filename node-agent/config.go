@@ -64,6 +64,8 @@ type Config struct {
 	MaxStreams int           // streams of one tunnel: 100
 	MaxFrame   int           // longest DATA frame of a tunnel, 16 KiB to 1 MiB: 1 MiB
 	AccessLog  bool
+	// DNSCapture has the kernel answer captured pods that ask DNS for hosts of ServiceEntries; a pod's annotation goes before it.
+	DNSCapture bool
 
 	Level *slog.LevelVar
 	Log   *slog.Logger
@@ -175,7 +177,7 @@ func (c *Config) settings() map[string]any {
 		"adminAddr": c.AdminAddr, "statsAddr": c.MetricsAddr, "readinessAddr": c.ReadyAddr,
 		"inboundAddr": "[::]:15008", "inboundPlaintextAddr": "[::]:15006", "outboundAddr": "[::]:15001",
 		"poolMaxStreamsPerConn": cmp.Or(c.MaxStreams, 100), "poolUnusedReleaseTimeout": cmp.Or(c.PoolIdle, 5*time.Minute).String(),
-		"selfTerminationDeadline": c.Grace.String(), "accessLog": c.AccessLog,
+		"selfTerminationDeadline": c.Grace.String(), "accessLog": c.AccessLog, "dnsCapture": c.DNSCapture,
 		"proxyWorkloadInformation": map[string]string{"name": c.PodName, "namespace": c.PodNamespace, "serviceAccount": c.ServiceAccount},
 	}
 }

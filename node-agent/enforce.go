@@ -27,6 +27,7 @@ func (a *agent) steps() []step {
 		{"destinations in the kernel", func(_ context.Context, s *mesh.Snapshot) error {
 			return a.datapath.SetDestinations(datapath.Desired(s, a.network()))
 		}},
+		{"names in the kernel", func(_ context.Context, s *mesh.Snapshot) error { return a.datapath.SetNames(s, a.network()) }},
 		{"policies in the kernel", func(_ context.Context, s *mesh.Snapshot) error { return a.datapath.SetPolicies(s) }},
 		{"open connections", func(ctx context.Context, s *mesh.Snapshot) error {
 			return a.proxy.Rechecked(ctx, s.Revision())

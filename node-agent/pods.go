@@ -60,6 +60,7 @@ func (a *agent) setPods(ps xds.LocalPods) {
 		local = append(local, enroll.LocalPod{
 			UID: p.UID, Namespace: p.Namespace, Name: p.Name, WorkloadUID: p.WorkloadUID, Identity: id, Addrs: p.Addrs,
 			Enrolled: p.Enrolled, Reason: p.Reason, Strict: p.Strict, HostNetwork: p.HostNetwork, Finished: p.State == wds.PodFinished,
+			DNSCapture: p.DNSCapture.On(a.cfg.DNSCapture),
 		})
 		if p.Selected != wds.SelectedUnknown {
 			selected[p.UID] = p.Selected == wds.SelectedYes

@@ -32,6 +32,8 @@ var (
 	connectDesc  = prometheus.NewDesc("warren_xds_connected", "Whether the control plane is connected.", nil, nil)
 	tunnelsDesc  = prometheus.NewDesc("warren_tunnels_open", "Tunnel connections to peers that are open.", nil, nil)
 	streamsNow   = prometheus.NewDesc("warren_tunnel_streams_open", "Connections that these tunnels carry.", nil, nil)
+	askedDesc    = prometheus.NewDesc("istio_dns_requests_total", "Total number of DNS requests (unstable): of captured pods that are answered for, by UDP.", nil, nil)
+	resolverDesc = prometheus.NewDesc("istio_dns_upstream_requests_total", "Total number of DNS requests forwarded to upstream (unstable): left as they are to the resolver that was asked.", nil, nil)
 	holderDesc   = prometheus.NewDesc("warren_holder_connected", "Whether the holder keeps this agent's listeners.", nil, nil)
 )
 
@@ -69,6 +71,8 @@ func (t *telemetry) Collect(ch chan<- prometheus.Metric) {
 		for name, n := range outcomes {
 			counter(kernelDesc, n, name)
 		}
+		counter(askedDesc, outcomes["dns_answered"]+outcomes["dns_empty"]+outcomes["dns_left"]+outcomes["dns_drop"])
+		counter(resolverDesc, outcomes["dns_left"])
 	}
 	repairs := uint64(0)
 	for name, n := range a.datapath.Drift() {

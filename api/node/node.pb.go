@@ -25,6 +25,56 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+type LocalPod_DNSCapture int32
+
+const (
+	// As the node is set.
+	LocalPod_DNS_CAPTURE_UNSPECIFIED LocalPod_DNSCapture = 0
+	LocalPod_DNS_CAPTURE_OFF         LocalPod_DNSCapture = 1
+	LocalPod_DNS_CAPTURE_ON          LocalPod_DNSCapture = 2
+)
+
+// Enum value maps for LocalPod_DNSCapture.
+var (
+	LocalPod_DNSCapture_name = map[int32]string{
+		0: "DNS_CAPTURE_UNSPECIFIED",
+		1: "DNS_CAPTURE_OFF",
+		2: "DNS_CAPTURE_ON",
+	}
+	LocalPod_DNSCapture_value = map[string]int32{
+		"DNS_CAPTURE_UNSPECIFIED": 0,
+		"DNS_CAPTURE_OFF":         1,
+		"DNS_CAPTURE_ON":          2,
+	}
+)
+
+func (x LocalPod_DNSCapture) Enum() *LocalPod_DNSCapture {
+	p := new(LocalPod_DNSCapture)
+	*p = x
+	return p
+}
+
+func (x LocalPod_DNSCapture) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (LocalPod_DNSCapture) Descriptor() protoreflect.EnumDescriptor {
+	return file_api_node_node_proto_enumTypes[0].Descriptor()
+}
+
+func (LocalPod_DNSCapture) Type() protoreflect.EnumType {
+	return &file_api_node_node_proto_enumTypes[0]
+}
+
+func (x LocalPod_DNSCapture) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use LocalPod_DNSCapture.Descriptor instead.
+func (LocalPod_DNSCapture) EnumDescriptor() ([]byte, []int) {
+	return file_api_node_node_proto_rawDescGZIP(), []int{0, 0}
+}
+
 type LocalPod_Selected int32
 
 const (
@@ -58,11 +108,11 @@ func (x LocalPod_Selected) String() string {
 }
 
 func (LocalPod_Selected) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[0].Descriptor()
+	return file_api_node_node_proto_enumTypes[1].Descriptor()
 }
 
 func (LocalPod_Selected) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[0]
+	return &file_api_node_node_proto_enumTypes[1]
 }
 
 func (x LocalPod_Selected) Number() protoreflect.EnumNumber {
@@ -71,7 +121,7 @@ func (x LocalPod_Selected) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LocalPod_Selected.Descriptor instead.
 func (LocalPod_Selected) EnumDescriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{0, 0}
+	return file_api_node_node_proto_rawDescGZIP(), []int{0, 1}
 }
 
 type LocalPod_State int32
@@ -114,11 +164,11 @@ func (x LocalPod_State) String() string {
 }
 
 func (LocalPod_State) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[1].Descriptor()
+	return file_api_node_node_proto_enumTypes[2].Descriptor()
 }
 
 func (LocalPod_State) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[1]
+	return &file_api_node_node_proto_enumTypes[2]
 }
 
 func (x LocalPod_State) Number() protoreflect.EnumNumber {
@@ -127,7 +177,7 @@ func (x LocalPod_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use LocalPod_State.Descriptor instead.
 func (LocalPod_State) EnumDescriptor() ([]byte, []int) {
-	return file_api_node_node_proto_rawDescGZIP(), []int{0, 1}
+	return file_api_node_node_proto_rawDescGZIP(), []int{0, 2}
 }
 
 // Outbound says what captured pods may reach.
@@ -162,11 +212,11 @@ func (x MeshConfig_Outbound) String() string {
 }
 
 func (MeshConfig_Outbound) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[2].Descriptor()
+	return file_api_node_node_proto_enumTypes[3].Descriptor()
 }
 
 func (MeshConfig_Outbound) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[2]
+	return &file_api_node_node_proto_enumTypes[3]
 }
 
 func (x MeshConfig_Outbound) Number() protoreflect.EnumNumber {
@@ -213,11 +263,11 @@ func (x MeshConfig_SameNode) String() string {
 }
 
 func (MeshConfig_SameNode) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[3].Descriptor()
+	return file_api_node_node_proto_enumTypes[4].Descriptor()
 }
 
 func (MeshConfig_SameNode) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[3]
+	return &file_api_node_node_proto_enumTypes[4]
 }
 
 func (x MeshConfig_SameNode) Number() protoreflect.EnumNumber {
@@ -266,11 +316,11 @@ func (x PodStatus_Redirection) String() string {
 }
 
 func (PodStatus_Redirection) Descriptor() protoreflect.EnumDescriptor {
-	return file_api_node_node_proto_enumTypes[4].Descriptor()
+	return file_api_node_node_proto_enumTypes[5].Descriptor()
 }
 
 func (PodStatus_Redirection) Type() protoreflect.EnumType {
-	return &file_api_node_node_proto_enumTypes[4]
+	return &file_api_node_node_proto_enumTypes[5]
 }
 
 func (x PodStatus_Redirection) Number() protoreflect.EnumNumber {
@@ -305,7 +355,9 @@ type LocalPod struct {
 	WorkloadUid string `protobuf:"bytes,11,opt,name=workload_uid,json=workloadUid,proto3" json:"workload_uid,omitempty"`
 	Node        string `protobuf:"bytes,12,opt,name=node,proto3" json:"node,omitempty"`
 	// Whether a NetworkPolicy selects the pod: then the kernel leads no connection of it past the node's network stack.
-	Selected      LocalPod_Selected `protobuf:"varint,13,opt,name=selected,proto3,enum=warren.node.v1.LocalPod_Selected" json:"selected,omitempty"`
+	Selected LocalPod_Selected `protobuf:"varint,13,opt,name=selected,proto3,enum=warren.node.v1.LocalPod_Selected" json:"selected,omitempty"`
+	// Whether the pod's questions for hosts of ServiceEntries are answered by the node.
+	DnsCapture    LocalPod_DNSCapture `protobuf:"varint,14,opt,name=dns_capture,json=dnsCapture,proto3,enum=warren.node.v1.LocalPod_DNSCapture" json:"dns_capture,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -429,6 +481,13 @@ func (x *LocalPod) GetSelected() LocalPod_Selected {
 		return x.Selected
 	}
 	return LocalPod_SELECTED_UNSPECIFIED
+}
+
+func (x *LocalPod) GetDnsCapture() LocalPod_DNSCapture {
+	if x != nil {
+		return x.DnsCapture
+	}
+	return LocalPod_DNS_CAPTURE_UNSPECIFIED
 }
 
 // Namespace tells whether new pods of a namespace may have to be captured: it is enrolled, or pods of it are by their
@@ -1037,7 +1096,7 @@ var File_api_node_node_proto protoreflect.FileDescriptor
 
 const file_api_node_node_proto_rawDesc = "" +
 	"\n" +
-	"\x13api/node/node.proto\x12\x0ewarren.node.v1\x1a api/security/authorization.proto\"\xea\x04\n" +
+	"\x13api/node/node.proto\x12\x0ewarren.node.v1\x1a api/security/authorization.proto\"\x84\x06\n" +
 	"\bLocalPod\x12\x10\n" +
 	"\x03uid\x18\x01 \x01(\tR\x03uid\x12\x1c\n" +
 	"\tnamespace\x18\x02 \x01(\tR\tnamespace\x12\x12\n" +
@@ -1052,7 +1111,14 @@ const file_api_node_node_proto_rawDesc = "" +
 	" \x01(\x0e2\x1e.warren.node.v1.LocalPod.StateR\x05state\x12!\n" +
 	"\fworkload_uid\x18\v \x01(\tR\vworkloadUid\x12\x12\n" +
 	"\x04node\x18\f \x01(\tR\x04node\x12=\n" +
-	"\bselected\x18\r \x01(\x0e2!.warren.node.v1.LocalPod.SelectedR\bselected\"G\n" +
+	"\bselected\x18\r \x01(\x0e2!.warren.node.v1.LocalPod.SelectedR\bselected\x12D\n" +
+	"\vdns_capture\x18\x0e \x01(\x0e2#.warren.node.v1.LocalPod.DNSCaptureR\n" +
+	"dnsCapture\"R\n" +
+	"\n" +
+	"DNSCapture\x12\x1b\n" +
+	"\x17DNS_CAPTURE_UNSPECIFIED\x10\x00\x12\x13\n" +
+	"\x0fDNS_CAPTURE_OFF\x10\x01\x12\x12\n" +
+	"\x0eDNS_CAPTURE_ON\x10\x02\"G\n" +
 	"\bSelected\x12\x18\n" +
 	"\x14SELECTED_UNSPECIFIED\x10\x00\x12\x0f\n" +
 	"\vSELECTED_NO\x10\x01\x12\x10\n" +
@@ -1135,42 +1201,44 @@ func file_api_node_node_proto_rawDescGZIP() []byte {
 	return file_api_node_node_proto_rawDescData
 }
 
-var file_api_node_node_proto_enumTypes = make([]protoimpl.EnumInfo, 5)
+var file_api_node_node_proto_enumTypes = make([]protoimpl.EnumInfo, 6)
 var file_api_node_node_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_api_node_node_proto_goTypes = []any{
-	(LocalPod_Selected)(0),         // 0: warren.node.v1.LocalPod.Selected
-	(LocalPod_State)(0),            // 1: warren.node.v1.LocalPod.State
-	(MeshConfig_Outbound)(0),       // 2: warren.node.v1.MeshConfig.Outbound
-	(MeshConfig_SameNode)(0),       // 3: warren.node.v1.MeshConfig.SameNode
-	(PodStatus_Redirection)(0),     // 4: warren.node.v1.PodStatus.Redirection
-	(*LocalPod)(nil),               // 5: warren.node.v1.LocalPod
-	(*Namespace)(nil),              // 6: warren.node.v1.Namespace
-	(*AuditPolicy)(nil),            // 7: warren.node.v1.AuditPolicy
-	(*AuditPolicies)(nil),          // 8: warren.node.v1.AuditPolicies
-	(*MeshConfig)(nil),             // 9: warren.node.v1.MeshConfig
-	(*TrustBundle)(nil),            // 10: warren.node.v1.TrustBundle
-	(*StatusReport)(nil),           // 11: warren.node.v1.StatusReport
-	(*PodStatus)(nil),              // 12: warren.node.v1.PodStatus
-	(*TypeStatus)(nil),             // 13: warren.node.v1.TypeStatus
-	(*StatusSummary)(nil),          // 14: warren.node.v1.StatusSummary
-	(*security.Authorization)(nil), // 15: istio.security.Authorization
+	(LocalPod_DNSCapture)(0),       // 0: warren.node.v1.LocalPod.DNSCapture
+	(LocalPod_Selected)(0),         // 1: warren.node.v1.LocalPod.Selected
+	(LocalPod_State)(0),            // 2: warren.node.v1.LocalPod.State
+	(MeshConfig_Outbound)(0),       // 3: warren.node.v1.MeshConfig.Outbound
+	(MeshConfig_SameNode)(0),       // 4: warren.node.v1.MeshConfig.SameNode
+	(PodStatus_Redirection)(0),     // 5: warren.node.v1.PodStatus.Redirection
+	(*LocalPod)(nil),               // 6: warren.node.v1.LocalPod
+	(*Namespace)(nil),              // 7: warren.node.v1.Namespace
+	(*AuditPolicy)(nil),            // 8: warren.node.v1.AuditPolicy
+	(*AuditPolicies)(nil),          // 9: warren.node.v1.AuditPolicies
+	(*MeshConfig)(nil),             // 10: warren.node.v1.MeshConfig
+	(*TrustBundle)(nil),            // 11: warren.node.v1.TrustBundle
+	(*StatusReport)(nil),           // 12: warren.node.v1.StatusReport
+	(*PodStatus)(nil),              // 13: warren.node.v1.PodStatus
+	(*TypeStatus)(nil),             // 14: warren.node.v1.TypeStatus
+	(*StatusSummary)(nil),          // 15: warren.node.v1.StatusSummary
+	(*security.Authorization)(nil), // 16: istio.security.Authorization
 }
 var file_api_node_node_proto_depIdxs = []int32{
-	1,  // 0: warren.node.v1.LocalPod.state:type_name -> warren.node.v1.LocalPod.State
-	0,  // 1: warren.node.v1.LocalPod.selected:type_name -> warren.node.v1.LocalPod.Selected
-	15, // 2: warren.node.v1.AuditPolicy.policy:type_name -> istio.security.Authorization
-	3,  // 3: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
-	2,  // 4: warren.node.v1.MeshConfig.outbound:type_name -> warren.node.v1.MeshConfig.Outbound
-	12, // 5: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
-	13, // 6: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
-	4,  // 7: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
-	11, // 8: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
-	14, // 9: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
-	9,  // [9:10] is the sub-list for method output_type
-	8,  // [8:9] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	2,  // 0: warren.node.v1.LocalPod.state:type_name -> warren.node.v1.LocalPod.State
+	1,  // 1: warren.node.v1.LocalPod.selected:type_name -> warren.node.v1.LocalPod.Selected
+	0,  // 2: warren.node.v1.LocalPod.dns_capture:type_name -> warren.node.v1.LocalPod.DNSCapture
+	16, // 3: warren.node.v1.AuditPolicy.policy:type_name -> istio.security.Authorization
+	4,  // 4: warren.node.v1.MeshConfig.same_node:type_name -> warren.node.v1.MeshConfig.SameNode
+	3,  // 5: warren.node.v1.MeshConfig.outbound:type_name -> warren.node.v1.MeshConfig.Outbound
+	13, // 6: warren.node.v1.StatusReport.pods:type_name -> warren.node.v1.PodStatus
+	14, // 7: warren.node.v1.StatusReport.types:type_name -> warren.node.v1.TypeStatus
+	5,  // 8: warren.node.v1.PodStatus.redirection:type_name -> warren.node.v1.PodStatus.Redirection
+	12, // 9: warren.node.v1.NodeStatus.Report:input_type -> warren.node.v1.StatusReport
+	15, // 10: warren.node.v1.NodeStatus.Report:output_type -> warren.node.v1.StatusSummary
+	10, // [10:11] is the sub-list for method output_type
+	9,  // [9:10] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_api_node_node_proto_init() }
@@ -1183,7 +1251,7 @@ func file_api_node_node_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_api_node_node_proto_rawDesc), len(file_api_node_node_proto_rawDesc)),
-			NumEnums:      5,
+			NumEnums:      6,
 			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,

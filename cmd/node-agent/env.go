@@ -42,6 +42,8 @@ func (e *environment) config() nodeagent.Config {
 		MaxFrame:  e.Number("HTTP2_FRAME_SIZE", 0),
 		AccessLog: e.Bool("ACCESS_LOG", true),
 		Exempt:    e.List("WARREN_EXEMPT_NAMESPACES"),
+
+		DNSCapture: e.Bool("ISTIO_META_DNS_CAPTURE", true),
 	}
 	if v := e.Text("INSTANCE_IP"); v != "" {
 		a, err := netip.ParseAddr(v)

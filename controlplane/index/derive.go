@@ -54,7 +54,7 @@ func (x *Index) derivePod(k key, u *Update) []*mesh.Workload {
 		x.setLocal(k, &LocalPod{
 			UID: f.uid, Namespace: k.Namespace, Name: k.Name, ServiceAccount: f.serviceAccount, Node: f.node,
 			Addrs: addrs, Enrolled: d.Enrolled, Reason: d.Reason, Strict: bound.strict, HostNetwork: f.hostNetwork,
-			Phase: f.phase, WorkloadUID: uid, Selected: x.selected(f),
+			Phase: f.phase, WorkloadUID: uid, Selected: x.selected(f), DNSCapture: f.dnsCapture,
 		}, u)
 	} else {
 		x.setLocal(k, nil, u)

@@ -20,6 +20,7 @@ const (
 
 	annotationSidecar     = "sidecar.istio.io/status"
 	AnnotationRedirection = "ambient.istio.io/redirection"
+	annotationDNSCapture  = "ambient.istio.io/dns-capture"
 
 	modeAmbient = "ambient"
 	modeNone    = "none"

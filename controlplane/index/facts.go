@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
@@ -35,6 +36,7 @@ type podFact struct {
 	hostNetwork    bool
 	sidecar        bool
 	redirected     bool // the node reported that it captures the pod
+	dnsCapture     mesh.DNSCapture
 	healthy        bool
 	phase          podPhase
 	started        metav1.Time // when the node took it; zero before
@@ -58,6 +60,18 @@ type namedPort struct {
 	port uint16
 }
 
+// dnsCaptureOf reads the annotation of a pod. What is neither true nor false says nothing.
+func dnsCaptureOf(value string) mesh.DNSCapture {
+	switch on, err := strconv.ParseBool(value); {
+	case err != nil:
+		return mesh.DNSCaptureUnsaid
+	case on:
+		return mesh.DNSCaptureOn
+	default:
+		return mesh.DNSCaptureOff
+	}
+}
+
 func podFactOf(p *corev1.Pod) *podFact {
 	f := &podFact{
 		key:            keyOf(p),
@@ -67,6 +81,7 @@ func podFactOf(p *corev1.Pod) *podFact {
 		node:           p.Spec.NodeName,
 		hostNetwork:    p.Spec.HostNetwork,
 		redirected:     p.Annotations[AnnotationRedirection] == RedirectionEnabled,
+		dnsCapture:     dnsCaptureOf(p.Annotations[annotationDNSCapture]),
 		created:        p.CreationTimestamp,
 	}
 	if p.Status.StartTime != nil {

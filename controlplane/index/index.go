@@ -88,6 +88,7 @@ type LocalPod struct {
 	Phase          PodPhase
 	WorkloadUID    string
 	Selected       Selected // by a NetworkPolicy
+	DNSCapture     mesh.DNSCapture
 }
 
 // PodPhase is a pod's phase as far as capture cares.

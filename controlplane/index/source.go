@@ -548,7 +548,7 @@ func stripPod(p *corev1.Pod) *corev1.Pod {
 	out.Name, out.Namespace, out.UID, out.ResourceVersion = p.Name, p.Namespace, p.UID, p.ResourceVersion
 	out.Labels, out.GenerateName, out.OwnerReferences = p.Labels, p.GenerateName, p.OwnerReferences
 	out.CreationTimestamp, out.DeletionTimestamp = p.CreationTimestamp, p.DeletionTimestamp
-	for _, k := range []string{annotationSidecar, AnnotationRedirection} {
+	for _, k := range []string{annotationSidecar, AnnotationRedirection, annotationDNSCapture} {
 		if v, ok := p.Annotations[k]; ok {
 			if out.Annotations == nil {
 				out.Annotations = map[string]string{}

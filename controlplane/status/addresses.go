@@ -18,6 +18,8 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/warrenmesh/warren/internal/mesh"
 )
 
 // Addresses gives hosts of ServiceEntries that have none an address, by which captured pods can ask for them: in the
@@ -31,13 +33,7 @@ type Addresses struct {
 // labelAllocate on a ServiceEntry, "false", has it do without.
 const labelAllocate = "networking.istio.io/enable-autoallocate-ip"
 
-// Where the addresses are from; nothing else has them.
-var (
-	allocated4 = netip.MustParsePrefix("240.240.0.0/16")
-	allocated6 = netip.MustParsePrefix("2001:2::/48")
-)
-
-// most is how many hosts there are addresses for: all of allocated4 but the first and the last.
+// most is how many hosts there are addresses for: all of mesh.Allocated4 but the first and the last.
 const most = 1<<16 - 2
 
 // addressesEvery is how often it is looked for hosts without an address.
@@ -54,7 +50,7 @@ func (a *Addresses) Run(ctx context.Context) {
 			a.write(ctx, t)
 		}
 		if len(without) > 0 && !exhausted {
-			a.Log.Error("no address is left for hosts of ServiceEntries", "range", allocated4, "hosts", len(without), "first", without[0])
+			a.Log.Error("no address is left for hosts of ServiceEntries", "range", mesh.Allocated4, "hosts", len(without), "first", without[0])
 		}
 		exhausted = len(without) > 0
 		select {
@@ -121,7 +117,7 @@ func allocate(entries []*networkingv1.ServiceEntry) (todo []allocation, without 
 		hosts := nameless(e)
 		for _, x := range e.Status.Addresses {
 			at, err := netip.ParseAddr(x.Value)
-			if err != nil || taken[at] || !slices.Contains(hosts, x.Host) || !allocated4.Contains(at) && !allocated6.Contains(at) {
+			if err != nil || taken[at] || !slices.Contains(hosts, x.Host) || !mesh.Allocated(at) {
 				continue
 			}
 			taken[at], have[x.Host] = true, true
@@ -160,7 +156,7 @@ func free(name string, taken map[netip.Addr]bool) (v4, v6 netip.Addr, ok bool) {
 	at := h.Sum32()
 	for i := range uint32(most) {
 		n := uint16((at+i)%most + 1)
-		b4, b6 := allocated4.Addr().As4(), allocated6.Addr().As16()
+		b4, b6 := mesh.Allocated4.Addr().As4(), mesh.Allocated6.Addr().As16()
 		binary.BigEndian.PutUint16(b4[2:], n)
 		binary.BigEndian.PutUint16(b6[14:], n)
 		v4, v6 = netip.AddrFrom4(b4), netip.AddrFrom16(b6)

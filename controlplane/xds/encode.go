@@ -123,7 +123,7 @@ func localPod(p *index.LocalPod) wds.LocalPod {
 	out := wds.LocalPod{
 		UID: p.UID, Namespace: p.Namespace, Name: p.Name, ServiceAccount: p.ServiceAccount, WorkloadUID: p.WorkloadUID,
 		Node: p.Node, Addrs: p.Addrs, Enrolled: p.Enrolled, Reason: string(p.Reason), Strict: p.Strict, HostNetwork: p.HostNetwork,
-		Selected: wds.Selected(p.Selected),
+		Selected: wds.Selected(p.Selected), DNSCapture: p.DNSCapture,
 	}
 	switch p.Phase {
 	case index.PodPending:

@@ -310,9 +310,13 @@ func destinationOf(s *mesh.Snapshot, src *mesh.Workload, text string) (netip.Add
 		host, port = text[:i], uint16(n)
 	}
 	if !strings.Contains(host, "/") {
+		meant := mesh.Meant(s.Hosts()[strings.ToLower(strings.TrimSuffix(host, "."))], src.Namespace) // as DNS capture has it
 		for svc := range s.Services() {
 			short := svc.Short + "." + svc.Name.Namespace
-			if host != svc.Name.Hostname && host != short && host != short+".svc" && (host != svc.Short || svc.Name.Namespace != src.Namespace) {
+			if meant != nil && svc != meant {
+				continue
+			}
+			if meant == nil && host != svc.Name.Hostname && host != short && host != short+".svc" && (host != svc.Short || svc.Name.Namespace != src.Namespace) {
 				continue
 			}
 			if len(svc.VIPs) == 0 {

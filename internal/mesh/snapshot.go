@@ -143,19 +143,7 @@ func (s *Snapshot) serviceFor(a NetAddr, namespace string) *Service {
 	if !ok {
 		return nil
 	}
-	var first *Service
-	for _, svc := range at.list {
-		if !svc.Visible(namespace) {
-			continue
-		}
-		if svc.Name.Namespace == namespace {
-			return svc
-		}
-		if first == nil {
-			first = svc
-		}
-	}
-	return first
+	return Meant(at.list, namespace)
 }
 
 // serviceByPrefix returns the service with the longest prefix around a. With a namespace it leaves out those

@@ -23,6 +23,7 @@ type LocalPod struct {
 	HostNetwork    bool
 	State          PodState
 	Selected       Selected // by a NetworkPolicy
+	DNSCapture     mesh.DNSCapture
 }
 
 // Selected says whether a NetworkPolicy selects a pod.
@@ -58,6 +59,7 @@ func EncodeLocalPod(p LocalPod) *node.LocalPod {
 		WorkloadUid: p.WorkloadUID, Node: p.Node, Addresses: encodeAll(p.Addrs, encodeAddr),
 		Enrolled: p.Enrolled, Reason: p.Reason, Strict: p.Strict, HostNetwork: p.HostNetwork,
 		State: node.LocalPod_State(p.State), Selected: node.LocalPod_Selected(p.Selected),
+		DnsCapture: node.LocalPod_DNSCapture(p.DNSCapture),
 	}
 }
 
@@ -77,6 +79,9 @@ func DecodeLocalPod(p *node.LocalPod) (LocalPod, error) {
 	d.State = PodState(p.State)
 	if p.Selected > 0 && p.Selected <= node.LocalPod_SELECTED_YES { // else of a later version: not known
 		d.Selected = Selected(p.Selected)
+	}
+	if p.DnsCapture > 0 && p.DnsCapture <= node.LocalPod_DNS_CAPTURE_ON { // likewise
+		d.DNSCapture = mesh.DNSCapture(p.DnsCapture)
 	}
 	var err error
 	d.Addrs, err = decodeAll(p.Addresses, decodeAddr)

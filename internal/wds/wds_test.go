@@ -173,6 +173,7 @@ func TestDecodeUndoesEncode(t *testing.T) {
 		l := LocalPod{
 			UID: g.word(), Namespace: g.word(), Name: g.word(), ServiceAccount: g.word(), WorkloadUID: g.word(), Node: g.word(),
 			Addrs: some(g, 2, g.addr), Enrolled: g.yes(), Reason: g.word(), Strict: g.yes(), HostNetwork: g.yes(), State: PodState(g.n(4)),
+			DNSCapture: mesh.DNSCapture(g.n(2)),
 		}
 		gotL, err := DecodeLocalPod(wire(t, EncodeLocalPod(l), &node.LocalPod{}))
 		if err != nil || fmt.Sprint(gotL) != fmt.Sprint(l) {

@@ -81,6 +81,8 @@ type Pod struct {
 	NetNS     *netns.Handle // stays the caller's, and open until Release
 	Addrs     []netip.Addr  // one IPv4 address, one IPv6 address or both
 	Listeners Listeners     // where its connections go; they stay the caller's
+
+	ResolvesNames bool // its questions for hosts of ServiceEntries are answered, see SetNames
 }
 
 // Datapath is the loaded and attached kernel side. Its methods may be called concurrently.
@@ -106,6 +108,7 @@ type Datapath struct {
 	gates *gatekeeper
 	drift map[string]uint64 // rows that an audit found wrong, by map
 	near  nearby
+	hosts resolver
 
 	watches   map[string]*podWatch // of given
 	nodeWatch *watch               // of the node's interfaces; nil before the first audit
@@ -162,7 +165,7 @@ func (d *Datapath) open(ctx context.Context) (err error) {
 		return err
 	}
 	d.schemas.settle()
-	d.gates = newGatekeeper(&d.kernel)
+	d.gates, d.hosts = newGatekeeper(&d.kernel), newResolver(&d.kernel)
 	d.canReset = canReset(d.node)
 	if err := d.readPods(); err != nil {
 		return err

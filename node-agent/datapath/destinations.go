@@ -4,6 +4,7 @@ import (
 	"iter"
 	"maps"
 	"net/netip"
+	"slices"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -42,7 +43,8 @@ type View interface {
 
 // Desired computes which addresses are mesh as seen from a network: those of workloads that are reached by
 // HBONE or through a waypoint, and those of services that have such an endpoint or a waypoint of their own.
-// A service with none of these is left alone: its connections never touch the agent.
+// A service with none of these is left alone: its connections never touch the agent. An address that was allocated leads
+// nowhere but by the agent, though, so that it is captured where the agent knows an endpoint.
 //
 // Where pods may reach only what the mesh knows, every other address is captured too, and the agent refuses it; what
 // the mesh knows and is left alone is entered as that. What is for some namespaces alone (exportTo) is captured then, because
@@ -56,9 +58,22 @@ func Desired(v View, network string) Destinations {
 		}
 	}
 	meshed := map[mesh.ServiceName]struct{}{}
+	allocated := map[mesh.ServiceName]struct{}{}
+	for s := range v.Services() {
+		if slices.ContainsFunc(s.VIPs, func(vip mesh.NetAddr) bool { return mesh.Allocated(vip.Addr) }) {
+			allocated[s.Name] = struct{}{}
+		}
+	}
 	hosts := map[netip.Addr]struct{}{}
 	for w := range v.Workloads() {
 		captured := w.Tunnel == mesh.TunnelHBONE || w.Waypoint != nil
+		if len(allocated) > 0 && len(w.Addrs) > 0 && w.Network == network {
+			for name := range w.Services {
+				if _, ok := allocated[name]; ok {
+					meshed[name] = struct{}{}
+				}
+			}
+		}
 		if !captured && !registryOnly {
 			continue
 		}

@@ -57,15 +57,18 @@ func TestDesired(t *testing.T) {
 			{Addrs: []netip.Addr{addr("10.0.0.3")}, Waypoint: &mesh.Gateway{}, Services: backs("behind")},
 			{Addrs: []netip.Addr{addr("10.0.0.4")}, Network: "far", Tunnel: mesh.TunnelHBONE},
 			{Addrs: []netip.Addr{addr("::ffff:10.0.0.5")}, Tunnel: mesh.TunnelHBONE},
+			{Addrs: []netip.Addr{addr("192.0.2.7")}, Services: backs("static")},
+			{Hostname: "elsewhere.example", Services: backs("named")},
 		},
 		services: []*mesh.Service{
 			service("mixed", "10.96.0.1", "fd96::1"), service("plain", "10.96.0.2"), service("behind", "10.96.0.3"),
 			service("empty", "10.96.0.5"), waypointed, entry, far,
+			service("static", "240.240.0.1", "2001:2::1"), service("named", "240.240.0.2"),
 		},
 	}, "")
 
 	want := Destinations{Addrs: map[netip.Addr]bool{}, Prefixes: map[netip.Prefix]bool{netip.MustParsePrefix("192.0.2.0/24"): true}}
-	for _, a := range []string{"10.0.0.1", "fd00::1", "10.0.0.3", "10.0.0.5", "10.96.0.1", "fd96::1", "10.96.0.3", "10.96.0.4"} {
+	for _, a := range []string{"10.0.0.1", "fd00::1", "10.0.0.3", "10.0.0.5", "10.96.0.1", "fd96::1", "10.96.0.3", "10.96.0.4", "240.240.0.1", "2001:2::1"} {
 		want.Addrs[addr(a)] = true
 	}
 	if d := cmp.Diff(want, got, cmp.Comparer(func(a, b netip.Addr) bool { return a == b }),

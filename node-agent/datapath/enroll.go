@@ -69,6 +69,9 @@ func (d *Datapath) Enroll(p Pod) error {
 	if err := d.applyPolicies(); err != nil { // the pod is captured: what the kernel does not decide, the agent does
 		d.cfg.Log.Error("telling the kernel the policies of a new pod", "uid", p.UID, "error", err)
 	}
+	if err := d.applyNames(); err != nil { // it asks its resolver as before
+		d.cfg.Log.Error("answering the questions of a new pod", "uid", p.UID, "error", err)
+	}
 	return nil
 }
 
@@ -250,6 +253,9 @@ func (d *Datapath) sharedMaps() map[string]*ebpf.Map {
 		bpf.MeshMapAgentSockets:    d.kernel.AgentSockets,
 		bpf.MeshMapDestinations:    d.kernel.Destinations,
 		bpf.MeshMapDirects:         d.kernel.Directs,
+		bpf.MeshMapDnsClients:      d.kernel.DnsClients,
+		bpf.MeshMapDnsNames:        d.kernel.DnsNames,
+		bpf.MeshMapDnsScratches:    d.kernel.DnsScratches,
 		bpf.MeshMapEventBudgets:    d.kernel.EventBudgets,
 		bpf.MeshMapEvents:          d.kernel.Events,
 		bpf.MeshMapGates:           d.kernel.Gates,
@@ -307,7 +313,7 @@ func (d *Datapath) release(uid string) error {
 	if err := d.leaveNear(uid, r); err != nil {
 		return fmt.Errorf("release pod %s: %w", uid, err)
 	}
-	if err := d.releaseUDP(uid, r); err != nil {
+	if err := errors.Join(d.releaseUDP(uid, r), d.releaseNames(uid, r)); err != nil {
 		return fmt.Errorf("release pod %s: %w", uid, err)
 	}
 	if !d.interfaceShared(uid, r.pod.Ifindex) {

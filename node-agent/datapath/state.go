@@ -201,7 +201,7 @@ func (d *Datapath) Audit() ([]PodState, error) {
 			errs = append(errs, err)
 		}
 	}
-	errs = append(errs, d.auditDestinations(), d.auditPolicies(), d.pruneDirects(), d.pruneNears())
+	errs = append(errs, d.auditDestinations(), d.auditPolicies(), d.auditNames(), d.pruneDirects(), d.pruneNears())
 	return states, errors.Join(errs...)
 }
 

@@ -23,6 +23,7 @@ type LocalPod struct {
 	Strict      bool   // plaintext from before enrolment must end
 	HostNetwork bool
 	Finished    bool // succeeded or failed: nothing of it runs any more
+	DNSCapture  bool // its questions for hosts of ServiceEntries are answered by the node
 }
 
 // Plumber is the kernel side; *datapath.Datapath is one.

@@ -62,7 +62,7 @@ func (p *pod) set(to Redirection, reason string) bool {
 
 // differs reports whether what the control plane says needs anything done; the caller holds Registry.mu.
 func (p *pod) differs(d LocalPod) bool {
-	return p.restored || p.local.Identity != d.Identity || p.local.WorkloadUID != d.WorkloadUID || p.local.Strict != d.Strict
+	return p.restored || p.local.Identity != d.Identity || p.local.WorkloadUID != d.WorkloadUID || p.local.Strict != d.Strict || p.local.DNSCapture != d.DNSCapture
 }
 
 // sandboxGone reports whether the runtime has removed the pod's network namespace; the caller holds Registry.mu.
@@ -225,7 +225,7 @@ func (r *Registry) capture(ctx context.Context, p *pod, d LocalPod, sb sandbox) 
 		r.log.Debug("not held", "uid", d.UID, "err", err)
 	}
 	if err := r.cfg.Plumber.Enroll(datapath.Pod{UID: p.uid, Workload: d.WorkloadUID, Identity: d.Identity, NetNS: p.ns,
-		Addrs: p.addrs, Listeners: *p.listeners}); err != nil {
+		Addrs: p.addrs, Listeners: *p.listeners, ResolvesNames: d.DNSCapture}); err != nil {
 		if _, never := unsupported(err); never {
 			r.teardown(p, false)
 		}

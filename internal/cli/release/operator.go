@@ -48,6 +48,7 @@ func meanings() map[string]string {
 		"values.cni.cniBinDir":                         "node.cni.binDir",
 		"values.cni.cniConfDir":                        "node.cni.confDir",
 		"values.cni.ambient.enabled":                   "",
+		"values.cni.ambient.dnsCapture":                "node.dnsCapture",
 		"values.cni.chained":                           "",
 		"values.cni.resourceQuotas.enabled":            "resourceQuotas.enabled",
 		"values.cni.resourceQuotas.pods":               "resourceQuotas.pods",
