@@ -121,6 +121,17 @@ func TestCanaryNodes(t *testing.T) {
 			t.Errorf("%s is for other nodes:\n%s", name, set)
 		}
 	}
+	all = render(t, "node.canary.nodes=pool=canary", "node.canary.revision=next")
+	for name, asks := range map[string]string{"warren-node": "istiod.istio-system", "warren-node-canary": "istiod-next.istio-system"} {
+		for _, variable := range []string{"XDS_ADDRESS", "CA_ADDRESS"} {
+			if want := "{name: " + variable + `, value: "https://` + asks + `.svc:15012"}`; !strings.Contains(object(t, all, "DaemonSet", name), want) {
+				t.Errorf("%s lacks %s", name, want)
+			}
+		}
+	}
+	if out, err := helm(t, "template", "warren", dir, "--set", "node.canary.revision=next"); err == nil || !strings.Contains(out, "node.canary.nodes says for which nodes") {
+		t.Errorf("a revision for no node is taken: %v: %.300s", err, out)
+	}
 	if strings.Contains(render(t), "canary") {
 		t.Error("there are canaries that nobody asked for")
 	}
