@@ -78,6 +78,17 @@ func TestRevisionJoinsAndLeaves(t *testing.T) {
 		t.Errorf("status: code %d\n%s%s", code, out, errs)
 	}
 
+	if _, out, errs := s.run(t, "check"); !strings.Contains(out, "revisions: beside the mesh's control plane next (1/1 ready, 2 Gateways)") {
+		t.Errorf("check:\n%s%s", out, errs)
+	}
+	s.gateway(t, "shop", "lost", waypointClass, map[string]string{revision.Label: "nxt"})
+	if _, out, errs := s.run(t, "check"); !strings.Contains(out, `revisions: nobody makes or configures the Gateway shop/lost: it asks for "nxt"`) {
+		t.Errorf("check:\n%s%s", out, errs)
+	}
+	if err := s.dynamic.Tracker().Delete(gatewayResource, "shop", "lost"); err != nil {
+		t.Fatal(err)
+	}
+
 	// Tags.
 	session(t, "testdata/tags.txtar", s.run)
 	refused("there is no control plane of revision nobody", "tag", "set", "x", "--revision", "nobody")
