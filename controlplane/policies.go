@@ -7,7 +7,7 @@ func (cp *controlPlane) newPolicies() *status.Policies {
 	return status.NewPolicies(status.PoliciesConfig{
 		Object: status.Objects(cp.source), Write: status.WriteStatus(cp.clients.Istio, cp.clients.Dynamic),
 		Nodes: cp.xds.Nodes, Forget: cp.xds.Forget, Waypoint: cp.envoys.Pods,
-		Owner: cp.tells, Revision: cp.cfg.Revision,
+		Owner: cp.tells, Away: cp.away, Revision: cp.cfg.Revision,
 		RootNamespace: cp.cfg.Mesh.RootNamespace, Log: cp.cfg.Log.With("scope", "status"), Metrics: cp.metrics,
 	})
 }

@@ -3,6 +3,7 @@ package controlplane
 import (
 	"context"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -31,7 +32,8 @@ type revisions struct {
 	namespace string
 	log       *slog.Logger
 
-	known atomic.Pointer[revision.Known] // nil until it has been read
+	known atomic.Pointer[revision.Known]    // nil until it has been read
+	away  atomic.Pointer[map[string]string] // nodes whose agents ask another control plane, with its revision
 }
 
 // run follows the Services that say so until ctx ends.
@@ -156,7 +158,26 @@ func (cp *controlPlane) saysOfRoutes(k index.RouteKey, ref gatewayv1.ParentRefer
 	return cp.ownerOf(ns, name) == cp.cfg.Revision
 }
 
-// followOwners has statuses looked at again where Gateways went over to another control plane, until ctx ends.
+// awayNow are the nodes whose agents ask another control plane than the default one: their pods say so by its revision.
+func (cp *controlPlane) awayNow() map[string]string {
+	out := map[string]string{}
+	for p := range cp.source.SeenPods(cp.cfg.Namespace) {
+		if rev := p.Labels[revision.Label]; p.Labels["app"] == "ztunnel" && p.Node != "" && !p.Ending && rev != "" && rev != revision.Default {
+			out[p.Node] = rev
+		}
+	}
+	return out
+}
+
+// away is what awayNow was when it was last looked at.
+func (cp *controlPlane) away() map[string]string {
+	if m := cp.revisions.away.Load(); m != nil {
+		return *m
+	}
+	return nil
+}
+
+// followOwners has statuses looked at again where Gateways, or agents, went over to another control plane, until ctx ends.
 func (cp *controlPlane) followOwners(ctx context.Context) {
 	var was map[types.UID]string
 	tick := time.NewTicker(ownersEvery)
@@ -168,7 +189,10 @@ func (cp *controlPlane) followOwners(ctx context.Context) {
 				owner, _, _ := cp.owner(g)
 				now[g.UID] = owner
 			}
-			if moved(was, now) {
+			away := cp.awayNow()
+			left := !maps.Equal(away, cp.away())
+			cp.revisions.away.Store(&away)
+			if moved(was, now) || left {
 				cp.policies.Again()
 				cp.routes.Again()
 			}

@@ -11,9 +11,11 @@ import (
 // SeenPod is what a reader of the cluster may know of a pod that has not finished.
 type SeenPod struct {
 	Namespace, Name, ServiceAccount string
+	Node                            string // "" before it has one
 	Labels                          map[string]string
 	HostNetwork                     bool
 	Captured                        bool // its node says that it is captured
+	Ending                          bool
 }
 
 // SeenPods yields the pods of a namespace, or those of all for "", as the watch has them now.
@@ -35,8 +37,8 @@ func (s *Source) SeenPods(namespace string) iter.Seq[SeenPod] {
 				sa = "default"
 			}
 			if !yield(SeenPod{
-				Namespace: p.Namespace, Name: p.Name, ServiceAccount: sa, Labels: p.Labels, HostNetwork: p.Spec.HostNetwork,
-				Captured: p.Annotations[AnnotationRedirection] == RedirectionEnabled,
+				Namespace: p.Namespace, Name: p.Name, ServiceAccount: sa, Node: p.Spec.NodeName, Labels: p.Labels, HostNetwork: p.Spec.HostNetwork,
+				Captured: p.Annotations[AnnotationRedirection] == RedirectionEnabled, Ending: p.DeletionTimestamp != nil,
 			}) {
 				return
 			}

@@ -84,7 +84,11 @@ type wireCondition struct {
 func statusPatch(o Object, want []condition, now time.Time, ours func(kind string) bool) ([]byte, error) {
 	list := []any{}
 	for _, c := range o.Conditions {
-		if c != nil && !ours(c.Type) {
+		switch {
+		case c == nil || ours(c.Type):
+		case slices.Contains(ownConditions, c.Type) || strings.HasPrefix(c.Type, partPrefix): // another control plane's
+			list = append(list, wireCondition{c.Type, c.Status, c.Reason, c.Message, c.ObservedGeneration, metav1.NewTime(c.LastTransitionTime.AsTime())})
+		default:
 			list = append(list, c)
 		}
 	}

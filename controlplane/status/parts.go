@@ -1,6 +1,8 @@
 package status
 
 import (
+	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -13,9 +15,9 @@ import (
 	"github.com/warrenmesh/warren/internal/revision"
 )
 
-// Where there are control planes of several revisions, each knows of its own waypoints and gateways alone what they do, and the
-// default one of nodes. Each of the others writes a condition of its own on the policies that its waypoints have to enforce,
-// and the default one takes it for theirs.
+// Where there are control planes of several revisions, each knows of those waypoints, gateways and nodes alone what they do that
+// ask it. Each but the default one writes a condition of its own on the policies that they have to enforce, and the default one
+// takes it for theirs.
 
 // elsewhere names the revision of another control plane that tells a waypoint; "" for this one.
 func (p *Policies) elsewhere(waypoint mesh.ServiceName) string {
@@ -28,12 +30,36 @@ func (p *Policies) elsewhere(waypoint mesh.ServiceName) string {
 	return ""
 }
 
-// parts are the revisions that tell waypoints of an object, beside this control plane's.
-func (p *Policies) parts(s *index.PolicyState) map[string]bool {
+// asking tells nodes that ask this control plane from those that ask others, which it counts by revision.
+func (p *Policies) asking(nodes nodeCount) (home []string, away map[string]int) {
+	var elsewhere map[string]string
+	if p.cfg.Away != nil {
+		elsewhere = p.cfg.Away()
+	}
+	away = map[string]int{}
+	for _, node := range nodes.names() {
+		switch rev := cmp.Or(elsewhere[node], revision.Default); {
+		case rev == p.cfg.Revision || p.cfg.Owner == nil:
+			home = append(home, node)
+		default:
+			away[rev]++
+		}
+	}
+	return home, away
+}
+
+// parts are the revisions that tell waypoints or nodes of an object, beside this control plane's.
+func (p *Policies) parts(k index.PolicyKey, s *index.PolicyState) map[string]bool {
 	out := map[string]bool{}
 	for _, w := range s.Waypoints {
 		if r := p.elsewhere(w); r != "" {
 			out[r] = true
+		}
+	}
+	if p.cfg.Away != nil && len(p.cfg.Away()) > 0 {
+		_, away := p.asking(p.concerned(k, s))
+		for rev := range away {
+			out[rev] = true
 		}
 	}
 	return out
@@ -52,7 +78,7 @@ func (p *Policies) ours(k index.PolicyKey) func(kind string) bool {
 	defer p.mu.Unlock()
 	var parts map[string]bool
 	if e := p.entries[k]; e != nil {
-		parts = p.parts(e.state)
+		parts = p.parts(k, e.state)
 	}
 	return func(kind string) bool {
 		rev, part := strings.CutPrefix(kind, partPrefix)
@@ -66,41 +92,52 @@ func (p *Policies) says(k index.PolicyKey, e *entry, o Object, nodes map[string]
 		c, done := p.enforced(k, e, o, nodes)
 		return append(accepted(k, e.state, o), c), c.Type, done
 	}
-	var pending, refusing []string
-	why := ""
-	ways := p.waypoints(e, &pending, &refusing, &why)
+	home, _ := p.asking(p.concerned(k, e.state))
+	on := p.onNodes(e, home, nodes)
+	ways := p.waypoints(e, &on.pending, &on.refusing, &on.why)
 	c := condition{Type: partPrefix + p.cfg.Revision, Status: string(metav1.ConditionTrue), Reason: reasonEnforced, Message: strings.TrimPrefix(ways.text, ", ")}
-	if ways.own == 0 {
+	if ways.own+len(home) == 0 {
 		return []condition{}, c.Type, true
 	}
-	c.lack(reasonPending, "waiting for", pending)
-	c.lack(reasonRefused, "refused by", refusing)
-	if why != "" {
-		c.Message += "; " + why
+	if len(home) > 0 {
+		c.Message = fmt.Sprintf("%d/%d nodes at revision %d", on.n, len(home), on.revision) + ways.text
 	}
-	return []condition{c}, c.Type, ways.done
+	on.tell(&c)
+	return []condition{c}, c.Type, on.n == len(home) && ways.done
 }
 
-// others adds to what waypoints do what control planes of other revisions say of theirs.
-func (p *Policies) others(s *index.PolicyState, o Object, ways *atWaypoints, pending, refusing *[]string, why *string) {
-	for _, rev := range slices.Sorted(maps.Keys(p.parts(s))) {
+// others adds to what waypoints and nodes do what control planes of other revisions say of theirs. It returns how many of the
+// nodes that are away do it.
+func (p *Policies) others(s *index.PolicyState, o Object, away map[string]int, ways *atWaypoints, on *onNodes) (n int) {
+	who := map[string]bool{}
+	for _, w := range s.Waypoints {
+		if r := p.elsewhere(w); r != "" {
+			who[r] = true
+		}
+	}
+	for r := range away {
+		who[r] = true
+	}
+	for _, rev := range slices.Sorted(maps.Keys(who)) {
 		of := "the control plane of revision " + rev
 		c := find(o.Conditions, partPrefix+rev)
 		switch {
 		case c == nil || c.ObservedGeneration != o.Generation:
-			*pending = append(*pending, of)
+			on.pending = append(on.pending, of)
 		case c.Status == string(metav1.ConditionTrue):
-			ways.text += ", " + c.Message + " (" + of + ")"
+			ways.text += ", " + atRevision.ReplaceAllString(c.Message, "") + " (" + of + ")"
+			n += away[rev]
 			continue
 		case c.Reason == reasonRefused:
-			*refusing = append(*refusing, of)
-			*why = first(*why, of+" says: "+short(c.Message))
+			on.refusing = append(on.refusing, of)
+			on.why = first(on.why, of+" says: "+short(c.Message))
 		default:
-			*pending = append(*pending, of)
-			*why = first(*why, of+" says: "+short(c.Message))
+			on.pending = append(on.pending, of)
+			on.why = first(on.why, of+" says: "+short(c.Message))
 		}
 		ways.done = false
 	}
+	return n
 }
 
 // Again has all objects looked at: other control planes tell other waypoints now.

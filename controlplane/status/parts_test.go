@@ -4,6 +4,7 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	metav1alpha1 "istio.io/api/meta/v1alpha1"
@@ -91,5 +92,52 @@ func TestPartsOfOtherControlPlanes(t *testing.T) {
 	}
 	if want, write := says(of("next", ours), part("True", reasonEnforced, "", 3)); !write || len(want) > 0 {
 		t.Errorf("the second one leaves what it said of what was its own: %+v", want)
+	}
+}
+
+// Of nodes whose agents ask another control plane, that one says what they do, and the default one takes its word.
+func TestPartsOfNodes(t *testing.T) {
+	for _, rev := range []string{revision.Default, "next"} {
+		synctest.Test(t, func(t *testing.T) {
+			a := newAPI(t)
+			a.p.cfg.Owner, a.p.cfg.Revision = func(mesh.ServiceName) string { return revision.Default }, rev
+			a.p.cfg.Away = func() map[string]string { return map[string]string{"n2": "next"} }
+			a.lead()
+			defer func() { a.stop() }()
+			a.pods("n1", "n2")
+			a.apply("p", 1, nil)
+			const part = partPrefix + "next"
+			if rev == "next" {
+				a.reach("n2", 1, nil)
+				time.Sleep(2 * time.Second)
+				if got := a.says("p", part); got != "False NodesPending g1: 0/1 nodes; waiting for n2" {
+					t.Errorf("the second one, while its node is behind: %q", got)
+				}
+				a.reach("n2", 0, nil)
+				time.Sleep(2 * time.Second)
+				if got := a.says("p", part); got != "True Enforced g1: 1/1 nodes" {
+					t.Errorf("the second one: %q", got)
+				}
+				a.want("the second one about the rest", "")
+				return
+			}
+			a.reach("n1", 0, nil)
+			a.reach("n2", 0, nil) // as it was before it asked the other
+			time.Sleep(2 * time.Second)
+			a.want("nothing is said of n2", "False NodesPending g1: 1/2 nodes; waiting for the control plane of revision next")
+			a.mu.Lock()
+			o := a.objects[key("p")]
+			o.Conditions = append(o.Conditions, &metav1alpha1.IstioCondition{Type: part, Status: "True", Reason: reasonEnforced, Message: "1/1 nodes at revision 9", ObservedGeneration: 1})
+			a.objects[key("p")] = o
+			a.mu.Unlock()
+			time.Sleep(2 * pace)
+			a.want("n2 does it", "True Enforced g1: 2/2 nodes, 1/1 nodes (the control plane of revision next)")
+			if a.says("p", part) == "" {
+				t.Error("what the other one said is gone")
+			}
+			if c := find(a.objects[key("p")].Conditions, part); c.ObservedGeneration != 1 {
+				t.Errorf("what the other one said is of generation %d now", c.ObservedGeneration)
+			}
+		})
 	}
 }

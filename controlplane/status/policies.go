@@ -49,6 +49,8 @@ type PoliciesConfig struct {
 	// there is no other.
 	Owner    func(mesh.ServiceName) string
 	Revision string
+	// Away are the nodes whose agents ask another control plane than the default one, with its revision; nil: none do.
+	Away func() map[string]string
 
 	RootNamespace string
 	Log           *slog.Logger
@@ -321,7 +323,7 @@ func (p *Policies) assess(k index.PolicyKey, o Object, now time.Time, ours func(
 		return nil, 0 // the index has not come as far as the watch: it will
 	}
 	want, said, done := p.says(k, e, o, nodes)
-	if !p.secondary() && len(p.parts(e.state)) > 0 {
+	if !p.secondary() && len(p.parts(k, e.state)) > 0 {
 		again = pace // what others write is no change that the index tells of
 	}
 	if done {
@@ -373,51 +375,18 @@ func equalConditions(a, b []condition) bool {
 // enforced counts the nodes. done reports that every one that has to holds what is compiled for the object.
 func (p *Policies) enforced(k index.PolicyKey, e *entry, o Object, nodes map[string]xds.Progress) (_ condition, done bool) {
 	concerned := p.concerned(k, e.state)
-	revision := max(e.revision, p.tally.since(e.state.Compiled))
-	var pending, disconnected, unknown, refusing []string
-	why := ""
-	n := 0
-	for _, node := range concerned.names() {
-		at, seen := nodes[node]
-		refused, trouble := "", at.Trouble
-		for _, name := range e.state.Compiled {
-			if r := at.Refused[name.String()]; r != "" {
-				refused = r
-			}
-		}
-		switch {
-		case refused != "":
-			refusing = append(refusing, node)
-			why = first(why, node+" says: "+short(refused))
-		case at.Revision >= revision:
-			n++
-		case trouble != "":
-			refusing = append(refusing, node)
-			why = first(why, node+" says: "+short(trouble))
-		case !seen:
-			unknown = append(unknown, node)
-		case at.Connected.IsZero():
-			disconnected = append(disconnected, node)
-		default:
-			pending = append(pending, node)
-		}
-	}
-	ways := p.waypoints(e, &pending, &refusing, &why)
-	p.others(e.state, o, &ways, &pending, &refusing, &why)
+	home, away := p.asking(concerned)
+	on := p.onNodes(e, home, nodes)
+	ways := p.waypoints(e, &on.pending, &on.refusing, &on.why)
+	on.n += p.others(e.state, o, away, &ways, &on)
 	total := len(concerned)
 	c := condition{Type: ConditionEnforced, Status: string(metav1.ConditionTrue), Reason: reasonEnforced,
-		Message: fmt.Sprintf("%d/%d nodes at revision %d", n, total, revision) + ways.text}
-	c.lack(reasonPending, "waiting for", pending)
-	c.lack(reasonPending, "not connected and behind:", disconnected)
-	c.lack(reasonDisconnected, "not connected:", unknown)
-	c.lack(reasonRefused, "refused by", refusing)
-	if why != "" {
-		c.Message += "; " + why
-	}
+		Message: fmt.Sprintf("%d/%d nodes at revision %d", on.n, total, on.revision) + ways.text}
+	on.tell(&c)
 	if c.Reason == reasonDisconnected {
 		c.Status = string(metav1.ConditionUnknown)
 	}
-	done = n == total && ways.done
+	done = on.n == total && ways.done
 	switch {
 	case !e.state.Exact:
 		if done || c.Reason == reasonPending {
@@ -435,6 +404,56 @@ func (p *Policies) enforced(k index.PolicyKey, e *entry, o Object, nodes map[str
 		c.Message += "; " + e.state.Message
 	}
 	return c, done
+}
+
+// onNodes is what nodes do about a policy.
+type onNodes struct {
+	revision                                 uint64 // that they have to have come to
+	n                                        int    // who have
+	pending, disconnected, unknown, refusing []string
+	why                                      string
+}
+
+// onNodes counts nodes that ask this control plane.
+func (p *Policies) onNodes(e *entry, names []string, nodes map[string]xds.Progress) onNodes {
+	on := onNodes{revision: max(e.revision, p.tally.since(e.state.Compiled))}
+	for _, node := range names {
+		at, seen := nodes[node]
+		refused, trouble := "", at.Trouble
+		for _, name := range e.state.Compiled {
+			if r := at.Refused[name.String()]; r != "" {
+				refused = r
+			}
+		}
+		switch {
+		case refused != "":
+			on.refusing = append(on.refusing, node)
+			on.why = first(on.why, node+" says: "+short(refused))
+		case at.Revision >= on.revision:
+			on.n++
+		case trouble != "":
+			on.refusing = append(on.refusing, node)
+			on.why = first(on.why, node+" says: "+short(trouble))
+		case !seen:
+			on.unknown = append(on.unknown, node)
+		case at.Connected.IsZero():
+			on.disconnected = append(on.disconnected, node)
+		default:
+			on.pending = append(on.pending, node)
+		}
+	}
+	return on
+}
+
+// tell has a condition say who does not do what it is about, and why.
+func (on *onNodes) tell(c *condition) {
+	c.lack(reasonPending, "waiting for", on.pending)
+	c.lack(reasonPending, "not connected and behind:", on.disconnected)
+	c.lack(reasonDisconnected, "not connected:", on.unknown)
+	c.lack(reasonRefused, "refused by", on.refusing)
+	if on.why != "" {
+		c.Message += "; " + on.why
+	}
 }
 
 // atWaypoints is what the waypoints of a policy do about it.
