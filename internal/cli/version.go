@@ -24,7 +24,7 @@ type podVersion struct {
 	Pod      string `json:"pod"`
 	Node     string `json:"node"`
 	Tag      string `json:"tag"`
-	Revision string `json:"revision,omitempty"` // of a control plane beside the mesh's
+	Revision string `json:"revision,omitempty"` // of a control plane beside the mesh's, or of that which an agent asks
 }
 
 func (a *app) versionCommand() *cobra.Command {
@@ -49,7 +49,7 @@ func (a *app) versionCommand() *cobra.Command {
 					for i := range list.Items {
 						p := &list.Items[i]
 						rev := p.Labels[revision.Label]
-						if rev == revision.Default || s.selector == agentSelector {
+						if rev == revision.Default {
 							rev = ""
 						}
 						*s.to = append(*s.to, podVersion{p.Name, p.Spec.NodeName, imageTag(p), rev})
