@@ -3,6 +3,7 @@ package e2e
 import (
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -177,6 +178,10 @@ spec:
 	}
 	record("revision-moves", "revision-moves", r.Requests, r.Failed, float64(moves), fmt.Sprintf("moves of a waypoint to another control plane at %d requests/s", size(50, 200)))
 
+	if *long {
+		agentsAsk(t, ns, rev, say)
+	}
+
 	say("uninstall", "--revision", rev)
 	if left := ofRevision(t, rev); left != "" {
 		t.Errorf("left:\n%s", left)
@@ -184,4 +189,41 @@ spec:
 	if now := field(t, lab.Namespace, "secret/istio-ca-secret", "{.metadata.uid}/{.metadata.resourceVersion}"); now != root {
 		t.Errorf("the root of trust was %s and is %s", root, now)
 	}
+}
+
+// agentsAsk has the agent of one node ask another control plane, which tells it of the mesh and says of its pods what it reports.
+func agentsAsk(t *testing.T, ns, rev string, say func(...string) string) {
+	t.Helper()
+	ctx := t.Context()
+	t.Cleanup(func() {
+		ctx := context.WithoutCancel(ctx)
+		_, _ = mesh.Kubectl(ctx, "label", "node", nodes[0], "pool-")
+		if err := mesh.Install(ctx); err != nil {
+			t.Error(err)
+		}
+	})
+	_, err := mesh.Kubectl(ctx, "label", "node", nodes[0], "pool=canary")
+	must(t, err)
+	say("upgrade", "--set", "node.canary.nodes=pool=canary", "--set", "node.canary.revision="+rev)
+	must(t, lab.Eventually(ctx, 2*time.Minute, func() error {
+		rows, err := warren(t, "proxy-status")
+		if err != nil {
+			return err
+		}
+		for i, n := range nodes[:2] {
+			if !slices.ContainsFunc(slices.Collect(strings.Lines(rows)), func(l string) bool {
+				return strings.HasPrefix(l, n+" ") && strings.Contains(l, "warren-control-"+rev+"-") == (i == 0)
+			}) {
+				return fmt.Errorf("%s does not ask whom it is to ask:\n%s", n, rows)
+			}
+		}
+		return nil
+	}))
+	must(t, mesh.Run(ctx, caller(ns, "late", nodes[0])))
+	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
+	inMesh(t, ns)
+	if out, err := mesh.Exec(ctx, ns, "client", "/demo", "load", "-n", "20", "-url", "http://inventory/stock"); err != nil {
+		t.Errorf("a client on %s: %v: %s", nodes[0], err, out)
+	}
+	say("upgrade", "--reset-values")
 }
