@@ -119,6 +119,9 @@ spec:
 			return nil
 		}))
 		enforced(t, ns, "authorizationpolicy/clients")
+		if moves > 1 {
+			enforced(t, ns, "ratelimit/many")
+		}
 		if _, err := mesh.Exec(ctx, ns, "stranger", "/demo", "load", "-n", "1", "-url", "http://inventory/stock"); err == nil {
 			t.Errorf("%s: a stranger is let in", address)
 		}
@@ -140,8 +143,15 @@ spec:
   targetRefs: [{group: "", kind: Service, name: inventory}]
   action: DENY
   rules: [{to: [{operation: {paths: [/never]}}]}]
+---
+apiVersion: policy.warren.io/v1alpha1
+kind: RateLimit
+metadata: {name: many, namespace: NS}
+spec:
+  targetRefs: [{kind: Service, name: inventory}]
+  limits: [{requests: 100000, per: Second}]
 `)
-	enforced(t, ns, "authorizationpolicy/never")
+	enforced(t, ns, "authorizationpolicy/never", "ratelimit/many")
 	if _, err := mesh.Exec(ctx, ns, "client", "/demo", "load", "-n", "1", "-url", "http://inventory/never"); err == nil {
 		t.Error("what is denied since the waypoint has gone over is not")
 	}
@@ -221,7 +231,11 @@ func agentsAsk(t *testing.T, ns, rev string, say func(...string) string) {
 	}))
 	must(t, mesh.Run(ctx, caller(ns, "late", nodes[0])))
 	must(t, mesh.AwaitReady(ctx, ns, time.Minute))
-	inMesh(t, ns)
+	fieldBecomes(t, ns, "pod/late", `{.metadata.annotations.ambient\.istio\.io/redirection}`, "enabled")
+	// It says what that node enforces, too.
+	strict(t, ns)
+	enforced(t, ns, "peerauthentication/default")
+	fieldBecomes(t, ns, "peerauthentication/default", `{.status.conditions[?(@.type=="Enforced")].message}`, "(the control plane of revision "+rev+")")
 	if out, err := mesh.Exec(ctx, ns, "client", "/demo", "load", "-n", "20", "-url", "http://inventory/stock"); err != nil {
 		t.Errorf("a client on %s: %v: %s", nodes[0], err, out)
 	}
