@@ -212,7 +212,20 @@ func (a *app) mayUninstall(ctx context.Context, c *conn, rev string) error {
 		}
 	}
 	slices.Sort(tags)
+	agents, err := a.agents(ctx, c)
+	if err != nil {
+		return err
+	}
+	var nodes []string
+	for _, p := range agents {
+		if p.Labels[revision.Label] == rev && p.DeletionTimestamp == nil {
+			nodes = append(nodes, p.Spec.NodeName)
+		}
+	}
 	var errs []error
+	if len(nodes) > 0 {
+		errs = append(errs, fmt.Errorf("the agents of %s ask the control plane of revision %s: %s upgrade --set node.canary.revision= first", some(nodes), rev, a.name()))
+	}
 	if len(left) > 0 {
 		errs = append(errs, fmt.Errorf("the control plane of revision %s has the Gateways %s: take the label %s from them or their namespaces first, which gives them to the mesh's", rev, some(left), revision.Label))
 	}

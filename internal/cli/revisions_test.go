@@ -27,6 +27,7 @@ func (s *site) gateway(t *testing.T, namespace, name, class string, labels map[s
 // A control plane joins a mesh that is there, with what that was set to, and leaves it without a trace; neither goes while
 // something needs it.
 func TestRevisionJoinsAndLeaves(t *testing.T) {
+	agent := pod("istio-system", "warren-node-canary-1", "node1", map[string]string{"app": "ztunnel", revision.Label: "next"}, nil)
 	s := newSite(t, namespace("shop", nil), namespace("pay", map[string]string{revision.Label: "next"}))
 	refused := func(want string, args ...string) {
 		t.Helper()
@@ -72,6 +73,13 @@ func TestRevisionJoinsAndLeaves(t *testing.T) {
 	s.gateway(t, "pay", "mine", waypointClass, map[string]string{revision.Label: revision.Default})
 	s.gateway(t, "pay", "foreign", "nginx", nil)
 	refused("has the Gateways pay/edge, shop/way:", "uninstall", "--revision", "next")
+	if _, err := s.kube.CoreV1().Pods("istio-system").Create(t.Context(), agent, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	refused("the agents of node1 ask the control plane of revision next", "uninstall", "--revision", "next")
+	if err := s.kube.CoreV1().Pods("istio-system").Delete(t.Context(), agent.Name, metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
 	refused("--purge removes the whole mesh", "uninstall", "--revision", "next", "--purge")
 	refused("warren uninstall --revision next goes first", "uninstall")
 	if code, out, errs := s.run(t, "status"); !strings.Contains(out, "  of revision next: 1/1 ready") {
