@@ -22,7 +22,7 @@ func ofRevision(t *testing.T, rev string) string {
 	must(t, err)
 	lease, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "get", "leases", "warren-control-leader-"+rev, "--ignore-not-found", "-o", "name")
 	must(t, err)
-	pods, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "get", "pods", "-l", "istio.io/rev="+rev, "-o", "name")
+	pods, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "get", "pods", "-l", "app=istiod,istio.io/rev="+rev, "-o", "name")
 	must(t, err)
 	return out + more + lease + pods
 }
@@ -238,6 +238,9 @@ func agentsAsk(t *testing.T, ns, rev string, say func(...string) string) {
 	fieldBecomes(t, ns, "peerauthentication/default", `{.status.conditions[?(@.type=="Enforced")].message}`, "(the control plane of revision "+rev+")")
 	if out, err := mesh.Exec(ctx, ns, "client", "/demo", "load", "-n", "20", "-url", "http://inventory/stock"); err != nil {
 		t.Errorf("a client on %s: %v: %s", nodes[0], err, out)
+	}
+	if said, err := warrenSays(t, "uninstall", "--revision", rev); err == nil || !strings.Contains(said, "the agents of "+nodes[0]+" ask") {
+		t.Errorf("a control plane is uninstalled that an agent asks: %v\n%s", err, said)
 	}
 	say("upgrade", "--reset-values")
 }
