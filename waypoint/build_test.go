@@ -172,6 +172,17 @@ var cases = map[string]func(*mesh.Service){
 			{Port: 9000, From: "bank", Backends: []mesh.HTTPBackend{to("v1", 1), to("v2", 3)}},
 		}
 	},
+	"dynamic": func(s *mesh.Service) {
+		s.Name.Hostname, s.Canonical, s.Dynamic = "*.Example.com", false, true
+		s.Ports = []mesh.ServicePort{{Port: 80, Target: 80, App: mesh.AppHTTP1}, {Port: 443, Target: 8443, App: mesh.AppTLS}, {Port: 8080, Target: 8080},
+			{Port: 81, Target: 8081, App: mesh.AppHTTP1}, {Port: 5432, Target: 5432, App: mesh.AppTCP}}
+		s.Traffic = []mesh.Traffic{ // of which what is about endpoints has no place
+			{Balance: mesh.BalanceRoundRobin, Warmup: &mesh.Warmup{Over: time.Minute}, MaxConnections: 10, Outliers: &mesh.Outliers{},
+				Locality: &mesh.LocalityLB{Distribute: []mesh.Distribution{{From: "eu/*", To: []mesh.LocalityShare{{Locality: "us/*", Percent: 100}}}}}},
+			{Port: 443, Hash: &mesh.HashKey{Header: "x-user"}},
+			{Port: 8080, TLS: &mesh.BackendTLS{PublicRoots: true}},
+		}
+	},
 	"names": func(s *mesh.Service) {
 		s.Routed = []mesh.Routed{{Port: 80, Backends: []mesh.HTTPBackend{{Service: outside, Port: 80, Weight: 1}, {Service: single, Port: 80, Weight: 1}}}}
 	},

@@ -47,6 +47,11 @@ func (b *builder) fixedClusters() []*clusterv3.Cluster {
 // far are the same.
 func (b *builder) reach(t target) (*clusterv3.Cluster, *endpointv3.ClusterLoadAssignment, *nearness) {
 	c := b.cluster(t)
+	if b.dynamic(t.service) {
+		b.followed(c, t)
+		b.patchTarget(t, c)
+		return c, nil, nil
+	}
 	b.patchTarget(t, c)
 	e, near := b.endpoints(t)
 	if b.resolves(t.service) {

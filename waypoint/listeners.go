@@ -152,6 +152,14 @@ func (b *builder) serve(c chain) served {
 		out.on = b.chainNamed(c.name("http"))
 		out.chains = append(out.chains, &listenerv3.FilterChain{Name: c.name("http"), Filters: []*listenerv3.Filter{b.serveHTTP(c)}})
 	}
+	if c.tcp() && c.dynamic() {
+		requests := out.on
+		b.followTLS(&out)
+		if c.sniffed() {
+			out.on = b.byProtocol(requests, out.on)
+		}
+		return out
+	}
 	if c.tcp() {
 		requests := out.on
 		out.on = b.chainNamed(c.name("tcp"))
@@ -305,7 +313,7 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 			},
 			b.counterFilters(c),
 			b.pluginFilters(c, mesh.PluginStats, mesh.PluginLast),
-			[]*hcmv3.HttpFilter{b.routesFilter(faultFilter, &faultv3.HTTPFault{}), b.router()},
+			[]*hcmv3.HttpFilter{b.routesFilter(faultFilter, &faultv3.HTTPFault{})}, b.followFilter(c), []*hcmv3.HttpFilter{b.router()},
 		)),
 		UseRemoteAddress:              wrapperspb.Bool(true),
 		InternalAddressConfig:         nobodyInternal(),

@@ -34,7 +34,7 @@ const (
 
 // routes is the route table of a port. The address has chosen the service: the request's host plays no part in that.
 func (b *builder) routes(c chain) *routev3.RouteConfiguration {
-	vh := &routev3.VirtualHost{Name: c.svc.Name.Hostname, Domains: []string{"*"}, IncludeAttemptCountInResponse: false}
+	vh := &routev3.VirtualHost{Name: c.svc.Name.Hostname, Domains: c.domains(), IncludeAttemptCountInResponse: false}
 	last := "" // whose rules came last
 	ended := func() {
 		if last != "" {
@@ -67,6 +67,9 @@ func (b *builder) routes(c chain) *routev3.RouteConfiguration {
 		ValidateClusters: wrapperspb.Bool(false),
 		// Said by Envoy of clients that it takes to be outside; to the application it would be noise.
 		RequestHeadersToRemove: []string{"x-envoy-external-address"},
+	}
+	if len(vh.Domains) == 0 {
+		out.VirtualHosts = nil
 	}
 	b.patchRoutes(c, out)
 	return out

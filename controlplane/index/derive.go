@@ -254,7 +254,7 @@ func (x *Index) noteEntry(k key, u *Update) {
 	}
 	named := f.implicit || slices.ContainsFunc(f.endpoints, func(e *endpointFact) bool { return !e.addr.IsValid() })
 	for _, h := range f.hosts {
-		if !named || strings.HasPrefix(h.service.Name.Hostname, "*") {
+		if !h.service.Dynamic && (!named || strings.HasPrefix(h.service.Name.Hostname, "*")) {
 			continue
 		}
 		if w := x.winners[h.service.Name]; w == h && x.waypointFor(w) == nil {

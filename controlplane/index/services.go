@@ -295,6 +295,7 @@ func (c *compiled) entryFactOf(e *networkingv1.ServiceEntry) *entryFact {
 		})
 		template.ports = append(template.ports, portFact{name: p.Name})
 	}
+	template.service.Dynamic = spec.Resolution == networkingv1alpha3.ServiceEntry_DYNAMIC_DNS
 	template.service.OneAddress = spec.Resolution == networkingv1alpha3.ServiceEntry_DNS_ROUND_ROBIN
 	if spec.Resolution == networkingv1alpha3.ServiceEntry_NONE {
 		template.fixedLB = true
@@ -358,7 +359,14 @@ func entryProblems(spec *networkingv1alpha3.ServiceEntry) (out []string) {
 	wild := slices.ContainsFunc(spec.Hosts, func(h string) bool { return strings.HasPrefix(h, "*") })
 	switch spec.Resolution {
 	case networkingv1alpha3.ServiceEntry_DYNAMIC_DNS:
-		out = append(out, "resolution: DYNAMIC_DNS is not followed: it has no endpoint; write the hosts that are meant, with resolution: DNS")
+		if len(spec.Endpoints) > 0 || spec.WorkloadSelector != nil {
+			out = append(out, "endpoints and workloadSelector have no effect with resolution: DYNAMIC_DNS, by which requests go where the name that they are for leads")
+		}
+		for i, p := range spec.Ports {
+			if appProtocolOf(uint16(p.Number), p.Protocol).HTTP() && p.TargetPort != 0 && p.TargetPort != p.Number {
+				out = append(out, "requests to ports["+strconv.Itoa(i)+"] are answered with 403: with resolution: DYNAMIC_DNS the port is that of the name that they are for, and its targetPort is another")
+			}
+		}
 	case networkingv1alpha3.ServiceEntry_DNS, networkingv1alpha3.ServiceEntry_DNS_ROUND_ROBIN:
 		if wild && len(spec.Endpoints) == 0 && spec.WorkloadSelector == nil {
 			out = append(out, "a host with a wildcard cannot be resolved: it has no endpoint; write endpoints, or the hosts that are meant")

@@ -84,14 +84,14 @@ func (a *Addresses) write(ctx context.Context, t allocation) {
 	}
 }
 
-// nameless are the hosts of a ServiceEntry that are to have an address. One that goes to whatever was asked for can have none,
-// and a wildcard is no name that anybody could ask for.
+// nameless are the hosts of a ServiceEntry that are to have an address. One that goes to whatever was asked for can have none, nor a
+// wildcard but where all names below it lead to the same place, from where each goes on by its name.
 func nameless(e *networkingv1.ServiceEntry) (hosts []string) {
 	if len(e.Spec.Addresses) > 0 || e.Spec.Resolution == networkingv1alpha3.ServiceEntry_NONE || e.Labels[labelAllocate] == "false" {
 		return nil
 	}
 	for _, h := range e.Spec.Hosts {
-		if !strings.HasPrefix(h, "*") && !slices.Contains(hosts, h) {
+		if (!strings.HasPrefix(h, "*") || e.Spec.Resolution == networkingv1alpha3.ServiceEntry_DYNAMIC_DNS) && !slices.Contains(hosts, h) {
 			hosts = append(hosts, h)
 		}
 	}

@@ -33,8 +33,10 @@ func TestHostsGetAddresses(t *testing.T) {
 	passes.Spec.Resolution = networkingv1alpha3.ServiceEntry_NONE
 	without := serviceEntry("without", 0, "without.example")
 	without.Labels = map[string]string{labelAllocate: "false"}
+	dynamic := serviceEntry("dynamic", 0, "*.dynamic.example")
+	dynamic.Spec.Resolution = networkingv1alpha3.ServiceEntry_DYNAMIC_DNS
 	entries := []*networkingv1.ServiceEntry{
-		own, passes, without, serviceEntry("wild", 0, "*.example"),
+		own, passes, without, dynamic, serviceEntry("wild", 0, "*.example"),
 		with(serviceEntry("had", time.Hour, "had.example"), "had.example", "240.240.0.7", "2001:2::7"),
 		with(serviceEntry("claims", time.Minute, "claims.example"), "claims.example", "240.240.0.7"),
 		with(serviceEntry("grew", 0, "one.example", "two.example"), "one.example", "240.240.0.9"),
@@ -54,7 +56,7 @@ func TestHostsGetAddresses(t *testing.T) {
 		// The same from whoever asks first, and nothing more once it is written.
 		a.entry.Status.Addresses = a.addresses
 	}
-	want := "claims claims.example, claims claims.example, foreign foreign.example, foreign foreign.example, grew one.example, grew two.example, grew two.example"
+	want := "claims claims.example, claims claims.example, dynamic *.dynamic.example, dynamic *.dynamic.example, foreign foreign.example, foreign foreign.example, grew one.example, grew two.example, grew two.example"
 	if s := strings.Join(got, ", "); s != want || len(left) != 0 {
 		t.Errorf("got  %s\nwant %s (and %v)", s, want, left)
 	}

@@ -191,5 +191,5 @@ type Subset struct {
 
 func equalHTTP(a, b *Service) bool {
 	return reflect.DeepEqual(a.HTTP, b.HTTP) && reflect.DeepEqual(a.Routed, b.Routed) && reflect.DeepEqual(a.Subsets, b.Subsets) && reflect.DeepEqual(a.RuleIn, b.RuleIn) && reflect.DeepEqual(a.Access, b.Access) && reflect.DeepEqual(a.Tokens, b.Tokens) && reflect.DeepEqual(a.Limits, b.Limits) && slices.Equal(a.Patches, b.Patches) && reflect.DeepEqual(a.Plugins, b.Plugins) && reflect.DeepEqual(a.Traffic, b.Traffic) &&
-		reflect.DeepEqual(a.Telemetry, b.Telemetry) && reflect.DeepEqual(a.TLS, b.TLS) && a.OneAddress == b.OneAddress
+		reflect.DeepEqual(a.Telemetry, b.Telemetry) && reflect.DeepEqual(a.TLS, b.TLS) && a.OneAddress == b.OneAddress && a.Dynamic == b.Dynamic
 }

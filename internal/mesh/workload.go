@@ -116,6 +116,7 @@ type Service struct {
 
 	Telemetry *Telemetry // of its waypoint; nil: the default
 
+	Dynamic    bool // its endpoints are whatever the name that is asked for has, below its host (DYNAMIC_DNS)
 	OneAddress bool // of a name among the endpoints one address is used at a time, and connections to another last (DNS_ROUND_ROBIN)
 
 	TLS []BackendTLS // of gateways, by port

@@ -55,7 +55,8 @@ func TestWaypointServes(t *testing.T) {
 		if os.Geteuid() != 0 {
 			t.Skip("a network of one's own needs root")
 		}
-		cmd := exec.CommandContext(t.Context(), "unshare", "-n", "sh", "-c", `ip link set lo up && exec "$0" -test.run '^TestWaypointServes$' -test.timeout 5m`, os.Args[0])
+		cmd := exec.CommandContext(t.Context(), "unshare", "-n", "-m", "sh", "-c", `ip link set lo up && ip addr add `+publicServer+`/32 dev lo &&
+echo nameserver `+testResolver+` > "$1" && mount --bind "$1" /etc/resolv.conf && exec "$0" -test.run '^TestWaypointServes$' -test.timeout 5m`, os.Args[0], filepath.Join(t.TempDir(), "resolv.conf"))
 		cmd.Env = append(os.Environ(), ownNetwork+"=1", "WARREN_ENVOY="+bin,
 			"KUBE_FEATURE_WatchListClient=false") // the fakes cannot do it
 		out, err := cmd.CombinedOutput()
@@ -257,6 +258,12 @@ func TestWaypointServes(t *testing.T) {
 	})
 
 	t.Run("tunnels", func(t *testing.T) { waypointTunnels(t, me, get) })
+	t.Run("names below a domain", func(t *testing.T) {
+		waypointDynamic(t, istio, func(authority string) (net.Conn, error) {
+			st, _, err := tunnels.Open(ctx, hbone.Key{Src: me.ID, Want: hbone.WantKey([]string{want}), Addr: netip.MustParseAddrPort("127.0.0.1:15008")}, hbone.Request{Authority: authority})
+			return st, err
+		})
+	})
 	t.Run("metrics", func(t *testing.T) { waypointMetrics(t, get) })
 	t.Run("spans", func(t *testing.T) { waypointSpans(t, istio, traces, get) })
 	t.Run("provider", func(t *testing.T) { waypointAsks(t, istio, guarded, get) })
@@ -442,7 +449,7 @@ extensionProviders:
 		return true, r, nil
 	})
 	kube.Resources = []*metav1.APIResourceList{
-		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}}},
+		{GroupVersion: "networking.istio.io/v1", APIResources: []metav1.APIResource{{Name: "virtualservices"}, {Name: "destinationrules"}, {Name: "serviceentries"}}},
 		{GroupVersion: "networking.istio.io/v1alpha3", APIResources: []metav1.APIResource{{Name: "envoyfilters"}}},
 		{GroupVersion: "extensions.istio.io/v1alpha1", APIResources: []metav1.APIResource{{Name: "wasmplugins"}}},
 		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}, {Name: "requestauthentications"}}},
