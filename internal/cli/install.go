@@ -16,6 +16,7 @@ import (
 	"k8s.io/client-go/discovery"
 
 	"github.com/warrenmesh/warren/internal/cli/release"
+	"github.com/warrenmesh/warren/internal/revision"
 )
 
 // change is an installation or an upgrade.
@@ -112,6 +113,11 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	}
 	if err := mesh.fits(values); err != nil {
 		return err
+	}
+	if rev == revision.Default && before != nil {
+		if err := a.keepsCommon(ctx, c, before.Config, values); err != nil {
+			return err
+		}
 	}
 	number := 1
 	if len(history) > 0 {
@@ -265,8 +271,8 @@ func split(all []*unstructured.Unstructured, is func(*unstructured.Unstructured)
 }
 
 // target is the cluster as the templates see it.
-func (a *app) target(c *conn, revision int) (release.Target, error) {
-	t := release.Target{Namespace: a.namespace, Revision: revision, Config: c.rest}
+func (a *app) target(c *conn, number int) (release.Target, error) {
+	t := release.Target{Namespace: a.namespace, Revision: number, Config: c.rest}
 	v, err := c.Discovery().ServerVersion()
 	if err != nil {
 		return t, fmt.Errorf("reaching the cluster: %w", err)

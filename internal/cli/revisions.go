@@ -171,21 +171,41 @@ func (a *app) owners(ctx context.Context, c *conn, known revision.Known) ([]owne
 	return out, nil
 }
 
+// beside are the revisions of control planes beside the mesh's.
+func (a *app) beside(ctx context.Context, c *conn) (revisions []string, err error) {
+	controls, err := a.controls(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range controls {
+		if r := d.Labels[revision.Label]; r != revision.Default && r != "" {
+			revisions = append(revisions, r)
+		}
+	}
+	slices.Sort(revisions)
+	return revisions, nil
+}
+
+// keepsCommon refuses to change of the mesh what other control planes have in common with it.
+func (a *app) keepsCommon(ctx context.Context, c *conn, before, values map[string]any) error {
+	others, err := a.beside(ctx, c)
+	if err != nil || len(others) == 0 {
+		return err
+	}
+	if err := (&joinedMesh{values: before, known: true}).fits(values); err != nil {
+		return fmt.Errorf("%w, or uninstall those of revision %s first", err, strings.Join(others, ", "))
+	}
+	return nil
+}
+
 // mayUninstall refuses what would leave something without a control plane.
 func (a *app) mayUninstall(ctx context.Context, c *conn, rev string) error {
 	if rev == revision.Default {
-		controls, err := a.controls(ctx, c)
+		others, err := a.beside(ctx, c)
 		if err != nil {
 			return err
 		}
-		var others []string
-		for _, d := range controls {
-			if r := d.Labels[revision.Label]; r != revision.Default && r != "" {
-				others = append(others, r)
-			}
-		}
 		if len(others) > 0 {
-			slices.Sort(others)
 			return fmt.Errorf("there are control planes beside the mesh's, of revision %s: %s uninstall --revision %s goes first; --force uninstalls the mesh nevertheless",
 				strings.Join(others, ", "), a.name(), others[0])
 		}
