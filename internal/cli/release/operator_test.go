@@ -29,6 +29,7 @@ spec:
     global: {platform: k3s, network: n1, proxy: {image: distroless, clusterDomain: cluster.test}}
     meshConfig: {trustDomainAliases: [old.example]}
     pilot: {env: {PILOT_ENABLE_STATUS: true}, traceSampling: 1}
+    cni: {ambient: {enabled: true, dnsCapture: false}}
 `
 
 // What an IstioOperator says goes where it belongs, and what has no place is named.
@@ -64,6 +65,7 @@ node:
   cni:
     binDir: /var/lib/rancher/k3s/data/cni
     confDir: /var/lib/rancher/k3s/agent/etc/cni/net.d
+  dnsCapture: false
   enabled: true
 `
 	if string(got) != want {
