@@ -90,8 +90,12 @@ func answersOf(s *mesh.Snapshot, network string, to Destinations, namespaces map
 }
 
 // reachedBy are the addresses of a service that lead to it: captured ones, those of servers that are called directly, and
-// those of its endpoints. An answer with any other would keep pods from what their resolver may know.
+// those of its endpoints. An answer with any other would keep pods from what their resolver may know. So would any answer where
+// nothing but UDP is declared, which the mesh does not carry: such a service has no ports.
 func reachedBy(s *mesh.Snapshot, svc *mesh.Service, network string, to Destinations) (out []netip.Addr) {
+	if len(svc.Ports) == 0 {
+		return nil
+	}
 	below := strings.HasPrefix(svc.Name.Hostname, "*")
 	for _, vip := range svc.VIPs {
 		a := vip.Addr.Unmap()

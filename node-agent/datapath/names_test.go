@@ -47,7 +47,7 @@ func (h *host) resolver() *echoing {
 
 // entry is a host of a ServiceEntry in a namespace, behind a waypoint.
 func entry(namespace, hostname string, addrs ...string) *mesh.Service {
-	s := &mesh.Service{Name: mesh.ServiceName{Namespace: namespace, Hostname: hostname}, Waypoint: &mesh.Gateway{}}
+	s := &mesh.Service{Name: mesh.ServiceName{Namespace: namespace, Hostname: hostname}, Waypoint: &mesh.Gateway{}, Ports: []mesh.ServicePort{{Port: 80, Target: 80}}}
 	for _, a := range addrs {
 		s.VIPs = append(s.VIPs, mesh.NetAddr{Addr: netip.MustParseAddr(a)})
 	}
@@ -585,6 +585,7 @@ func TestAnswersOf(t *testing.T) {
 	service("shop", "passed.example", func(s *mesh.Service) { alone(s); s.LB.Mode = mesh.LBPassthrough }, "203.0.113.10")
 	service("shop", "far.example", func(s *mesh.Service) { s.VIPs[0].Network = "there" }, "240.240.0.3")
 	service("shop", "none.example", nil)
+	service("shop", "udp.example", func(s *mesh.Service) { s.Ports = nil }, "240.240.0.50")
 	service("shop", "same.example", func(s *mesh.Service) { s.Canonical = true }, "240.240.0.4")
 	service("zoo", "same.example", nil, "240.240.0.5")
 	service("shop", "two.example", func(s *mesh.Service) { s.VisibleIn = []string{} }, "240.240.0.6")
