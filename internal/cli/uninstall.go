@@ -98,6 +98,9 @@ func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
 	if err := a.awaitGone(ctx, c, p, agentSelector, holderSelector, controlSelector, "app="+cleanName); err != nil {
 		return err
 	}
+	if err := a.deleteLease(ctx, c, revision.Default); err != nil {
+		return err
+	}
 	if err := records.Forget(ctx, history); err != nil {
 		return err
 	}
@@ -129,6 +132,14 @@ func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
 	return nil
 }
 
+// deleteLease removes that by which the replicas of a control plane elected one, which they made themselves.
+func (a *app) deleteLease(ctx context.Context, c *conn, rev string) error {
+	if err := c.CoordinationV1().Leases(a.namespace).Delete(ctx, revision.Lease(rev), metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
+		return fmt.Errorf("deleting the Lease of the control plane's replicas: %w", err)
+	}
+	return nil
+}
+
 // uninstallRevision removes a control plane beside the mesh's. Nodes, definitions and the root stay: they are the mesh's.
 func (a *app) uninstallRevision(ctx context.Context, c *conn, rev string) error {
 	start, p := time.Now(), a.progress()
@@ -156,8 +167,8 @@ func (a *app) uninstallRevision(ctx context.Context, c *conn, rev string) error 
 	if err := a.awaitGone(ctx, c, p, controlSelector+","+revision.Label+"="+rev); err != nil {
 		return err
 	}
-	if err := c.CoordinationV1().Leases(a.namespace).Delete(ctx, revision.Lease(rev), metav1.DeleteOptions{}); err != nil && !apierrors.IsNotFound(err) {
-		return fmt.Errorf("deleting the Lease of its replicas: %w", err)
+	if err := a.deleteLease(ctx, c, rev); err != nil {
+		return err
 	}
 	if err := records.Forget(ctx, history); err != nil {
 		return err
