@@ -16,28 +16,30 @@ func (s *Snapshot) Hosts() map[string][]*Service {
 	out := map[string][]*Service{}
 	domain := "." + strings.ToLower(cmp.Or(s.config.ClusterDomain, "cluster.local"))
 	for svc := range s.Services() {
-		host := strings.ToLower(strings.TrimSuffix(svc.Name.Hostname, "."))
-		if list, ok := out[host]; ok && list == nil || strings.Contains(strings.TrimPrefix(host, "*."), "*") {
+		if svc.Canonical { // a Kubernetes Service, as nearly all are
 			continue
 		}
-		if strings.HasSuffix(host, domain) && !strings.HasSuffix(host, "."+svc.Name.Namespace+".svc"+domain) {
-			continue
-		}
-		if svc.Canonical {
-			out[host] = nil
+		host := hostOf(svc)
+		if strings.Contains(strings.TrimPrefix(host, "*."), "*") || strings.HasSuffix(host, domain) && !strings.HasSuffix(host, "."+svc.Name.Namespace+".svc"+domain) {
 			continue
 		}
 		out[host] = append(out[host], svc)
 	}
-	for host, list := range out {
-		if list == nil {
-			delete(out, host)
-			continue
+	if len(out) == 0 {
+		return out
+	}
+	for svc := range s.Services() {
+		if svc.Canonical {
+			delete(out, hostOf(svc))
 		}
+	}
+	for _, list := range out {
 		slices.SortFunc(list, func(a, b *Service) int { return a.Name.Compare(b.Name) })
 	}
 	return out
 }
+
+func hostOf(s *Service) string { return strings.ToLower(strings.TrimSuffix(s.Name.Hostname, ".")) }
 
 // Meant is which of the services of one host, in order, the pods of a namespace mean by it: of those that they know the namespace's
 // own, or the first. Nil: they know none. The pods of "" are those of a namespace that none of the services is in or is made
