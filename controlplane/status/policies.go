@@ -94,7 +94,7 @@ type Policies struct {
 	entries     map[index.PolicyKey]*entry
 	byNamespace map[string]map[index.PolicyKey]struct{}
 	byCompiled  map[mesh.PolicyName]map[index.PolicyKey]struct{}
-	waiting     map[index.PolicyKey]struct{} // some nodes do not enforce it yet
+	waiting     map[index.PolicyKey]struct{} // some nodes do not enforce it yet, or an Envoy may come not to
 	refused     map[string]map[string]string // by node, as of the last look
 	queue       toWrite[index.PolicyKey]
 }
@@ -327,7 +327,9 @@ func (p *Policies) assess(k index.PolicyKey, o Object, now time.Time, ours func(
 		again = pace // what others write is no change that the index tells of
 	}
 	if done {
-		delete(p.waiting, k)
+		if e.state.Patches == "" { // an Envoy may refuse what it was read to do
+			delete(p.waiting, k)
+		}
 		e.behind = time.Time{}
 		if !e.timed && len(want) > 0 {
 			e.timed = true
@@ -346,6 +348,10 @@ func (p *Policies) assess(k index.PolicyKey, o Object, now time.Time, ours func(
 		was := find(o.Conditions, said)
 		wait := e.behind.Add(patience)
 		switch {
+		case slices.ContainsFunc(want, func(c condition) bool { return c.Reason == reasonRefused }): // which is no lag
+			if next := e.wroteAt.Add(pace); next.After(wait) {
+				wait = next
+			}
 		case was != nil && was.ObservedGeneration == o.Generation && was.Status == string(metav1.ConditionTrue):
 			wait = e.behind.Add(lagPatience)
 		case was != nil && was.ObservedGeneration == o.Generation:

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"strconv"
 	"strings"
@@ -33,6 +34,7 @@ type api struct {
 	writes  int
 	fail    error // of the next writes
 	nodes   map[string]xds.Progress
+	envoys  map[string]xds.Progress // pods of every waypoint
 
 	snap     *mesh.Snapshot
 	revision uint64
@@ -62,6 +64,11 @@ func (a *api) newPolicies() *Policies {
 				out[k] = v
 			}
 			return out
+		},
+		Waypoint: func(mesh.ServiceName) map[string]xds.Progress {
+			a.mu.Lock()
+			defer a.mu.Unlock()
+			return maps.Clone(a.envoys)
 		},
 		Forget:        func(n string) { a.mu.Lock(); defer a.mu.Unlock(); delete(a.nodes, n) },
 		RootNamespace: "istio-system", Log: slog.New(slog.DiscardHandler),
@@ -330,6 +337,29 @@ func TestANodeThatRefusesAPolicyIsNamed(t *testing.T) {
 		if !strings.HasPrefix(got, "False NodesRefuse g3: 1/2 nodes; refused by n2; n2 says: not enforced: the map is full") || len(got) > 500 {
 			t.Errorf("%d bytes: %.200s", len(got), got)
 		}
+	})
+}
+
+// A waypoint's Envoy may have been read to do what it refuses a moment later: what is left off then is not enforced any more.
+func TestWhatAnEnvoyRefusesLaterIsSaid(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newAPI(t)
+		a.lead()
+		defer func() { a.stop() }()
+		at := func(refused map[string]string) {
+			a.mu.Lock()
+			a.envoys = map[string]xds.Progress{"way-1": {Revision: a.revision, Connected: time.Now(), Refused: refused}}
+			a.mu.Unlock()
+			a.p.Progress()
+		}
+		a.apply("p", 1, func(s *index.PolicyState) {
+			s.Compiled, s.Patches, s.Waypoints = nil, "filter", []mesh.ServiceName{{Namespace: "shop", Hostname: "way.shop.svc.cluster.local"}}
+		})
+		at(nil)
+		a.want("done", "True Enforced g1: 0/0 nodes, 1/1 pods of waypoint shop/way")
+		at(map[string]string{"filter": "no such filter"})
+		time.Sleep(2 * patience)
+		a.want("refused", "False NodesRefuse g1: 0/0 nodes, 0/1 pods of waypoint shop/way; refused by way-1; way-1 says: no such filter")
 	})
 }
 
