@@ -82,23 +82,9 @@ func (p Place) in(locality string) (named int, ok bool) {
 	return named, true
 }
 
-// shares reports whether two places are in one scope.
-func (p Place) shares(scope mesh.LBScope, o Place) bool {
-	switch scope {
-	case mesh.ScopeRegion:
-		return p.Region == o.Region
-	case mesh.ScopeZone:
-		return p.Zone == o.Zone
-	case mesh.ScopeSubzone:
-		return p.Subzone == o.Subzone
-	case mesh.ScopeNode:
-		return p.Node == o.Node
-	case mesh.ScopeCluster:
-		return p.Cluster == o.Cluster
-	case mesh.ScopeNetwork:
-		return p.Network == o.Network
-	}
-	return true
+// of is what is the same for all places in one scope.
+func (p *Place) of(scope mesh.LBScope) string {
+	return scope.Of(&p.Locality, p.Node, p.Cluster, p.Network)
 }
 
 // nearness says by what endpoints are near or far, and where each of them is.
@@ -150,7 +136,7 @@ func (n *nearness) rank(from, to Place) int {
 	switch {
 	case n.Rule == nil:
 		for i, scope := range n.Scopes {
-			if !from.shares(scope, to) {
+			if from.of(scope) != to.of(scope) {
 				return len(n.Scopes) - i
 			}
 		}

@@ -410,22 +410,8 @@ func (r *resolution) shares(scope LBScope, w *Workload) bool {
 	if r.src == nil {
 		return false
 	}
-	switch scope {
-	case ScopeRegion:
-		return r.src.Locality.Region == w.Locality.Region
-	case ScopeZone:
-		return r.src.Locality.Zone == w.Locality.Zone
-	case ScopeSubzone:
-		return r.src.Locality.Subzone == w.Locality.Subzone
-	case ScopeNode:
-		return r.src.Node == w.Node
-	case ScopeCluster:
-		return r.src.Cluster == w.Cluster
-	case ScopeNetwork:
-		return r.src.Network == w.Network
-	default:
-		return true
-	}
+	of := func(w *Workload) string { return scope.Of(&w.Locality, w.Node, w.Cluster, w.Network) }
+	return of(r.src) == of(w)
 }
 
 func (r *resolution) number(n int) int {

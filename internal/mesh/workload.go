@@ -175,6 +175,25 @@ const (
 	ScopeNetwork
 )
 
+// Of is what is the same for all that share a scope with who is there.
+func (s LBScope) Of(l *Locality, node, cluster, network string) string {
+	switch s {
+	case ScopeRegion:
+		return l.Region
+	case ScopeZone:
+		return l.Zone
+	case ScopeSubzone:
+		return l.Subzone
+	case ScopeNode:
+		return node
+	case ScopeCluster:
+		return cluster
+	case ScopeNetwork:
+		return network
+	}
+	return "" // shared by all
+}
+
 // LBMode says what an endpoint must share with the client.
 type LBMode uint8
 
