@@ -52,14 +52,9 @@ func grpcService(cluster string, timeout time.Duration) *corev3.GrpcService {
 
 // ask says whom, and how.
 func (b *builder) ask(p *mesh.AuthProvider) *anypb.Any {
-	cluster, timeout := blackHole, p.Timeout
+	cluster, timeout := b.calls(target{service: p.Service, port: p.Port, http: true}), p.Timeout
 	if timeout == 0 {
 		timeout = askWithin
-	}
-	if b.lookup(p.Service) != nil {
-		t := target{service: p.Service, port: p.Port, http: true}
-		b.targets[t] = true
-		cluster = t.name()
 	}
 	s := &extauthzv3.CheckSettings{}
 	if p.MaxBody > 0 {

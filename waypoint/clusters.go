@@ -151,6 +151,16 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 	return c
 }
 
+// calls is the cluster of what the proxy itself calls. A Service that is not there is sent nothing: a cluster that is not there would
+// have Envoy refuse the listener.
+func (b *builder) calls(t target) string {
+	if b.lookup(t.service) == nil {
+		return blackHole
+	}
+	b.targets[t] = true
+	return t.name()
+}
+
 // hash tells states of a cluster apart.
 func (b *builder) hash(c *clusterv3.Cluster) string {
 	h := fnv.New64a()

@@ -50,17 +50,13 @@ var unreachedRanges = []netip.Prefix{
 }
 
 // names is the cache of the names below a host.
-func (b *builder) names(c chain) *dnscachev3.DnsCacheConfig {
-	return b.namesOf(target{service: c.svc.Name})
-}
-
-func (b *builder) namesOf(t target) *dnscachev3.DnsCacheConfig {
+func names(service mesh.ServiceName) *dnscachev3.DnsCacheConfig {
 	filter := &envoymatcherv3.AddressMatcher{}
 	for _, p := range unreachedRanges {
 		filter.Ranges = append(filter.Ranges, &xdscore.CidrRange{AddressPrefix: p.Addr().String(), PrefixLen: wrapperspb.UInt32(uint32(p.Bits()))})
 	}
 	return &dnscachev3.DnsCacheConfig{
-		Name:            t.service.String(),
+		Name:            service.String(),
 		DnsLookupFamily: clusterv3.Cluster_V4_PREFERRED,
 		DnsRefreshRate:  durationpb.New(lookUpEvery), HostTtl: durationpb.New(dynamicKept), MaxHosts: wrapperspb.UInt32(dynamicNames),
 		DnsFailureRefreshRate: &clusterv3.Cluster_RefreshRate{BaseInterval: durationpb.New(lookUpAgain), MaxInterval: durationpb.New(lookUpAgainIn)},
@@ -87,7 +83,7 @@ func (b *builder) followed(c *clusterv3.Cluster, t target) {
 	c.ClusterDiscoveryType = &clusterv3.Cluster_ClusterType{ClusterType: &clusterv3.Cluster_CustomClusterType{
 		Name: "envoy.clusters.dynamic_forward_proxy",
 		TypedConfig: b.config(&dynamicv3.ClusterConfig{
-			ClusterImplementationSpecifier: &dynamicv3.ClusterConfig_DnsCacheConfig{DnsCacheConfig: b.namesOf(t)},
+			ClusterImplementationSpecifier: &dynamicv3.ClusterConfig_DnsCacheConfig{DnsCacheConfig: names(t.service)},
 			AllowInsecureClusterOptions:    true, // that no certificate is checked: what it sends by itself has no TLS
 		}),
 	}}
@@ -99,7 +95,7 @@ func (b *builder) followFilter(c chain) []*hcmv3.HttpFilter {
 		return nil
 	}
 	return []*hcmv3.HttpFilter{b.httpFilter("envoy.filters.http.dynamic_forward_proxy", &httpdynamicv3.FilterConfig{
-		ImplementationSpecifier: &httpdynamicv3.FilterConfig_DnsCacheConfig{DnsCacheConfig: b.names(c)},
+		ImplementationSpecifier: &httpdynamicv3.FilterConfig_DnsCacheConfig{DnsCacheConfig: names(c.svc.Name)},
 	})}
 }
 
@@ -132,7 +128,7 @@ func (b *builder) followTLS(out *served) {
 	p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: to}
 	name := c.name("tls")
 	filters := append(b.connectionAccess(c), b.networkFilter("envoy.filters.network.sni_dynamic_forward_proxy", &snidynamicv3.FilterConfig{
-		DnsCacheConfig: b.names(c), PortSpecifier: &snidynamicv3.FilterConfig_PortValue{PortValue: uint32(c.port.Target)},
+		DnsCacheConfig: names(c.svc.Name), PortSpecifier: &snidynamicv3.FilterConfig_PortValue{PortValue: uint32(c.port.Target)},
 	}), b.networkFilter("envoy.filters.network.tcp_proxy", p))
 	out.chains = append(out.chains, &listenerv3.FilterChain{Name: name, Filters: filters})
 	out.named = true

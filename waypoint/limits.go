@@ -107,12 +107,7 @@ func (b *builder) counterFilters(c chain) (out []*hcmv3.HttpFilter) {
 		return nil
 	}
 	for i, by := range all {
-		cluster := blackHole
-		if b.lookup(by.Service) != nil {
-			t := target{service: by.Service, port: by.Port, http: true, grpc: true}
-			b.targets[t] = true
-			cluster = t.name()
-		}
+		cluster := b.calls(target{service: by.Service, port: by.Port, http: true, grpc: true})
 		out = append(out, b.httpFilter(counterPrefix+strconv.Itoa(i), &countedv3.RateLimit{
 			Domain: by.Domain, Stage: uint32(i), Timeout: durationpb.New(by.Timeout), FailureModeDeny: !by.FailOpen, StatPrefix: limitStats,
 			RateLimitService:               &serviceconfigv3.RateLimitServiceConfig{GrpcService: grpcService(cluster, by.Timeout), TransportApiVersion: corev3.ApiVersion_V3},

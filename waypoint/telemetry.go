@@ -40,15 +40,9 @@ func (c chain) telemetry() *mesh.Telemetry {
 	return &standard
 }
 
-// sendTo is the cluster of a provider. One without a Service is sent nothing: a cluster that is not there would have Envoy
-// refuse the listener.
+// sendTo is the cluster of a provider.
 func (b *builder) sendTo(p *mesh.TelemetryProvider) string {
-	if b.lookup(p.Service) == nil {
-		return blackHole
-	}
-	t := target{service: p.Service, port: p.Port, http: true, grpc: p.Kind != mesh.TelemetryZipkin}
-	b.targets[t] = true
-	return t.name()
+	return b.calls(target{service: p.Service, port: p.Port, http: true, grpc: p.Kind != mesh.TelemetryZipkin})
 }
 
 // serviceName is what traces and logs call this proxy, as Istio does: its workload and namespace.
