@@ -110,7 +110,7 @@ type ingressAPI struct {
 	roots        map[key]*RootsState // ConfigMaps
 	dirtyIngress map[key]struct{}
 
-	routesOf map[ref]map[ref]struct{} // by the Gateway or ListenerSet that they name
+	routesOf map[ref]map[ref]struct{} // by the Gateway, ListenerSet or ServiceEntry that they name
 
 	// What was derived at the last Commit.
 	gatewayStates  map[key]*GatewayState

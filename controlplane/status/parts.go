@@ -108,17 +108,8 @@ func (p *Policies) says(k index.PolicyKey, e *entry, o Object, nodes map[string]
 
 // others adds to what waypoints and nodes do what control planes of other revisions say of theirs. It returns how many of the
 // nodes that are away do it.
-func (p *Policies) others(s *index.PolicyState, o Object, away map[string]int, ways *atWaypoints, on *onNodes) (n int) {
-	who := map[string]bool{}
-	for _, w := range s.Waypoints {
-		if r := p.elsewhere(w); r != "" {
-			who[r] = true
-		}
-	}
-	for r := range away {
-		who[r] = true
-	}
-	for _, rev := range slices.Sorted(maps.Keys(who)) {
+func (p *Policies) others(k index.PolicyKey, s *index.PolicyState, o Object, away map[string]int, ways *atWaypoints, on *onNodes) (n int) {
+	for _, rev := range slices.Sorted(maps.Keys(p.parts(k, s))) {
 		of := "the control plane of revision " + rev
 		c := find(o.Conditions, partPrefix+rev)
 		switch {

@@ -384,7 +384,7 @@ func (p *Policies) enforced(k index.PolicyKey, e *entry, o Object, nodes map[str
 	home, away := p.asking(concerned)
 	on := p.onNodes(e, home, nodes)
 	ways := p.waypoints(e, &on.pending, &on.refusing, &on.why)
-	on.n += p.others(e.state, o, away, &ways, &on)
+	on.n += p.others(k, e.state, o, away, &ways, &on)
 	total := len(concerned)
 	c := condition{Type: ConditionEnforced, Status: string(metav1.ConditionTrue), Reason: reasonEnforced,
 		Message: fmt.Sprintf("%d/%d nodes at revision %d", on.n, total, on.revision) + ways.text}

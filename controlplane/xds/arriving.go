@@ -1,7 +1,6 @@
 package xds
 
 import (
-	"maps"
 	"time"
 
 	discovery "github.com/envoyproxy/go-control-plane/envoy/service/discovery/v3"
@@ -147,10 +146,5 @@ func beside[V any](was *waypoint.Resources, kind string, now map[string]V, of fu
 	case kind == envoyresource.ListenerType || kind == envoyresource.RouteType:
 		return of(was, kind)
 	}
-	out := maps.Clone(of(was, kind))
-	if out == nil {
-		return now
-	}
-	maps.Copy(out, now)
-	return out
+	return with(of(was, kind), now)
 }
