@@ -27,7 +27,8 @@ type resolver struct {
 	names   *table[bpf.MeshDnsKey, bpf.MeshDnsAnswer]
 	clients *table[uint32, bpf.MeshDnsClient] // by the node's interface
 
-	at      *mesh.Snapshot // of the last SetNames; nil before
+	at      *mesh.Snapshot             // of the last SetNames; nil before
+	known   map[string][]*mesh.Service // its hosts: pods come more often than those change
 	network string
 	read    bool   // the tables know what an earlier process left
 	told    string // the problem that was logged
@@ -55,17 +56,18 @@ type answers struct {
 	problems []error // hosts that pods ask their resolver for, though they have an address
 }
 
-// answersOf computes it for the pods of some namespaces, in a network. to says which addresses are captured.
-func answersOf(s *mesh.Snapshot, network string, to Destinations, namespaces map[string]bool) answers {
+// answersOf computes it of the hosts of a Snapshot, for the pods of some namespaces, in a network. to says which addresses are captured.
+func answersOf(s *mesh.Snapshot, hosts map[string][]*mesh.Service, network string, to Destinations, namespaces map[string]bool) answers {
 	out := answers{rows: map[bpf.MeshDnsKey]bpf.MeshDnsAnswer{}}
-	for host, services := range s.Hosts() {
+	for host, all := range hosts {
 		addrs := map[*mesh.Service][]netip.Addr{}
-		for _, svc := range services {
+		var services []*mesh.Service
+		for _, svc := range all {
 			if a := reachedBy(s, svc, network, to); len(a) > 0 {
 				addrs[svc] = a
+				services = append(services, svc)
 			}
 		}
-		services = slices.DeleteFunc(services, func(svc *mesh.Service) bool { return addrs[svc] == nil })
 		if len(services) == 0 {
 			continue
 		}
@@ -166,7 +168,7 @@ func (d *Datapath) SetNames(s *mesh.Snapshot, network string) error {
 	if s.Revision() == 0 {
 		return nil // nothing is known: what an earlier process knew holds
 	}
-	d.hosts.at, d.hosts.network = s, network
+	d.hosts.at, d.hosts.known, d.hosts.network = s, s.Hosts(), network
 	return d.applyNames()
 }
 
@@ -197,7 +199,7 @@ func (d *Datapath) applyNames() error {
 			clients[ifindex] = bpf.MeshDnsClient{Scope: scopeOf(p.Identity.Namespace), Ifindex: ifindex}
 		}
 	}
-	want := answersOf(x.at, x.network, *d.dest, namespaces)
+	want := answersOf(x.at, x.known, x.network, *d.dest, namespaces)
 	for k, v := range x.names.have {
 		if _, ok := want.rows[k]; !ok && kept[k.Scope] {
 			want.rows[k] = v

@@ -596,7 +596,7 @@ func TestAnswersOf(t *testing.T) {
 	}
 	s := b.Commit(1)
 
-	got := answersOf(s, "here", Desired(s, "here"), map[string]bool{"shop": true, "zoo": true, "rest": true})
+	got := answersOf(s, s.Hosts(), "here", Desired(s, "here"), map[string]bool{"shop": true, "zoo": true, "rest": true})
 	said := map[string]string{}
 	scopes := map[uint64]string{everyone: "", scopeOf("shop"): "shop:", scopeOf("zoo"): "zoo:", scopeOf("rest"): "rest:"}
 	for k, a := range got.rows {
