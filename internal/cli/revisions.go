@@ -171,6 +171,16 @@ func (a *app) owners(ctx context.Context, c *conn, known revision.Known) ([]owne
 	return out, nil
 }
 
+// having are the Gateways that are a revision's.
+func having(all []owned, rev string) (out []string) {
+	for _, o := range all {
+		if o.owner == rev {
+			out = append(out, o.String())
+		}
+	}
+	return out
+}
+
 // beside are the revisions of control planes beside the mesh's.
 func (a *app) beside(ctx context.Context, c *conn) (revisions []string, err error) {
 	controls, err := a.controls(ctx, c)
@@ -219,12 +229,7 @@ func (a *app) mayUninstall(ctx context.Context, c *conn, rev string) error {
 	if err != nil {
 		return err
 	}
-	var left []string
-	for _, o := range all {
-		if o.owner == rev {
-			left = append(left, o.String())
-		}
-	}
+	left := having(all, rev)
 	var tags []string
 	for tag, to := range known.Tags {
 		if to == rev {
@@ -286,13 +291,7 @@ func (a *app) checkRevisions(ctx context.Context, c *conn, s *meshStatus) []find
 	}
 	var say []string
 	for _, rev := range slices.Sorted(maps.Keys(s.Revisions)) {
-		n := 0
-		for _, o := range all {
-			if o.owner == rev {
-				n++
-			}
-		}
-		say = append(say, fmt.Sprintf("%s (%s ready, %s)", rev, s.Revisions[rev], plural(n, "Gateway")))
+		say = append(say, fmt.Sprintf("%s (%s ready, %s)", rev, s.Revisions[rev], plural(len(having(all, rev)), "Gateway")))
 	}
 	return []finding{{"revisions", "ok", "beside the mesh's control plane " + strings.Join(say, ", "), ""}}
 }
