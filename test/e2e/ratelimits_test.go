@@ -153,13 +153,7 @@ func TestRateLimitsOfAllPodsTogether(t *testing.T) {
 		`{"spec":{"infrastructure":{"parametersRef":{"group":"","kind":"ConfigMap","name":"two"}}}}`); err != nil {
 		t.Fatal(err, out)
 	}
-	must(t, lab.Eventually(ctx, 2*time.Minute, func() error {
-		out, err := mesh.Kubectl(ctx, "-n", ns, "get", "deployment/way", "-o", "jsonpath={.status.readyReplicas}")
-		if err == nil && out != "2" {
-			err = fmt.Errorf("%q pods of the waypoint are ready", out)
-		}
-		return err
-	}))
+	fieldBecomes(t, ns, "deployment/way", "{.status.readyReplicas}", "2")
 	must(t, mesh.RunLimiter(ctx, program, ns, nodes[0]))
 	must(t, mesh.AwaitReady(ctx, ns, 2*time.Minute))
 	limit := func(counted string) {
