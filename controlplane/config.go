@@ -1,6 +1,7 @@
 package controlplane
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -30,7 +31,10 @@ type Config struct {
 	// Revision is istio.io/rev. The control plane of another than the default one makes and configures the waypoints and gateways
 	// that ask for it, and leaves the rest of the mesh to that.
 	Revision string
-	Version  string // of Warren, reported on /version
+	// BesideIstio is the ConfigMap with the mesh configuration of an Istio whose control plane is beside this one; "" for none. What
+	// there is once in a mesh is that one's then, but for agents: those of the nodes that were moved ask this one.
+	BesideIstio string
+	Version     string // of Warren, reported on /version
 
 	Mesh      index.Config
 	Waypoints WaypointConfig
@@ -103,6 +107,9 @@ func (c Config) Validate() error {
 	}
 	if err := revision.Check(c.Revision); err != nil {
 		errs = append(errs, fmt.Errorf("revision: %w", err))
+	}
+	if c.BesideIstio != "" && (c.Revision != revision.BesideIstio || c.BesideIstio == c.configMapName()) {
+		errs = append(errs, fmt.Errorf("beside Istio (ConfigMap %s) the revision is %q, not %q, and the ConfigMap %s is Warren's", c.BesideIstio, revision.BesideIstio, c.Revision, c.configMapName()))
 	}
 	for _, a := range c.TrustedNodes {
 		if ns, sa, ok := strings.Cut(a, "/"); !ok || ns == "" || sa == "" || strings.Contains(sa, "/") {
@@ -185,34 +192,87 @@ func (e enablementSource) selector() (index.EnablementSelector, error) {
 	return e.EnablementSelector, nil
 }
 
-// configMapName is that of Istio's MeshConfig.
+// configMapName is that of this control plane's own MeshConfig.
 func (c Config) configMapName() string {
 	return "istio" + revision.Suffix(c.Revision)
 }
 
-// withConfigMap adds what the mesh's ConfigMap says; it wins over what was set before. A mesh without one is fine.
-func (c Config) withConfigMap(ctx context.Context, kube kubernetes.Interface) (Config, error) {
-	name := c.configMapName()
-	cm, err := kube.CoreV1().ConfigMaps(c.Namespace).Get(ctx, name, metav1.GetOptions{})
-	if apierrors.IsNotFound(err) {
-		return c, nil
-	}
-	if err != nil {
-		return c, fmt.Errorf("read the mesh configuration from ConfigMap %s/%s: %w", c.Namespace, name, err)
-	}
-	return c.configured(cm)
+// configMaps are those with the mesh's configuration, each nil where it is not there.
+type configMaps struct {
+	own    *corev1.ConfigMap
+	istios *corev1.ConfigMap // beside an Istio: its
 }
 
-// configured is c with what the ConfigMap says.
-func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
-	name := cm.Name
+// configMapNames are those of the ConfigMaps that say something.
+func (c Config) configMapNames() []string {
+	if c.BesideIstio != "" {
+		return []string{c.configMapName(), c.BesideIstio}
+	}
+	return []string{c.configMapName()}
+}
+
+// take is m with another version of one of the two.
+func (m configMaps) take(c Config, cm *corev1.ConfigMap) configMaps {
+	if cm.Name == c.BesideIstio {
+		m.istios = cm
+	} else {
+		m.own = cm
+	}
+	return m
+}
+
+// withConfigMap adds what the mesh's ConfigMap says; it wins over what was set before. A mesh without one is fine.
+func (c Config) withConfigMap(ctx context.Context, kube kubernetes.Interface) (Config, error) {
+	var maps configMaps
+	for _, name := range c.configMapNames() {
+		cm, err := kube.CoreV1().ConfigMaps(c.Namespace).Get(ctx, name, metav1.GetOptions{})
+		if apierrors.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return c, fmt.Errorf("read the mesh configuration from ConfigMap %s/%s: %w", c.Namespace, name, err)
+		}
+		maps = maps.take(c, cm)
+	}
+	return c.configured(maps)
+}
+
+// sameTrustDomain refuses a trust domain other than that of the Istio beside this control plane: certificates of the one would
+// name nobody whom the other knows.
+func (c Config) sameTrustDomain(istios meshFile) error {
+	if theirs := cmp.Or(istios.TrustDomain, "cluster.local"); c.Mesh.TrustDomain != theirs {
+		return fmt.Errorf("ConfigMap %s/%s: the trust domain of Istio is %q, and this control plane was told %q: install it with mesh.trustDomain=%s",
+			c.Namespace, c.BesideIstio, theirs, c.Mesh.TrustDomain, theirs)
+	}
+	return nil
+}
+
+// configured is c with what the ConfigMaps say. Beside an Istio the mesh is what Istio's says, for as long as that is there; what
+// only Warren knows is in its own.
+func (c Config) configured(maps configMaps) (Config, error) {
+	if maps.own == nil && maps.istios == nil {
+		return c, nil
+	}
+	own, of := maps.own, maps.own
+	if own == nil {
+		own = &corev1.ConfigMap{}
+	}
+	if maps.istios != nil {
+		of = maps.istios
+	}
+	name := of.Name
 	var m meshFile
-	if err := yaml.Unmarshal([]byte(cm.Data["mesh"]), &m); err != nil {
+	if err := yaml.Unmarshal([]byte(of.Data["mesh"]), &m); err != nil {
 		return c, fmt.Errorf("ConfigMap %s/%s, key mesh: %w", c.Namespace, name, err)
 	}
+	if maps.istios != nil {
+		if err := c.sameTrustDomain(m); err != nil {
+			return c, err
+		}
+	}
 	var w warrenFile
-	if err := yaml.UnmarshalStrict([]byte(cm.Data["warren"]), &w); err != nil {
-		return c, fmt.Errorf("ConfigMap %s/%s, key warren: %w", c.Namespace, name, err)
+	if err := yaml.UnmarshalStrict([]byte(own.Data["warren"]), &w); err != nil {
+		return c, fmt.Errorf("ConfigMap %s/%s, key warren: %w", c.Namespace, own.Name, err)
 	}
 	set := func(dst *string, v string) {
 		if v != "" {
@@ -275,7 +335,7 @@ func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
 	case "encrypt":
 		c.Mesh.SameNode = mesh.SameNodeEncrypt
 	default:
-		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q: it must be auto, kernel or encrypt", c.Namespace, name, w.SameNode)
+		return c, fmt.Errorf("ConfigMap %s/%s: sameNode is %q: it must be auto, kernel or encrypt", c.Namespace, own.Name, w.SameNode)
 	}
 	c.KeysByHTTP = c.KeysByHTTP || w.KeySets.AllowHTTP
 	for _, v := range w.APIServerSources {
@@ -284,14 +344,14 @@ func (c Config) configured(cm *corev1.ConfigMap) (Config, error) {
 			p, err = netip.PrefixFrom(a, a.BitLen()), nil
 		}
 		if err != nil || p.Addr().Is4In6() || p.Addr().Zone() != "" {
-			return c, fmt.Errorf("ConfigMap %s/%s: apiServerSources: %q is neither an address nor a CIDR range", c.Namespace, name, v)
+			return c, fmt.Errorf("ConfigMap %s/%s: apiServerSources: %q is neither an address nor a CIDR range", c.Namespace, own.Name, v)
 		}
 		c.Mesh.APIServerSources = append(c.Mesh.APIServerSources, p.Masked())
 	}
 	for _, e := range w.EnablementSelectors {
 		sel, err := e.selector()
 		if err != nil {
-			return c, fmt.Errorf("ConfigMap %s/%s: %w", c.Namespace, name, err)
+			return c, fmt.Errorf("ConfigMap %s/%s: %w", c.Namespace, own.Name, err)
 		}
 		c.Mesh.Enablement = append(c.Mesh.Enablement, sel)
 	}

@@ -61,7 +61,9 @@ func (cp *controlPlane) leaderWork(ctx context.Context) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	// Of each revision: what its Gateways need.
-	wg.Go(func() { cp.policies.Run(ctx) })
+	if cp.cfg.BesideIstio == "" { // Istio writes conditions of policies, and knows no other control plane that does
+		wg.Go(func() { cp.policies.Run(ctx) })
+	}
 	if cp.routes != nil {
 		wg.Go(func() { cp.routes.Run(ctx) })
 		wg.Go(func() { cp.followOwners(ctx) })

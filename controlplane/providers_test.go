@@ -14,13 +14,13 @@ func TestOutboundTrafficPolicy(t *testing.T) {
 	for text, want := range map[string]bool{
 		"": false, "outboundTrafficPolicy: {}": false, "outboundTrafficPolicy: {mode: ALLOW_ANY}": false, "outboundTrafficPolicy: {mode: REGISTRY_ONLY}": true,
 	} {
-		c, err := Config{}.Defaults().configured(&corev1.ConfigMap{Data: map[string]string{"mesh": text}})
+		c, err := Config{}.Defaults().configured(configMaps{own: &corev1.ConfigMap{Data: map[string]string{"mesh": text}}})
 		if err != nil || c.Mesh.RegistryOnly != want {
 			t.Errorf("%q: %t, %v", text, c.Mesh.RegistryOnly, err)
 		}
 	}
 	for _, mode := range []string{"registry_only", "NONE"} {
-		_, err := Config{}.Defaults().configured(&corev1.ConfigMap{Data: map[string]string{"mesh": "outboundTrafficPolicy: {mode: " + mode + "}"}})
+		_, err := Config{}.Defaults().configured(configMaps{own: &corev1.ConfigMap{Data: map[string]string{"mesh": "outboundTrafficPolicy: {mode: " + mode + "}"}}})
 		if err == nil || !strings.Contains(err.Error(), "ALLOW_ANY or REGISTRY_ONLY") {
 			t.Errorf("%s is taken: %v", mode, err)
 		}
@@ -29,7 +29,7 @@ func TestOutboundTrafficPolicy(t *testing.T) {
 
 func TestExtensionProviders(t *testing.T) {
 	read := func(text string) (Config, error) {
-		return Config{}.Defaults().configured(&corev1.ConfigMap{Data: map[string]string{"mesh": "extensionProviders:\n" + text}})
+		return Config{}.Defaults().configured(configMaps{own: &corev1.ConfigMap{Data: map[string]string{"mesh": "extensionProviders:\n" + text}}})
 	}
 	c, err := read(`
 - {name: zipkin, zipkin: {service: zipkin.x.svc.cluster.local, port: 1}}

@@ -3,6 +3,7 @@ package controlplane
 import (
 	"context"
 	"reflect"
+	"strings"
 	"sync"
 
 	corev1 "k8s.io/api/core/v1"
@@ -43,39 +44,64 @@ func (cp *controlPlane) runUntilReconfigured(ctx context.Context, cfg Config) (c
 	return changed, err
 }
 
-// awaitChange waits until cfg with the ConfigMap is something else than cp runs with. What is wrong is refused, and a
+// awaitChange waits until cfg with the ConfigMaps is something else than cp runs with. What is wrong is refused, and a
 // ConfigMap that is gone says nothing: what was read before holds.
 func (cp *controlPlane) awaitChange(ctx context.Context, cfg Config) bool {
-	name := cfg.configMapName()
-	factory := informers.NewSharedInformerFactoryWithOptions(cp.clients.Kube, 0, informers.WithNamespace(cfg.Namespace),
-		informers.WithTweakListOptions(func(o *metav1.ListOptions) {
-			o.FieldSelector = fields.OneTermEqualSelector("metadata.name", name).String()
-		}))
-	newest := make(chan *corev1.ConfigMap, 1)
-	saw := func(obj any) {
-		if cm, ok := obj.(*corev1.ConfigMap); ok && cm.Name == name {
+	ctx, stop := context.WithCancel(ctx)
+	newest := make(chan configMaps, 1)
+	var mu sync.Mutex
+	var maps configMaps
+	synced := make(chan struct{}) // one without the other says something else than both
+	for _, name := range cfg.configMapNames() {
+		saw := func(obj any) {
+			cm, ok := obj.(*corev1.ConfigMap)
+			if !ok || cm.Name != name {
+				return
+			}
+			select {
+			case <-synced:
+			case <-ctx.Done():
+				return
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			maps = maps.take(cfg, cm)
 			select {
 			case <-newest:
 			default:
 			}
-			newest <- cm
+			newest <- maps
+		}
+		factory := informers.NewSharedInformerFactoryWithOptions(cp.clients.Kube, 0, informers.WithNamespace(cfg.Namespace),
+			informers.WithTweakListOptions(func(o *metav1.ListOptions) {
+				o.FieldSelector = fields.OneTermEqualSelector("metadata.name", name).String()
+			}))
+		informer := factory.Core().V1().ConfigMaps().Informer()
+		if _, err := informer.AddEventHandler(cache.ResourceEventHandlerFuncs{
+			AddFunc: saw, UpdateFunc: func(_, is any) { saw(is) },
+		}); err != nil {
+			cp.cfg.Log.Error("changes of the mesh configuration are not seen", "error", err)
+		}
+		factory.Start(ctx.Done())
+		defer factory.Shutdown()
+		if cache.WaitForCacheSync(ctx.Done(), informer.HasSynced) {
+			mu.Lock()
+			for _, o := range informer.GetStore().List() {
+				if cm, ok := o.(*corev1.ConfigMap); ok && cm.Name == name {
+					maps = maps.take(cfg, cm)
+				}
+			}
+			mu.Unlock()
 		}
 	}
-	if _, err := factory.Core().V1().ConfigMaps().Informer().AddEventHandler(cache.ResourceEventHandlerFuncs{
-		AddFunc: saw, UpdateFunc: func(_, is any) { saw(is) },
-	}); err != nil {
-		cp.cfg.Log.Error("changes of the mesh configuration are not seen", "error", err)
-	}
-	ctx, stop := context.WithCancel(ctx)
-	factory.Start(ctx.Done())
-	defer factory.Shutdown()
+	close(synced)
 	defer stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return false
-		case cm := <-newest:
-			next, err := cfg.configured(cm)
+		case maps := <-newest:
+			next, err := cfg.configured(maps)
 			if err == nil {
 				err = next.Validate()
 			}
@@ -83,7 +109,7 @@ func (cp *controlPlane) awaitChange(ctx context.Context, cfg Config) bool {
 			case err != nil:
 				cp.cfg.Log.Error("mesh configuration refused; the one before holds", "error", err)
 			case !reflect.DeepEqual(next, cp.cfg):
-				cp.cfg.Log.Info("the mesh configuration has changed; starting over with it", "configMap", cfg.Namespace+"/"+name)
+				cp.cfg.Log.Info("the mesh configuration has changed; starting over with it", "configMaps", strings.Join(cfg.configMapNames(), ", "))
 				return true
 			}
 		}

@@ -68,7 +68,8 @@ func (r *revisions) run(ctx context.Context) {
 	factory.Shutdown()
 }
 
-// secondary reports whether this control plane is one beside that which the agents ask.
+// secondary reports whether this control plane is one beside that which does what there is once in a mesh: which the agents ask,
+// or Istio's.
 func (c Config) secondary() bool { return c.Revision != revision.Default }
 
 // owner is the revision whose a Gateway is, or why it is nobody's; known is false until that can be told.

@@ -99,6 +99,7 @@ func config(e *environ.Reader) controlplane.Config {
 		Namespace:      e.Text("POD_NAMESPACE"),
 		PodName:        e.Text("POD_NAME"),
 		Revision:       e.Text("REVISION"),
+		BesideIstio:    e.Text("BESIDE_ISTIO"),
 		ServiceAccount: e.Text("SERVICE_ACCOUNT"),
 		Version:        build.Version,
 		Mesh: index.Config{

@@ -21,6 +21,8 @@ const (
 	TagService = "istiod-revision-tag-"
 	// Default is the revision whose control plane the agents ask, and that of Gateways which name none.
 	Default = "default"
+	// BesideIstio is the revision of Warren's control plane while Istio's is there too and has the name Default for itself.
+	BesideIstio = "warren"
 )
 
 // most is how long a name may be: names of objects are made of it, and a Service's has no more than 63 characters.

@@ -107,7 +107,7 @@ func TestValuesThatAreWrongAreRefusedWithWhatWasMeant(t *testing.T) {
 		{Sources{Set: []string{"node.logLevel=degub"}}, `node.logLevel: "degub" is none of debug, info, warn, error; did you mean debug?`},
 		{Sources{Set: []string{"control.replicas=none"}}, "control.replicas: got string, want integer"},
 		{Sources{Set: []string{"control.replicas=10"}}, "control.replicas: maximum: got 10, want 9"},
-		{Sources{Set: []string{"xyzzy=1"}}, "there is no value xyzzy; the chart has admission, ca,"},
+		{Sources{Set: []string{"xyzzy=1"}}, "there is no value xyzzy; the chart has admission, besideIstio, ca,"},
 		{Sources{Files: []File{{"my.yaml", []byte("mesh: {trustdomain: a}")}}}, "my.yaml: there is no value mesh.trustdomain; did you mean mesh.trustDomain?"},
 		{Sources{Files: []File{{"my.yaml", []byte("- a")}}}, "reading values from my.yaml:"},
 		{Sources{Profile: "dem"}, `there is no profile "dem"; did you mean demo?`},

@@ -92,18 +92,23 @@ var everything = map[string]any{
 	"node":            map[string]any{"canary": map[string]any{"nodes": "pool=canary", "revision": "next"}},
 }
 
-// beside is a control plane beside the mesh's.
-const beside = "(a second control plane)"
+// beside is a control plane beside the mesh's, besideIstio one beside Istio's.
+const (
+	beside      = "(a second control plane)"
+	besideIstio = "(beside an Istio)"
+)
 
 func TestEveryVersionOfKubernetesTakesTheChart(t *testing.T) {
 	for _, s := range apiServers(t) {
 		n, seen := 0, map[string]bool{} // most profiles share most objects
-		for _, name := range append(Profiles(), "", beside) {
+		for _, name := range append(Profiles(), "", beside, besideIstio) {
 			v := everything
 			switch name {
 			case "":
 			case beside:
 				v = merge(clone(everything), map[string]any{"revision": "next"})
+			case besideIstio:
+				v = merge(clone(everything), map[string]any{"besideIstio": map[string]any{"enabled": true}, "compat": map[string]any{"istioNames": false}})
 			default:
 				var err error
 				if v, err = (Sources{Profile: name}).Values(nil); err != nil {
