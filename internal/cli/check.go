@@ -87,7 +87,7 @@ func (a *app) check(ctx context.Context, c *conn) ([]finding, error) {
 		return nil, fmt.Errorf("listing nodes: %w", err)
 	}
 	out = append(out, checkNodes(nodes.Items))
-	out = append(out, a.checkOthers(ctx, c)...)
+	out = append(out, a.checkOthers(ctx, c, a.besideIstio(ctx, c))...)
 	s, err := a.status(ctx, c)
 	switch {
 	case err != nil && !errors.Is(err, errNotInstalled):
@@ -143,20 +143,22 @@ func kernelOK(release string) bool {
 }
 
 // checkOthers looks for what would be in the way.
-func (a *app) checkOthers(ctx context.Context, c *conn) []finding {
+func (a *app) checkOthers(ctx context.Context, c *conn, besideIstio bool) []finding {
+	if besideIstio {
+		return []finding{{"other meshes", "ok", "Istio, beside which Warren is installed", "who captures on which node: " + a.name() + " migrate status"}}
+	}
 	var out []finding
 	sets, err := c.AppsV1().DaemonSets("").List(ctx, metav1.ListOptions{})
 	if err != nil {
 		return []finding{{"other meshes", "warning", "cannot tell: " + err.Error(), "this needs the right to list daemonsets"}}
 	}
 	for _, d := range sets.Items {
-		foreign := d.Labels["app.kubernetes.io/part-of"] != "warren"
-		if foreign && (d.Name == "istio-cni-node" || d.Labels["app"] == "ztunnel") {
+		if capturesForIstio(&d) {
 			out = append(out, finding{"other meshes", "failed", "Istio ambient captures pods here (" + d.Namespace + "/" + d.Name + ")",
-				"two meshes cannot capture the same pods: remove Istio's ztunnel and istio-cni, or use another cluster"})
+				"two meshes cannot capture the same pods: go over node by node with " + a.name() + " migrate begin, or remove Istio's ztunnel and istio-cni"})
 		}
 	}
-	deployments, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: controlSelector})
+	deployments, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: anyControl})
 	if err == nil {
 		for _, d := range deployments.Items {
 			if d.Labels["app.kubernetes.io/part-of"] != "warren" {
@@ -236,6 +238,9 @@ func (a *app) checkInstallation(ctx context.Context, c *conn, s *meshStatus) []f
 
 // checkAdmission tells whether policies are judged before they are stored.
 func (a *app) checkAdmission(ctx context.Context, c *conn) finding {
+	if a.besideIstio(ctx, c) {
+		return finding{"admission", "ok", "policies are Istio's to judge when they are applied, while it is there", ""}
+	}
 	const name = "warren-validator"
 	config, err := c.AdmissionregistrationV1().ValidatingWebhookConfigurations().Get(ctx, name, metav1.GetOptions{})
 	switch {

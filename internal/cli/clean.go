@@ -73,7 +73,13 @@ func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) er
 	}); err != nil {
 		return fmt.Errorf("%w; %s", err, goneForGood)
 	}
-	if _, err := sets.Create(ctx, cleaner(agent), metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
+	return a.cleanWith(ctx, c, cleaner(agent))
+}
+
+// cleanWith has a DaemonSet clean the nodes that it runs on, and removes it.
+func (a *app) cleanWith(ctx context.Context, c *conn, work *appsv1.DaemonSet) error {
+	sets := c.AppsV1().DaemonSets(a.namespace)
+	if _, err := sets.Create(ctx, work, metav1.CreateOptions{}); err != nil && !apierrors.IsAlreadyExists(err) {
 		return fmt.Errorf("creating DaemonSet %s: %w", cleanName, err)
 	}
 	defer func() {
@@ -92,6 +98,7 @@ func (a *app) clean(ctx context.Context, c *conn, fallback *appsv1.DaemonSet) er
 		if err != nil {
 			return "", err
 		}
+		pods.Items = slices.DeleteFunc(pods.Items, func(p corev1.Pod) bool { return ds.UID != "" && !metav1.IsControlledBy(&p, ds) }) // of one before
 		var dirty []string
 		for i := range pods.Items {
 			if !cleaned(&pods.Items[i]) {

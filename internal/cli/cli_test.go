@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -65,7 +66,12 @@ func run(t *testing.T, objects []runtime.Object, args ...string) (code int, stdo
 	return code, out.String(), errs.String()
 }
 
+// pod is one that is ready. The mesh's own are Warren's, but for those that say otherwise.
 func pod(namespace, name, node string, labels, annotations map[string]string) *corev1.Pod {
+	if labels["app"] != "" && namespace == "istio-system" && labels["app.kubernetes.io/part-of"] == "" {
+		labels = maps.Clone(labels)
+		labels["app.kubernetes.io/part-of"] = "warren"
+	}
 	return &corev1.Pod{
 		ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: name, UID: types.UID(name), Labels: labels, Annotations: annotations},
 		Spec:       corev1.PodSpec{NodeName: node, Containers: []corev1.Container{{Image: "r.example:5000/x:v9"}}},

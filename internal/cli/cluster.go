@@ -32,11 +32,13 @@ import (
 
 // Labels and annotations that the mesh's objects carry.
 const (
-	agentSelector   = "app=ztunnel"
+	agentSelector   = "app=ztunnel," + ourSelector
 	canaryLabel     = "warren.io/canary"       // of agents that are tried first
 	canaryNodes     = "warren.io/canary-nodes" // annotation of the other agents' DaemonSet: the label of nodes that are not theirs
 	holderSelector  = "app=warren-holder"
-	controlSelector = "app=istiod"
+	controlSelector = anyControl + "," + ourSelector
+	ourSelector     = "app.kubernetes.io/part-of=warren" // Istio's objects have the same labels but for this
+	anyControl      = "app=istiod"                       // of control planes, Istio's among them
 	modeLabel       = "istio.io/dataplane-mode"
 	redirection     = "ambient.istio.io/redirection"
 	adminPort       = 15000 // of an agent

@@ -25,7 +25,8 @@ type change struct {
 	upgrade  bool // there has to be something to upgrade
 	reset    bool // forget what was set before
 	rollback bool
-	force    bool // though a check failed
+	force    bool           // though a check failed
+	over     map[string]any // values that go over what was set before, and under what the flags say
 	limit    time.Duration
 	poll     time.Duration
 }
@@ -77,9 +78,6 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	ctx, cancel := context.WithTimeout(cmd.Context(), ch.limit)
 	defer cancel()
 	p := a.progress()
-	if err := a.mayInstall(ctx, c, ch.force); err != nil {
-		return err
-	}
 	records := release.Records{Client: c, Namespace: a.namespace, Revision: rev}
 	history, err := records.List(ctx)
 	if err != nil {
@@ -104,9 +102,21 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	if ch.upgrade && !ch.reset && ch.values.profile == "" {
 		base = before.Config
 	}
-	values, err := ch.values.values(cmd, base)
+	values, err := ch.values.values(cmd, release.Over(base, ch.over))
 	if err != nil {
 		return err
+	}
+	if err := a.mayInstall(ctx, c, ch.force, release.BesideIstio(values)); err != nil {
+		return err
+	}
+	if before != nil && release.BesideIstio(before.Config) && !release.BesideIstio(values) {
+		left, err := a.istioLeft(ctx, c)
+		if err != nil {
+			return err
+		}
+		if len(left) > 0 {
+			return fmt.Errorf("without besideIstio.enabled Warren would take the names of what is still Istio's: %s; %s migrate finish says how it ends", strings.Join(left, ", "), a.name())
+		}
 	}
 	if was := release.RevisionOf(values); was != rev { // set when that was a label alone
 		return fmt.Errorf("the release %s was installed with revision %s, which is that of a second control plane: uninstall it, and install it without a revision", release.NameOf(rev), was)
@@ -296,7 +306,7 @@ func (a *app) target(c *conn, number int) (release.Target, error) {
 }
 
 // mayInstall refuses what cannot work, with what check would say of it.
-func (a *app) mayInstall(ctx context.Context, c *conn, force bool) error {
+func (a *app) mayInstall(ctx context.Context, c *conn, force, besideIstio bool) error {
 	v, err := c.Discovery().ServerVersion()
 	if err != nil {
 		return fmt.Errorf("reaching the cluster: %w; name another with --context or --kubeconfig", err)
@@ -305,7 +315,7 @@ func (a *app) mayInstall(ctx context.Context, c *conn, force bool) error {
 	if err != nil {
 		return fmt.Errorf("listing nodes: %w", err)
 	}
-	findings := append([]finding{kubernetesVersion(v.Major, v.Minor, v.GitVersion), checkNodes(nodes.Items)}, a.checkOthers(ctx, c)...)
+	findings := append([]finding{kubernetesVersion(v.Major, v.Minor, v.GitVersion), checkNodes(nodes.Items)}, a.checkOthers(ctx, c, besideIstio)...)
 	findings = append(findings, a.checkRights(ctx, c))
 	findings = slices.DeleteFunc(findings, func(f finding) bool { return f.Result != "failed" })
 	if len(findings) == 0 {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
@@ -22,7 +23,7 @@ func (a *app) migrateCommand() *cobra.Command {
 		Use: "migrate", Short: "Come from Istio's ambient mode", Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(&cobra.Command{
+	cmd.AddCommand(a.migrateBegin(), a.migrateNode(), a.migrateStatus(), a.migrateFinish(), &cobra.Command{
 		Use: "check", Short: "Say what would differ if Warren were in the place of the Istio that is installed",
 		Long: "Say what would differ if Warren were in the place of the Istio that is installed: what it reads of the mesh's configuration, which\n" +
 			"objects and fields it does not follow, which pods it leaves alone. Nothing in the cluster is changed.\n\n" +
@@ -54,7 +55,7 @@ func (a *app) migration(ctx context.Context, c *conn) ([]finding, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reaching the cluster: %w", err)
 	}
-	deployments, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: controlSelector})
+	deployments, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: anyControl})
 	if err != nil {
 		return nil, fmt.Errorf("looking for Istio's control plane: %w", err)
 	}
@@ -144,7 +145,7 @@ func istioDataPlane(ctx context.Context, c *conn) ([]finding, error) {
 	}
 	var found []string
 	for _, d := range sets.Items {
-		if d.Labels["app.kubernetes.io/part-of"] != "warren" && (d.Name == "istio-cni-node" || d.Labels["app"] == "ztunnel") {
+		if capturesForIstio(&d) {
 			found = append(found, d.Namespace+"/"+d.Name)
 		}
 	}
@@ -152,8 +153,7 @@ func istioDataPlane(ctx context.Context, c *conn) ([]finding, error) {
 		return []finding{{"data plane", "warning", "no ztunnel runs here: this Istio captures pods with sidecars alone", "see pods with sidecars below"}}, nil
 	}
 	slices.Sort(found)
-	return []finding{{"data plane", "failed", "Istio captures pods: " + strings.Join(found, ", "),
-		"two meshes cannot capture the same pods: remove these before warren install; between the two, connections of the mesh are in clear, and STRICT refuses them"}}, nil
+	return []finding{{"data plane", "ok", "Istio captures pods: " + strings.Join(found, ", "), "node by node they leave it to Warren: warren migrate begin, then warren migrate node"}}, nil
 }
 
 // istioConfig reads the mesh's configuration, and says what of it has no effect here.
@@ -185,15 +185,9 @@ func istioConfig(ctx context.Context, c *conn, root string) (map[string]string, 
 
 // ignoredMeshConfig is what of the mesh's configuration has no effect here, each with why.
 func ignoredMeshConfig(root, text string) ([]string, error) {
-	var mesh map[string]any
-	if err := yaml.Unmarshal([]byte(text), &mesh); err != nil {
-		return nil, fmt.Errorf("reading the mesh's configuration: ConfigMap %s/istio, key mesh: %w", root, err)
-	}
-	if mesh["rootNamespace"] == root {
-		delete(mesh, "rootNamespace")
-	}
-	if d, ok := mesh["defaultConfig"].(map[string]any); ok {
-		delete(d, "discoveryAddress") // where it is, Warren's own is too
+	mesh, err := readMeshConfig(&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: root, Name: "istio"}, Data: map[string]string{"mesh": text}})
+	if err != nil {
+		return nil, err
 	}
 	return release.IgnoredMeshConfig(mesh), nil
 }

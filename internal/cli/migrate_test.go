@@ -53,7 +53,7 @@ func TestMigrationOfTheControlPlane(t *testing.T) {
 		result string
 		word   string
 	}{
-		{[]*appsv1.DaemonSet{set("ztunnel", map[string]string{"app": "ztunnel"}), set("istio-cni-node", nil)}, "failed", "istio-system/istio-cni-node, istio-system/ztunnel"},
+		{[]*appsv1.DaemonSet{set("ztunnel", map[string]string{"app": "ztunnel"}), set("istio-cni-node", nil)}, "ok", "istio-system/istio-cni-node, istio-system/ztunnel"},
 		{[]*appsv1.DaemonSet{set("warren-node", map[string]string{"app": "ztunnel", "app.kubernetes.io/part-of": "warren"})}, "warning", "no ztunnel"},
 	} {
 		k := fake.NewClientset()

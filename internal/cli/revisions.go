@@ -188,7 +188,7 @@ func (a *app) beside(ctx context.Context, c *conn) (revisions []string, err erro
 		return nil, err
 	}
 	for _, d := range controls {
-		if r := d.Labels[revision.Label]; r != revision.Default && r != "" {
+		if r := d.Labels[revision.Label]; r != revision.Default && r != revision.BesideIstio && r != "" {
 			revisions = append(revisions, r)
 		}
 	}
@@ -208,9 +208,18 @@ func (a *app) keepsCommon(ctx context.Context, c *conn, before, values map[strin
 	return nil
 }
 
-// mayUninstall refuses what would leave something without a control plane.
+// besideIstio reports whether the control plane here is one beside Istio's.
+func (a *app) besideIstio(ctx context.Context, c *conn) bool {
+	controls, err := a.controls(ctx, c)
+	return err == nil && slices.ContainsFunc(controls, func(d appsv1.Deployment) bool { return d.Labels[revision.Label] == revision.BesideIstio })
+}
+
+// mayUninstall refuses what would leave something without a control plane, or without anybody who captures.
 func (a *app) mayUninstall(ctx context.Context, c *conn, rev string) error {
 	if rev == revision.Default {
+		if err := a.noneMoved(ctx, c); err != nil {
+			return err
+		}
 		others, err := a.beside(ctx, c)
 		if err != nil {
 			return err

@@ -116,7 +116,7 @@ func (a *app) status(ctx context.Context, c *conn) (*meshStatus, error) {
 	for _, d := range deployments.Items {
 		s.Control.Ready += int(d.Status.ReadyReplicas)
 		s.Control.Want += int(d.Status.Replicas)
-		if rev := d.Labels[revision.Label]; rev != revision.Default && rev != "" {
+		if rev := d.Labels[revision.Label]; rev != revision.Default && rev != revision.BesideIstio && rev != "" {
 			if s.Revisions == nil {
 				s.Revisions = map[string]ratio{}
 			}

@@ -71,6 +71,13 @@ func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
 	if err != nil {
 		return err
 	}
+	beside := a.besideIstio(ctx, c)
+	if rec := release.InForce(history); rec != nil {
+		beside = beside || release.BesideIstio(rec.Config)
+	}
+	if beside && purge {
+		return usageError{errors.New("--purge removes the root key and the definitions, which are Istio's too while Warren is beside it")}
+	}
 	found, err := c.objects.Present(ctx, objects)
 	if err != nil {
 		return err
@@ -91,14 +98,16 @@ func (a *app) uninstall(ctx context.Context, c *conn, purge bool) error {
 	if err := a.deleteTags(ctx, c, revision.TagLabel+",app.kubernetes.io/part-of=warren"); err != nil {
 		return err
 	}
-	copies, err := a.removeCopies(ctx, c)
-	if err != nil {
+	copies, rev := 0, revision.Default
+	if beside { // they are Istio's
+		rev = revision.BesideIstio
+	} else if copies, err = a.removeCopies(ctx, c); err != nil {
 		return err
 	}
 	if err := a.awaitGone(ctx, c, p, agentSelector, holderSelector, controlSelector, "app="+cleanName); err != nil {
 		return err
 	}
-	if err := a.deleteLease(ctx, c, revision.Default); err != nil {
+	if err := a.deleteLease(ctx, c, rev); err != nil {
 		return err
 	}
 	if err := records.Forget(ctx, history); err != nil {

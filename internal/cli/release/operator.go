@@ -199,11 +199,17 @@ func put(values map[string]any, path string, v any) {
 
 // IgnoredMeshConfig lists what of Istio's mesh configuration has no effect here, each with why.
 func IgnoredMeshConfig(mesh map[string]any) []string {
+	_, ignored := FromMeshConfig(mesh)
+	return ignored
+}
+
+// FromMeshConfig is what of Istio's mesh configuration is followed, as values of the chart, and what has no effect here, each with why.
+func FromMeshConfig(mesh map[string]any) (values map[string]any, ignored []string) {
 	o := &operator{values: map[string]any{}}
 	o.walk(map[string]any{"meshConfig": mesh}, "", meanings())
 	slices.Sort(o.ignored)
 	for i, s := range o.ignored {
 		o.ignored[i] = strings.TrimPrefix(s, "spec.")
 	}
-	return o.ignored
+	return o.values, o.ignored
 }

@@ -41,6 +41,13 @@ func RevisionOf(values map[string]any) string {
 	return cmp.Or(rev, revision.Default)
 }
 
+// BesideIstio reports whether values are for the time in which Istio captures the pods of some nodes and Warren those of others.
+func BesideIstio(values map[string]any) bool {
+	m, _ := values["besideIstio"].(map[string]any)
+	on, _ := m["enabled"].(bool)
+	return on
+}
+
 const hookAnnotation = "helm.sh/hook"
 
 // newest is the version of Kubernetes that a manifest is for where none is named.

@@ -128,6 +128,9 @@ func (s Sources) Values(base map[string]any) (map[string]any, error) {
 	return out, check(out)
 }
 
+// Over is b over a; neither is changed.
+func Over(a, b map[string]any) map[string]any { return merge(clone(a), clone(b)) }
+
 // merge puts b over a; maps go into maps. a is changed.
 func merge(a, b map[string]any) map[string]any {
 	for k, v := range b {
