@@ -52,6 +52,7 @@ type Config struct {
 	CNIBinary  string   // the plugin in the agent's image; empty: the CNI plugin is not installed
 	CNIBinDir  string   // default /opt/cni/bin
 	CNIConfDir string   // default /etc/cni/net.d
+	CNIReplace []string // types of chained plugins that go when ours comes; default none
 	Exempt     []string // namespaces whose pods never wait for the agent. Default kube-system
 
 	AdminAddr   string // default 127.0.0.1:15000

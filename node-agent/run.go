@@ -173,7 +173,7 @@ func run(ctx context.Context, cfg Config) (drain func() error, err error) {
 func (a *agent) build(ctx context.Context) error {
 	cfg, log := &a.cfg, a.cfg.Log
 	if cfg.CNIBinary != "" {
-		a.installer = install.New(install.Config{Binary: cfg.CNIBinary, BinDir: cfg.CNIBinDir, ConfDir: cfg.CNIConfDir, Log: log,
+		a.installer = install.New(install.Config{Binary: cfg.CNIBinary, BinDir: cfg.CNIBinDir, ConfDir: cfg.CNIConfDir, Replaces: cfg.CNIReplace, Log: log,
 			Settings: cni.Settings{Socket: cfg.CNISocket, StateFile: filepath.Join(cfg.StateDir, filepath.Base(cni.DefaultStateFile)), SystemNamespace: cfg.PodNamespace, Exempt: cfg.Exempt}})
 		// A configuration that names a missing binary keeps every pod of the node from starting.
 		if err := a.installer.Repair(); err != nil {

@@ -35,6 +35,7 @@ func (e *environment) config() nodeagent.Config {
 		BPFDir: e.Text("WARREN_BPF_DIR"), CgroupRoot: e.Text("WARREN_CGROUP_ROOT"), Proc: e.Text("WARREN_PROC"),
 		Holder: e.Text("WARREN_HOLDER_SOCKET"), CNISocket: e.Text("WARREN_CNI_SOCKET"), StateDir: e.Text("WARREN_STATE_DIR"),
 		CNIBinary: e.Text("WARREN_CNI_BINARY"), CNIBinDir: e.Text("WARREN_CNI_BIN_DIR"), CNIConfDir: e.Text("WARREN_CNI_CONF_DIR"),
+		CNIReplace: e.List("WARREN_CNI_REPLACES"),
 
 		AdminAddr: e.Text("WARREN_ADMIN_ADDRESS"), MetricsAddr: e.Text("WARREN_METRICS_ADDRESS"), ReadyAddr: e.Text("WARREN_READY_ADDRESS"),
 

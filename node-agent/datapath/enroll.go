@@ -48,6 +48,11 @@ func (d *Datapath) Enroll(p Pod) error {
 		}
 	}
 	_, known := d.pods[p.UID]
+	if !known { // of one that is captured it would be a way out
+		if err := p.NetNS.Do(func() error { return otherMesh(p.UID) }); err != nil {
+			return err
+		}
+	}
 	r, err := d.assign(p, w)
 	if err != nil {
 		return err

@@ -13,6 +13,7 @@ const (
 	NativeXDP       Unsupported = "NativeXDP"       // native XDP on the node side hides which socket sent a packet
 	NoAddress       Unsupported = "NoAddress"       // the pod's addresses are not on its interface
 	TooManyPods     Unsupported = "TooManyPods"     // all slots are taken
+	OtherMesh       Unsupported = "OtherMesh"       // Istio's rules are in the pod's network namespace, from when its ztunnel captured it
 )
 
 // UnsupportedError is returned for a pod that no socket hook sees whole; it is left uncaptured.

@@ -594,6 +594,32 @@ func TestUnsupportedPods(t *testing.T) {
 	check(t, l.dp.Enroll(l.ui.pod()))
 }
 
+// A pod that Istio's ztunnel captured is refused until it is a new one; what is captured stays so, whatever rules somebody adds.
+func TestPodsOfAnotherMesh(t *testing.T) {
+	l := newLab(t)
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		rule := netlink.NewRule()
+		mask := uint32(istioMask)
+		rule.Family, rule.Table, rule.Mark, rule.Mask, rule.Priority = family, istioTable, istioMark, &mask, 32764
+		before := l.traces(t)
+		check(t, l.ui.ns.Do(func() error { return netlink.RuleAdd(rule) }))
+		var u *UnsupportedError
+		if err := l.dp.Enroll(l.ui.pod()); !errors.As(err, &u) || u.Reason != OtherMesh || !strings.Contains(err.Error(), "restart the pod") {
+			t.Errorf("with Istio's rule: %v", err)
+		}
+		check(t, l.ui.ns.Do(func() error { return netlink.RuleDel(rule) }))
+		if after := l.traces(t); after != before {
+			t.Errorf("the refusal left traces: before\n%s\nafter\n%s", before, after)
+		}
+		l.cat.enroll()
+		check(t, l.cat.ns.Do(func() error { return netlink.RuleAdd(rule) }))
+		check(t, l.dp.Enroll(l.cat.pod()))
+		check(t, l.cat.ns.Do(func() error { return netlink.RuleDel(rule) }))
+	}
+	l.ui.listen()
+	check(t, l.dp.Enroll(l.ui.pod()))
+}
+
 // Uninstall leaves the machine as it was: no pin, link, rule, route, sysctl or filter.
 func TestUninstallLeavesNothing(t *testing.T) {
 	l := newLab(t)

@@ -96,11 +96,17 @@ func (c *conf) plugins() ([]json.RawMessage, error) {
 	return p, nil
 }
 
-func isOurs(plugin json.RawMessage) bool {
+func isOurs(plugin json.RawMessage) bool { return typeOf(plugin) == cni.PluginType }
+
+// typeOf is "" for what is no plugin.
+func typeOf(plugin json.RawMessage) string {
 	var t struct {
 		Type string `json:"type"`
 	}
-	return json.Unmarshal(plugin, &t) == nil && t.Type == cni.PluginType
+	if json.Unmarshal(plugin, &t) != nil {
+		return ""
+	}
+	return t.Type
 }
 
 func (c *conf) has() bool {
@@ -108,9 +114,9 @@ func (c *conf) has() bool {
 	return err == nil && slices.ContainsFunc(p, isOurs)
 }
 
-// insert makes the entry the last of the list and reports whether it was not there already as it should be.
-// The others, the version and whatever else the file says stay as they are.
-func (c *conf) insert(s cni.Settings) (changed bool, err error) {
+// insert makes the entry the last of the list, takes out those of plugins that it replaces, and reports whether it was not there
+// already as it should be. The others, the version and whatever else the file says stay as they are.
+func (c *conf) insert(s cni.Settings, replaces ...string) (changed bool, err error) {
 	plugins, err := c.plugins()
 	if err != nil {
 		return false, err
@@ -122,10 +128,13 @@ func (c *conf) insert(s cni.Settings) (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if last := plugins[len(plugins)-1]; c.from == "" && equal(last, want) && !slices.ContainsFunc(plugins[:len(plugins)-1], isOurs) {
+	goes := func(p json.RawMessage) bool { return isOurs(p) || slices.Contains(replaces, typeOf(p)) }
+	if last := plugins[len(plugins)-1]; c.from == "" && equal(last, want) && !slices.ContainsFunc(plugins[:len(plugins)-1], goes) {
 		return false, nil
 	}
-	plugins = append(slices.DeleteFunc(plugins, isOurs), want)
+	if plugins = append(slices.DeleteFunc(plugins, goes), want); len(plugins) == 1 {
+		return false, fmt.Errorf("%s has no plugins but %s, which Warren's replaces: the one that makes the pod's interface must come first", c.path, strings.Join(replaces, ", "))
+	}
 	return true, c.set(plugins)
 }
 

@@ -29,6 +29,9 @@ type Config struct {
 	BinDir   string // the node's plugins. Default /opt/cni/bin
 	ConfDir  string // the node's network configurations. Default /etc/cni/net.d
 	Settings cni.Settings
+	// Replaces are types of plugins whose entries are taken out: of a mesh that captured on this node before, and whose plugin would
+	// wait for its agent in vain.
+	Replaces []string
 	Log      *slog.Logger
 	Interval time.Duration // between two looks at what is installed: 1 s
 }
@@ -79,7 +82,7 @@ func (i *Installer) Install() error {
 	if err != nil {
 		return err
 	}
-	changed, err := c.insert(i.cfg.Settings)
+	changed, err := c.insert(i.cfg.Settings, i.cfg.Replaces...)
 	if err != nil || !changed {
 		if err == nil && copied {
 			i.cfg.Log.Info("CNI plugin written", "path", i.target())

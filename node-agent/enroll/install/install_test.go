@@ -71,6 +71,32 @@ func (n *nodeDirs) types() ([]string, string) {
 
 func (n *nodeDirs) binaryThere() bool { _, err := os.Stat(n.target()); return err == nil }
 
+// Istio leaves its plugin in the list when its DaemonSet leaves a node. Who replaces it takes it out, and nobody else does.
+func TestThePluginReplacesAnother(t *testing.T) {
+	const with = `{"cniVersion":"0.4.0","name":"cbr0","plugins":[{"type":"bridge"},{"type":"istio-cni","plugin_log_level":"info"},{"type":"portmap"}]}`
+	n := newNode(t)
+	n.put("10-flannel.conflist", with)
+	if err := n.Install(); err != nil {
+		t.Fatal(err)
+	}
+	if got, _ := n.types(); !slices.Equal(got, []string{"bridge", "istio-cni", "portmap", "warren-cni"}) {
+		t.Errorf("what it does not replace is %v", got)
+	}
+	n.cfg.Replaces = []string{"istio-cni"}
+	for range 2 {
+		if err := n.Install(); err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := n.types(); !slices.Equal(got, []string{"bridge", "portmap", "warren-cni"}) {
+			t.Errorf("replaced: %v", got)
+		}
+	}
+	n.put("10-flannel.conflist", `{"cniVersion":"0.4.0","name":"x","plugins":[{"type":"istio-cni"}]}`)
+	if err := n.Install(); err == nil {
+		t.Error("a list without a plugin that makes the interface is written")
+	}
+}
+
 func TestThePluginIsChainedAndTakenOut(t *testing.T) {
 	n := newNode(t)
 	if err := n.Install(); !errors.Is(err, errNoConf) {
