@@ -173,14 +173,20 @@ func istioConfig(ctx context.Context, c *conn, root string) (map[string]string, 
 	for _, s := range ignored {
 		out = append(out, finding{"mesh configuration", "warning", s, ""})
 	}
-	var networks struct{ Networks map[string]any }
-	if err := yaml.Unmarshal([]byte(cm.Data["meshNetworks"]), &networks); err != nil || len(networks.Networks) > 0 {
+	if severalNetworks(cm) {
 		out = append(out, finding{"networks", "failed", "the mesh has more than one network (key meshNetworks)", "Warren has one cluster and one network"})
 	}
 	if len(out) == 0 {
 		out = append(out, finding{"mesh configuration", "ok", "all of it is followed", "hand it over: warren install --set-string mesh.trustDomain=…, or -f with an IstioOperator"})
 	}
 	return cm.Data, out, nil
+}
+
+// severalNetworks reports whether the mesh's configuration has networks, or cannot be read there.
+func severalNetworks(cm *corev1.ConfigMap) bool {
+	var m struct{ Networks map[string]any }
+	err := yaml.Unmarshal([]byte(cm.Data["meshNetworks"]), &m)
+	return err != nil || len(m.Networks) > 0
 }
 
 // ignoredMeshConfig is what of the mesh's configuration has no effect here, each with why.

@@ -98,6 +98,9 @@ func (a *app) fromIstio(ctx context.Context, c *conn) (map[string]any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reading Istio's configuration: %w", err)
 	}
+	if severalNetworks(cm) {
+		return nil, fmt.Errorf("ConfigMap %s/%s: the mesh has more than one network (key meshNetworks), and Warren has one cluster and one network", cm.Namespace, cm.Name)
+	}
 	values, err := a.meshValues(cm)
 	if err != nil {
 		return nil, err

@@ -392,3 +392,47 @@ func TestIstiosAffinityStays(t *testing.T) {
 		t.Errorf("annotations %s", b)
 	}
 }
+
+// What Warren cannot be beside is refused, with what to do.
+func TestMigrationDoesNotBegin(t *testing.T) {
+	cms, deployments := corev1.SchemeGroupVersion.WithResource("configmaps"), appsv1.SchemeGroupVersion.WithResource("deployments")
+	for want, change := range map[string]func(s *ambientSite) error{
+		"give -n with that namespace": func(s *ambientSite) error {
+			d, err := s.kube.AppsV1().Deployments("istio-system").Get(t.Context(), "istiod", metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			d.Namespace = "mesh"
+			if err := s.kube.Tracker().Delete(deployments, "istio-system", "istiod"); err != nil {
+				return err
+			}
+			return s.kube.Tracker().Create(deployments, d, "mesh")
+		},
+		"there are several control planes of Istio, istio-system/istiod, istio-system/istiod-canary": func(s *ambientSite) error {
+			return s.kube.Tracker().Create(deployments, &appsv1.Deployment{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "istiod-canary", Labels: map[string]string{"app": "istiod"}}}, "istio-system")
+		},
+		"neither a Secret cacerts nor istio-ca-secret": func(s *ambientSite) error {
+			return s.kube.Tracker().Delete(corev1.SchemeGroupVersion.WithResource("secrets"), "istio-system", "istio-ca-secret")
+		},
+		"more than one network": func(s *ambientSite) error {
+			return s.kube.Tracker().Update(cms, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "istio"}, Data: map[string]string{"mesh": "{}", "meshNetworks": "networks: {n1: {}, n2: {}}"}}, "istio-system")
+		},
+		"a CA elsewhere signs for Istio": func(s *ambientSite) error {
+			return s.kube.Tracker().Update(cms, &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "istio-system", Name: "istio"}, Data: map[string]string{"mesh": "caAddress: ca.example:443"}}, "istio-system")
+		},
+		"which is Warren's name beside it": func(s *ambientSite) error {
+			d, err := s.kube.AppsV1().Deployments("istio-system").Get(t.Context(), "istiod", metav1.GetOptions{})
+			if err != nil {
+				return err
+			}
+			d.Labels[revision.Label] = revision.BesideIstio
+			return s.kube.Tracker().Update(deployments, d, "istio-system")
+		},
+	} {
+		s := newAmbientSite(t)
+		if err := change(s); err != nil {
+			t.Fatal(err)
+		}
+		s.must(t, ExitError, want, "migrate", "begin")
+	}
+}
