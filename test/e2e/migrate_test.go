@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -20,8 +21,8 @@ const istiodPort = "15112" // beside the API server
 // Deployment istiod is for its name, and has no pods. ztunnel is not to be had as a program here. In its place the DaemonSet ztunnel
 // runs Warren's agent as one that knows nothing of Warren's control plane: it has certificates, workloads and policies from Istio's,
 // its own directories on the node, and no CNI plugin. istio-cni-node is a process that sleeps; that pods are captured is written on
-// them, as Istio's does, by istioCNI.
-func ambientIstio(t *testing.T) {
+// them, as Istio's does, by istioCNI. The function that it returns ends Istio's control plane.
+func ambientIstio(t *testing.T) (end func()) {
 	t.Helper()
 	ctx := t.Context()
 	program, err := mesh.BuildIstiod(ctx)
@@ -93,11 +94,14 @@ spec:
 		"INJECT_ENABLED=false", "PILOT_ENABLE_GATEWAY_API_DEPLOYMENT_CONTROLLER=false", "ENABLE_LEADER_ELECTION=false")
 	cmd.Stdout, cmd.Stderr = &log, &log
 	must(t, cmd.Start())
-	t.Cleanup(func() {
+	end = sync.OnceFunc(func() {
 		_ = cmd.Process.Signal(os.Interrupt)
 		timer := time.AfterFunc(10*time.Second, func() { _ = cmd.Process.Kill() })
 		_ = cmd.Wait()
 		timer.Stop()
+	})
+	t.Cleanup(func() {
+		end()
 		if t.Failed() {
 			b := log.Bytes()
 			t.Logf("istiod: %s", b[max(0, len(b)-10_000):])
@@ -133,6 +137,7 @@ spec:
 			t.Fatal(err, out, mesh.Diagnose(ctx))
 		}
 	}
+	return end
 }
 
 const standIn = "warren-test-ztunnel"
@@ -208,7 +213,7 @@ func TestMigrateFromIstio(t *testing.T) {
 	if !*long {
 		t.Skip("builds Istio's control plane, minutes the first time; -long does it, and the command's steps are tested in internal/cli")
 	}
-	ambientIstio(t)
+	endIstio := ambientIstio(t)
 	ctx := t.Context()
 	moving, staying := nodes[0], nodes[1]
 	ns := namespace(t, "e2e-migrate", ambient)
@@ -284,6 +289,21 @@ spec:
 	say("migrate", "begin")
 	if out := say("migrate", "status"); !strings.Contains(out, moving+"   istio") {
 		t.Errorf("before any move:\n%s", out)
+	}
+	// Warren makes the Gateways that ask for it, and leaves alone those that do not.
+	applyIn(t, ns, strings.Replace(aWaypoint, "labels: {", "labels: {istio.io/rev: warren, ", 1)+"---"+strings.Replace(aWaypoint, "name: way", "name: theirs", 1))
+	fieldBecomes(t, ns, "gateway/way", `{.status.conditions[?(@.type=="Programmed")].status}`, "True")
+	made := func(name string) string {
+		t.Helper()
+		out, err := mesh.Kubectl(ctx, "-n", ns, "get", "deployment", name, "--ignore-not-found", "-o", "name")
+		must(t, err)
+		return strings.TrimSpace(out)
+	}
+	if got := made("theirs"); got != "" {
+		t.Errorf("Warren has made %s for a Gateway that is Istio's", got)
+	}
+	if out := say("migrate", "status"); !strings.Contains(out, ns+"/theirs   istio") || !strings.Contains(out, ns+"/way      warren") {
+		t.Errorf("who serves which Gateway:\n%s", out)
 	}
 	loads := 0
 	// both has loads from the clients to the servers of both nodes, none of which fails, while something is done.
@@ -374,5 +394,44 @@ spec:
 	if got := field(t, lab.Namespace, "configmap/istio-ca-root-cert", "{.metadata.name}"); got != "istio-ca-root-cert" {
 		t.Errorf("Istio's roots went with Warren: %s", got)
 	}
-	t.Logf("%d new connections while a node went over and back", loads)
+
+	// To the end: every node, then Istio goes, then Warren is the mesh alone.
+	say("migrate", "begin")
+	if out, err := mesh.Kubectl(ctx, "-n", ns, "delete", "pod", "client", "stranger"); err != nil {
+		t.Fatal(err, out)
+	}
+	say("migrate", "node", "--all")
+	must(t, mesh.Run(ctx, client(ns, "client", moving), client(ns, "client-too", staying), stranger("stranger", staying)))
+	rollout()
+	inMesh(t, ns)
+	if _, said, err := runWarren(ctx, t, "migrate", "finish"); err == nil || !strings.Contains(said, "Of Istio there is left: DaemonSet") {
+		t.Errorf("the end with Istio there: %v\n%s", err, said)
+	}
+	endIstio()
+	for _, what := range [][]string{{"daemonset", "ztunnel", "istio-cni-node"}, {"deployment", "istiod"}, {"service", "istiod"}, {"configmap", "istio"}} {
+		if out, err := mesh.Kubectl(ctx, append([]string{"-n", lab.Namespace, "delete"}, what...)...); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	holders := field(t, lab.Namespace, "pods", `{.items[?(@.metadata.labels.app=="warren-holder")].metadata.uid}`)
+	both("Warren becomes the mesh alone", []string{"client", "client-too"}, func() { say("migrate", "finish") })
+	if now := field(t, lab.Namespace, "pods", `{.items[?(@.metadata.labels.app=="warren-holder")].metadata.uid}`); now != holders || len(strings.Fields(now)) != len(nodes) {
+		t.Errorf("the holders were %s and are %s", holders, now)
+	}
+	if now := field(t, lab.Namespace, "secret/istio-ca-secret", "{.metadata.uid}/{.metadata.resourceVersion}"); now != root {
+		t.Errorf("the root was %s and is %s", root, now)
+	}
+	if got, err := mesh.Kubectl(ctx, "get", "nodes", "-l", "warren.io/migration", "-o", "name"); err != nil || strings.TrimSpace(got) != "" {
+		t.Errorf("nodes with the label of the migration: %s, %v", got, err)
+	}
+	if out, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "get", "service/istiod", "configmap/istio", "deployment/warren-control"); err != nil {
+		t.Error(err, out)
+	}
+	refused("stranger")
+	fieldBecomes(t, ns, "gateway/theirs", `{.status.conditions[?(@.type=="Programmed")].status}`, "True")
+	if made("way") == "" || made("theirs") == "" {
+		t.Errorf("of the Gateways there are the Deployments %q, %q", made("way"), made("theirs"))
+	}
+	say("check")
+	t.Logf("%d new connections while a node went over and back, and all of them for good", loads)
 }
