@@ -109,6 +109,9 @@ func (a *app) change(cmd *cobra.Command, ch *change) error {
 	if err := a.mayInstall(ctx, c, ch.force, release.BesideIstio(values)); err != nil {
 		return err
 	}
+	if before != nil && release.BesideIstio(values) && !release.BesideIstio(before.Config) {
+		return fmt.Errorf("the release %s is a mesh by itself, and cannot be beside Istio's any more: uninstall it first", release.Name)
+	}
 	if before != nil && release.BesideIstio(before.Config) && !release.BesideIstio(values) {
 		left, err := a.istioLeft(ctx, c)
 		if err != nil {

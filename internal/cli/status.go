@@ -45,9 +45,11 @@ const (
 type ratio struct {
 	Ready int `json:"ready"`
 	Want  int `json:"want"`
+
+	mayBeNone bool // that none should be is right too
 }
 
-func (r ratio) complete() bool { return r.Want > 0 && r.Ready >= r.Want }
+func (r ratio) complete() bool { return (r.Want > 0 || r.mayBeNone) && r.Ready >= r.Want }
 func (r ratio) String() string { return fmt.Sprintf("%d/%d", r.Ready, r.Want) }
 
 type namespaceStatus struct {
@@ -116,11 +118,14 @@ func (a *app) status(ctx context.Context, c *conn) (*meshStatus, error) {
 	for _, d := range deployments.Items {
 		s.Control.Ready += int(d.Status.ReadyReplicas)
 		s.Control.Want += int(d.Status.Replicas)
+		if d.Labels[revision.Label] == revision.BesideIstio { // agents come with the first node that is moved
+			s.Agents.mayBeNone, s.Holders.mayBeNone = true, true
+		}
 		if rev := d.Labels[revision.Label]; rev != revision.Default && rev != revision.BesideIstio && rev != "" {
 			if s.Revisions == nil {
 				s.Revisions = map[string]ratio{}
 			}
-			s.Revisions[rev] = ratio{int(d.Status.ReadyReplicas), int(d.Status.Replicas)}
+			s.Revisions[rev] = ratio{Ready: int(d.Status.ReadyReplicas), Want: int(d.Status.Replicas)}
 		}
 	}
 	known, err := a.revisions(ctx, c)

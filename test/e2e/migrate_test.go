@@ -213,8 +213,9 @@ func TestMigrateFromIstio(t *testing.T) {
 	if !*long {
 		t.Skip("builds Istio's control plane, minutes the first time; -long does it, and the command's steps are tested in internal/cli")
 	}
-	endIstio := ambientIstio(t)
 	ctx := t.Context()
+	must(t, mesh.LoadWaypoint(ctx))
+	endIstio := ambientIstio(t)
 	moving, staying := nodes[0], nodes[1]
 	ns := namespace(t, "e2e-migrate", ambient)
 	istioCNI(t, ns)
