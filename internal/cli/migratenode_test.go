@@ -435,4 +435,10 @@ func TestMigrationDoesNotBegin(t *testing.T) {
 		}
 		s.must(t, ExitError, want, "migrate", "begin")
 	}
+	s := newAmbientSite(t)
+	s.must(t, ExitOK, "revision 1 is ready", "install", "--force", "--set", "mesh.trustDomain=prod.example")
+	s.must(t, ExitError, "is a mesh by itself", "migrate", "begin")
+	if n := s.nodeNow(t, "node1"); n.Labels[migrationLabel] != "" {
+		t.Errorf("%+v", n.ObjectMeta)
+	}
 }
