@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -140,7 +141,10 @@ spec:
 	return end
 }
 
-const standIn = "warren-test-ztunnel"
+const (
+	standIn     = "warren-test-ztunnel"
+	notGateways = "!gateway.networking.k8s.io/gateway-name"
+)
 
 // ztunnel makes of the agent's DaemonSet one that is Istio's by its name and labels and by whom it asks.
 func ztunnel(t *testing.T, agent string) string {
@@ -192,7 +196,7 @@ func istioCNI(t *testing.T, ns string) {
 			for _, p := range theirs {
 				on[p.Node] = on[p.Node] || p.Ready && !p.Terminating
 			}
-			pods, err := mesh.Pods(ctx, ns, "")
+			pods, err := mesh.Pods(ctx, ns, notGateways)
 			if err != nil {
 				continue
 			}
@@ -272,6 +276,19 @@ spec:
 			t.Fatal(err, out, mesh.Diagnose(ctx, ns))
 		}
 	}
+	captured := func() {
+		t.Helper()
+		must(t, lab.Eventually(ctx, time.Minute, func() error {
+			pods, err := mesh.Pods(ctx, ns, notGateways)
+			for _, p := range pods {
+				if p.Redirection() != "enabled" && !p.Terminating {
+					err = fmt.Errorf("%s on %s is not captured: %q", p.Name, p.Node, p.Redirection())
+				}
+			}
+			return err
+		}))
+		waysKnown(t, ns)
+	}
 	say := func(args ...string) string {
 		t.Helper()
 		out, said, err := runWarren(ctx, t, args...)
@@ -283,7 +300,7 @@ spec:
 	}
 	must(t, mesh.Run(ctx, client(ns, "client", staying), stranger("stranger", staying)))
 	rollout()
-	inMesh(t, ns)
+	captured()
 
 	root := field(t, lab.Namespace, "secret/istio-ca-secret", "{.metadata.uid}/{.metadata.resourceVersion}")
 	istios := field(t, lab.Namespace, "configmap/istio", "{.metadata.uid}/{.metadata.resourceVersion}")
@@ -351,7 +368,7 @@ spec:
 	}
 	must(t, mesh.Run(ctx, client(ns, "client-moved", moving), stranger("stranger-moved", moving)))
 	rollout()
-	inMesh(t, ns) // both say of each other's pods that they are reached by the tunnel
+	captured() // and both say of each other's pods that they are reached by the tunnel
 	servers := map[string]string{}
 	pods, err := mesh.Pods(ctx, ns, "app=server")
 	must(t, err)
@@ -377,7 +394,7 @@ spec:
 		t.Fatal(err, out)
 	}
 	both("a node goes back from Warren to Istio", []string{"client"}, func() { say("migrate", "node", moving, "--back") })
-	if out := say("migrate", "status"); strings.Contains(out, "warren  ") {
+	if out := say("migrate", "status"); !strings.Contains(out, moving+"   istio") {
 		t.Errorf("after the way back:\n%s", out)
 	}
 	if now := field(t, lab.Namespace, "secret/istio-ca-secret", "{.metadata.uid}/{.metadata.resourceVersion}"); now != root {
@@ -404,7 +421,7 @@ spec:
 	say("migrate", "node", "--all")
 	must(t, mesh.Run(ctx, client(ns, "client", moving), client(ns, "client-too", staying), stranger("stranger", staying)))
 	rollout()
-	inMesh(t, ns)
+	captured()
 	if _, said, err := runWarren(ctx, t, "migrate", "finish"); err == nil || !strings.Contains(said, "Of Istio there is left: DaemonSet") {
 		t.Errorf("the end with Istio there: %v\n%s", err, said)
 	}
