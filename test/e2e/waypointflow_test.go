@@ -187,11 +187,21 @@ func TestRolloutsThroughAWaypoint(t *testing.T) {
 	record("rollout-errors", "p99 without a mesh", r.Requests, 0, float64(r.P99MS), fmt.Sprintf("ms at %g requests/s", fast))
 }
 
-// A policy about requests is changed from one that lets a client in to one that keeps it out and back: once it says Enforced
-// no request is decided by what was before, on a connection that is open all the time.
-func TestRequestPolicyFlips(t *testing.T) {
-	ns := behindWaypoint(t, "e2e-l7flips", 1, "client", "friend", "stranger")
-	p := watchPolicies(t, ns)
+// requestFlips changes a policy about requests from one that lets a client in to one that keeps it out and back, and asks all the
+// while. Several of them run beside each other, each with a waypoint of its own.
+type requestFlips struct {
+	policies *policies
+	states   []object
+	probers  map[string]*prober
+
+	flips []flip
+	took  []time.Duration // from apply to Enforced
+	end   time.Time
+}
+
+func newRequestFlips(t *testing.T, name string) *requestFlips {
+	t.Helper()
+	ns := behindWaypoint(t, name, 1, "client", "friend", "stranger")
 	target := []object{{"kind": "Service", "name": "inventory", "group": ""}}
 	to := []any{object{"operation": object{"paths": []string{"/stock"}, "methods": []string{"GET"}}}}
 	about := func(action, field string, accounts ...string) object {
@@ -199,42 +209,80 @@ func TestRequestPolicyFlips(t *testing.T) {
 		rules[0].(object)["to"] = to
 		return object{"targetRefs": target, "action": action, "rules": rules}
 	}
-	states := []object{about("ALLOW", "principals", "client", "friend"), about("DENY", "notPrincipals", "friend")}
-	change := func(state int) flip {
-		f := flip{allows: state == 0, applied: time.Now()}
-		generation, err := p.apply(t.Context(), "flip", states[state])
-		must(t, err)
-		f.enforced, err = p.enforced(t.Context(), "flip", generation, 2*time.Minute)
-		must(t, err)
-		return f
+	r := &requestFlips{
+		policies: watchPolicies(t, ns), probers: map[string]*prober{},
+		states: []object{about("ALLOW", "principals", "client", "friend"), about("DENY", "notPrincipals", "friend")},
 	}
-	change(1)
-	probers := map[string]*prober{}
+	_, err := r.change(t.Context(), 1)
+	must(t, err)
 	for _, pod := range []string{"client", "friend", "stranger"} {
-		probers[pod] = probe(t, ns, pod, "way=http://inventory/stock")
+		r.probers[pod] = probe(t, ns, pod, "way=http://inventory/stock")
 	}
-	n := size(100, 10000)
-	var flips []flip
-	var took []time.Duration
+	return r
+}
+
+func (r *requestFlips) change(ctx context.Context, state int) (f flip, err error) {
+	f = flip{allows: state == 0, applied: time.Now()}
+	generation, err := r.policies.apply(ctx, "flip", r.states[state])
+	if err != nil {
+		return flip{}, err
+	}
+	f.enforced, err = r.policies.enforced(ctx, "flip", generation, 2*time.Minute)
+	return f, err
+}
+
+// run makes n changes, or those that there is time for.
+func (r *requestFlips) run(ctx context.Context, n int) error {
+	defer func() { r.end = time.Now() }()
 	began := time.Now()
 	for i := range n {
 		if *within > 0 && time.Since(began) > *within {
-			n = i
-			break
+			return nil
 		}
-		f := change(i % 2)
-		flips = append(flips, f)
-		took = append(took, f.enforced.Sub(f.applied))
-		probers["client"].decided(f.enforced, 1)
+		f, err := r.change(ctx, i%2)
+		if err != nil {
+			return err
+		}
+		r.flips = append(r.flips, f)
+		r.took = append(r.took, f.enforced.Sub(f.applied))
+		r.probers["client"].decided(f.enforced, 1)
 	}
-	end := time.Now()
-	v, lasted := judge(probers["client"].stop(), probers["friend"].stop(), probers["stranger"].stop(), flips, nil, end)
-	t.Logf("%d flips, %+v; last request by the state before: median %s, p99 %s; Enforced: median %s, p99 %s",
-		n, v, percentile(lasted, 50), percentile(lasted, 99), percentile(took, 50), percentile(took, 99))
-	record("envoy-config-latency", "envoy-config-latency", n, v.Stale+v.OpenWindows+v.Shut, milliseconds(percentile(lasted, 99)), "ms from apply to the last request decided by what was before, p99")
-	record("envoy-config-latency", "stale requests after Enforced", v.Settled, v.Stale, float64(n), "flips of a policy about requests")
+	return nil
+}
+
+// A policy about requests is changed from one that lets a client in to one that keeps it out and back: once it says Enforced
+// no request is decided by what was before, on a connection that is open all the time. In a long run four such policies of four
+// namespaces change beside each other.
+func TestRequestPolicyFlips(t *testing.T) {
+	all := make([]*requestFlips, size(1, 4))
+	for i := range all {
+		all[i] = newRequestFlips(t, fmt.Sprintf("e2e-l7flips-%d", i))
+	}
+	var running sync.WaitGroup
+	for _, r := range all {
+		running.Go(func() {
+			if err := r.run(t.Context(), size(100, 2500)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	running.Wait()
+	var n, settled, stale, wrong int
+	var took, lasted []time.Duration
+	for _, r := range all {
+		if len(r.flips) == 0 {
+			t.Fatal("a policy was never changed")
+		}
+		v, last := judge(r.probers["client"].stop(), r.probers["friend"].stop(), r.probers["stranger"].stop(), r.flips, nil, r.end)
+		n, settled, stale, wrong = n+len(r.flips), settled+v.Settled, stale+v.Stale, wrong+v.Stale+v.OpenWindows+v.Shut
+		took, lasted = append(took, r.took...), append(lasted, last...)
+		if v.Stale+v.OpenWindows+v.Shut+v.Hung > 0 || v.Settled < len(r.flips) {
+			t.Errorf("%d flips, %+v", len(r.flips), v)
+		}
+	}
+	t.Logf("%d flips; last request by the state before: median %s, p99 %s; Enforced: median %s, p99 %s",
+		n, percentile(lasted, 50), percentile(lasted, 99), percentile(took, 50), percentile(took, 99))
+	record("envoy-config-latency", "envoy-config-latency", n, wrong, milliseconds(percentile(lasted, 99)), "ms from apply to the last request decided by what was before, p99")
+	record("envoy-config-latency", "stale requests after Enforced", settled, stale, float64(n), "flips of a policy about requests")
 	record("envoy-config-latency", "apply to Enforced, p99", n, 0, milliseconds(percentile(took, 99)), "ms")
-	if v.Stale+v.OpenWindows+v.Shut+v.Hung > 0 || v.Settled < n {
-		t.Errorf("%d flips, %+v", n, v)
-	}
 }
