@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * connect4, connect6: decides for a pod's socket whether its connection is captured.
+ * restore4, restore6:   a captured connection goes where the application asked for, whatever a CNI makes of that; see below.
  *
  *  1. not TCP, not a pod's       -> left alone
  *  2. the agent's own            -> allowed
@@ -171,6 +172,7 @@ static __always_inline int connect_to(struct bpf_sock_addr *ctx, struct target *
 
 	if (v->fate != FATE_CAPTURED)
 		v->saved_mark = sk->mark;
+	v->service = *to;
 	v->fate = FATE_CAPTURED; /* before the mark: should that fail, the guard still holds the socket back */
 	if (!set_mark(ctx, capture_mark | draw << DRAW_SHIFT)) {
 		count(CONNECT_REFUSED_MARK);
@@ -190,10 +192,8 @@ int mesh_connect4(struct bpf_sock_addr *ctx)
 	struct target to = {.port = ntohs(c->user_port)};
 	addr_from_v4(&to.addr, ip);
 	int ret = connect_to(ctx, &to);
-	if (ret == CONNECT_ALLOW && to.addr.w[3] != ip) {
-		c->user_ip4 = to.addr.w[3];
-		c->user_port = htons(to.port);
-	}
+	if (ret == CONNECT_ALLOW && to.addr.w[3] != ip)
+		rewrite4(ctx, &to);
 	return ret;
 }
 
@@ -204,12 +204,38 @@ int mesh_connect6(struct bpf_sock_addr *ctx)
 	struct addr dst = {{c->user_ip6[0], c->user_ip6[1], c->user_ip6[2], c->user_ip6[3]}};
 	struct target to = {.addr = dst, .port = ntohs(c->user_port)};
 	int ret = connect_to(ctx, &to);
-	if (ret == CONNECT_ALLOW && !addr_eq(&to.addr, &dst)) {
-		c->user_ip6[0] = to.addr.w[0];
-		c->user_ip6[1] = to.addr.w[1];
-		c->user_ip6[2] = to.addr.w[2];
-		c->user_ip6[3] = to.addr.w[3];
-		c->user_port = htons(to.port);
-	}
+	if (ret == CONNECT_ALLOW && !addr_eq(&to.addr, &dst))
+		rewrite6(ctx, &to);
 	return ret;
+}
+
+/*
+ * A CNI that balances Services in connect (Cilium in kube-proxy's place) does that at the cgroup root, after the hooks above, and
+ * sends a captured connection to an endpoint of its own choice. The agent has to know what was asked for: a Service may have a
+ * waypoint, and which endpoint it is the mesh says. So this runs behind such programs, where there are any, and takes the
+ * application's word for a captured connection again. Connections that are not captured stay as the CNI has them.
+ */
+static __always_inline struct target *asked_for(struct bpf_sock_addr *ctx)
+{
+	struct bpf_sock *sk = ((volatile struct bpf_sock_addr *)ctx)->sk;
+	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
+	return v && v->fate == FATE_CAPTURED && v->service.port ? &v->service : 0;
+}
+
+SEC("cgroup/connect4")
+int mesh_restore4(struct bpf_sock_addr *ctx)
+{
+	struct target *to = asked_for(ctx);
+	if (to)
+		rewrite4(ctx, to);
+	return CONNECT_ALLOW;
+}
+
+SEC("cgroup/connect6")
+int mesh_restore6(struct bpf_sock_addr *ctx)
+{
+	struct target *to = asked_for(ctx);
+	if (to)
+		rewrite6(ctx, to);
+	return CONNECT_ALLOW;
 }

@@ -396,6 +396,8 @@ const (
 	MeshProgMeshGetpeername6 = "mesh_getpeername6"
 	MeshProgMeshGuard        = "mesh_guard"
 	MeshProgMeshLookup       = "mesh_lookup"
+	MeshProgMeshRestore4     = "mesh_restore4"
+	MeshProgMeshRestore6     = "mesh_restore6"
 	MeshProgMeshSockops      = "mesh_sockops"
 	MeshProgMeshUdp          = "mesh_udp"
 	MeshVarEvent             = "_event"
@@ -458,6 +460,8 @@ type MeshProgramSpecs struct {
 	MeshGetpeername6 *ebpf.ProgramSpec `ebpf:"mesh_getpeername6"`
 	MeshGuard        *ebpf.ProgramSpec `ebpf:"mesh_guard"`
 	MeshLookup       *ebpf.ProgramSpec `ebpf:"mesh_lookup"`
+	MeshRestore4     *ebpf.ProgramSpec `ebpf:"mesh_restore4"`
+	MeshRestore6     *ebpf.ProgramSpec `ebpf:"mesh_restore6"`
 	MeshSockops      *ebpf.ProgramSpec `ebpf:"mesh_sockops"`
 	MeshUdp          *ebpf.ProgramSpec `ebpf:"mesh_udp"`
 }
@@ -633,6 +637,8 @@ type MeshPrograms struct {
 	MeshGetpeername6 *ebpf.Program `ebpf:"mesh_getpeername6"`
 	MeshGuard        *ebpf.Program `ebpf:"mesh_guard"`
 	MeshLookup       *ebpf.Program `ebpf:"mesh_lookup"`
+	MeshRestore4     *ebpf.Program `ebpf:"mesh_restore4"`
+	MeshRestore6     *ebpf.Program `ebpf:"mesh_restore6"`
 	MeshSockops      *ebpf.Program `ebpf:"mesh_sockops"`
 	MeshUdp          *ebpf.Program `ebpf:"mesh_udp"`
 }
@@ -645,6 +651,8 @@ func (p *MeshPrograms) Close() error {
 		p.MeshGetpeername6,
 		p.MeshGuard,
 		p.MeshLookup,
+		p.MeshRestore4,
+		p.MeshRestore6,
 		p.MeshSockops,
 		p.MeshUdp,
 	)

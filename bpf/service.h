@@ -49,6 +49,22 @@ static __always_inline bool is_plain_tcp(struct bpf_sock *sk)
 	return !HAS_FIELD(tcp->is_mptcp) || !tcp->is_mptcp;
 }
 
+static __always_inline void rewrite4(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	ctx->user_ip4 = to->addr.w[3];
+	ctx->user_port = htons(to->port);
+}
+
+static __always_inline void rewrite6(struct bpf_sock_addr *ctx, const struct target *to)
+{
+	volatile struct bpf_sock_addr *c = ctx;
+	c->user_ip6[0] = to->addr.w[0];
+	c->user_ip6[1] = to->addr.w[1];
+	c->user_ip6[2] = to->addr.w[2];
+	c->user_ip6[3] = to->addr.w[3];
+	c->user_port = htons(to->port);
+}
+
 static __always_inline struct target *service_of(struct bpf_sock_addr *ctx)
 {
 	struct bpf_sock *sk = ((volatile struct bpf_sock_addr *)ctx)->sk;
@@ -60,10 +76,8 @@ SEC("cgroup/getpeername4")
 int mesh_getpeername4(struct bpf_sock_addr *ctx)
 {
 	struct target *s = service_of(ctx);
-	if (s) {
-		ctx->user_ip4 = s->addr.w[3];
-		ctx->user_port = htons(s->port);
-	}
+	if (s)
+		rewrite4(ctx, s);
 	return 1;
 }
 
@@ -71,13 +85,7 @@ SEC("cgroup/getpeername6")
 int mesh_getpeername6(struct bpf_sock_addr *ctx)
 {
 	struct target *s = service_of(ctx);
-	if (s) {
-		volatile struct bpf_sock_addr *c = ctx;
-		c->user_ip6[0] = s->addr.w[0];
-		c->user_ip6[1] = s->addr.w[1];
-		c->user_ip6[2] = s->addr.w[2];
-		c->user_ip6[3] = s->addr.w[3];
-		c->user_port = htons(s->port);
-	}
+	if (s)
+		rewrite6(ctx, s);
 	return 1;
 }

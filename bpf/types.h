@@ -101,7 +101,7 @@ struct verdict {
 	__u32 slot;       /* direct: the server's */
 	__u32 pad;
 	__u64 rules; /* direct: the ruleset that allowed it */
-	struct target service; /* direct: what the application asked for, port 0 if that is the server itself */
+	struct target service; /* what the application asked for; direct: port 0 if that is the server itself */
 	__u32 pad2;
 };
 

@@ -58,18 +58,21 @@ type attachment struct {
 	cgroup  string
 	program *ebpf.Program
 	at      ebpf.AttachType
+	behind  bool // the programs of others there, and only where there are any
 }
 
 func (d *Datapath) attachments() []attachment {
 	return []attachment{
 		// sock_ops first: a connect that is captured before tickets are written would be one whose inbound
 		// leg comes back to the agent.
-		{"sockops", d.cgroups.root, d.kernel.MeshSockops, ebpf.AttachCGroupSockOps},
+		{"sockops", d.cgroups.root, d.kernel.MeshSockops, ebpf.AttachCGroupSockOps, false},
 		// What connect has sent elsewhere is told as what the application asked for: that comes first too.
-		{"getpeername4", d.cgroups.pods, d.kernel.MeshGetpeername4, ebpf.AttachCgroupInet4GetPeername},
-		{"getpeername6", d.cgroups.pods, d.kernel.MeshGetpeername6, ebpf.AttachCgroupInet6GetPeername},
-		{"connect4", d.cgroups.pods, d.kernel.MeshConnect4, ebpf.AttachCGroupInet4Connect},
-		{"connect6", d.cgroups.pods, d.kernel.MeshConnect6, ebpf.AttachCGroupInet6Connect},
+		{"getpeername4", d.cgroups.pods, d.kernel.MeshGetpeername4, ebpf.AttachCgroupInet4GetPeername, false},
+		{"getpeername6", d.cgroups.pods, d.kernel.MeshGetpeername6, ebpf.AttachCgroupInet6GetPeername, false},
+		{"restore4", d.cgroups.root, d.kernel.MeshRestore4, ebpf.AttachCGroupInet4Connect, true},
+		{"restore6", d.cgroups.root, d.kernel.MeshRestore6, ebpf.AttachCGroupInet6Connect, true},
+		{"connect4", d.cgroups.pods, d.kernel.MeshConnect4, ebpf.AttachCGroupInet4Connect, false},
+		{"connect6", d.cgroups.pods, d.kernel.MeshConnect6, ebpf.AttachCGroupInet6Connect, false},
 	}
 }
 
@@ -87,17 +90,33 @@ func (d *Datapath) attachCgroups() error {
 func (a attachment) ensure(dir string) error {
 	pin := filepath.Join(dir, a.name)
 	old, err := link.LoadPinnedLink(pin, nil)
-	if err == nil {
+	if errors.Is(err, os.ErrNotExist) {
+		old = nil
+	} else if err != nil {
+		return err
+	} else {
 		defer old.Close()
-		same, err := a.sameCgroup(old)
-		if err != nil {
+	}
+	stays := old != nil
+	if stays {
+		if stays, err = a.sameCgroup(old); err != nil {
 			return err
 		}
-		if same {
-			return old.Update(a.program)
+	}
+	if a.behind {
+		others, last, err := a.order(dir, old)
+		switch {
+		case err != nil:
+			return err
+		case !others && old != nil:
+			return unpin(pin)
+		case !others:
+			return nil
 		}
-	} else if !errors.Is(err, os.ErrNotExist) {
-		return err
+		stays = stays && last
+	}
+	if stays {
+		return old.Update(a.program)
 	}
 	l, err := link.AttachCgroup(link.CgroupOptions{Path: a.cgroup, Attach: a.at, Program: a.program})
 	if err != nil {
@@ -120,13 +139,63 @@ func (a attachment) sameCgroup(l link.Link) (bool, error) {
 	return info.Cgroup() != nil && info.Cgroup().CgroupId == st.Ino, nil
 }
 
-// inForce reports whether the link is attached to its cgroup.
+// order tells whether somebody else's programs are attached at the cgroup, and whether ours, of a link or nil, runs after them all.
+// The kernel runs those of one cgroup in the order in which they were attached.
+func (a attachment) order(dir string, l link.Link) (others, last bool, err error) {
+	ours := map[ebpf.ProgramID]bool{}
+	// Where there is no cgroup of the pods' the hooks that decide are at the root too.
+	for _, name := range []string{"connect4", "connect6"} {
+		if at, err := link.LoadPinnedLink(filepath.Join(dir, name), nil); err == nil {
+			if info, err := at.Info(); err == nil {
+				ours[info.Program] = true
+			}
+			at.Close()
+		}
+	}
+	var own ebpf.ProgramID
+	if l != nil {
+		info, err := l.Info()
+		if err != nil {
+			return false, false, err
+		}
+		own = info.Program
+		ours[own] = true
+	}
+	f, err := os.Open(a.cgroup)
+	if err != nil {
+		return false, false, err
+	}
+	defer f.Close()
+	r, err := link.QueryPrograms(link.QueryOptions{Target: int(f.Fd()), Attach: a.at})
+	if err != nil {
+		return false, false, fmt.Errorf("ask which programs are attached to %s: %w", a.cgroup, err)
+	}
+	for _, p := range r.Programs {
+		if !ours[p.ID] {
+			others, last = true, false
+		} else if p.ID == own {
+			last = true
+		}
+	}
+	return others, last, nil
+}
+
+// inForce reports whether the link is attached to its cgroup, where it has to be.
 func (a attachment) inForce(dir string) bool {
 	l, err := link.LoadPinnedLink(filepath.Join(dir, a.name), nil)
 	if err != nil {
-		return false
+		if !a.behind {
+			return false
+		}
+		others, _, err := a.order(dir, nil)
+		return err == nil && !others
 	}
 	defer l.Close()
+	if a.behind {
+		if others, last, err := a.order(dir, l); err != nil || others && !last {
+			return false
+		}
+	}
 	same, err := a.sameCgroup(l)
 	return err == nil && same
 }
