@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * connect4, connect6: decides for a pod's socket whether its connection is captured.
- * restore4, restore6:   a captured connection goes where the application asked for, whatever a CNI makes of that; see below.
+ * restore4, restore6:   what a CNI made of the address since then; see below.
  *
  *  1. not TCP, not a pod's       -> left alone
  *  2. the agent's own            -> allowed
@@ -36,6 +36,20 @@ static __always_inline int uncapture(struct bpf_sock_addr *ctx, struct verdict *
 		return CONNECT_REFUSE;
 	}
 	v->fate = fate;
+	return CONNECT_ALLOW;
+}
+
+static __always_inline int capture(struct bpf_sock_addr *ctx, struct bpf_sock *sk, struct verdict *v, const struct target *to, __u32 draw)
+{
+	if (v->fate != FATE_CAPTURED)
+		v->saved_mark = sk->mark;
+	v->service = *to;
+	v->fate = FATE_CAPTURED; /* before the mark: should that fail, the guard still holds the socket back */
+	if (!set_mark(ctx, capture_mark | draw << DRAW_SHIFT)) {
+		count(CONNECT_REFUSED_MARK);
+		return CONNECT_REFUSE;
+	}
+	count(CONNECT_CAPTURED);
 	return CONNECT_ALLOW;
 }
 
@@ -170,29 +184,70 @@ static __always_inline int connect_to(struct bpf_sock_addr *ctx, struct target *
 		return uncapture(ctx, v, FATE_VOUCHED);
 	}
 
-	if (v->fate != FATE_CAPTURED)
-		v->saved_mark = sk->mark;
-	v->service = *to;
-	v->fate = FATE_CAPTURED; /* before the mark: should that fail, the guard still holds the socket back */
-	if (!set_mark(ctx, capture_mark | draw << DRAW_SHIFT)) {
-		count(CONNECT_REFUSED_MARK);
-		return CONNECT_REFUSE;
-	}
 	if (draw)
 		count(SERVICE_AGENT);
-	count(CONNECT_CAPTURED);
-	return CONNECT_ALLOW;
+	return capture(ctx, sk, v, to, draw);
+}
+
+/*
+ * A CNI that balances Services in connect (Cilium in kube-proxy's place) does that at the cgroup root, after the hooks above, and
+ * sends the connection to an endpoint of its own choice. So this runs behind such programs, where there are any:
+ *
+ *  1. captured                                      -> goes where the application asked for again. The agent has to know: a Service
+ *                                                      may have a waypoint, and which endpoint it is the mesh says
+ *  2. vouched for, and its endpoint is a mesh's     -> captured, as a connection to that endpoint: a node's port leads to pods. The
+ *                                                      guard would not let it out
+ *  3. anything else                                 -> stays as the CNI has it
+ */
+static __always_inline int after_others(struct bpf_sock_addr *ctx, struct target *to)
+{
+	struct bpf_sock *sk = ((volatile struct bpf_sock_addr *)ctx)->sk;
+	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
+	if (!v)
+		return CONNECT_ALLOW;
+	if (v->fate == FATE_CAPTURED) {
+		if (v->service.port)
+			*to = v->service;
+		return CONNECT_ALLOW;
+	}
+	if (v->fate != FATE_VOUCHED || !is_mesh(&to->addr))
+		return CONNECT_ALLOW;
+	__u64 cookie = bpf_get_netns_cookie(ctx);
+	struct pod *pod = bpf_map_lookup_elem(&pods, &cookie);
+	if (!pod || addr_eq(&to->addr, &pod->v4) || addr_eq(&to->addr, &pod->v6))
+		return CONNECT_ALLOW;
+	return capture(ctx, sk, v, to, 0);
+}
+
+static __always_inline struct target target4(struct bpf_sock_addr *ctx)
+{
+	volatile struct bpf_sock_addr *c = ctx;
+	struct target to = {.port = ntohs(c->user_port)};
+	addr_from_v4(&to.addr, c->user_ip4);
+	return to;
+}
+
+static __always_inline struct target target6(struct bpf_sock_addr *ctx)
+{
+	volatile struct bpf_sock_addr *c = ctx; /* four loads: the verifier wants no wider ones merged */
+	struct target to = {
+		.addr = {{c->user_ip6[0], c->user_ip6[1], c->user_ip6[2], c->user_ip6[3]}},
+		.port = ntohs(c->user_port),
+	};
+	return to;
+}
+
+static __always_inline bool same_target(const struct target *a, const struct target *b)
+{
+	return addr_eq(&a->addr, &b->addr) && a->port == b->port;
 }
 
 SEC("cgroup/connect4")
 int mesh_connect4(struct bpf_sock_addr *ctx)
 {
-	volatile struct bpf_sock_addr *c = ctx;
-	__u32 ip = c->user_ip4;
-	struct target to = {.port = ntohs(c->user_port)};
-	addr_from_v4(&to.addr, ip);
+	struct target asked = target4(ctx), to = asked;
 	int ret = connect_to(ctx, &to);
-	if (ret == CONNECT_ALLOW && to.addr.w[3] != ip)
+	if (ret == CONNECT_ALLOW && !same_target(&to, &asked))
 		rewrite4(ctx, &to);
 	return ret;
 }
@@ -200,42 +255,29 @@ int mesh_connect4(struct bpf_sock_addr *ctx)
 SEC("cgroup/connect6")
 int mesh_connect6(struct bpf_sock_addr *ctx)
 {
-	volatile struct bpf_sock_addr *c = ctx; /* four loads: the verifier wants no wider ones merged */
-	struct addr dst = {{c->user_ip6[0], c->user_ip6[1], c->user_ip6[2], c->user_ip6[3]}};
-	struct target to = {.addr = dst, .port = ntohs(c->user_port)};
+	struct target asked = target6(ctx), to = asked;
 	int ret = connect_to(ctx, &to);
-	if (ret == CONNECT_ALLOW && !addr_eq(&to.addr, &dst))
+	if (ret == CONNECT_ALLOW && !same_target(&to, &asked))
 		rewrite6(ctx, &to);
 	return ret;
-}
-
-/*
- * A CNI that balances Services in connect (Cilium in kube-proxy's place) does that at the cgroup root, after the hooks above, and
- * sends a captured connection to an endpoint of its own choice. The agent has to know what was asked for: a Service may have a
- * waypoint, and which endpoint it is the mesh says. So this runs behind such programs, where there are any, and takes the
- * application's word for a captured connection again. Connections that are not captured stay as the CNI has them.
- */
-static __always_inline struct target *asked_for(struct bpf_sock_addr *ctx)
-{
-	struct bpf_sock *sk = ((volatile struct bpf_sock_addr *)ctx)->sk;
-	struct verdict *v = bpf_sk_storage_get(&verdicts, sk, 0, 0);
-	return v && v->fate == FATE_CAPTURED && v->service.port ? &v->service : 0;
 }
 
 SEC("cgroup/connect4")
 int mesh_restore4(struct bpf_sock_addr *ctx)
 {
-	struct target *to = asked_for(ctx);
-	if (to)
-		rewrite4(ctx, to);
-	return CONNECT_ALLOW;
+	struct target now = target4(ctx), to = now;
+	int ret = after_others(ctx, &to);
+	if (ret == CONNECT_ALLOW && !same_target(&to, &now))
+		rewrite4(ctx, &to);
+	return ret;
 }
 
 SEC("cgroup/connect6")
 int mesh_restore6(struct bpf_sock_addr *ctx)
 {
-	struct target *to = asked_for(ctx);
-	if (to)
-		rewrite6(ctx, to);
-	return CONNECT_ALLOW;
+	struct target now = target6(ctx), to = now;
+	int ret = after_others(ctx, &to);
+	if (ret == CONNECT_ALLOW && !same_target(&to, &now))
+		rewrite6(ctx, &to);
+	return ret;
 }

@@ -88,6 +88,7 @@ func (a *app) check(ctx context.Context, c *conn) ([]finding, error) {
 	}
 	out = append(out, checkNodes(nodes.Items))
 	out = append(out, a.checkOthers(ctx, c, a.besideIstio(ctx, c))...)
+	out = append(out, checkPlugin(ctx, c)...)
 	s, err := a.status(ctx, c)
 	switch {
 	case err != nil && !errors.Is(err, errNotInstalled):
@@ -171,6 +172,21 @@ func (a *app) checkOthers(ctx context.Context, c *conn, besideIstio bool) []find
 		out = append(out, finding{"other meshes", "ok", "none captures pods", ""})
 	}
 	return out
+}
+
+// checkPlugin looks for a network plugin that takes others out of its configuration: what starts before they are in again is not captured.
+func checkPlugin(ctx context.Context, c *conn) []finding {
+	cilium, err := c.CoreV1().ConfigMaps("kube-system").Get(ctx, "cilium-config", metav1.GetOptions{})
+	switch {
+	case apierrors.IsNotFound(err):
+		return nil
+	case err != nil:
+		return []finding{{"network plugin", "warning", "cannot tell: " + err.Error(), "this needs the right to get configmaps in kube-system"}}
+	case cilium.Data["cni-exclusive"] != "false":
+		return []finding{{"network plugin", "failed", "Cilium takes Warren's plugin out of its configuration again and again (cni-exclusive in kube-system/cilium-config), and pods that start meanwhile are captured too late",
+			"helm upgrade cilium cilium/cilium -n kube-system --reuse-values --set cni.exclusive=false; then restart its agents"}}
+	}
+	return []finding{{"network plugin", "ok", "Cilium leaves room for Warren's", ""}}
 }
 
 // checkRights asks whether the user may install.

@@ -318,7 +318,7 @@ func (a *app) mayInstall(ctx context.Context, c *conn, force, besideIstio bool) 
 	if err != nil {
 		return fmt.Errorf("listing nodes: %w", err)
 	}
-	findings := append([]finding{kubernetesVersion(v.Major, v.Minor, v.GitVersion), checkNodes(nodes.Items)}, a.checkOthers(ctx, c, besideIstio)...)
+	findings := append([]finding{kubernetesVersion(v.Major, v.Minor, v.GitVersion), checkNodes(nodes.Items)}, append(a.checkOthers(ctx, c, besideIstio), checkPlugin(ctx, c)...)...)
 	findings = append(findings, a.checkRights(ctx, c))
 	findings = slices.DeleteFunc(findings, func(f finding) bool { return f.Result != "failed" })
 	if len(findings) == 0 {

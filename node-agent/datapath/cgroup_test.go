@@ -44,8 +44,8 @@ func (l *lab) balancer(vip, endpoint netip.Addr) link.Link {
 	return on
 }
 
-// A CNI that rewrites Services in connect, before Warren is there or after, does not keep the agent from learning what
-// was asked for; what is not captured goes where the CNI sends it.
+// A CNI that balances Services in connect does not keep the agent from learning what was asked for, whichever of the two was there first.
+// What is not captured goes where the CNI sends it, but for what it sends into the mesh.
 func TestCNIThatBalancesInConnect(t *testing.T) {
 	l := near(t)
 	check(t, l.dp.SetPolicies(l.service(mesh.SameNodeEncrypt, 0).Commit(2)))
@@ -120,12 +120,24 @@ func TestCNIThatBalancesInConnect(t *testing.T) {
 		t.Errorf("what is not captured went to %s (%v), want %s", local, err, l.outside.v4)
 	}
 	c.Close()
+	// A port of a node, say, which the CNI leads into the mesh: that is captured, and not dropped.
+	port := netip.MustParseAddr("10.96.0.98")
+	l.balancer(port, l.cat.v4)
+	audit()
+	l.counted(map[string]int{"connect_vouched": 1, "connect_captured": 1, "guard_drop_mesh": 0}, func() {
+		c, err := l.ui.dial(netip.AddrPortFrom(port, appPort))
+		check(t, err)
+		defer c.Close()
+		if local, remote, err := seen(c); err != nil || local.Addr() != l.cat.v4 || remote != addrOf(c.LocalAddr()) {
+			t.Errorf("what leads into the mesh is served by %s for %s (%v)", local, remote, err)
+		}
+	})
 
 	for _, on := range append(first, second...) {
 		on.Close()
 	}
 	audit()
-	if n := restores(); n != 1 { // free's is still there
+	if n := restores(); n != 1 { // those of IPv4 alone are left
 		t.Errorf("%d programs behind those that are left, want 1", n)
 	}
 	asked("they are gone")

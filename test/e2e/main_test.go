@@ -26,6 +26,7 @@ var (
 	mesh   *lab.Lab
 	nodes  []string // names of two nodes
 	long   = flag.Bool("long", false, "the numbers of a soak instead of those of a check")
+	plugin = flag.String("cni", "", "the cluster's network plugin, of a cluster that this run starts: "+lab.Cilium+" or "+lab.CiliumKubeProxy+"; bridge and host-local without")
 	within = flag.Duration("within", 0, "pods that start while agents die, flips of policies about requests: no more after this long, and those that there were are the result")
 )
 
@@ -51,6 +52,9 @@ func run(m *testing.M) int {
 		return fail(err)
 	}
 	mesh = l
+	if *plugin != "" && (l.Cluster == nil || attachErr == nil) {
+		return fail(errors.New("-cni needs a cluster that this run starts: end the one that runs (make cluster-down)"))
+	}
 	if l.Cluster != nil {
 		if attachErr != nil { // we started it, we end it
 			defer func() {
@@ -58,6 +62,12 @@ func run(m *testing.M) int {
 					fmt.Fprintln(os.Stderr, "ending the cluster:", err)
 				}
 			}()
+		}
+		if *plugin != "" {
+			if err := l.RunCilium(ctx, *plugin); err != nil {
+				return fail(err)
+			}
+			log("%s is the network plugin", *plugin)
 		}
 		if err := l.BuildImages(ctx); err != nil {
 			return fail(err)

@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/warrenmesh/warren/node-agent/enroll/cni"
@@ -40,8 +41,9 @@ type Config struct {
 type Installer struct {
 	cfg Config
 
-	compared bool   // the binary on the node has been compared with ours by content
-	why      string // last complaint, so that each is logged once
+	compared bool        // the binary on the node has been compared with ours by content
+	why      string      // last complaint, so that each is logged once
+	chained  []time.Time // the last times that the entry was written
 }
 
 // New returns an Installer that has not touched the node yet.
@@ -92,8 +94,30 @@ func (i *Installer) Install() error {
 	if err := c.write(); err != nil {
 		return err
 	}
-	i.cfg.Log.Info("CNI plugin chained", "configuration", c.path, "plugin", i.target())
+	switch n := i.wrote(time.Now()); {
+	case n < contested:
+		i.cfg.Log.Info("CNI plugin chained", "configuration", c.path, "plugin", i.target())
+	case n == contested:
+		i.cfg.Log.Warn("somebody takes the CNI plugin out again and again; pods that start meanwhile are captured only after they have started. If it is Cilium: cni.exclusive=false",
+			"configuration", c.path, "times", n, "within", contestedWithin)
+	}
 	return nil
+}
+
+// An entry that has to be written this many times in so long is one that somebody takes out on purpose.
+const (
+	contested       = 5
+	contestedWithin = time.Minute
+)
+
+// wrote notes that the entry was written, and returns how many times it was lately; of many no more than one above contested.
+func (i *Installer) wrote(now time.Time) int {
+	i.chained = slices.DeleteFunc(i.chained, func(t time.Time) bool { return now.Sub(t) > contestedWithin })
+	if len(i.chained) > contested {
+		i.chained = i.chained[1:]
+	}
+	i.chained = append(i.chained, now)
+	return len(i.chained)
 }
 
 // Run installs, and installs again when somebody else has rewritten the configuration or removed the binary,

@@ -1,14 +1,17 @@
 package install
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -200,6 +203,31 @@ func eventually(t *testing.T, ok func() bool) {
 		if time.Now().After(end) {
 			t.Fatal("not within 30 s")
 		}
+	}
+}
+
+// A network plugin that wants no other beside it is named, once, and not with each time that the entry is written.
+func TestWhoTakesTheEntryOutAgainAndAgainIsNamed(t *testing.T) {
+	n := newNode(t)
+	var log bytes.Buffer
+	n.cfg.Log = slog.New(slog.NewTextHandler(&log, nil))
+	for range 3 * contested {
+		n.put("05-cilium.conflist", conflist)
+		if err := n.Install(); err != nil {
+			t.Fatal(err)
+		}
+		if got, _ := n.types(); !slices.Contains(got, "warren-cni") {
+			t.Fatalf("it is given up: %v", got)
+		}
+	}
+	if said := strings.Count(log.String(), "again and again"); said != 1 {
+		t.Errorf("it is said %d times:\n%s", said, log.String())
+	}
+	if said := strings.Count(log.String(), "CNI plugin chained"); said >= contested {
+		t.Errorf("%d lines about what is written anew", said)
+	}
+	if got := n.wrote(time.Now().Add(2 * contestedWithin)); got != 1 {
+		t.Errorf("%d times lately, after a quiet time", got)
 	}
 }
 

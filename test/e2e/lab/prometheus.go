@@ -24,9 +24,16 @@ func (l *Lab) BuildPrometheus(ctx context.Context) (string, error) {
 	return l.buildProgram(ctx, "prometheus", "github.com/prometheus/prometheus/cmd/prometheus", prometheusBuild)
 }
 
-// buildProgram builds a program from the module in test/e2e that has its name. The cache keeps one of each.
+// buildProgram builds a program from the module in test/e2e that has its name.
 func (l *Lab) buildProgram(ctx context.Context, name, pkg string, args []string) (string, error) {
-	src := filepath.Join(l.root, "test", "e2e", name)
+	dir, err := l.buildPrograms(ctx, name, map[string]string{name: pkg}, args)
+	return filepath.Join(dir, name), err
+}
+
+// buildPrograms builds packages, by the names that their programs get, from a module in test/e2e, and returns the directory that they are
+// in. The cache keeps one of each module.
+func (l *Lab) buildPrograms(ctx context.Context, module string, packages map[string]string, args []string) (string, error) {
+	src := filepath.Join(l.root, "test", "e2e", module)
 	key := sha256.New()
 	fmt.Fprintln(key, runtime.Version(), runtime.GOARCH, args)
 	files, err := filepath.Glob(filepath.Join(src, "*.*"))
@@ -44,29 +51,30 @@ func (l *Lab) buildProgram(ctx context.Context, name, pkg string, args []string)
 	if err != nil {
 		return "", err
 	}
-	dir := filepath.Join(cache, "warren", name+"-"+hex.EncodeToString(key.Sum(nil)[:8]))
-	bin := filepath.Join(dir, name)
-	if _, err := os.Stat(bin); err == nil {
-		return bin, nil
+	dir := filepath.Join(cache, "warren", module+"-"+hex.EncodeToString(key.Sum(nil)[:8]))
+	if _, err := os.Stat(dir); err == nil {
+		return dir, nil
 	}
-	l.log("building " + name + " from source; the first time takes several minutes")
-	tmp := bin + ".new"
-	cmd := exec.CommandContext(ctx, "go", append(args, "-o", tmp, pkg)...)
-	cmd.Dir = src
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build %s in %s: %w\n%s", name, src, err, out)
+	l.log("building " + module + " from source; the first time takes several minutes")
+	tmp := dir + ".new"
+	for name, pkg := range packages {
+		cmd := exec.CommandContext(ctx, "go", append(args, "-o", filepath.Join(tmp, name), pkg)...)
+		cmd.Dir = src
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("build %s in %s: %w\n%s", name, src, err, out)
+		}
 	}
-	if err := os.Rename(tmp, bin); err != nil {
+	if err := os.Rename(tmp, dir); err != nil {
 		return "", err
 	}
-	old, err := filepath.Glob(filepath.Join(cache, "warren", name+"-*"))
+	old, err := filepath.Glob(filepath.Join(cache, "warren", module+"-*"))
 	for _, o := range old {
 		if o != dir {
 			err = os.RemoveAll(o)
 		}
 	}
-	return bin, err
+	return dir, err
 }
 
 // prometheusConfig is how users have it: the job for annotated pods of Istio's sample and of Prometheus' own chart.
