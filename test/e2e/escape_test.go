@@ -184,7 +184,11 @@ func TestEscapes(t *testing.T) {
 		})
 	}
 	for _, c := range controls {
-		if !clear[c.token] {
+		switch {
+		case clear[c.token]:
+		case *plugin != "": // what it does not carry at all is no way out either
+			t.Logf("%s: nothing was seen on the link: %s stops it", c, *plugin)
+		default:
 			t.Errorf("%s: nothing was seen on the link, so the test proves nothing; it said: %s", c, c.said)
 		}
 	}
