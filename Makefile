@@ -8,7 +8,7 @@ ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))
 endif
 
-.PHONY: conformance bench bench-netns fuzz demo test test-kernels soak lint unit e2e generate images release cluster cluster-down deps
+.PHONY: conformance bench bench-netns fuzz demo test test-kernels test-cni soak lint unit e2e generate images release cluster cluster-down deps
 
 demo: deps
 	@cd test/e2e && go run ./cmd/demo $(ON)
@@ -29,6 +29,12 @@ test-kernels: deps              # the kernel side on Debian's 6.1 and 6.12, in Q
 	@command -v qemu-system-x86_64 xz >/dev/null || apt-get install -y --no-install-recommends qemu-system-x86 xz-utils
 	@go run ./test/kernels
 	@cd test/e2e && go test -count=1 -v -timeout 1h -run TestNodeWithAKernelOfItsOwn . -machine=6.12
+
+# Without power cuts, which end Cilium's agents too, and without what shows the way from veth to veth, which it is not for.
+ON_CILIUM := APIServerC|DNSCapture|Egress$$|LabelCaptures|NewPodsAre|Probes|Escapes|Manners|Headless|Gateway$$|NetworkPolic|InANamespace|SameNode$$|Addresses|TCPManners|IdentityIn|OutsideThe|AuthorizationPolicy|NothingIn|UDPPolicy|Waypoint$$
+test-cni: deps                  # the mesh on a cluster whose network plugin is Cilium, beside kube-proxy and in its place
+	@command -v clang-19 >/dev/null && command -v ipset >/dev/null || apt-get install -y --no-install-recommends clang-19 ipset
+	@cd test/e2e && for mode in cilium cilium-kubeproxy; do go test -count=1 -v -timeout 1h -run '^Test($(ON_CILIUM))' . -cni=$$mode || exit; done
 
 soak: export WARREN_RECORD = 1
 soak: deps                      # the suites with the numbers of a long run
