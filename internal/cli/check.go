@@ -186,7 +186,16 @@ func checkPlugin(ctx context.Context, c *conn) []finding {
 		return []finding{{"network plugin", "failed", "Cilium takes Warren's plugin out of its configuration again and again (cni-exclusive in kube-system/cilium-config), and pods that start meanwhile are captured too late",
 			"helm upgrade cilium cilium/cilium -n kube-system --reuse-values --set cni.exclusive=false; then restart its agents"}}
 	}
-	return []finding{{"network plugin", "ok", "Cilium leaves room for Warren's", ""}}
+	out := []finding{{"network plugin", "ok", "Cilium leaves room for Warren's", ""}}
+	is := func(key string) bool { return cilium.Data[key] == "true" }
+	if is("kube-proxy-replacement") && is("enable-bpf-masquerade") && !is("enable-host-legacy-routing") {
+		namespaces, err := c.CoreV1().Namespaces().List(ctx, metav1.ListOptions{LabelSelector: udpLabel + "=" + udpEnforce})
+		if err == nil && len(namespaces.Items) > 0 {
+			out = append(out, finding{"network plugin", "failed", "Cilium hands packets to pods past the filter that namespaces ask for with " + udpLabel + ": UDP of " + namespaces.Items[0].Name + " is not filtered",
+				"have NetworkPolicies say it, or give Cilium bpf.hostLegacyRouting=true"})
+		}
+	}
+	return out
 }
 
 // checkRights asks whether the user may install.

@@ -189,6 +189,21 @@ func TestCheck(t *testing.T) {
 	if code != ExitOK || strings.Contains(out, "failed") || strings.Contains(out, "warning") {
 		t.Errorf("code %d\n%s%s", code, out, errs)
 	}
+	for _, c := range []struct {
+		config map[string]string
+		want   string
+	}{
+		{map[string]string{"cni-exclusive": "true"}, "failed   network plugin: Cilium takes Warren's plugin out"},
+		{map[string]string{}, "failed   network plugin: Cilium takes Warren's plugin out"},
+		{map[string]string{"cni-exclusive": "false"}, "ok       network plugin: Cilium leaves room"},
+		{map[string]string{"cni-exclusive": "false", "kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"}, "UDP of udp is not filtered"},
+	} {
+		_, out, errs := run(t, append(installed(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "kube-system", Name: "cilium-config"}, Data: c.config},
+			&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "udp", Labels: map[string]string{modeLabel: "ambient", udpLabel: udpEnforce}}}), "check")
+		if !strings.Contains(out, c.want) {
+			t.Errorf("Cilium with %v: no %q in\n%s%s", c.config, c.want, out, errs)
+		}
+	}
 	broken := append(installed(),
 		&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "old"}, Status: corev1.NodeStatus{NodeInfo: corev1.NodeSystemInfo{KernelVersion: "5.15.0-1", OperatingSystem: "linux"}}},
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "typo", Labels: map[string]string{modeLabel: "ambiant"}}},

@@ -24,6 +24,9 @@ const udpPolicy = "warren.io/udp-policy"
 // same node and from the other; in the other one UDP is left alone, as STRICT leaves it everywhere. Names are resolved in
 // both all the time, from one socket that asks two servers, also while an agent dies.
 func TestUDPPolicy(t *testing.T) {
+	if *plugin == lab.CiliumKubeProxy {
+		t.Skip("with BPF host routing Cilium goes around the filter: docs/network-plugins.md")
+	}
 	ctx := t.Context()
 	asks, open := namespace(t, "e2e-udp", ambient), namespace(t, "e2e-udp-open", ambient)
 	both := []string{asks, open}
