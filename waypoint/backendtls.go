@@ -46,13 +46,15 @@ func (b *builder) overTLS(c chain, t target) target {
 	if svc := b.lookup(t.service); svc != nil && c.ingress != nil && svc.TLSFor(t.port) != nil {
 		t.encrypt = ended
 	} else {
-		t.encrypt = !passes && b.traffic(t).TLS != nil
+		t.encrypt = (!passes || b.asks(t) != nil) && b.traffic(t).TLS != nil // to a proxy, TLS is its own
 	}
 	return t
 }
 
 // application is the socket on which an application is spoken to, whatever carries it there.
-func (b *builder) application(t target) *corev3.TransportSocket {
+func (b *builder) application(t target) *corev3.TransportSocket { return b.proxied(t, b.secured(t)) }
+
+func (b *builder) secured(t target) *corev3.TransportSocket {
 	e := b.encryption(t)
 	if e == nil || b.unreachable(e) {
 		return b.raw()
@@ -61,9 +63,9 @@ func (b *builder) application(t target) *corev3.TransportSocket {
 		TlsParams: &tlsv3.TlsParameters{TlsMinimumProtocolVersion: tlsv3.TlsParameters_TLSv1_2, TlsMaximumProtocolVersion: tlsv3.TlsParameters_TLSv1_3},
 	}
 	switch {
-	case t.http && b.http2(t):
+	case (t.http || b.asks(t) != nil) && b.http2(t):
 		common.AlpnProtocols = []string{"h2"}
-	case t.http:
+	case t.http || b.asks(t) != nil:
 		common.AlpnProtocols = []string{"http/1.1"}
 	}
 	host, names := e.Host, e.Names

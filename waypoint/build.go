@@ -86,7 +86,7 @@ type builder struct {
 	from        map[mesh.ServiceName]*mesh.Service // what was looked at, nil where there was nothing
 	ingress     *mesh.Ingress                      // nil for a waypoint
 	targets     map[target]bool                    // what routes refer to
-	through     map[mesh.ServiceName]bool          // waypoints that something is sent by
+	through     map[mesh.ServiceName]bool          // whose endpoints count beside those of targets: of waypoints that something is sent by, and the proxies
 	credentials map[string]*mesh.Certificate       // that are shown to applications, or that those are checked against
 	extensions  []*corev3.TypedExtensionConfig
 	plugins     []*mesh.Plugin

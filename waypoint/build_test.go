@@ -160,6 +160,28 @@ var cases = map[string]func(*mesh.Service){
 			{Port: 5432, Beside: true, Backends: []mesh.HTTPBackend{{Invalid: "the route cannot be followed", Weight: 1}}},
 		}
 	},
+	"clients": func(s *mesh.Service) { // of which something else is asked than their names
+		s.Ports = append(s.Ports, mesh.ServicePort{Port: 443, Target: 8443, App: mesh.AppTLS}, mesh.ServicePort{Port: 9000, Target: 9000}, mesh.ServicePort{Port: 5432, Target: 5432, App: mesh.AppTCP})
+		s.Subsets = versions
+		nets := func(list ...string) (out []netip.Prefix) {
+			for _, n := range list {
+				out = append(out, netip.MustParsePrefix(n))
+			}
+			return out
+		}
+		s.Routed = []mesh.Routed{
+			{Port: 443, Names: []string{"a.example"}, Only: &mesh.RoutedOnly{Source: "blog"}, Beside: true, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+			{Port: 443, Names: []string{"a.example"}, Beside: true, Backends: []mesh.HTTPBackend{to("v2", 1)}},
+			{Port: 9000, Only: &mesh.RoutedOnly{From: nets("10.0.0.0/8", "fd00::/8")}, Beside: true, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+			{Port: 5432, Only: &mesh.RoutedOnly{Source: "blog", From: nets("10.0.0.0/8"), To: nets("10.96.0.10/32")}, Beside: true, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+			{Port: 5432, Beside: true, Backends: []mesh.HTTPBackend{{Invalid: "the route cannot be followed", Weight: 1}}},
+		}
+		s.HTTP = []mesh.HTTPRule{
+			{Name: "known", Matches: []mesh.HTTPMatch{{Labels: map[string]string{"app": "ui"}, At: []netip.Addr{netip.MustParseAddr("10.1.2.3"), netip.MustParseAddr("fd00::3")}, Source: "blog"}}, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+			{Name: "nobody", Matches: []mesh.HTTPMatch{{Labels: map[string]string{"app": "absent"}, At: []netip.Addr{}}}, Backends: []mesh.HTTPBackend{to("v1", 1)}},
+			{Name: "rest", Backends: []mesh.HTTPBackend{to("v2", 1)}},
+		}
+	},
 	"consumers": func(s *mesh.Service) { // connections of other namespaces' clients
 		s.Ports = append(s.Ports, mesh.ServicePort{Port: 443, Target: 8443, App: mesh.AppTLS}, mesh.ServicePort{Port: 9000, Target: 9000})
 		s.Subsets = versions
@@ -235,6 +257,34 @@ var cases = map[string]func(*mesh.Service){
 			{Subset: "v1", Speak: mesh.SpeakHTTP2, MaxStreams: 7, Balance: mesh.BalanceRoundRobin, Warmup: &mesh.Warmup{Over: time.Minute, Percent: ptr(20.), Aggression: ptr(2.)}},
 			{Subset: "v2", Speak: mesh.SpeakClient, Outliers: &mesh.Outliers{},
 				Locality: &mesh.LocalityLB{Distribute: []mesh.Distribution{{From: "eu/*", To: []mesh.LocalityShare{{Locality: "eu/*", Percent: 90}, {Locality: "us/*", Percent: 10}}}}}},
+		}
+	},
+	"forwarded": func(s *mesh.Service) { // connections that a proxy brings on, and what is told of their clients
+		s.Ports = append(s.Ports, mesh.ServicePort{Port: 443, Target: 8443, App: mesh.AppTLS}, mesh.ServicePort{Port: 5432, Target: 5432, App: mesh.AppTCP},
+			mesh.ServicePort{Port: 6379, Target: 6379, App: mesh.AppTCP}, mesh.ServicePort{Port: 7000, Target: 7000, App: mesh.AppTCP}, mesh.ServicePort{Port: 7001, Target: 7001, App: mesh.AppTCP}, mesh.ServicePort{Port: 7002, Target: 7002, App: mesh.AppTCP},
+			mesh.ServicePort{Port: 3128, Target: 3128, App: mesh.AppHTTP2})
+		s.Subsets = versions
+		proxy := func(subset string, port uint16, weight uint32) mesh.HTTPBackend {
+			return mesh.HTTPBackend{Service: catalog, Subset: subset, Port: port, Weight: weight}
+		}
+		s.Routed = []mesh.Routed{
+			{Port: 6379, Beside: true, Backends: []mesh.HTTPBackend{proxy("v1", 3128, 1), proxy("v2", 3128, 2)}}, // the second would be asked for another server
+			{Port: 7000, Beside: true, Backends: []mesh.HTTPBackend{proxy("v1", 3128, 1)}},
+			{Port: 7001, Beside: true, Backends: []mesh.HTTPBackend{proxy("v1", 6379, 1)}}, // of which nothing can be asked
+			{Port: 7002, Beside: true, Backends: []mesh.HTTPBackend{proxy("", 3128, 1)}},   // by POST in HTTP/2; port 5432 is by POST, and says no HTTP/2
+		}
+		s.Traffic = []mesh.Traffic{
+			{Proxied: 1}, {Port: 443, Forward: &mesh.Forward{To: "db.example:443"}, Proxied: 2, TLS: &mesh.BackendTLS{PublicRoots: true}}, {Port: 5432, Forward: &mesh.Forward{To: "db.example:5432", Post: true}},
+			{Subset: "v1", Port: 3128, Forward: &mesh.Forward{To: "[2001:db8::1]:6379"}, TLS: &mesh.BackendTLS{Unchecked: true}}, {Subset: "v2", Port: 3128, Forward: &mesh.Forward{To: "other.example:6379"}},
+			{Subset: "v1", Port: 6379, Forward: &mesh.Forward{}}, {Port: 7000, Forward: &mesh.Forward{}}, {Port: 3128, Forward: &mesh.Forward{To: "post.example:1", Post: true}},
+		}
+	},
+	"failures": func(s *mesh.Service) {
+		s.Subsets = versions
+		s.HTTP = []mesh.HTTPRule{{Name: "both", Backends: []mesh.HTTPBackend{to("v1", 50), to("v2", 50)}}}
+		s.Traffic = []mesh.Traffic{
+			{Subset: "v1", Outliers: &mesh.Outliers{Errors: []uint32{429, 503}}, Hash: &mesh.HashKey{Cookie: "u", CookieTTL: ptr(time.Hour), CookieAttributes: []mesh.HTTPHeader{{Name: "SameSite", Value: "Strict"}, {Name: "Secure"}}}},
+			{Subset: "v2", Outliers: &mesh.Outliers{Errors: []uint32{429}}, Locality: &mesh.LocalityLB{Zones: true, Least: 6}},
 		}
 	},
 	"access": func(s *mesh.Service) {

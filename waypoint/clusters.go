@@ -128,14 +128,15 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 	}
 	balance(c, use, b.s.Config().Locality)
 	if !t.http {
+		if b.asks(t) != nil && b.http2(t) {
+			c.TypedExtensionProtocolOptions = b.protocol(explicitHTTP2(use))
+		}
 		return c
 	}
 	o := &upstreamhttpv3.HttpProtocolOptions{CommonHttpProtocolOptions: connections(use)}
 	switch {
 	case b.http2(t) || use.Speak == mesh.SpeakHTTP2:
-		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
-			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: http2Options(use)},
-		}}
+		o.UpstreamProtocolOptions = explicitHTTP2(use).UpstreamProtocolOptions
 	case use.Speak != mesh.SpeakClient && (b.ingress != nil || b.encryption(t) != nil): // what the client speaks says nothing of the application; by TLS it would be asked
 		o.UpstreamProtocolOptions = &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
 			ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_HttpProtocolOptions{HttpProtocolOptions: &corev3.Http1ProtocolOptions{}},
@@ -147,8 +148,15 @@ func (b *builder) cluster(t target) *clusterv3.Cluster {
 			},
 		}
 	}
+	o.OutlierDetection = failures(use.Outliers)
 	c.TypedExtensionProtocolOptions = b.protocol(o)
 	return c
+}
+
+func explicitHTTP2(use *mesh.Traffic) *upstreamhttpv3.HttpProtocolOptions {
+	return &upstreamhttpv3.HttpProtocolOptions{UpstreamProtocolOptions: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_{ExplicitHttpConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig{
+		ProtocolConfig: &upstreamhttpv3.HttpProtocolOptions_ExplicitHttpConfig_Http2ProtocolOptions{Http2ProtocolOptions: http2Options(use)},
+	}}}
 }
 
 // calls is the cluster of what the proxy itself calls. A Service that is not there is sent nothing: a cluster that is not there would
@@ -193,6 +201,7 @@ func (b *builder) endpoints(t target) (*endpointv3.ClusterLoadAssignment, *nearn
 		return out, nil
 	}
 	near := nearnessOf(svc, b.traffic(t), b.s.Config().Locality)
+	b.countProxies(near)
 	group := &endpointv3.LocalityLbEndpoints{LoadBalancingWeight: wrapperspb.UInt32(1)}
 	names := b.resolves(t.service)
 	for w, ports := range b.s.Endpoints(t.service) {

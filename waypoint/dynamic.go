@@ -71,11 +71,11 @@ func (b *builder) dynamic(n mesh.ServiceName) bool {
 }
 
 // followed has a cluster go where the name says. Where that is to be by TLS it goes nowhere: Envoy would have to check each
-// certificate for the name.
+// certificate for the name. Nor does it go by a proxy, which would be what the name is resolved to.
 func (b *builder) followed(c *clusterv3.Cluster, t target) {
 	c.EdsClusterConfig, c.TransportSocketMatches, c.LbConfig, c.LbSubsetConfig, c.CommonLbConfig = nil, nil, nil, nil, nil
-	c.TransportSocket = b.raw()
-	if b.encryption(t) != nil {
+	c.TransportSocket = b.proxied(t, b.raw())
+	if b.encryption(t) != nil || b.asks(t) != nil {
 		c.ClusterDiscoveryType = &clusterv3.Cluster_Type{Type: clusterv3.Cluster_STATIC}
 		return
 	}

@@ -86,8 +86,9 @@ type reached struct {
 	target
 	from               map[mesh.ServiceName]*mesh.Service
 	name               string
-	cluster, endpoints *item            // endpoints: nil where the cluster has them
-	pods               []netip.AddrPort // that are reached by tunnel
+	cluster, endpoints *item                     // endpoints: nil where the cluster has them
+	pods               []netip.AddrPort          // that are reached by tunnel
+	through            map[mesh.ServiceName]bool // whose endpoints count, too
 	secrets            []*item
 	patched            Made
 }
@@ -296,7 +297,7 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 				continue
 			}
 			r := w.targets[t]
-			if r == nil || !same(r.from, s) || !s.SameEndpoints(w.snapshot, t.service) {
+			if r == nil || !same(r.from, s) || !s.SameEndpoints(w.snapshot, t.service) || r.recount(w.snapshot, s) {
 				w.written++
 				b := w.builder(s)
 				b.lookup(t.service)
@@ -304,7 +305,7 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 					r = &reached{}
 				}
 				c, e, near := b.reach(t)
-				next := &reached{target: t, from: b.from, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c)}
+				next := &reached{target: t, from: b.from, through: b.through, name: t.name(), cluster: b.item([]*item{r.cluster}, c.Name, c)}
 				next.secrets, next.patched = b.secretItems(r.secrets), b.patched
 				if e != nil {
 					next.endpoints, next.pods = b.endpointsItem([]*item{r.endpoints}, e, near), pods(e)
@@ -322,6 +323,16 @@ func (w *Writer) reach(s *mesh.Snapshot, parts []*part) (map[target]*reached, []
 		return cmp.Or(x.service.Compare(y.service), cmp.Compare(x.port, y.port), strings.Compare(x.name, y.name))
 	})
 	return out, list, nil
+}
+
+// recount reports whether endpoints have changed that count beside those of the target.
+func (r *reached) recount(was, is *mesh.Snapshot) bool {
+	for n := range r.through {
+		if !is.SameEndpoints(was, n) {
+			return true
+		}
+	}
+	return false
 }
 
 // secretItems are the secrets that what was written refers to.

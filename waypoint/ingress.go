@@ -275,9 +275,13 @@ func (b *builder) patience(p *tcpproxyv3.TcpProxy, t target) {
 	}
 }
 
-// share has connections go to backends by their weights.
+// share has connections go to backends by their weights. All are asked for the same, so that those which are not to be as the first is,
+// are closed.
 func (b *builder) share(p *tcpproxyv3.TcpProxy, c chain, backends []mesh.HTTPBackend) {
 	w := &tcpproxyv3.TcpProxy_WeightedCluster{}
+	var asked *mesh.Forward
+	first := true
+	p.TunnelingConfig = nil
 	for _, t := range backends {
 		if t.Weight == 0 {
 			continue
@@ -285,9 +289,15 @@ func (b *builder) share(p *tcpproxyv3.TcpProxy, c chain, backends []mesh.HTTPBac
 		name := blackHole
 		if svc := b.lookup(t.Service); t.Invalid == "" && svc != nil {
 			k := b.overTLS(c, b.target(c, &t))
-			b.targets[k] = true
-			name = k.name()
-			b.patience(p, k)
+			f := b.asks(k)
+			if first {
+				first, asked = false, f
+			}
+			if sameForward(f, asked) {
+				b.targets[k] = true
+				name = k.name()
+				b.patience(p, k)
+			}
 		}
 		w.Clusters = append(w.Clusters, &tcpproxyv3.TcpProxy_WeightedCluster_ClusterWeight{Name: name, Weight: t.Weight})
 	}
@@ -299,6 +309,7 @@ func (b *builder) share(p *tcpproxyv3.TcpProxy, c chain, backends []mesh.HTTPBac
 	default:
 		p.ClusterSpecifier = &tcpproxyv3.TcpProxy_WeightedClusters{WeightedClusters: w}
 	}
+	ask(p, asked)
 }
 
 var tlsVersions = map[uint16]tlsv3.TlsParameters_TlsProtocol{

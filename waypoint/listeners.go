@@ -42,7 +42,8 @@ const (
 	stateLocal     = "envoy.filters.listener.original_dst.local_ip"
 	stateRemote    = "envoy.filters.listener.original_dst.remote_ip"
 	statePrincipal = "io.istio.peer_principal" // as Istio's proxies name it
-	stateForwarded = "warren.forwarded"        // what the tunnel says of the connection in it: a node's record names it so
+	stateAddress   = stateRemote
+	stateForwarded = "warren.forwarded" // what the tunnel says of the connection in it: a node's record names it so
 )
 
 // terminate is the only listener with a port: the far end of the clients' tunnels.
@@ -165,6 +166,7 @@ func (b *builder) serve(c chain) served {
 		out.on = b.chainNamed(c.name("tcp"))
 		out.chains = append(out.chains, &listenerv3.FilterChain{Name: c.name("tcp"), Filters: append(b.connectionAccess(c), b.serveTCP(c))})
 		opaque := out.on
+		b.byRest(&out)
 		b.byServerName(&out, "")
 		if c.sniffed() {
 			out.on = b.byProtocol(requests, out.on)
@@ -357,6 +359,11 @@ func (b *builder) serveTCP(c chain) *listenerv3.Filter {
 	to := b.overTLS(c, target{service: c.svc.Name, port: c.port.Port})
 	p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: to.name()}
 	b.patience(p, to)
+	if f := b.asks(to); f != nil && f.To == "" {
+		p.ClusterSpecifier = &tcpproxyv3.TcpProxy_Cluster{Cluster: blackHole}
+	} else {
+		ask(p, f)
+	}
 	if r := c.svc.RoutedAt("", c.port.Port); r != nil {
 		b.share(p, c, r.Backends)
 	}

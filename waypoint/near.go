@@ -1,6 +1,7 @@
 package waypoint
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
@@ -92,6 +93,7 @@ type nearness struct {
 	Scopes []mesh.LBScope   // the more of them are shared, from the first, the nearer; or
 	Rule   *mesh.LocalityLB // of a DestinationRule
 	Where  []Place          // in the order of the endpoints
+	Own    []Place          // of the proxies, where Rule goes by zones
 }
 
 // nearnessOf is by what the endpoints of a service are told apart, nil for nothing. As in Istio, a DestinationRule that says something
@@ -99,6 +101,8 @@ type nearness struct {
 // takes outlier detection.
 func nearnessOf(svc *mesh.Service, use *mesh.Traffic, everywhere *mesh.LocalityLB) *nearness {
 	switch l := use.Locality; {
+	case l != nil && l.Zones:
+		return &nearness{Rule: l}
 	case l != nil && (l.Off || len(l.Distribute) == 0 && use.Outliers == nil):
 		return nil
 	case l != nil:
@@ -141,17 +145,10 @@ func (n *nearness) rank(from, to Place) int {
 			}
 		}
 		return 0
+	case n.Rule.Zones:
+		return 3*n.byLabels(from, to) + n.byRegion(from, to)
 	case len(n.Rule.Labels) > 0:
-		for i, label := range n.Rule.Labels {
-			key, want, fixed := strings.Cut(label, "=")
-			if !fixed {
-				want = from.label(key)
-			}
-			if to.label(key) != want {
-				return len(n.Rule.Labels) - i
-			}
-		}
-		return 0
+		return n.byLabels(from, to)
 	case from.Locality == (mesh.Locality{}):
 		return 0
 	case from.Locality == to.Locality:
@@ -161,12 +158,34 @@ func (n *nearness) rank(from, to Place) int {
 	case from.Region == to.Region:
 		return 2
 	}
-	for _, f := range n.Rule.Failover {
-		if f.From == from.Region && f.To != to.Region {
-			return 4
+	return 2 + n.byRegion(from, to)
+}
+
+// byLabels is how few labels are shared.
+func (n *nearness) byLabels(from, to Place) int {
+	for i, label := range n.Rule.Labels {
+		key, want, fixed := strings.Cut(label, "=")
+		if !fixed {
+			want = from.label(key)
+		}
+		if to.label(key) != want {
+			return len(n.Rule.Labels) - i
 		}
 	}
-	return 3
+	return 0
+}
+
+// byRegion is 0 for the own region, and then 1 or, where another region is named to fail over to, 2.
+func (n *nearness) byRegion(from, to Place) int {
+	if from.Region == to.Region || from.Locality == (mesh.Locality{}) {
+		return 0
+	}
+	for _, f := range n.Rule.Failover {
+		if f.From == from.Region && f.To != to.Region {
+			return 2
+		}
+	}
+	return 1
 }
 
 // arrange puts endpoints in the order of a place, nil where all are alike to it.
@@ -175,7 +194,11 @@ func (n *nearness) arrange(m *endpointv3.ClusterLoadAssignment, at Place) *endpo
 		return nil
 	}
 	groups := n.distribute(m.Endpoints[0].LbEndpoints, at)
-	if groups == nil && (n.Rule == nil || len(n.Rule.Distribute) == 0) {
+	switch {
+	case groups != nil:
+	case n.Rule != nil && n.Rule.Zones:
+		groups = n.byZones(m.Endpoints[0].LbEndpoints, at)
+	case n.Rule == nil || len(n.Rule.Distribute) == 0:
 		groups = n.order(m.Endpoints[0].LbEndpoints, at)
 	}
 	if groups == nil {
@@ -201,6 +224,93 @@ func (n *nearness) order(all []*endpointv3.LbEndpoint, at Place) (groups []*endp
 		groups = append(groups, &endpointv3.LocalityLbEndpoints{Priority: uint32(i), LoadBalancingWeight: wrapperspb.UInt32(1), LbEndpoints: ranks[r]})
 	}
 	return groups
+}
+
+// countProxies notes where the pods of the proxy itself run, where what each sends to its zone depends on how many there are of them.
+func (b *builder) countProxies(n *nearness) {
+	if n == nil || n.Rule == nil || !n.Rule.Zones {
+		return
+	}
+	b.through[b.self] = true
+	for w := range b.s.Endpoints(b.self) {
+		at := PlaceOf(w)
+		at.Labels = ""
+		n.Own = append(n.Own, at)
+	}
+	slices.SortFunc(n.Own, func(x, y Place) int {
+		return cmp.Or(cmp.Compare(x.Region, y.Region), cmp.Compare(x.Zone, y.Zone), cmp.Compare(x.Node, y.Node))
+	})
+}
+
+// whole is a share of everything in the weights of zones.
+const whole = 10_000
+
+// byZones has a proxy keep to its zone as far as endpoints there are for it: as Envoy's zone aware routing, which a proxy that knew its
+// neighbours would do by itself. If a zone has the share u of a region's endpoints and l of its proxies, a proxy there sends u/l of what
+// it has to its zone, all if that is 1 or more, and the rest to zones that have more endpoints than proxies, by how many more. Zones that
+// get nothing, and then other regions, are for when too little of that is healthy.
+func (n *nearness) byZones(all []*endpointv3.LbEndpoint, at Place) []*endpointv3.LocalityLbEndpoints {
+	groups := n.order(all, at)
+	nearest := all
+	if groups != nil {
+		nearest = groups[0].LbEndpoints
+	}
+	zones, total := map[string][]*endpointv3.LbEndpoint{}, 0
+	for i, e := range all {
+		if e.HealthStatus != corev3.HealthStatus_UNHEALTHY && slices.Contains(nearest, e) {
+			zones[n.Where[i].Zone] = append(zones[n.Where[i].Zone], e)
+			total++
+		}
+	}
+	proxies, ours := map[string]int{}, 0
+	for _, p := range n.Own {
+		if p.Region == at.Region {
+			proxies[p.Zone]++
+			ours++
+		}
+	}
+	if at.Zone == "" || len(zones) < 2 || total < int(n.Rule.Least) || len(zones[at.Zone]) == 0 || proxies[at.Zone] == 0 {
+		return groups
+	}
+	// In units of 1/(total*ours), which are whole numbers.
+	more := func(zone string) int { return len(zones[zone])*ours - proxies[zone]*total }
+	own, spare := whole, 0
+	if have, need := len(zones[at.Zone])*ours, proxies[at.Zone]*total; have < need {
+		own = whole * have / need
+	}
+	for zone := range zones {
+		if zone != at.Zone {
+			spare += max(0, more(zone))
+		}
+	}
+	group := func(zone string, priority uint32, weight int) *endpointv3.LocalityLbEndpoints {
+		return &endpointv3.LocalityLbEndpoints{Locality: &corev3.Locality{Region: at.Region, Zone: zone}, Priority: priority, LoadBalancingWeight: wrapperspb.UInt32(uint32(weight)), LbEndpoints: zones[zone]}
+	}
+	var first, rest []*endpointv3.LocalityLbEndpoints
+	for _, zone := range slices.Sorted(maps.Keys(zones)) {
+		weight := own
+		if zone != at.Zone {
+			weight = 0
+			if spare > 0 {
+				weight = (whole - own) * max(0, more(zone)) / spare
+			}
+		}
+		if weight > 0 {
+			first = append(first, group(zone, 0, weight))
+		} else {
+			rest = append(rest, group(zone, 1, 1))
+		}
+	}
+	later := uint32(1)
+	if len(rest) > 0 {
+		later = 2
+	}
+	out := append(first, rest...)
+	for i := 1; i < len(groups); i++ {
+		groups[i].Priority = later + uint32(i) - 1
+		out = append(out, groups[i])
+	}
+	return out
 }
 
 // distribute gives each share its endpoints, nil where nothing is said of what is sent from the place.

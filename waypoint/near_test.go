@@ -117,6 +117,74 @@ func TestNear(t *testing.T) {
 	}
 }
 
+// TestZones is how much of what a proxy sends stays in its zone. The catalog has three ready endpoints in eu, two of them in zone a.
+func TestZones(t *testing.T) {
+	zones := func(change func(*mesh.LocalityLB)) func(*mesh.Service) {
+		l := &mesh.LocalityLB{Zones: true, Least: 3}
+		if change != nil {
+			change(l)
+		}
+		return func(s *mesh.Service) { s.Traffic = []mesh.Traffic{{Locality: l}} }
+	}
+	for _, c := range []struct {
+		name    string
+		change  func(*mesh.LocalityLB)
+		proxies string // zones of the waypoint's pods in eu
+		from    *mesh.Workload
+		want    string
+	}{
+		{"enough in the zone", nil, "ab", at("eu", "a", "n9"), "0*10000:1:2 1*1:3 2:4"},
+		{"too little in the zone", nil, "ab", at("eu", "b", "n9"), "0*3334:1:2 0*6666:3 1:4"},
+		{"all proxies in one zone", nil, "bbb", at("eu", "b", "n9"), "0*3333:3 0*6667:1:2 1:4"},
+		{"a zone without endpoints", nil, "abx", at("eu", "x", "n9"), "0:1:2:3 1:4"},
+		{"too few endpoints", func(l *mesh.LocalityLB) { l.Least = 4 }, "ab", at("eu", "a", "n9"), "0:1:2:3 1:4"},
+		{"the proxy is not among those that are known", nil, "b", at("eu", "a", "n9"), "0:1:2:3 1:4"},
+		{"a node without labels", nil, "ab", at("", "", "n9"), ""},
+		{"a region of its own", nil, "ab", at("asia", "z", "n9"), ""},
+		{"a region to fail over to", func(l *mesh.LocalityLB) { l.Failover = []mesh.RegionFailover{{From: "asia", To: "us"}} }, "ab", at("asia", "z", "n9"), "0:4 1:1:2:3"},
+		{"labels come before", func(l *mesh.LocalityLB) { l.Labels = []string{"pool=a"}; l.Least = 2 }, "ab", at("eu", "b", "n9"), "0:1:2 1:3 2:4"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			b := mesh.NewBuilder(spread(zones(c.change)))
+			for i, zone := range c.proxies {
+				w := at("eu", string(zone), "n9")
+				w.UID, w.Name, w.Namespace, w.Healthy = fmt.Sprint("Kubernetes//Pod/shop/way-", i), fmt.Sprint("way-", i), "shop", true
+				w.Addrs, w.Services = []netip.Addr{netip.AddrFrom4([4]byte{10, 2, 0, byte(i + 1)})}, map[mesh.ServiceName][]mesh.ServicePort{gateway: {{Port: 15008, Target: 15008}}}
+				b.PutWorkload(w)
+			}
+			if got := arranged(t, b.Commit(3), c.from); got != c.want {
+				t.Errorf("%q, want %q", got, c.want)
+			}
+		})
+	}
+
+	// How many proxies there are counts, too.
+	w := NewWriter(gateway)
+	s := spread(zones(nil))
+	from := PlaceOf(at("eu", "a", "n9"))
+	share := func() string {
+		r, err := w.Write(s, Bound(s)[gateway])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, v := range r.Nearby(from, nil).Versions() {
+			if strings.HasPrefix(name, "outbound|80|http|catalog.") {
+				return v
+			}
+		}
+		return ""
+	}
+	before := share()
+	b := mesh.NewBuilder(s)
+	p := at("eu", "a", "n9")
+	p.UID, p.Name, p.Namespace, p.Healthy, p.Addrs, p.Services = "Kubernetes//Pod/shop/way-1", "way-1", "shop", true, []netip.Addr{netip.MustParseAddr("10.2.0.1")}, map[mesh.ServiceName][]mesh.ServicePort{gateway: nil}
+	b.PutWorkload(p)
+	s = b.Commit(3)
+	if after := share(); after == before || before == "" {
+		t.Errorf("a proxy more changes nothing: %q and %q", before, after)
+	}
+}
+
 // TestNearEverywhere is what the mesh says where nobody else does.
 func TestNearEverywhere(t *testing.T) {
 	for _, c := range []struct {

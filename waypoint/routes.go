@@ -8,6 +8,7 @@ import (
 	"strings"
 	"time"
 
+	xdscore "github.com/cncf/xds/go/xds/core/v3"
 	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/config/common/mutation_rules/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
@@ -111,12 +112,13 @@ func (b *builder) rule(c chain, r *mesh.HTTPRule) []*routev3.Route {
 	var out []*routev3.Route
 	for i := range matches {
 		m := &matches[i]
-		if m.Port != 0 && m.Port != c.port.Port {
+		if m.Port != 0 && m.Port != c.port.Port || len(m.Labels) > 0 && len(m.At) == 0 {
 			continue
 		}
 		route := &routev3.Route{Name: r.Name, Match: match(m)}
 		from(route.Match, r.From)
 		from(route.Match, m.Source)
+		comesFrom(route.Match, m)
 		switch {
 		case r.Invalid != "" && r.GRPC:
 			route.Action = respond(503, "") // which gRPC calls UNAVAILABLE
@@ -151,6 +153,18 @@ func from(m *routev3.RouteMatch, namespace string) {
 			StringMatch: peerMatcher(mesh.AccessNamespace, mesh.TextMatch{Kind: mesh.TextExact, Value: namespace}),
 		},
 	})
+}
+
+// comesFrom has a match hold for clients at certain addresses alone.
+func comesFrom(to *routev3.RouteMatch, m *mesh.HTTPMatch) {
+	if len(m.Labels) == 0 {
+		return
+	}
+	at := &matcherv3.AddressMatcher{}
+	for _, a := range m.At {
+		at.Ranges = append(at.Ranges, &xdscore.CidrRange{AddressPrefix: a.String(), PrefixLen: wrapperspb.UInt32(uint32(a.BitLen()))})
+	}
+	to.FilterState = append(to.FilterState, &matcherv3.FilterStateMatcher{Key: stateAddress, Matcher: &matcherv3.FilterStateMatcher_AddressMatch{AddressMatch: at}})
 }
 
 // match is all conditions of one match.

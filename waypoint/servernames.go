@@ -2,6 +2,7 @@ package waypoint
 
 import (
 	"cmp"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -9,6 +10,8 @@ import (
 	matcherv3 "github.com/cncf/xds/go/xds/type/matcher/v3"
 	listenerv3 "github.com/envoyproxy/go-control-plane/envoy/config/listener/v3"
 	networkinputsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/common_inputs/network/v3"
+	ipv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/matching/input_matchers/ip/v3"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/warrenmesh/warren/internal/mesh"
 )
@@ -16,6 +19,7 @@ import (
 // asked is a server name, and the filter chain that is for it.
 type asked struct {
 	name  string // perhaps "*.domain"
+	only  *mesh.RoutedOnly
 	chain string
 }
 
@@ -37,8 +41,8 @@ func (b *builder) byServerName(out *served, from string) {
 			Name: name, Filters: append(b.connectionAccess(c), b.networkFilter("envoy.filters.network.tcp_proxy", p)),
 		})
 		for _, n := range r.Names {
-			if !slices.ContainsFunc(names, func(a asked) bool { return a.name == n }) {
-				names = append(names, asked{n, name})
+			if !slices.ContainsFunc(names, func(a asked) bool { return a.name == n && a.only == nil }) {
+				names = append(names, asked{n, r.Only, name})
 			}
 		}
 	}
@@ -54,11 +58,80 @@ func (b *builder) byServerName(out *served, from string) {
 	list := &matcherv3.Matcher_MatcherList{}
 	for _, a := range names {
 		list.Matchers = append(list.Matchers, &matcherv3.Matcher_MatcherList_FieldMatcher{
-			Predicate: b.serverName(a.name), OnMatch: b.chainNamed(a.chain),
+			Predicate: bothHold(b.serverName(a.name), b.only(a.only)), OnMatch: b.chainNamed(a.chain),
 		})
 	}
 	m.MatcherType = &matcherv3.Matcher_MatcherList_{MatcherList: list}
 	out.on = nested(m)
+}
+
+// byRest has connections to a port go where the first route says of which all holds that it asks of them; others go on as without.
+func (b *builder) byRest(out *served) {
+	list := &matcherv3.Matcher_MatcherList{}
+	c := out.chain
+	c.port.App = mesh.AppTCP
+	for i := range out.svc.Routed {
+		r := &out.svc.Routed[i]
+		if r.Port != out.port.Port || r.From != "" || len(r.Names) > 0 || r.Only == nil {
+			continue
+		}
+		p := b.tcpProxy(c)
+		b.share(p, c, r.Backends)
+		name := c.name("tcp-only/" + strconv.Itoa(i))
+		out.chains = append(out.chains, &listenerv3.FilterChain{
+			Name: name, Filters: append(b.connectionAccess(c), b.networkFilter("envoy.filters.network.tcp_proxy", p)),
+		})
+		list.Matchers = append(list.Matchers, &matcherv3.Matcher_MatcherList_FieldMatcher{Predicate: b.only(r.Only), OnMatch: b.chainNamed(name)})
+	}
+	if len(list.Matchers) > 0 {
+		out.on = nested(&matcherv3.Matcher{OnNoMatch: out.on, MatcherType: &matcherv3.Matcher_MatcherList_{MatcherList: list}})
+	}
+}
+
+// only matches connections of which something holds; nil for nil.
+func (b *builder) only(o *mesh.RoutedOnly) (all *matcherv3.Matcher_MatcherList_Predicate) {
+	if o == nil {
+		return nil
+	}
+	add := func(name string, input, custom proto.Message, text string) {
+		one := &matcherv3.Matcher_MatcherList_Predicate_SinglePredicate{Input: b.extension(input)}
+		one.Input.Name = name
+		if custom != nil {
+			m := b.extension(custom)
+			m.Name = "envoy.matching.matchers.ip"
+			one.Matcher = &matcherv3.Matcher_MatcherList_Predicate_SinglePredicate_CustomMatch{CustomMatch: m}
+		} else {
+			one.Matcher = &matcherv3.Matcher_MatcherList_Predicate_SinglePredicate_ValueMatch{ValueMatch: &matcherv3.StringMatcher{MatchPattern: &matcherv3.StringMatcher_Exact{Exact: text}}}
+		}
+		all = bothHold(all, &matcherv3.Matcher_MatcherList_Predicate{MatchType: &matcherv3.Matcher_MatcherList_Predicate_SinglePredicate_{SinglePredicate: one}})
+	}
+	ranges := func(list []netip.Prefix) *ipv3.Ip {
+		out := &ipv3.Ip{StatPrefix: "routes"}
+		for _, p := range list {
+			out.CidrRanges = append(out.CidrRanges, cidr(p))
+		}
+		return out
+	}
+	if o.Source != "" {
+		add("client", &networkinputsv3.FilterStateInput{Key: stateNamespace}, nil, o.Source)
+	}
+	if len(o.From) > 0 {
+		add("source", &networkinputsv3.SourceIPInput{}, ranges(o.From), "")
+	}
+	if len(o.To) > 0 {
+		add("destination", &networkinputsv3.DestinationIPInput{}, ranges(o.To), "")
+	}
+	return all
+}
+
+// bothHold matches where two do, of which either may be nil.
+func bothHold(x, y *matcherv3.Matcher_MatcherList_Predicate) *matcherv3.Matcher_MatcherList_Predicate {
+	if x == nil || y == nil {
+		return cmp.Or(x, y)
+	}
+	return &matcherv3.Matcher_MatcherList_Predicate{MatchType: &matcherv3.Matcher_MatcherList_Predicate_AndMatcher{
+		AndMatcher: &matcherv3.Matcher_MatcherList_Predicate_PredicateList{Predicate: []*matcherv3.Matcher_MatcherList_Predicate{x, y}},
+	}}
 }
 
 // byClient has connections of the clients of some namespaces go where routes say that are for these alone. requests and opaque are

@@ -4,11 +4,14 @@ import (
 	"cmp"
 	"math"
 	"slices"
+	"strconv"
 	"time"
 
 	clusterv3 "github.com/envoyproxy/go-control-plane/envoy/config/cluster/v3"
+	commonmatcherv3 "github.com/envoyproxy/go-control-plane/envoy/config/common/matcher/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
+	upstreamhttpv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -58,7 +61,7 @@ func balance(c *clusterv3.Cluster, t *mesh.Traffic, everywhere *mesh.LocalityLB)
 	if o := t.Outliers; o != nil {
 		c.CommonLbConfig.HealthyPanicThreshold.Value = float64(o.MinHealthyPercent)
 	}
-	if l := cmp.Or(t.Locality, everywhere); l != nil && len(l.Distribute) > 0 {
+	if l := cmp.Or(t.Locality, everywhere); l != nil && (len(l.Distribute) > 0 || l.Zones) {
 		c.CommonLbConfig.LocalityConfigSpecifier = &clusterv3.Cluster_CommonLbConfig_LocalityWeightedLbConfig_{LocalityWeightedLbConfig: &clusterv3.Cluster_CommonLbConfig_LocalityWeightedLbConfig{}}
 	}
 	if slow := slowStart(t.Warmup); slow != nil && t.Hash == nil {
@@ -191,6 +194,23 @@ func outliers(o *mesh.Outliers) *clusterv3.OutlierDetection {
 	return out
 }
 
+// failures are the answers that count as such; nil: those that always do.
+func failures(o *mesh.Outliers) *upstreamhttpv3.HttpProtocolOptions_OutlierDetection {
+	if o == nil || len(o.Errors) == 0 {
+		return nil
+	}
+	var any []*commonmatcherv3.MatchPredicate
+	for _, code := range o.Errors {
+		any = append(any, &commonmatcherv3.MatchPredicate{Rule: &commonmatcherv3.MatchPredicate_HttpResponseHeadersMatch{HttpResponseHeadersMatch: &commonmatcherv3.HttpHeadersMatch{
+			Headers: []*routev3.HeaderMatcher{headerMatch(":status", mesh.TextMatch{Kind: mesh.TextExact, Value: strconv.Itoa(int(code))}, false)},
+		}}})
+	}
+	if len(any) == 1 {
+		return &upstreamhttpv3.HttpProtocolOptions_OutlierDetection{ErrorMatcher: any[0]}
+	}
+	return &upstreamhttpv3.HttpProtocolOptions_OutlierDetection{ErrorMatcher: &commonmatcherv3.MatchPredicate{Rule: &commonmatcherv3.MatchPredicate_OrMatch{OrMatch: &commonmatcherv3.MatchPredicate_MatchSet{Rules: any}}}}
+}
+
 // hashPolicies say what of a request the endpoints of a rule's backends are chosen by.
 func (b *builder) hashPolicies(c chain, r *mesh.HTTPRule) []*routev3.RouteAction_HashPolicy {
 	var out []*routev3.RouteAction_HashPolicy
@@ -209,6 +229,9 @@ func (b *builder) hashPolicies(c chain, r *mesh.HTTPRule) []*routev3.RouteAction
 			cookie := &routev3.RouteAction_HashPolicy_Cookie{Name: k.Cookie, Path: k.CookiePath}
 			if k.CookieTTL != nil {
 				cookie.Ttl = durationpb.New(*k.CookieTTL)
+			}
+			for _, a := range k.CookieAttributes {
+				cookie.Attributes = append(cookie.Attributes, &routev3.RouteAction_HashPolicy_CookieAttribute{Name: a.Name, Value: a.Value})
 			}
 			p.PolicySpecifier = &routev3.RouteAction_HashPolicy_Cookie_{Cookie: cookie}
 		default:

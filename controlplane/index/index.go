@@ -186,6 +186,7 @@ type Index struct {
 	credentialAPI
 	delegateAPI
 	consumerAPI
+	clientAPI
 
 	selectorsKnown bool // there are no other NetworkPolicies
 
@@ -259,6 +260,7 @@ func New(cfg Config) (*Index, error) {
 		credentialAPI:   newCredentialAPI(),
 		delegateAPI:     newDelegateAPI(),
 		consumerAPI:     newConsumerAPI(),
+		clientAPI:       newClientAPI(),
 		selectors:       map[string]map[string]*selectorFact{},
 		calledBy:        map[ref][]called{},
 		callers:         map[key]map[uint16]map[ref]struct{}{},
@@ -499,6 +501,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		}
 		if is == nil {
 			delete(x.winners, name)
+			x.asks(name, nil)
 			b.DeleteService(name)
 			continue
 		}
@@ -509,6 +512,7 @@ func (x *Index) commitServices(b *mesh.Builder) {
 		s := is.finish(x.namespaces[name.Namespace])
 		s.Waypoint = x.waypointFor(is)
 		x.route(s)
+		x.forClients(s)
 		s.Access, s.Tokens = x.accessOf(is)
 		s.Telemetry, s.Limits, s.Patches = x.telemetryOf(is), x.limitsOf(is), x.patchesOf(is)
 		s.Plugins = x.pluginsOf(is)
@@ -562,6 +566,15 @@ func (x *Index) commitSources(b *mesh.Builder, u *Update) {
 	for _, w := range puts {
 		delete(gone, w.UID)
 	}
+	heard := map[mesh.ServiceName]bool{}
+	if len(x.clients) > 0 {
+		for uid := range gone {
+			x.noteClient(uid, b.Workload(uid), nil, heard)
+		}
+		for _, w := range puts {
+			x.noteClient(w.UID, b.Workload(w.UID), w, heard)
+		}
+	}
 	// Deletions first: an address may pass from a workload that goes to one that comes.
 	for uid := range gone {
 		b.DeleteWorkload(uid)
@@ -569,6 +582,7 @@ func (x *Index) commitSources(b *mesh.Builder, u *Update) {
 	for _, w := range puts {
 		b.PutWorkload(w)
 	}
+	x.tellClients(b, heard)
 }
 
 // commitUDP gathers the namespaces that ask for policies to apply to UDP. The list is in a Snapshot: it is made anew.

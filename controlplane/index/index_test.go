@@ -345,7 +345,7 @@ func drawObject(t *rapid.T) (ref, any) {
 		v := &networkingv1.VirtualService{ObjectMeta: drawMeta(t, "name", "vs0", "vs1")}
 		mustYAML(t, pick(t, "spec", `{hosts: [s0], http: [{route: [{destination: {host: s0, subset: v1}}]}]}`,
 			`{hosts: [s0, s1.b.svc.cluster.local], http: [{match: [{uri: {regex: "("}}], route: [{destination: {host: s1}}]}]}`,
-			`{hosts: [s1], gateways: [g], http: [{redirect: {uri: /}}]}`, `{hosts: [s0], exportTo: [a], http: [{redirect: {uri: /}}]}`,
+			`{hosts: [s1], gateways: [g], http: [{redirect: {uri: /}}]}`, `{hosts: [s0], exportTo: [a], http: [{redirect: {uri: /}}]}`, `{hosts: [s0, s1], http: [{match: [{sourceLabels: {app: x}, sourceNamespace: a}, {sourceLabels: {app: z}}], redirect: {uri: /}}]}`,
 			`{hosts: [db.example], http: [{route: [{destination: {host: s1.b.svc.cluster.local, subset: v1}}]}]}`,
 			`{hosts: ["*"], gateways: [a/g, mesh], http: [{match: [{gateways: [mesh]}], redirect: {uri: /m}}, {route: [{destination: {host: s0}}]}]}`,
 			`{hosts: [x.example], exportTo: ["."], gateways: [a/g, b/g], tls: [{match: [{sniHosts: [x.example]}], route: [{destination: {host: s0}}]}], tcp: [{route: [{destination: {host: s1}}]}]}`), &v.Spec)

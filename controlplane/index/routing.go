@@ -233,13 +233,15 @@ func (f *routeFact) routeConnections(s *mesh.Service, routed []mesh.Routed) []me
 		}
 		for _, r := range f.named {
 			if r.Port == 0 || r.Port == p.Port {
-				routed = append(routed, mesh.Routed{Port: p.Port, Names: r.Names, Beside: true, Backends: r.Backends})
+				routed = append(routed, mesh.Routed{Port: p.Port, Names: r.Names, Only: r.Only, Beside: true, Backends: r.Backends})
 			}
 		}
 		for _, r := range f.connections {
 			if r.Port == 0 || r.Port == p.Port {
-				routed = append(routed, mesh.Routed{Port: p.Port, Beside: true, Backends: r.Backends})
-				break
+				routed = append(routed, mesh.Routed{Port: p.Port, Only: r.Only, Beside: true, Backends: r.Backends})
+				if r.Only == nil {
+					break
+				}
 			}
 		}
 	}

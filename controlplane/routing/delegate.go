@@ -182,8 +182,15 @@ func both(r, l *networking.HTTPMatchRequest) (out *networking.HTTPMatchRequest, 
 	if out.SourceNamespace = cmp.Or(r.SourceNamespace, l.SourceNamespace); r.SourceNamespace != "" && l.SourceNamespace != "" && r.SourceNamespace != l.SourceNamespace {
 		bad = "sourceNamespace"
 	}
-	if len(r.SourceLabels) > 0 {
-		out.SourceLabels = r.SourceLabels
+	out.SourceLabels = maps.Clone(l.SourceLabels)
+	for name, value := range r.SourceLabels {
+		if was, ok := out.SourceLabels[name]; ok && was != value {
+			bad = "sourceLabels." + name
+		}
+		if out.SourceLabels == nil {
+			out.SourceLabels = map[string]string{}
+		}
+		out.SourceLabels[name] = value
 	}
 	if len(l.Gateways) == 0 {
 		out.Gateways = r.Gateways

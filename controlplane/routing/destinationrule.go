@@ -3,6 +3,11 @@ package routing
 import (
 	"cmp"
 	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
 
 	"google.golang.org/protobuf/types/known/wrapperspb"
 	networking "istio.io/api/networking/v1alpha3"
@@ -14,9 +19,8 @@ import (
 // work.
 func DestinationRule(d *networking.DestinationRule) (subsets []mesh.Subset, traffic []mesh.Traffic, problems []string) {
 	c := &trafficConverter{}
-	base := settings{d.TrafficPolicy.GetLoadBalancer(), d.TrafficPolicy.GetConnectionPool(), d.TrafficPolicy.GetOutlierDetection(), d.TrafficPolicy.GetTls(), d.TrafficPolicy.GetRetryBudget()}
+	base := settings{d.TrafficPolicy.GetLoadBalancer(), d.TrafficPolicy.GetConnectionPool(), d.TrafficPolicy.GetOutlierDetection(), d.TrafficPolicy.GetTls(), d.TrafficPolicy.GetRetryBudget(), d.TrafficPolicy.GetTunnel(), d.TrafficPolicy.GetProxyProtocol()}
 	c.at = "trafficPolicy"
-	c.unfollowed(d.TrafficPolicy)
 	traffic = c.add(traffic, "", base, d.TrafficPolicy.GetPortLevelSettings())
 	for i, s := range d.Subsets {
 		if s.Name == "" {
@@ -28,8 +32,8 @@ func DestinationRule(d *networking.DestinationRule) (subsets []mesh.Subset, traf
 			continue
 		}
 		c.at = fmt.Sprintf("subsets[%d].trafficPolicy", i)
-		c.unfollowed(p)
-		own := settings{cmp.Or(p.LoadBalancer, base.balancer), cmp.Or(p.ConnectionPool, base.pool), cmp.Or(p.OutlierDetection, base.outliers), cmp.Or(p.Tls, base.tls), cmp.Or(p.RetryBudget, base.retries)}
+		own := settings{cmp.Or(p.LoadBalancer, base.balancer), cmp.Or(p.ConnectionPool, base.pool), cmp.Or(p.OutlierDetection, base.outliers), cmp.Or(p.Tls, base.tls), cmp.Or(p.RetryBudget, base.retries),
+			cmp.Or(p.Tunnel, base.tunnel), cmp.Or(p.ProxyProtocol, base.header)}
 		ports := p.PortLevelSettings
 		if len(ports) == 0 {
 			ports = d.TrafficPolicy.GetPortLevelSettings()
@@ -46,6 +50,8 @@ type settings struct {
 	outliers *networking.OutlierDetection
 	tls      *networking.ClientTLSSettings
 	retries  *networking.TrafficPolicy_RetryBudget
+	tunnel   *networking.TrafficPolicy_TunnelSettings
+	header   *networking.TrafficPolicy_ProxyProtocol
 }
 
 type trafficConverter struct {
@@ -55,18 +61,6 @@ type trafficConverter struct {
 
 func (c *trafficConverter) say(field, text string) {
 	c.problems = append(c.problems, c.at+"."+field+" "+text)
-}
-
-// ignored names a field that is there and not followed.
-func (c *trafficConverter) ignored(there bool, field string) {
-	if there {
-		c.say(field, "is not followed")
-	}
-}
-
-func (c *trafficConverter) unfollowed(p *networking.TrafficPolicy) {
-	c.ignored(p.GetTunnel() != nil, "tunnel")
-	c.ignored(p.GetProxyProtocol() != nil, "proxyProtocol")
 }
 
 // add converts what holds for a subset, and for its ports what they do not take from it.
@@ -83,7 +77,7 @@ func (c *trafficConverter) add(out []mesh.Traffic, subset string, s settings, po
 			c.say("port.number", "is no port")
 			continue
 		}
-		out = append(out, c.convert(mesh.Traffic{Subset: subset, Port: uint16(n)}, settings{p.LoadBalancer, p.ConnectionPool, p.OutlierDetection, p.Tls, nil}))
+		out = append(out, c.convert(mesh.Traffic{Subset: subset, Port: uint16(n)}, settings{p.LoadBalancer, p.ConnectionPool, p.OutlierDetection, p.Tls, nil, s.tunnel, s.header})) // the last two a port cannot say
 	}
 	return out
 }
@@ -92,14 +86,47 @@ func (c *trafficConverter) convert(t mesh.Traffic, s settings) mesh.Traffic {
 	c.balance(&t, s.balancer)
 	c.pool(&t, s.pool)
 	c.outliers(&t, s.outliers)
-	t.Locality = c.locality(s.balancer.GetLocalityLbSetting(), t.Outliers != nil)
+	t.Locality = c.locality(s.balancer, t.Outliers != nil)
 	t.RetryBudget = c.retryBudget(s.retries)
 	t.TLS = c.tls(s.tls)
+	t.Forward = c.forward(s.tunnel)
+	if s.header != nil {
+		t.Proxied = uint8(s.header.Version) + 1
+	}
 	return t
 }
 
+// forward is the proxy that connections go by. What cannot be followed is not sent without it: it has nowhere to go.
+func (c *trafficConverter) forward(s *networking.TrafficPolicy_TunnelSettings) *mesh.Forward {
+	if s == nil {
+		return nil
+	}
+	say := func(field, text string) {
+		if !strings.Contains(c.at, "portLevelSettings") { // which only take it from above
+			c.say("tunnel."+field, text)
+		}
+	}
+	broken := func(field, text string) *mesh.Forward {
+		say(field, text+": connections that it is for are closed")
+		return &mesh.Forward{}
+	}
+	host := strings.ToLower(s.TargetHost)
+	_, err := netip.ParseAddr(host)
+	switch {
+	case s.Protocol != "" && s.Protocol != "CONNECT" && s.Protocol != "POST":
+		return broken("protocol", strconv.Quote(s.Protocol)+" is neither CONNECT nor POST")
+	case err != nil && (!validHost(host) || strings.HasPrefix(host, "*")):
+		return broken("targetHost", strconv.Quote(s.TargetHost)+" is neither a host nor an address")
+	case s.TargetPort == 0 || s.TargetPort > 65535:
+		return broken("targetPort", "is no port")
+	}
+	if s.Protocol == "POST" {
+		say("protocol", "POST is followed on ports that are declared as HTTP/2 alone, and other connections are closed: of HTTP/1.1 Envoy does not survive all answers to it")
+	}
+	return &mesh.Forward{To: net.JoinHostPort(host, strconv.Itoa(int(s.TargetPort))), Post: s.Protocol == "POST"}
+}
+
 func (c *trafficConverter) balance(t *mesh.Traffic, b *networking.LoadBalancerSettings) {
-	c.ignored(b.GetZoneAwareLbSetting() != nil, "loadBalancer.zoneAwareLbSetting")
 	t.Warmup = c.warmup(b)
 	switch p := b.GetLbPolicy().(type) {
 	case *networking.LoadBalancerSettings_Simple:
@@ -109,7 +136,7 @@ func (c *trafficConverter) balance(t *mesh.Traffic, b *networking.LoadBalancerSe
 		case networking.LoadBalancerSettings_ROUND_ROBIN:
 			t.Balance = mesh.BalanceRoundRobin
 		case networking.LoadBalancerSettings_PASSTHROUGH:
-			c.say("loadBalancer.simple", "PASSTHROUGH is not followed: the endpoint with the fewest requests is next")
+			c.say("loadBalancer.simple", "PASSTHROUGH is not followed: what clients ask a waypoint or a gateway for is no endpoint's address; the endpoint with the fewest requests is next")
 		}
 	case *networking.LoadBalancerSettings_ConsistentHash:
 		t.Hash = c.hash(p.ConsistentHash)
@@ -130,6 +157,9 @@ func (c *trafficConverter) hash(h *networking.LoadBalancerSettings_ConsistentHas
 		if ttl := p.HttpCookie.GetTtl(); ttl != nil {
 			d := ttl.AsDuration()
 			k.CookieTTL = &d
+		}
+		for _, a := range p.HttpCookie.GetAttributes() {
+			k.CookieAttributes = append(k.CookieAttributes, mesh.HTTPHeader{Name: a.GetName(), Value: a.GetValue()})
 		}
 	}
 	if k.Header == "" && k.Query == "" && k.Cookie == "" && !k.SourceIP {
@@ -217,6 +247,14 @@ func (c *trafficConverter) outliers(t *mesh.Traffic, o *networking.OutlierDetect
 		MaxPercent: uint32(min(max(0, o.MaxEjectionPercent), 100)), MinHealthyPercent: uint32(min(max(0, o.MinHealthPercent), 100)),
 	}
 	//lint:ignore SA1019 it is there in old rules
-	c.ignored(o.ConsecutiveErrors != 0, "outlierDetection.consecutiveErrors")
-	c.ignored(len(o.OutlierDetectionHttpErrorCodes) > 0, "outlierDetection.outlierDetectionHttpErrorCodes")
+	if o.ConsecutiveErrors != 0 {
+		c.say("outlierDetection.consecutiveErrors", "is not followed, as in Istio, which has withdrawn it; write consecutiveGatewayErrors or consecutive5xxErrors")
+	}
+	for i, code := range o.OutlierDetectionHttpErrorCodes {
+		if code < 100 || code > 599 {
+			c.say(fmt.Sprintf("outlierDetection.outlierDetectionHttpErrorCodes[%d]", i), "is no status of HTTP, and left out")
+		} else if !slices.Contains(t.Outliers.Errors, code) {
+			t.Outliers.Errors = append(t.Outliers.Errors, code)
+		}
+	}
 }

@@ -2,6 +2,7 @@ package routing
 
 import (
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -271,8 +272,9 @@ type AtGateway struct {
 // ConnectionRule is where connections go.
 type ConnectionRule struct {
 	Name     string
-	Port     uint16   // of the gateway; 0 for all
-	Names    []string // in TLS
+	Port     uint16           // of the gateway; 0 for all
+	Names    []string         // in TLS
+	Only     *mesh.RoutedOnly // within the mesh; nil: all
 	Backends []mesh.HTTPBackend
 }
 
@@ -299,12 +301,15 @@ func (c *converter) connectionRules(namespace, name string, v *networking.Virtua
 		for j, m := range r.Match {
 			switch {
 			case len(m.Gateways) > 0 && !c.here(m.Gateways):
-			case len(m.DestinationSubnets) > 0 || len(m.SourceLabels) > 0 || m.SourceNamespace != "":
-				c.say("match[%d] has destinationSubnets, sourceLabels or sourceNamespace, which is not known here: it matches nothing", j)
+			case c.unknown(j, m.SourceLabels, len(m.DestinationSubnets) > 0 || m.SourceNamespace != ""):
 			case m.Port > 65535 || len(m.SniHosts) == 0 || slices.ContainsFunc(m.SniHosts, func(h string) bool { return !validHost(strings.ToLower(h)) }):
 				c.say("match[%d] has no sniHosts, or one that is no host, or a port above 65535: it matches nothing", j)
 			default:
-				rule := ConnectionRule{Name: fmt.Sprintf("%s/%s/%d/%d", namespace, name, i, j), Port: uint16(m.Port), Backends: backends}
+				only, ok := c.only(j, m.SourceNamespace, "", m.DestinationSubnets)
+				if !ok {
+					continue
+				}
+				rule := ConnectionRule{Name: fmt.Sprintf("%s/%s/%d/%d", namespace, name, i, j), Port: uint16(m.Port), Only: only, Backends: backends}
 				for _, h := range m.SniHosts {
 					rule.Names = append(rule.Names, strings.ToLower(h))
 				}
@@ -322,15 +327,66 @@ func (c *converter) connectionRules(namespace, name string, v *networking.Virtua
 		for j, m := range r.Match {
 			switch {
 			case len(m.Gateways) > 0 && !c.here(m.Gateways):
-			case len(m.DestinationSubnets) > 0 || m.SourceSubnet != "" || len(m.SourceLabels) > 0 || m.SourceNamespace != "" || m.Port > 65535:
-				c.say("match[%d] is by more than a port: it matches nothing", j)
+			case c.unknown(j, m.SourceLabels, len(m.DestinationSubnets) > 0 || m.SourceSubnet != "" || m.SourceNamespace != ""):
+			case m.Port > 65535:
+				c.say("match[%d] has a port above 65535: it matches nothing", j)
 			default:
-				rule.Port = uint16(m.Port)
-				all = append(all, rule)
+				var ok bool
+				if rule.Only, ok = c.only(j, m.SourceNamespace, m.SourceSubnet, m.DestinationSubnets); ok {
+					rule.Port = uint16(m.Port)
+					all = append(all, rule)
+				}
 			}
 		}
 	}
 	return byName, all
+}
+
+// unknown reports whether a match of connections is by what is not known here. Which clients have labels is told to route tables alone: a
+// listener that was told would change, and with it all that it serves, with each pod that comes.
+func (c *converter) unknown(match int, labels map[string]string, more bool) bool {
+	switch {
+	case len(labels) > 0:
+		c.say("match[%d] has sourceLabels, which are followed for requests alone: it matches nothing", match)
+	case more && !c.sends:
+		c.say("match[%d] has destinationSubnets, sourceSubnet or sourceNamespace, which are followed within the mesh alone: it matches nothing", match)
+	default:
+		return false
+	}
+	return true
+}
+
+// only is what a match says of connections beside their port and server name, nil for nothing; ok is false where that is no range.
+func (c *converter) only(match int, namespace, source string, destinations []string) (_ *mesh.RoutedOnly, ok bool) {
+	out := &mesh.RoutedOnly{Source: namespace}
+	ranges := func(field string, list []string) (all []netip.Prefix) {
+		for _, s := range list {
+			p, err := netip.ParsePrefix(s)
+			if a, plain := netip.ParseAddr(s); plain == nil {
+				p, err = netip.PrefixFrom(a, a.BitLen()), nil
+			}
+			if err != nil {
+				c.say("match[%d].%s: %q is neither an address nor a range: it matches nothing", match, field, s)
+				return nil
+			}
+			all = append(all, p.Masked())
+		}
+		return all
+	}
+	if source != "" {
+		if out.From = ranges("sourceSubnet", []string{source}); out.From == nil {
+			return nil, false
+		}
+	}
+	if len(destinations) > 0 {
+		if out.To = ranges("destinationSubnets", destinations); out.To == nil {
+			return nil, false
+		}
+	}
+	if namespace == "" && out.From == nil && out.To == nil {
+		return nil, true
+	}
+	return out, true
 }
 
 // connections are where connections go; nil where that cannot be followed.

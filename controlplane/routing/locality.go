@@ -20,8 +20,47 @@ func MeshLocality(l *networking.LocalityLoadBalancerSetting) (*mesh.LocalityLB, 
 }
 
 // locality converts where endpoints are used from. What Istio's API refuses is left out as a whole.
-func (c *trafficConverter) locality(l *networking.LocalityLoadBalancerSetting, outliers bool) *mesh.LocalityLB {
-	return c.localityOf("loadBalancer.localityLbSetting", l, outliers)
+func (c *trafficConverter) locality(b *networking.LoadBalancerSettings, outliers bool) *mesh.LocalityLB {
+	z := b.GetZoneAwareLbSetting()
+	if z == nil {
+		return c.localityOf("loadBalancer.localityLbSetting", b.GetLocalityLbSetting(), outliers)
+	}
+	const at = "loadBalancer.zoneAwareLbSetting"
+	if b.GetLocalityLbSetting() != nil {
+		c.say(at, "is followed, and not localityLbSetting beside it")
+	}
+	out := &mesh.LocalityLB{Off: z.Enabled != nil && !z.Enabled.Value}
+	if out.Off {
+		return out
+	}
+	out.Zones, out.Least = true, leastZoned
+	if n := z.MinClusterSize; n != nil {
+		out.Least = n.Value
+	}
+	for i, f := range z.Failover {
+		out.Failover = c.failover(out.Failover, fmt.Sprintf("%s.failover[%d]", at, i), f.From, f.To)
+	}
+	for _, label := range z.FailoverPriority {
+		switch key, _, _ := strings.Cut(label, "="); key {
+		case "topology.kubernetes.io/region", "topology.kubernetes.io/zone", "topology.istio.io/subzone":
+			c.say(at+".failoverPriority", key+" is left out: regions and zones are told apart already")
+		default:
+			out.Labels = append(out.Labels, label)
+		}
+	}
+	return out
+}
+
+// leastZoned is how many endpoints of its region a service has at least for zones to be told apart, where nobody says it (Istio's API).
+const leastZoned = 6
+
+// failover adds where what fails in a region goes.
+func (c *trafficConverter) failover(all []mesh.RegionFailover, at, from, to string) []mesh.RegionFailover {
+	if from == "" || to == "" || from == to || strings.ContainsAny(from+to, "*/") {
+		c.say(at, "does not lead from one region to another, and is left out")
+		return all
+	}
+	return append(all, mesh.RegionFailover{From: from, To: to})
 }
 
 func (c *trafficConverter) localityOf(at string, l *networking.LocalityLoadBalancerSetting, outliers bool) *mesh.LocalityLB {
@@ -47,11 +86,7 @@ func (c *trafficConverter) localityOf(at string, l *networking.LocalityLoadBalan
 		out.Distribute = append(out.Distribute, to)
 	}
 	for i, f := range l.Failover {
-		if f.From == "" || f.To == "" || f.From == f.To || strings.ContainsAny(f.From+f.To, "*/") {
-			c.say(fmt.Sprintf("%s.failover[%d]", at, i), "does not lead from one region to another, and is left out")
-			continue
-		}
-		out.Failover = append(out.Failover, mesh.RegionFailover{From: f.From, To: f.To})
+		out.Failover = c.failover(out.Failover, fmt.Sprintf("%s.failover[%d]", at, i), f.From, f.To)
 	}
 	out.Labels = l.FailoverPriority
 	switch {

@@ -83,8 +83,8 @@ func (c *converter) rule(h *networking.HTTPRoute) (r mesh.HTTPRule, ok bool) {
 			continue
 		}
 		switch {
-		case len(m.SourceLabels) > 0:
-			c.say("match[%d] has sourceLabels, which a client does not prove: it matches nothing", i)
+		case len(m.SourceLabels) > 0 && !c.sends:
+			c.say("match[%d] has sourceLabels, which clients of a gateway have none of: it matches nothing", i)
 			continue
 		case m.SourceNamespace != "" && !c.sends:
 			c.say("match[%d] has sourceNamespace, which clients of a gateway have none of: it matches nothing", i)
@@ -157,7 +157,7 @@ func (c *converter) match(m *networking.HTTPMatchRequest) (out mesh.HTTPMatch, b
 	}
 	out.Headers = append(named("headers", m.Headers, false), named("withoutHeaders", m.WithoutHeaders, true)...)
 	out.Query = named("queryParams", m.QueryParams, false)
-	out.Source = m.SourceNamespace
+	out.Source, out.Labels = m.SourceNamespace, m.SourceLabels
 	return out, bad
 }
 

@@ -1,11 +1,13 @@
 package routing
 
 import (
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	networking "istio.io/api/networking/v1alpha3"
 	"sigs.k8s.io/yaml"
 
@@ -41,9 +43,9 @@ func TestVirtualService(t *testing.T) {
 				Headers: []mesh.NamedMatch{{Name: "any"}, {Name: "who", Match: mesh.TextMatch{Kind: mesh.TextRegex, Value: "a.*"}}, {Name: "x", Invert: true}},
 				Query:   []mesh.NamedMatch{{Name: "q", Match: mesh.TextMatch{Kind: mesh.TextExact, Value: "1"}}},
 			}}}}, nil},
-		{"a match that cannot be had leaves the others", `http: [{match: [{uri: {regex: "("}}, {sourceLabels: {a: b}}, {uri: {prefix: /x}}], route: [{destination: {host: ui}}]}, {match: [{sourceLabels: {a: b}, sourceNamespace: a}], redirect: {uri: /}}]`,
-			[]mesh.HTTPRule{{Name: "shop/v/0", Backends: all, Matches: []mesh.HTTPMatch{{Path: mesh.TextMatch{Kind: mesh.TextPrefix, Value: "/x"}}}}},
-			[]string{"match[0].uri has an invalid", "match[1] has sourceLabels", "http[1]: match[0] has sourceLabels"}},
+		{"a match that cannot be had leaves the others", `http: [{match: [{uri: {regex: "("}}, {sourceLabels: {a: b}}, {uri: {prefix: /x}}], route: [{destination: {host: ui}}]}, {match: [{method: {regex: "("}}], redirect: {uri: /}}]`,
+			[]mesh.HTTPRule{{Name: "shop/v/0", Backends: all, Matches: []mesh.HTTPMatch{{Labels: map[string]string{"a": "b"}}, {Path: mesh.TextMatch{Kind: mesh.TextPrefix, Value: "/x"}}}}},
+			[]string{"match[0].uri has an invalid", "http[1]: match[0].method has an invalid"}},
 		{"clients of a namespace", `http: [{match: [{sourceNamespace: blog, uri: {prefix: /x}}], route: [{destination: {host: ui}}]}]`,
 			[]mesh.HTTPRule{{Name: "shop/v/0", Backends: all, Matches: []mesh.HTTPMatch{{Path: mesh.TextMatch{Kind: mesh.TextPrefix, Value: "/x"}, Source: "blog"}}}}, nil},
 		{"faults, timeout, retries", `http: [{timeout: 3s, retries: {attempts: 2, perTryTimeout: 1s, retryOn: "5xx,503,odd"}, fault: {delay: {fixedDelay: 2s, percentage: {value: 0.1}}, abort: {httpStatus: 503}}, route: [{destination: {host: ui}}]}]`,
@@ -97,7 +99,7 @@ tls:
 - match: [{sniHosts: [A.example, "*.b.example"], port: 443}, {sniHosts: [c.example], gateways: [edge]}, {port: 443}]
   route: [{destination: {host: ui, subset: v1, port: {number: 8443}}}]
 tcp:
-- {match: [{port: 9000}, {port: 9001, gateways: [edge]}, {port: 9002, sourceLabels: {a: b}}], route: [{destination: {host: ui, subset: v1}, weight: 1}, {destination: {host: ui, subset: v2}, weight: 3}]}
+- {match: [{port: 9000}, {port: 9001, gateways: [edge]}, {port: 9002, sourceLabels: {a: b}}, {port: 9003, sourceNamespace: blog, sourceSubnet: 10.0.0.1/8, destinationSubnets: [10.96.0.1, "fd00::/8"]}, {port: 9004, sourceSubnet: x}], route: [{destination: {host: ui, subset: v1}, weight: 1}, {destination: {host: ui, subset: v2}, weight: 3}]}
 - {route: [{destination: {host: ""}}]}
 `), &v); err != nil {
 		t.Fatal(err)
@@ -109,14 +111,16 @@ tcp:
 		TLS: []ConnectionRule{{Name: "shop/v/0/0", Port: 443, Names: []string{"a.example", "*.b.example"}, Backends: []mesh.HTTPBackend{to}}},
 		TCP: []ConnectionRule{
 			{Name: "shop/v/0", Port: 9000, Backends: []mesh.HTTPBackend{ui("v1", 1), ui("v2", 3)}},
+			{Name: "shop/v/0", Port: 9003, Backends: []mesh.HTTPBackend{ui("v1", 1), ui("v2", 3)}, Only: &mesh.RoutedOnly{Source: "blog",
+				From: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/8")}, To: []netip.Prefix{netip.MustParsePrefix("10.96.0.1/32"), netip.MustParsePrefix("fd00::/8")}}},
 			{Name: "shop/v/1", Backends: []mesh.HTTPBackend{{Weight: 1, Invalid: "the route cannot be followed"}}},
 		},
 	}
-	if d := cmp.Diff(want, got); d != "" {
+	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); d != "" {
 		t.Errorf("-want +got:\n%s", d)
 	}
-	for i, p := range []string{"tls[0]: match[2] has no sniHosts", "tcp[0]: match[2] is by more than a port", "tcp[1]: a destination without a host"} {
-		if len(problems) != 3 || !strings.Contains(problems[i], p) {
+	for i, p := range []string{"tls[0]: match[2] has no sniHosts", "tcp[0]: match[2] has sourceLabels", "tcp[0]: match[4].sourceSubnet", "tcp[1]: a destination without a host"} {
+		if len(problems) != 4 || !strings.Contains(problems[i], p) {
 			t.Fatalf("problems %q, want %q", problems, p)
 		}
 	}

@@ -1,6 +1,7 @@
 package mesh
 
 import (
+	"net/netip"
 	"reflect"
 	"slices"
 	"time"
@@ -70,7 +71,9 @@ type HTTPMatch struct {
 	Authority  TextMatch
 	Headers    []NamedMatch
 	Query      []NamedMatch
-	Source     string // namespace of the client, as its identity says; "": any
+	Source     string            // namespace of the client, as its identity says; "": any
+	Labels     map[string]string // of the client, which At are the addresses of; empty: any client
+	At         []netip.Addr      // sorted
 }
 
 // HTTPBackend is where a share of the requests goes.
@@ -88,17 +91,24 @@ type HTTPBackend struct {
 // Routed is a port of a service of which connections are shared out to backends.
 type Routed struct {
 	Port     uint16
-	Names    []string // only those with TLS that ask for one of these server names, perhaps "*.domain"; empty: all others
-	From     string   // only those of clients of this namespace, who meet no other of its kind (with Names, without); "": all others
-	Beside   bool     // only those that are no requests, where both may come; false: whatever is in them
+	Names    []string    // only those with TLS that ask for one of these server names, perhaps "*.domain"; empty: all others
+	From     string      // only those of clients of this namespace, who meet no other of its kind (with Names, without); "": all others
+	Only     *RoutedOnly // those of which this holds, too; of several for the same the first has them. nil: all
+	Beside   bool        // only those that are no requests, where both may come; false: whatever is in them
 	Backends []HTTPBackend
 }
 
-// RoutedAt is what says where connections of a namespace's clients ("": of all others) to a port go that no server name decides about;
-// nil where that is the service itself.
+// RoutedOnly is what has to hold of connections, all of it.
+type RoutedOnly struct {
+	Source   string         // namespace of the client, as its identity says; "": any
+	From, To []netip.Prefix // of the client's address, and of the one that it asks for; empty: any
+}
+
+// RoutedAt is what says where connections of a namespace's clients ("": of all others) to a port go that neither a server name nor anything else of them decides
+// about; nil where that is the service itself.
 func (s *Service) RoutedAt(from string, port uint16) *Routed {
 	for i := range s.Routed {
-		if s.Routed[i].From == from && s.Routed[i].Port == port && len(s.Routed[i].Names) == 0 {
+		if s.Routed[i].From == from && s.Routed[i].Port == port && len(s.Routed[i].Names) == 0 && s.Routed[i].Only == nil {
 			return &s.Routed[i]
 		}
 	}

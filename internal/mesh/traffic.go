@@ -34,6 +34,14 @@ type Traffic struct {
 
 	Outliers *Outliers
 	TLS      *BackendTLS // nil: none but the mesh's own
+	Forward  *Forward    // of connections, not of requests: the endpoints are proxies that bring them elsewhere
+	Proxied  uint8       // version of the PROXY protocol's header, by which endpoints are told the client's address; 0: none
+}
+
+// Forward asks a proxy for a connection to an address, as DestinationRules have it for servers that only such a proxy reaches.
+type Forward struct {
+	To   string // host:port
+	Post bool   // by POST rather than by CONNECT
 }
 
 // Speak is which HTTP endpoints are spoken to in, where their port does not say it.
@@ -66,12 +74,16 @@ type RetryBudget struct {
 }
 
 // LocalityLB says which endpoints of a service are used from where, as Istio's LocalityLoadBalancerSetting. Localities are
-// "region/zone/subzone", the last ones "*" or left out for all.
+// "region/zone/subzone", the last ones "*" or left out for all; or, with Zones, as its ZoneAwareLoadBalancerSetting.
 type LocalityLB struct {
 	Off        bool           // all endpoints are alike
 	Distribute []Distribution // the first that is for the proxy holds; for others all endpoints are alike
 	Failover   []RegionFailover
 	Labels     []string // instead of the locality: keys, or key=value, of which an endpoint shares the more from the first with the proxy the nearer it is
+	// Zones has a proxy send to its own zone as much as keeps all endpoints of its region evenly busy, where these are at least Least. Labels
+	// then come before regions, and not instead of them.
+	Zones bool
+	Least uint32
 }
 
 // Distribution shares out what is sent from a locality. What is not listed gets nothing.
@@ -104,6 +116,7 @@ type HashKey struct {
 	Cookie           string
 	CookiePath       string
 	CookieTTL        *time.Duration // nil: the waypoint sets no cookie
+	CookieAttributes []HTTPHeader   // of the cookie that it sets; no value: the name alone
 	SourceIP         bool
 	Maglev           bool // rather than a ring
 	RingSize, Tables uint64
@@ -114,8 +127,9 @@ type Outliers struct {
 	Consecutive5xx, ConsecutiveGateway, ConsecutiveLocal *uint32
 	SplitLocal                                           bool // failures to connect count for themselves
 	Interval, Ejection                                   time.Duration
-	MaxPercent                                           uint32 // of endpoints that are out at a time
-	MinHealthyPercent                                    uint32 // below which all are used
+	MaxPercent                                           uint32   // of endpoints that are out at a time
+	MinHealthyPercent                                    uint32   // below which all are used
+	Errors                                               []uint32 // the statuses that are failures; empty: those from 500
 }
 
 // RuledBy reports whether a namespace has a DestinationRule of its own for what it sends to a service of another one.

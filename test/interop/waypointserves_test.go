@@ -264,6 +264,8 @@ echo nameserver `+testResolver+` > "$1" && mount --bind "$1" /etc/resolv.conf &&
 			return st, err
 		})
 	})
+	t.Run("clients", func(t *testing.T) { waypointClients(t, istio, me, want) })
+	t.Run("proxies", func(t *testing.T) { waypointForward(t, istio, me, want) })
 	t.Run("metrics", func(t *testing.T) { waypointMetrics(t, get) })
 	t.Run("spans", func(t *testing.T) { waypointSpans(t, istio, traces, get) })
 	t.Run("provider", func(t *testing.T) { waypointAsks(t, istio, guarded, get) })
@@ -428,7 +430,7 @@ extensionProviders:
 			Ports: []corev1.ServicePort{{Name: "http", Port: 80, TargetPort: intstr.FromInt32(8080), Protocol: corev1.ProtocolTCP}},
 		}},
 		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "shop"}},
-		pod("way-1", "way", "127.0.0.9", nil), pod("client", "client", "127.0.0.8", nil),
+		pod("way-1", "way", "127.0.0.9", nil), pod("client", "client", "127.0.0.8", map[string]string{"role": "reader"}),
 		pod("inventory-1", "inventory", "127.0.1.1", map[string]string{"app": "inventory", "version": "v1"}),
 		pod("inventory-2", "inventory", "127.0.1.2", map[string]string{"app": "inventory", "version": "v2"}),
 		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "inventory"}, Spec: corev1.ServiceSpec{
