@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/netip"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 	istio "istio.io/client-go/pkg/clientset/versioned"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/dynamic"
 	"k8s.io/client-go/kubernetes"
 	gatewayclient "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned"
@@ -115,7 +117,14 @@ func newControlPlane(ctx context.Context, cfg Config, clients Clients) (*control
 	cp.keys = jwks.New(cfg.KeysByHTTP, nil, func(from policy.KeySource, keys, problem string) {
 		cp.source.SetKeys(from, index.KeyState{Keys: keys, Problem: problem})
 	}, log.With("scope", "jwks"))
-	cp.modules = modules.New(nil, func(from policy.ModuleSource, m *mesh.Module, problem string) {
+	cp.modules = modules.New(nil, func(ctx context.Context, name string) (map[string][]byte, error) {
+		namespace, name, _ := strings.Cut(name, "/")
+		s, err := clients.Kube.CoreV1().Secrets(namespace).Get(ctx, name, metav1.GetOptions{})
+		if err != nil {
+			return nil, err
+		}
+		return s.Data, nil
+	}, func(from policy.ModuleSource, m *mesh.Module, problem string) {
 		cp.source.SetModule(from, index.ModuleState{Module: m, Problem: problem})
 	}, log.With("scope", "modules"))
 	cp.secrets = newSecrets(clients.Kube, cp.source.SetSecret, log.With("scope", "secrets"))

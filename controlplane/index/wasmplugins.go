@@ -97,7 +97,7 @@ func (x *Index) SetModule(from policy.ModuleSource, s ModuleState) {
 // moduleSources are the modules that are needed, sorted.
 func (x *Index) moduleSources() []policy.ModuleSource {
 	return x.modules.wanted(func(a, b policy.ModuleSource) int {
-		return cmp.Or(strings.Compare(a.URL, b.URL), strings.Compare(a.SHA256, b.SHA256), strings.Compare(a.For, b.For))
+		return cmp.Or(strings.Compare(a.URL, b.URL), strings.Compare(a.SHA256, b.SHA256), strings.Compare(a.For, b.For), strings.Compare(a.Secret, b.Secret))
 	})
 }
 

@@ -36,8 +36,8 @@ const (
 )
 
 // image fetches the module in an image: of reference registry/repository:tag or @digest. pinned is the digest of the manifest,
-// in hexadecimal, that it has to have; "": any.
-func image(ctx context.Context, client *http.Client, reference, pinned string) ([]byte, error) {
+// in hexadecimal, that it has to have; "": any. with is the Secret that has the registry's password, nil for none.
+func image(ctx context.Context, client *http.Client, reference, pinned string, with map[string][]byte) ([]byte, error) {
 	ref, err := registry.ParseReference(reference)
 	if err != nil {
 		return nil, errors.New("it does not name an image; write oci://registry.example/name:tag")
@@ -45,7 +45,15 @@ func image(ctx context.Context, client *http.Client, reference, pinned string) (
 	if ref.Reference == "" {
 		ref.Reference = "latest"
 	}
-	repo := &remote.Repository{Client: &auth.Client{Client: client, Cache: auth.NewCache()}, Reference: ref, MaxMetadataBytes: maxManifest}
+	as := &auth.Client{Client: client, Cache: auth.NewCache()}
+	if with != nil {
+		account, err := accountFor(with, ref)
+		if err != nil {
+			return nil, fmt.Errorf("imagePullSecret: %w", err)
+		}
+		as.Credential = auth.StaticCredential(ref.Host(), account) // for this registry alone
+	}
+	repo := &remote.Repository{Client: as, Reference: ref, MaxMetadataBytes: maxManifest}
 	desc, b, err := manifestOf(ctx, repo, ref.Reference)
 	if err != nil {
 		return nil, err

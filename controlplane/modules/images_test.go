@@ -4,7 +4,10 @@ import (
 	"archive/tar"
 	"bytes"
 	"compress/gzip"
+	"context"
+	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -31,6 +34,7 @@ func archive(name string, b []byte) []byte {
 // registryOf is a registry that asks for a token of anybody, and sends to another host for what is large.
 type registryOf struct {
 	realm     string
+	password  string            // of "robot", that a token takes; "": anybody has one
 	blobs     map[string][]byte // by digest
 	manifests map[string][]byte // by tag and digest
 	kinds     map[string]string // their types
@@ -60,6 +64,8 @@ func (g *registryOf) RoundTrip(r *http.Request) (*http.Response, error) {
 	rec := httptest.NewRecorder()
 	last := r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]
 	switch {
+	case r.URL.Host == "auth.example" && g.password != "" && r.Header.Get("Authorization") != "Basic "+base64.StdEncoding.EncodeToString([]byte("robot:"+g.password)):
+		rec.WriteHeader(http.StatusUnauthorized)
 	case r.URL.Host == "auth.example":
 		fmt.Fprint(rec, `{"token": "anybody"}`)
 	case r.URL.Host == "cdn.example":
@@ -118,7 +124,7 @@ func TestImages(t *testing.T) {
 		{"oci://r.example/filters/one:absent", "", "not found"},
 		{"oci://filter", "", "does not name an image"},
 	} {
-		m, err := source(g)(t.Context(), policy.ModuleSource{URL: c.url, SHA256: c.sha256})
+		m, err := source(g, nil)(t.Context(), policy.ModuleSource{URL: c.url, SHA256: c.sha256})
 		switch {
 		case c.want == "" && (err != nil || !bytes.Equal(m.Code, good) || m.Digest != digestOf(good)):
 			t.Errorf("%s: %v %v", c.url, m, err)
@@ -128,7 +134,36 @@ func TestImages(t *testing.T) {
 	}
 	// Who hands out tokens is asked over TLS, too.
 	g.realm = "http://auth.example/token"
-	if _, err := source(g)(t.Context(), policy.ModuleSource{URL: "oci://r.example/filters/one:v1"}); err == nil || !strings.Contains(err.Error(), "uses http") {
+	if _, err := source(g, nil)(t.Context(), policy.ModuleSource{URL: "oci://r.example/filters/one:v1"}); err == nil || !strings.Contains(err.Error(), "uses http") {
 		t.Errorf("a token is asked for without TLS: %v", err)
+	}
+
+	// A registry that wants a password gets the one that is for it, and nothing of a Secret is in what is told.
+	g.realm, g.password = "https://auth.example/token", "hush"
+	for _, c := range []struct{ key, data, want string }{
+		{dockerConfig, `{"auths": {"r.example": {"username": "robot", "password": "hush"}}}`, ""},
+		{dockerConfig, `{"auths": {"https://r.example/v2/": {"auth": "` + base64.StdEncoding.EncodeToString([]byte("robot:hush")) + `"}}}`, ""},
+		{dockerConfigOld, `{"r.example": {"username": "robot", "password": "hush"}}`, ""},
+		{dockerConfig, `{"auths": {"r.example": {"username": "x", "password": "y"}, "r.example/filters": {"username": "robot", "password": "hush"}, "r.example/filters/other": {"username": "x", "password": "y"}}}`, ""},
+		{dockerConfig, `{"auths": {"r.example": {"username": "robot", "password": "hush2"}}}`, "401"},
+		{dockerConfig, `{"auths": {"other.example": {"username": "robot", "password": "hush"}, "r.example/fil": {"username": "robot", "password": "hush"}}}`, "it has nothing for r.example/filters/one"},
+		{dockerConfig, `{"auths": {"r.example": {"auth": "hush"}}}`, "cannot be read"},
+		{dockerConfig, `hush`, "cannot be read"},
+		{"password", `hush`, "it has no .dockerconfigjson"},
+		{"", "", "Secret is not there"},
+	} {
+		read := func(_ context.Context, name string) (map[string][]byte, error) {
+			if c.key == "" || name != "shop/pull" {
+				return nil, errors.New("that Secret is not there")
+			}
+			return map[string][]byte{c.key: []byte(c.data)}, nil
+		}
+		m, err := source(g, read)(t.Context(), policy.ModuleSource{URL: "oci://r.example/filters/one:v1", Secret: "shop/pull"})
+		if (err == nil) != (c.want == "") || err != nil && (!strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "hush")) || err == nil && !bytes.Equal(m.Code, good) {
+			t.Errorf("with %s: %v, want %q", c.data, err, c.want)
+		}
+	}
+	if _, err := source(g, nil)(t.Context(), policy.ModuleSource{URL: "oci://r.example/filters/one:v1"}); err == nil || !strings.Contains(err.Error(), "401") {
+		t.Errorf("without a password: %v", err)
 	}
 }

@@ -25,13 +25,16 @@ const (
 )
 
 // New returns what keeps the modules that are wanted, and tells of them. One that has been fetched is not fetched again, so that
-// nobody runs another who has not said so; by is nil but in tests.
-func New(by http.RoundTripper, told func(from policy.ModuleSource, m *mesh.Module, problem string), log *slog.Logger) *fetch.Keeper[policy.ModuleSource, *mesh.Module] {
-	return fetch.NewKeeper("Wasm module", 0, source(by), told, log)
+// nobody runs another who has not said so. secret reads a Secret with passwords of registries; by is nil but in tests.
+func New(by http.RoundTripper, secret Secret, told func(from policy.ModuleSource, m *mesh.Module, problem string), log *slog.Logger) *fetch.Keeper[policy.ModuleSource, *mesh.Module] {
+	return fetch.NewKeeper("Wasm module", 0, source(by, secret), told, log)
 }
 
+// Secret reads what is in a Secret, namespace/name.
+type Secret func(ctx context.Context, name string) (map[string][]byte, error)
+
 // source fetches a module.
-func source(by http.RoundTripper) func(context.Context, policy.ModuleSource) (*mesh.Module, error) {
+func source(by http.RoundTripper, secret Secret) func(context.Context, policy.ModuleSource) (*mesh.Module, error) {
 	c := fetch.Config{
 		What: "modules", Accept: "application/wasm, application/octet-stream, */*", MaxBytes: maxBytes, Within: patience, Transport: by,
 		NoPlain: "write https, or the sha256 of the module",
@@ -43,7 +46,17 @@ func source(by http.RoundTripper) func(context.Context, policy.ModuleSource) (*m
 		if reference, ok := strings.CutPrefix(s.URL, policy.Images); ok {
 			ctx, cancel := context.WithTimeout(ctx, patience)
 			defer cancel()
-			b, err := image(ctx, encrypted.HTTP(), reference, s.SHA256)
+			var with map[string][]byte
+			if s.Secret != "" {
+				var err error
+				if with, err = secret(ctx, s.Secret); err != nil {
+					return nil, fmt.Errorf("imagePullSecret %s: %w", s.Secret, err)
+				}
+				if with == nil {
+					with = map[string][]byte{}
+				}
+			}
+			b, err := image(ctx, encrypted.HTTP(), reference, s.SHA256, with)
 			if err != nil {
 				return nil, err
 			}

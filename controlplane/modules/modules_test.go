@@ -99,7 +99,7 @@ func TestFetchedOnce(t *testing.T) {
 			}
 			return rec.Result(), nil
 		})
-		f := New(by, func(from policy.ModuleSource, m *mesh.Module, problem string) {
+		f := New(by, nil, func(from policy.ModuleSource, m *mesh.Module, problem string) {
 			all = append(all, told{from.URL, m, problem})
 		}, slog.New(slog.DiscardHandler))
 		ctx, stop := context.WithCancel(t.Context())

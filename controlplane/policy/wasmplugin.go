@@ -26,6 +26,8 @@ type ModuleSource struct {
 	// For names the object, as it is, that is not content with what was fetched for another one or before it was changed;
 	// "": any that was fetched is.
 	For string
+	// Secret, namespace/name, has the password of the registry; "": the image is for everybody.
+	Secret string
 }
 
 func (m ModuleSource) String() string { return m.URL }
@@ -69,6 +71,12 @@ func CompileWasmPlugin(w *extensionsv1alpha1.WasmPlugin) CompiledPlugin {
 	var text string
 	if out.Source, text = moduleSource(spec); text != "" {
 		problem("spec.%s", text)
+	}
+	if s := spec.ImagePullSecret; s != "" && strings.HasPrefix(out.Source.URL, Images) {
+		if strings.Contains(s, "/") {
+			problem("spec.imagePullSecret: %s is not the name of a Secret, which is in the namespace of the object", quote(s))
+		}
+		out.Source.Secret = w.Namespace + "/" + s
 	}
 	if spec.ImagePullPolicy == extensions.PullPolicy_Always || spec.ImagePullPolicy == extensions.PullPolicy_UNSPECIFIED_POLICY && latest(out.Source) {
 		out.Source.For = p.Key()
@@ -167,9 +175,6 @@ const Images = "oci://"
 
 // imageSource reads where the image is that has the module. Its digest is that of the manifest.
 func imageSource(spec *extensions.WasmPlugin) (from ModuleSource, problem string) {
-	if spec.ImagePullSecret != "" {
-		return from, "imagePullSecret: it is not supported yet; images are fetched that everybody may have"
-	}
 	name, pinned, digested := strings.Cut(strings.TrimPrefix(spec.Url, Images), "@")
 	if digested {
 		sum, ok := strings.CutPrefix(pinned, "sha256:")

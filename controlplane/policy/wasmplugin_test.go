@@ -59,7 +59,7 @@ match: [{mode: SERVER, ports: [{number: 8080}, {number: 80}]}, {mode: CLIENT}, {
 func TestWasmPluginRefused(t *testing.T) {
 	for _, c := range []struct{ spec, want string }{
 		{`url: ""`, "spec.url"},
-		{`{url: "oci://registry.example/filter:v1", imagePullSecret: s}`, "spec.imagePullSecret: it is not supported yet"},
+		{`{url: "oci://registry.example/filter:v1", imagePullSecret: other/s}`, "spec.imagePullSecret"},
 		{`url: oci://registry.example/filter@sha256:abc`, "is no digest"},
 		{`{url: "oci://registry.example/filter@sha256:` + strings.Repeat("0a", 32) + `", sha256: ` + strings.Repeat("0b", 32) + `}`, "it is not the digest in the url"},
 		{`url: file:///opt/filter.wasm`, "spec.url: a file"},
@@ -98,6 +98,7 @@ func TestWasmPluginImages(t *testing.T) {
 		{`url: registry.example:5000/a/filter:v1`, ModuleSource{URL: "oci://registry.example:5000/a/filter:v1"}, false},
 		{`url: registry.example:5000/a/filter`, ModuleSource{URL: "oci://registry.example:5000/a/filter"}, true},
 		{`url: oci://registry.example/filter:latest`, ModuleSource{URL: "oci://registry.example/filter:latest"}, true},
+		{`{url: "oci://registry.example/filter:v1", imagePullSecret: pull}`, ModuleSource{URL: "oci://registry.example/filter:v1", Secret: "shop/pull"}, false},
 		{`{url: "oci://registry.example/filter:latest", imagePullPolicy: IfNotPresent}`, ModuleSource{URL: "oci://registry.example/filter:latest"}, false},
 		{`{url: "oci://registry.example/filter:latest", sha256: ` + sum + `}`, ModuleSource{URL: "oci://registry.example/filter:latest", SHA256: sum}, false},
 		{`url: oci://registry.example/filter:v1@sha256:` + sum, ModuleSource{URL: "oci://registry.example/filter:v1@sha256:" + sum, SHA256: sum}, false},

@@ -84,7 +84,7 @@ spec:
 			return nil
 		}))
 	}
-	const answered, unknown = `"items"`, "no such host"
+	const answered, unknown = `"items"`, "lookup api.example.com"
 	const url = "http://api.example.com/stock"
 
 	for _, c := range []struct{ exportTo, client, other string }{
