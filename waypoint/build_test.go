@@ -236,7 +236,12 @@ var cases = map[string]func(*mesh.Service){
 		Response: mesh.HTTPHeaders{Set: []mesh.HTTPHeader{{Name: "x-answer", Value: "yes"}}},
 	}),
 	"mirror": one(mesh.HTTPRule{Mirrors: []mesh.HTTPMirror{{Backend: to("v2", 1), Millionths: 500_000}}}),
-	"cors":   one(mesh.HTTPRule{CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextExact, "https://a.example")}, Methods: []string{"GET", "PUT"}, AllowHeaders: []string{"x-a"}, MaxAge: time.Hour, Credentials: true}}),
+	"sessions": rules(
+		mesh.HTTPRule{Name: "cookie", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/a")}}, Session: &mesh.HTTPSession{Name: "s", TTL: time.Hour}, Backends: []mesh.HTTPBackend{to("", 1)}},
+		mesh.HTTPRule{Name: "browser", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/b")}}, Session: &mesh.HTTPSession{Name: "s"}, Backends: []mesh.HTTPBackend{to("", 1)}},
+		mesh.HTTPRule{Name: "header", Session: &mesh.HTTPSession{Name: "x-session", Header: true}, Backends: []mesh.HTTPBackend{to("", 1)}},
+	),
+	"cors": one(mesh.HTTPRule{CORS: &mesh.HTTPCORS{Origins: []mesh.TextMatch{text(mesh.TextExact, "https://a.example")}, Methods: []string{"GET", "PUT"}, AllowHeaders: []string{"x-a"}, MaxAge: time.Hour, Credentials: true}}),
 	"traffic": func(s *mesh.Service) {
 		s.Subsets = versions
 		s.HTTP = []mesh.HTTPRule{{Name: "both", Backends: []mesh.HTTPBackend{to("v1", 50), to("v2", 50)}}}

@@ -21,6 +21,7 @@ import (
 	headermutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
 	routerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3"
 	sfsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/set_filter_state/v3"
+	sessionv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/stateful_session/v3"
 	httpinspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/http_inspector/v3"
 	originaldstv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/original_dst/v3"
 	tlsinspectorv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/listener/tls_inspector/v3"
@@ -315,7 +316,7 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 			},
 			b.counterFilters(c),
 			b.pluginFilters(c, mesh.PluginStats, mesh.PluginLast),
-			[]*hcmv3.HttpFilter{b.routesFilter(faultFilter, &faultv3.HTTPFault{})}, b.followFilter(c), []*hcmv3.HttpFilter{b.router()},
+			[]*hcmv3.HttpFilter{b.routesFilter(faultFilter, &faultv3.HTTPFault{}), b.routesFilter(sessionFilter, &sessionv3.StatefulSession{})}, b.followFilter(c), []*hcmv3.HttpFilter{b.router()},
 		)),
 		UseRemoteAddress:              wrapperspb.Bool(true),
 		InternalAddressConfig:         nobodyInternal(),

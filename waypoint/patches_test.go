@@ -86,7 +86,7 @@ func TestPatchedFilters(t *testing.T) {
 			t.Errorf("%s is not there as it was", f.Name)
 		}
 	}
-	want := append(slices.Clone(before[:decided]), "buffer", "web", faultFilter, "lua", "zip", "asks", routerFilter)
+	want := append(slices.Clone(before[:decided]), "buffer", "web", faultFilter, sessionFilter, "lua", "zip", "asks", routerFilter)
 	if !slices.Equal(after, want) {
 		t.Errorf("the filters are\n%v, want\n%v", after, want)
 	}

@@ -16,7 +16,11 @@ import (
 	corsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
 	faultv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
 	headermutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
+	sessionv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/stateful_session/v3"
+	cookiesessionv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/stateful_session/cookie/v3"
+	headersessionv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/http/stateful_session/header/v3"
 	previoushostsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/retry/host/previous_hosts/v3"
+	typehttpv3 "github.com/envoyproxy/go-control-plane/envoy/type/http/v3"
 	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	typev3 "github.com/envoyproxy/go-control-plane/envoy/type/v3"
 	"google.golang.org/protobuf/proto"
@@ -31,6 +35,8 @@ const (
 	corsFilter  = "envoy.filters.http.cors"
 	askedFilter = "envoy.filters.http.header_mutation"
 	faultFilter = "envoy.filters.http.fault"
+
+	sessionFilter = "envoy.filters.http.stateful_session"
 )
 
 // routes is the route table of a port. The address has chosen the service: the request's host plays no part in that.
@@ -483,10 +489,29 @@ func (b *builder) perFilter(r *mesh.HTTPRule) map[string]*anypb.Any {
 			out[askedFilter] = b.config(&headermutationv3.HeaderMutationPerRoute{Mutations: &headermutationv3.Mutations{ResponseMutations: asked}})
 		}
 	}
+	if r.Session != nil {
+		out[sessionFilter] = b.config(&sessionv3.StatefulSessionPerRoute{Override: &sessionv3.StatefulSessionPerRoute_StatefulSession{StatefulSession: b.session(r.Session)}})
+	}
 	if len(out) == 0 {
 		return nil
 	}
 	return out
+}
+
+// session has Envoy write the address of an endpoint into answers.
+func (b *builder) session(s *mesh.HTTPSession) *sessionv3.StatefulSession {
+	if s.Header {
+		return &sessionv3.StatefulSession{SessionState: &corev3.TypedExtensionConfig{
+			Name: "envoy.http.stateful_session.header", TypedConfig: b.config(&headersessionv3.HeaderBasedSessionState{Name: s.Name}),
+		}}
+	}
+	cookie := &typehttpv3.Cookie{Name: s.Name, Path: "/"}
+	if s.TTL > 0 {
+		cookie.Ttl = durationpb.New(s.TTL)
+	}
+	return &sessionv3.StatefulSession{SessionState: &corev3.TypedExtensionConfig{
+		Name: "envoy.http.stateful_session.cookie", TypedConfig: b.config(&cookiesessionv3.CookieBasedSessionState{Cookie: cookie}),
+	}}
 }
 
 // corsPolicy is what the filter for CORS does, and what of its answers another one says: what the preflight asks for.

@@ -3,6 +3,7 @@ package routing
 import (
 	"cmp"
 	"fmt"
+	"hash/fnv"
 	"math"
 	"net/http"
 	"regexp"
@@ -63,9 +64,7 @@ func HTTPRoute(namespace, name string, spec *gatewayv1.HTTPRouteSpec, find Backe
 		r := &spec.Rules[i]
 		h := c.rule(i, namespace, name, r.Name, r.Filters, r.BackendRefs, false)
 		c.timing(&h, r)
-		if r.SessionPersistence != nil {
-			c.partly("sessionPersistence is not followed")
-		}
+		c.session(&h, r.SessionPersistence)
 		if len(r.Matches) == 0 {
 			c.add(h, []mesh.HTTPMatch{{Path: mesh.TextMatch{Kind: mesh.TextPath, Value: "/"}}}, specificHTTP)
 			continue
@@ -94,9 +93,7 @@ func GRPCRoute(namespace, name string, spec *gatewayv1.GRPCRouteSpec, find Backe
 		}
 		h := c.rule(i, namespace, name, r.Name, httpFilters(r.Filters), refs, true)
 		h.GRPC = true
-		if r.SessionPersistence != nil {
-			c.partly("sessionPersistence is not followed")
-		}
+		c.session(&h, r.SessionPersistence)
 		if len(r.Matches) == 0 {
 			c.add(h, []mesh.HTTPMatch{{}}, specificGRPC)
 			continue
@@ -145,6 +142,49 @@ func (c *gatewayConverter) refuse(r *mesh.HTTPRule, reason gatewayv1.RouteCondit
 	c.out.Partly.and(reason, "rules[%d]: %s; its requests are answered with 500", c.at, text)
 	r.Invalid = text
 }
+
+// session has a rule's requests keep to an endpoint. The field is of the API's experimental channel: with the definitions of the standard one it
+// never comes here.
+func (c *gatewayConverter) session(r *mesh.HTTPRule, p *gatewayv1.SessionPersistence) {
+	if p == nil {
+		return
+	}
+	out := &mesh.HTTPSession{Name: text(p.SessionName, ""), Header: text(p.Type, gatewayv1.CookieBasedSessionPersistence) == gatewayv1.HeaderBasedSessionPersistence}
+	if strings.Trim(out.Name, tokenCharacters) != "" {
+		c.partly("sessionPersistence.sessionName %q is no name of a cookie or a header: there is no session", out.Name)
+		return
+	}
+	if out.Name == "" { // one for each rule
+		h := fnv.New64a()
+		_, _ = h.Write([]byte(r.Name)) // never fails
+		out.Name = "session-" + strconv.FormatUint(h.Sum64(), 36)
+	}
+	permanent := p.CookieConfig != nil && text(p.CookieConfig.LifetimeType, gatewayv1.SessionCookieLifetimeType) == gatewayv1.PermanentCookieLifetimeType
+	if p.AbsoluteTimeout != nil {
+		d, err := time.ParseDuration(string(*p.AbsoluteTimeout))
+		switch {
+		case err != nil || d < time.Second:
+			c.partly("sessionPersistence.absoluteTimeout %q is no time of a second or more, and left out", *p.AbsoluteTimeout)
+		case permanent && !out.Header:
+			out.TTL = d.Truncate(time.Second)
+		default:
+			c.partly("sessionPersistence.absoluteTimeout is followed of permanent cookies alone (cookieConfig.lifetimeType): the session has no end")
+		}
+	}
+	weighted := 0
+	for i := range r.Backends {
+		if r.Backends[i].Weight > 0 {
+			weighted++
+		}
+	}
+	if weighted > 1 {
+		c.partly("sessionPersistence is followed among the endpoints of each backend: to which of several a request goes is by their weights each time")
+	}
+	r.Session = out
+}
+
+// tokenCharacters are those of names of headers and cookies (RFC 9110, 5.6.2).
+const tokenCharacters = "!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 // add notes a rule once for each of its matches.
 func (c *gatewayConverter) add(r mesh.HTTPRule, matches []mesh.HTTPMatch, specific func(*mesh.HTTPMatch) [5]int) {

@@ -32,6 +32,7 @@ type HTTPRule struct {
 	Delay    *HTTPDelay
 	Abort    *HTTPAbort
 	Mirrors  []HTTPMirror
+	Session  *HTTPSession // nil: none
 	CORS     *HTTPCORS
 }
 
@@ -175,6 +176,14 @@ type HTTPAbort struct {
 type HTTPMirror struct {
 	Backend    HTTPBackend
 	Millionths uint32
+}
+
+// HTTPSession has the requests of a session meet the endpoint that the first of them met, as long as it is there. Endpoints are told apart by what a
+// proxy writes into answers, and finds in requests.
+type HTTPSession struct {
+	Name   string        // of the cookie or the header
+	Header bool          // rather than a cookie
+	TTL    time.Duration // of the cookie; 0: as long as the browser's session
 }
 
 // HTTPCORS answers preflight requests.

@@ -138,6 +138,45 @@ spec: {host: api.example.com, exportTo: ` + c.exportTo + `, trafficPolicy: {tls:
 		becomes(e.clients, url, answered)
 	}
 
+	// Rules for clients with labels follow the pods that have them; connections go by where they come from.
+	apply(`
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: api, namespace: HOSTS}
+spec:
+  hosts: [api.example.com]
+  http:
+  - {match: [{sourceLabels: {role: reader}}], directResponse: {status: 200, body: {string: "for readers"}}}
+  - {match: [{sourceNamespace: OTHERS}], directResponse: {status: 200, body: {string: "for others"}}}
+  - {route: [{destination: {host: api.example.com}}]}
+  tls:
+  - {match: [{port: 443, sniHosts: [api.example.com], sourceNamespace: CLIENTS}], route: [{destination: {host: server.example.com, port: {number: 443}}}]}
+`)
+	const readers = "for readers"
+	becomes(e.clients, url, answered)
+	becomes(others, url, "for others")
+	becomes(e.clients, "https://api.example.com/", "certificate")     // of the API server
+	becomes(others, "https://api.example.com/", "gave HTTP response") // it is the server itself
+	label := func(ns, change string) {
+		t.Helper()
+		if out, err := mesh.Kubectl(ctx, "-n", ns, "label", "pod", "client", change); err != nil {
+			t.Fatal(err, out)
+		}
+	}
+	began := time.Now()
+	label(e.clients, "role=reader")
+	becomes(e.clients, url, readers)
+	t.Logf("a pod's label is followed after %v", time.Since(began).Round(time.Millisecond))
+	becomes(others, url, "for others")
+	label(others, "role=reader")
+	becomes(others, url, readers)
+	label(e.clients, "role-")
+	becomes(e.clients, url, answered)
+	becomes(others, url, readers)
+	if out, err := mesh.Kubectl(ctx, "-n", hosts, "delete", "virtualservice", "api"); err != nil {
+		t.Fatal(err, out)
+	}
+
 	// Routes of the Gateway API have the ServiceEntry as their parent.
 	apply(`
 apiVersion: gateway.networking.k8s.io/v1

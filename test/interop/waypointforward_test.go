@@ -20,6 +20,8 @@ import (
 	istiofake "istio.io/client-go/pkg/clientset/versioned/fake"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
+	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
+	gatewayfake "sigs.k8s.io/gateway-api/pkg/client/clientset/versioned/fake"
 	"sigs.k8s.io/yaml"
 
 	"github.com/warrenmesh/warren/internal/identity"
@@ -317,6 +319,91 @@ tcp: [{match: [{port: 9000, `+match+`}], route: [{destination: {host: known.exam
 	says("127.0.0.7", "others")
 	apply("destinationSubnets: [240.240.1.0/24, 240.240.0.22]")
 	says("127.0.0.7", "known")
+}
+
+// waypointSessions has what comes with the cookie, or the header, of a session meet the endpoint that it says.
+func waypointSessions(t *testing.T, gateways *gatewayfake.Clientset, ask func(authority, path string, headers ...string) (*http.Response, string, error)) {
+	api := gateways.GatewayV1().HTTPRoutes("shop")
+	apply := func(session string) {
+		t.Helper()
+		r := &gatewayv1.HTTPRoute{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "inventory", UID: "uid-route"}}
+		if err := yaml.Unmarshal([]byte(`{parentRefs: [{group: "", kind: Service, name: inventory}], rules: [{sessionPersistence: `+session+`, backendRefs: [{name: inventory, port: 80}]}]}`), &r.Spec); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := api.Update(t.Context(), r, metav1.UpdateOptions{}); err != nil {
+			if _, err := api.Create(t.Context(), r, metav1.CreateOptions{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	met := func(headers ...string) (string, http.Header, error) {
+		res, body, err := ask("10.96.0.9:80", "/", headers...)
+		if err != nil {
+			return "", nil, err
+		}
+		if res.StatusCode != 200 {
+			return "", nil, fmt.Errorf("%d %s", res.StatusCode, body)
+		}
+		return versionName(strings.Count(body, "version v1")), res.Header, nil
+	}
+	kept := func(what string, said func(http.Header) string) {
+		t.Helper()
+		eventually(t, what, 30*time.Second, func() error {
+			seen := map[string]bool{}
+			for range 30 {
+				first, h, err := met()
+				if err != nil {
+					return err
+				}
+				with := said(h)
+				if with == "" {
+					return fmt.Errorf("the answer says nothing: %v", h)
+				}
+				seen[first] = true
+				for range 5 {
+					if again, _, err := met(with); err != nil || again != first {
+						return fmt.Errorf("with %q it met %s, after %s: %v", with, again, first, err)
+					}
+				}
+			}
+			if len(seen) != 2 {
+				return fmt.Errorf("all met %v", seen)
+			}
+			return nil
+		})
+	}
+	apply(`{sessionName: who, absoluteTimeout: 1h, cookieConfig: {lifetimeType: Permanent}}`)
+	kept("a cookie", func(h http.Header) string {
+		for _, c := range (&http.Response{Header: h}).Cookies() {
+			if c.Name == "who" && c.MaxAge == 3600 {
+				return "cookie: who=" + c.Value + "\r\n"
+			}
+		}
+		return ""
+	})
+	apply(`{sessionName: x-session, type: Header}`)
+	kept("a header", func(h http.Header) string {
+		if v := h.Get("x-session"); v != "" {
+			return "x-session: " + v + "\r\n"
+		}
+		return ""
+	})
+	// An endpoint that there is not is none to wait for.
+	for range 5 {
+		if _, _, err := met("x-session: MTkyLjAuMi4xOjgwODA=\r\n"); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := api.Delete(t.Context(), "inventory", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "no session", 30*time.Second, func() error {
+		_, h, err := met()
+		if err == nil && h.Get("x-session") != "" {
+			err = errors.New("there is one")
+		}
+		return err
+	})
 }
 
 // opener makes a client's tunnels to the waypoint from an address.

@@ -264,6 +264,7 @@ echo nameserver `+testResolver+` > "$1" && mount --bind "$1" /etc/resolv.conf &&
 			return st, err
 		})
 	})
+	t.Run("sessions", func(t *testing.T) { waypointSessions(t, gateways, ask) })
 	t.Run("clients", func(t *testing.T) { waypointClients(t, istio, me, want) })
 	t.Run("proxies", func(t *testing.T) { waypointForward(t, istio, me, want) })
 	t.Run("metrics", func(t *testing.T) { waypointMetrics(t, get) })
@@ -457,7 +458,7 @@ extensionProviders:
 		{GroupVersion: "security.istio.io/v1", APIResources: []metav1.APIResource{{Name: "authorizationpolicies"}, {Name: "requestauthentications"}}},
 		{GroupVersion: "policy.warren.io/v1alpha1", APIResources: []metav1.APIResource{{Name: "ratelimits"}}},
 		{GroupVersion: "telemetry.istio.io/v1", APIResources: []metav1.APIResource{{Name: "telemetries"}}},
-		{GroupVersion: "gateway.networking.k8s.io/v1", APIResources: []metav1.APIResource{{Name: "gateways"}}},
+		{GroupVersion: "gateway.networking.k8s.io/v1", APIResources: []metav1.APIResource{{Name: "gateways"}, {Name: "httproutes"}}},
 	}
 	istio := istiofake.NewSimpleClientset(&networkingv1.DestinationRule{
 		ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "inventory"},

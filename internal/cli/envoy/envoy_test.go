@@ -147,3 +147,35 @@ func TestLimitsThatCountARequestAreNamed(t *testing.T) {
 		}
 	}
 }
+
+// TestRoutesByClients compares who asks, and from where; what else a route may ask of a client is not guessed.
+func TestRoutesByClients(t *testing.T) {
+	q := &Request{Source: netip.MustParseAddr("10.1.0.5"), Principal: "spiffe://cluster.local/ns/shop/sa/ui", Path: "/"}
+	const principal, address = `{"prefix": "/", "filter_state": [{"key": "io.istio.peer_principal", "string_match": %s}]}`, `{"prefix": "/", "filter_state": [{"key": "envoy.filters.listener.original_dst.remote_ip", "address_match": {"ranges": [%s]}}]}`
+	for _, x := range []struct {
+		match string
+		want  bool
+		known bool
+	}{
+		{fmt.Sprintf(principal, `{"safe_regex": {"regex": "spiffe://[^/]*/ns/shop/.*"}}`), true, true},
+		{fmt.Sprintf(principal, `{"safe_regex": {"regex": "spiffe://[^/]*/ns/blog/.*"}}`), false, true},
+		{fmt.Sprintf(address, `{"address_prefix": "10.1.0.4", "prefix_len": 32}, {"address_prefix": "10.1.0.5", "prefix_len": 32}`), true, true},
+		{fmt.Sprintf(address, `{"address_prefix": "10.1.0.4", "prefix_len": 32}`), false, true},
+		{`{"prefix": "/", "filter_state": [{"key": "other", "string_match": {"exact": "x"}}]}`, false, false},
+	} {
+		m, err := Parse([]byte(x.match))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := q.matches(m); got != x.want || (err == nil) != x.known {
+			t.Errorf("%s: %t %v", x.match, got, err)
+		}
+	}
+	m, err := Parse([]byte(`{"matcher_list": {"matchers": [{"predicate": {}, "on_match": {"action": {"name": "a"}}}]}}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if name, known := choose(m, q); name != "" || known {
+		t.Errorf("a listener's list is taken for known: %q", name)
+	}
+}

@@ -12,6 +12,7 @@ import (
 const (
 	mainListener   = "main_internal"
 	peerPrincipal  = "io.istio.peer_principal"
+	peerAddress    = "envoy.filters.listener.original_dst.remote_ip"
 	tokenPrincipal = "warren.token_principal"
 	tokenFilter    = "warren.token"  // is told what to do where tokens are verified
 	customFilter   = "warren.custom" // notes whether a provider is to be asked
@@ -23,7 +24,7 @@ const (
 )
 
 // followed are the HTTP filters whose doing is followed, or that let everything pass.
-var followed = []string{"warren.audit", customFilter, "warren.deny", "warren.allow", tokenFilter, "envoy.filters.http.cors", "envoy.filters.http.header_mutation", "envoy.filters.http.fault", "envoy.filters.http.router", "envoy.filters.http.set_filter_state"}
+var followed = []string{"warren.audit", customFilter, "warren.deny", "warren.allow", tokenFilter, "envoy.filters.http.cors", "envoy.filters.http.header_mutation", "envoy.filters.http.fault", "envoy.filters.http.stateful_session", "envoy.filters.http.router", "envoy.filters.http.set_filter_state"}
 
 // Config is what a waypoint's Envoy holds.
 type Config struct {
@@ -97,7 +98,10 @@ func (c Config) Decide(q Request) Outcome {
 	if !l.Is() {
 		return Outcome{Why: "the waypoint has no configuration yet"}
 	}
-	name := choose(l.At("filter_chain_matcher"), &q)
+	name, known := choose(l.At("filter_chain_matcher"), &q)
+	if !known {
+		return Outcome{Unknown: []string{unknown{"a route of connections by server names, or by clients"}.Error()}}
+	}
 	chain := Value{}
 	for _, x := range l.At("filter_chains").List() {
 		if x.At("name").Text() == name {
@@ -195,8 +199,8 @@ func (o *Outcome) together(host Value, stage int, q *Request) (err error) {
 	return err
 }
 
-// choose walks a matcher to the name of a filter chain.
-func choose(m Value, q *Request) string {
+// choose walks a matcher to the name of a filter chain; ok is false where it asks for what is not known here.
+func choose(m Value, q *Request) (_ string, ok bool) {
 	for m.Is() {
 		key := ""
 		switch m.At("matcher_tree", "input", "name").Text() {
@@ -209,18 +213,18 @@ func choose(m Value, q *Request) string {
 				key = "'http/1.1'"
 			}
 		default:
-			return ""
+			return "", false
 		}
 		on := m.At("matcher_tree", "exact_match_map", "map", key)
 		if !on.Is() {
 			on = m.At("on_no_match")
 		}
 		if n := on.At("action", "name").Text(); n != "" {
-			return n
+			return n, true
 		}
 		m = on.At("matcher")
 	}
-	return ""
+	return "", true
 }
 
 func (c Config) http(hcm Value, q Request) Outcome {
@@ -415,8 +419,11 @@ func hostOf(table Value, host string) Value {
 
 // matches compares a request with a RouteMatch.
 func (q *Request) matches(m Value) (bool, error) {
-	if m.At("runtime_fraction").Is() || m.At("dynamic_metadata").Is() || m.At("filter_state").Is() || m.At("tls_context").Is() || m.At("grpc").Is() || m.At("cookies").Is() {
+	if m.At("runtime_fraction").Is() || m.At("dynamic_metadata").Is() || m.At("tls_context").Is() || m.At("grpc").Is() || m.At("cookies").Is() {
 		return false, unknown{"a route by " + strings.Join(m.Keys(), ", ")}
+	}
+	if ok, err := allOf(m.At("filter_state").List(), q.comesFrom); !ok || err != nil {
+		return false, err
 	}
 	p, query, _ := strings.Cut(q.Path, "?")
 	lower := func(s string) string { return s }
@@ -458,6 +465,18 @@ func (q *Request) matches(m Value) (bool, error) {
 		}
 		return matchString(x.At("string_match"), v)
 	})
+}
+
+// comesFrom compares who asks, and from where, with a FilterStateMatcher.
+func (q *Request) comesFrom(m Value) (bool, error) {
+	switch key := m.At("key").Text(); {
+	case key == peerPrincipal && m.At("string_match").Is():
+		return matchString(m.At("string_match"), q.Principal)
+	case key == peerAddress && m.At("address_match").Is():
+		return anyOf(m.At("address_match", "ranges").List(), func(r Value) (bool, error) { return matchCIDR(r, q.Source) })
+	default:
+		return false, unknown{"a route by " + key}
+	}
 }
 
 // normal resolves the dots of a path, as Envoy is told to.
