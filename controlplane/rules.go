@@ -16,7 +16,7 @@ var Rules = []rbacv1.PolicyRule{
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses"}, Verbs: []string{"create"}},
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses"}, ResourceNames: []string{"istio-waypoint", "istio"}, Verbs: []string{"patch"}},
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gatewayclasses/status"}, Verbs: []string{"patch"}},
-	// Certificates that gateways show: those Secrets alone that a Gateway refers to, and may, are read, each by its name.
+	// Certificates that gateways show, and passwords of registries: those Secrets alone that a Gateway or a WasmPlugin refers to, and may, are read, each by its name.
 	{APIGroups: []string{""}, Resources: []string{"secrets"}, Verbs: []string{"get", "list", "watch"}},
 	{APIGroups: []string{"gateway.networking.k8s.io"}, Resources: []string{"gateways/status", "listenersets/status", "httproutes/status", "grpcroutes/status", "tlsroutes/status", "tcproutes/status", "backendtlspolicies/status"},
 		Verbs: []string{"patch"}},

@@ -68,6 +68,8 @@ func (g *registryOf) RoundTrip(r *http.Request) (*http.Response, error) {
 		rec.WriteHeader(http.StatusUnauthorized)
 	case r.URL.Host == "auth.example":
 		fmt.Fprint(rec, `{"token": "anybody"}`)
+	case r.URL.Host == "cdn.example" && r.Header.Get("Authorization") != "":
+		rec.WriteHeader(http.StatusTeapot) // which is nobody's to know there
 	case r.URL.Host == "cdn.example":
 		_, _ = rec.Write(g.blobs[last])
 	case r.Header.Get("Authorization") != "Bearer anybody":

@@ -257,7 +257,7 @@ echo nameserver `+testResolver+` > "$1" && mount --bind "$1" /etc/resolv.conf &&
 		return err
 	})
 
-	t.Run("tunnels", func(t *testing.T) { waypointTunnels(t, me, get) })
+	t.Run("tunnels", func(t *testing.T) { waypointTunnels(t, istio, me, get) })
 	t.Run("names below a domain", func(t *testing.T) {
 		waypointDynamic(t, istio, func(authority string) (net.Conn, error) {
 			st, _, err := tunnels.Open(ctx, hbone.Key{Src: me.ID, Want: hbone.WantKey([]string{want}), Addr: netip.MustParseAddrPort("127.0.0.1:15008")}, hbone.Request{Authority: authority})

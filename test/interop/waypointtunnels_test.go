@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"context"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -17,6 +19,10 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	networkingv1 "istio.io/client-go/pkg/apis/networking/v1"
+	istiofake "istio.io/client-go/pkg/clientset/versioned/fake"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/yaml"
 
 	"github.com/warrenmesh/warren/internal/identity"
 	"github.com/warrenmesh/warren/node-agent/hbone"
@@ -24,7 +30,7 @@ import (
 
 // waypointTunnels asks a pod that has a tunnel, and that nothing was sent to before, many things at once: they come by one
 // tunnel, however many begin before it is made.
-func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path string, headers ...string) (int, string, error)) {
+func waypointTunnels(t *testing.T, istio *istiofake.Clientset, as *identity.Bundle, get func(authority, path string, headers ...string) (int, string, error)) {
 	const requests = 64
 	// Envoy listens on the port at all addresses.
 	shared := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
@@ -42,7 +48,7 @@ func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path
 	t.Cleanup(cancel)
 	var asked atomic.Int32
 	together := make(chan struct{})
-	authorities := sync.Map{}
+	var authorities, told sync.Map
 	answer := func(_ context.Context, s *hbone.ServerStream) {
 		st, err := s.Accept()
 		if err != nil {
@@ -51,6 +57,10 @@ func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path
 		defer st.Close()
 		authorities.Store(s.Request.Authority, true)
 		in := bufio.NewReader(st)
+		if b, err := in.Peek(1); err == nil && strings.Contains("P\r", string(b)) {
+			client, err := proxyHeader(in)
+			told.Store(fmt.Sprint(client, " ", err), true)
+		}
 		for { // Envoy keeps the connection for the next request
 			if _, err := http.ReadRequest(in); err != nil {
 				return
@@ -86,6 +96,27 @@ func waypointTunnels(t *testing.T, as *identity.Bundle, get func(authority, path
 	}
 	if n := accepted.Load(); n != 1 {
 		t.Errorf("%d requests came by %d tunnels", requests, n)
+	}
+	// What is told of the client goes by the tunnel, too, before the request.
+	rule := &networkingv1.DestinationRule{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "stock", UID: "uid-stock"}}
+	if err := yaml.Unmarshal([]byte(`{host: stock, trafficPolicy: {proxyProtocol: {version: V2}}}`), &rule.Spec); err != nil {
+		t.Fatal(err)
+	}
+	api := istio.NetworkingV1().DestinationRules("shop")
+	if _, err := api.Create(t.Context(), rule, metav1.CreateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the client's address in the tunnel", 30*time.Second, func() error {
+		if code, body, err := get("10.96.0.12:80", "/"); err != nil || code != 200 {
+			return fmt.Errorf("%d %q %v", code, body, err)
+		}
+		if _, ok := told.Load("V2 127.0.0.1 <nil>"); !ok {
+			return fmt.Errorf("told %v", slices.Collect(maps.Keys(maps.Collect(told.Range))))
+		}
+		return nil
+	})
+	if err := api.Delete(t.Context(), "stock", metav1.DeleteOptions{}); err != nil {
+		t.Fatal(err)
 	}
 	if ms := userTimeouts(t, 15008); len(ms) != 1 || ms[0] != 10_000 {
 		t.Errorf("a tunnel whose peer is silent ends after %v ms, want 10000", ms)
