@@ -44,7 +44,10 @@ import (
 	"github.com/warrenmesh/warren/waypoint/bootstrap"
 )
 
-const ownNetwork = "WARREN_TEST_OWN_NETWORK"
+const (
+	ownNetwork = "WARREN_TEST_OWN_NETWORK"
+	pluginPath = "WARREN_TEST_PLUGIN" // built where modules can be fetched
+)
 
 // TestWaypointServes runs a waypoint, its Envoy and a control plane, everything but Kubernetes: the certificate comes from
 // the CA, the configuration from the objects, and a client's tunnel leads to the endpoints that a VirtualService says. It
@@ -56,8 +59,8 @@ func TestWaypointServes(t *testing.T) {
 			t.Skip("a network of one's own needs root")
 		}
 		cmd := exec.CommandContext(t.Context(), "unshare", "-n", "-m", "sh", "-c", `ip link set lo up && ip addr add `+publicServer+`/32 dev lo &&
-echo nameserver `+testResolver+` > "$1" && mount --bind "$1" /etc/resolv.conf && exec "$0" -test.run '^TestWaypointServes$' -test.timeout 5m`, os.Args[0], filepath.Join(t.TempDir(), "resolv.conf"))
-		cmd.Env = append(os.Environ(), ownNetwork+"=1", "WARREN_ENVOY="+bin,
+echo nameserver `+testResolver+` > "$1" && mount --bind "$1" /etc/resolv.conf && exec "$0" -test.run '^TestWaypointServes$' -test.timeout 10m`, os.Args[0], filepath.Join(t.TempDir(), "resolv.conf"))
+		cmd.Env = append(os.Environ(), ownNetwork+"=1", "WARREN_ENVOY="+bin, pluginPath+"="+pluginBinary(t),
 			"KUBE_FEATURE_WatchListClient=false") // the fakes cannot do it
 		out, err := cmd.CombinedOutput()
 		if err != nil {
