@@ -70,7 +70,7 @@ func (a *app) istioControl(ctx context.Context, c *conn) (*appsv1.Deployment, st
 	slices.Sort(names)
 	switch {
 	case len(here) == 0:
-		return nil, "", fmt.Errorf("Istio is in %s, and Warren has to be where its root key is: give -n with that namespace", strings.Join(names, ", "))
+		return nil, "", fmt.Errorf("this cluster has Istio in %s, and Warren has to be where its root key is: give -n with that namespace", strings.Join(names, ", "))
 	case len(all) > 1:
 		return nil, "", fmt.Errorf("there are several control planes of Istio, %s: nodes go over from one; finish its own upgrade first", strings.Join(names, ", "))
 	}

@@ -121,7 +121,7 @@ func (a *app) migrateNode() *cobra.Command {
 // run moves the nodes of these names, or all where there are none.
 func (m *mover) run(ctx context.Context, names []string) error {
 	if !m.besideIstio(ctx, m.c) {
-		return fmt.Errorf("Warren is not installed beside an Istio in %s: %s migrate begin comes first", m.namespace, m.name())
+		return fmt.Errorf("there is no Warren beside an Istio in %s: %s migrate begin comes first", m.namespace, m.name())
 	}
 	var err error
 	if m.sets, err = istioSets(ctx, m.c); err != nil {
@@ -612,7 +612,7 @@ func (a *app) noneMoved(ctx context.Context, c *conn) error {
 		names = append(names, n.Name)
 	}
 	if len(names) > 0 {
-		return fmt.Errorf("Warren captures on %s, which Istio leaves alone: %s migrate node --all --back first", some(names), a.name())
+		return fmt.Errorf("nodes are moved, and Istio leaves them alone (%s): %s migrate node --all --back first", some(names), a.name())
 	}
 	return nil
 }

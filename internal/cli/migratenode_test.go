@@ -223,7 +223,7 @@ func TestMigration(t *testing.T) {
 		}
 	}
 	s.must(t, ExitOK, "node1   warren     1          0         -\nnode2   istio      1          0         -", "migrate", "status")
-	s.must(t, ExitError, "Warren captures on node1", "uninstall")
+	s.must(t, ExitError, "nodes are moved, and Istio leaves them alone (node1)", "uninstall")
 	s.must(t, ExitError, "not moved yet: node2 (istio)", "migrate", "finish")
 
 	s.must(t, ExitOK, "no node is Warren's: Istio's DaemonSets are as they were", "migrate", "node", "node1", "--back")

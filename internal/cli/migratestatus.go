@@ -46,7 +46,7 @@ func (a *app) migrateStatus() *cobra.Command {
 				return err
 			}
 			if !a.besideIstio(cmd.Context(), c) {
-				return fmt.Errorf("Warren is not installed beside an Istio in %s: %s migrate begin", a.namespace, a.name())
+				return fmt.Errorf("there is no Warren beside an Istio in %s: %s migrate begin", a.namespace, a.name())
 			}
 			return a.showMigration(cmd.Context(), c)
 		},
