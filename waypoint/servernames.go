@@ -34,12 +34,7 @@ func (b *builder) byServerName(out *served, from string) {
 		if r.Port != out.port.Port || r.From != from || len(r.Names) == 0 {
 			continue
 		}
-		p := b.tcpProxy(c)
-		b.share(p, c, r.Backends)
-		name := c.name("tls/" + strconv.Itoa(i))
-		out.chains = append(out.chains, &listenerv3.FilterChain{
-			Name: name, Filters: append(b.connectionAccess(c), b.networkFilter("envoy.filters.network.tcp_proxy", p)),
-		})
+		name := b.routedChain(out, c, "tls/"+strconv.Itoa(i), r.Backends)
 		for _, n := range r.Names {
 			if !slices.ContainsFunc(names, func(a asked) bool { return a.name == n && a.only == nil }) {
 				names = append(names, asked{n, r.Only, name})
@@ -65,6 +60,16 @@ func (b *builder) byServerName(out *served, from string) {
 	out.on = nested(m)
 }
 
+// routedChain adds a chain that shares connections out to backends, and returns its name.
+func (b *builder) routedChain(out *served, c chain, kind string, backends []mesh.HTTPBackend) string {
+	p, name := b.tcpProxy(c), c.name(kind)
+	b.share(p, c, backends)
+	out.chains = append(out.chains, &listenerv3.FilterChain{
+		Name: name, Filters: append(b.connectionAccess(c), b.networkFilter("envoy.filters.network.tcp_proxy", p)),
+	})
+	return name
+}
+
 // byRest has connections to a port go where the first route says of which all holds that it asks of them; others go on as without.
 func (b *builder) byRest(out *served) {
 	list := &matcherv3.Matcher_MatcherList{}
@@ -75,12 +80,7 @@ func (b *builder) byRest(out *served) {
 		if r.Port != out.port.Port || r.From != "" || len(r.Names) > 0 || r.Only == nil {
 			continue
 		}
-		p := b.tcpProxy(c)
-		b.share(p, c, r.Backends)
-		name := c.name("tcp-only/" + strconv.Itoa(i))
-		out.chains = append(out.chains, &listenerv3.FilterChain{
-			Name: name, Filters: append(b.connectionAccess(c), b.networkFilter("envoy.filters.network.tcp_proxy", p)),
-		})
+		name := b.routedChain(out, c, "tcp-only/"+strconv.Itoa(i), r.Backends)
 		list.Matchers = append(list.Matchers, &matcherv3.Matcher_MatcherList_FieldMatcher{Predicate: b.only(r.Only), OnMatch: b.chainNamed(name)})
 	}
 	if len(list.Matchers) > 0 {
@@ -148,13 +148,7 @@ func (b *builder) byClient(out *served, requests, opaque *matcherv3.Matcher_OnMa
 		if all != nil { // whatever is in them
 			c := out.chain
 			c.port.App = mesh.AppTCP
-			p := b.tcpProxy(c)
-			b.share(p, c, all.Backends)
-			name := c.name("tcp/" + from)
-			out.chains = append(out.chains, &listenerv3.FilterChain{
-				Name: name, Filters: append(b.connectionAccess(c), b.networkFilter("envoy.filters.network.tcp_proxy", p)),
-			})
-			out.on = b.chainNamed(name)
+			out.on = b.chainNamed(b.routedChain(out, c, "tcp/"+from, all.Backends))
 		}
 		b.byServerName(out, from)
 		if all == nil && out.sniffed() {

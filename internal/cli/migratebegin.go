@@ -295,11 +295,7 @@ Connections go on meanwhile; changes of Gateways that are Istio's wait`, strings
 
 // afterFinish clears away what was only for the time of two meshes, and gives Gateways that name Warren's revision of that time to it.
 func (a *app) afterFinish(ctx context.Context, c *conn) error {
-	known, err := a.revisions(ctx, c)
-	if err != nil {
-		return err
-	}
-	all, err := a.owners(ctx, c, known)
+	all, known, err := a.owners(ctx, c)
 	if err != nil {
 		return err
 	}

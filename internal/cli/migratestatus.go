@@ -59,11 +59,7 @@ func (a *app) showMigration(ctx context.Context, c *conn) error {
 	if s.Nodes, err = a.migrationNodes(ctx, c); err != nil {
 		return err
 	}
-	known, err := a.revisions(ctx, c)
-	if err != nil {
-		return err
-	}
-	all, err := a.owners(ctx, c, known)
+	all, _, err := a.owners(ctx, c)
 	if err != nil {
 		return err
 	}

@@ -140,18 +140,22 @@ type owned struct {
 
 func (o owned) String() string { return o.namespace + "/" + o.name }
 
-// owners tells of all Gateways that Warren makes whose they are.
-func (a *app) owners(ctx context.Context, c *conn, known revision.Known) ([]owned, error) {
+// owners tells of all Gateways that Warren makes whose they are, and by which revisions and tags.
+func (a *app) owners(ctx context.Context, c *conn) ([]owned, revision.Known, error) {
+	known, err := a.revisions(ctx, c)
+	if err != nil {
+		return nil, known, err
+	}
 	list, err := c.objects.Client.Resource(gatewayResource).List(ctx, metav1.ListOptions{})
 	if apierrors.IsNotFound(err) {
-		return nil, nil
+		return nil, known, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("listing Gateways: %w", err)
+		return nil, known, fmt.Errorf("listing Gateways: %w", err)
 	}
 	namespaces, err := c.CoreV1().Namespaces().List(ctx, metav1.ListOptions{})
 	if err != nil {
-		return nil, fmt.Errorf("listing namespaces: %w", err)
+		return nil, known, fmt.Errorf("listing namespaces: %w", err)
 	}
 	labels := map[string]map[string]string{}
 	for _, ns := range namespaces.Items {
@@ -168,7 +172,7 @@ func (a *app) owners(ctx context.Context, c *conn, known revision.Known) ([]owne
 		out = append(out, o)
 	}
 	slices.SortFunc(out, func(x, y owned) int { return strings.Compare(x.String(), y.String()) })
-	return out, nil
+	return out, known, nil
 }
 
 // having are the Gateways that are a revision's.
@@ -230,11 +234,7 @@ func (a *app) mayUninstall(ctx context.Context, c *conn, rev string) error {
 		}
 		return nil
 	}
-	known, err := a.revisions(ctx, c)
-	if err != nil {
-		return err
-	}
-	all, err := a.owners(ctx, c, known)
+	all, known, err := a.owners(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -274,11 +274,7 @@ func (a *app) mayUninstall(ctx context.Context, c *conn, rev string) error {
 
 // checkRevisions tells whether everything that asks for a control plane has one; nothing where there is only the mesh's.
 func (a *app) checkRevisions(ctx context.Context, c *conn, s *meshStatus) []finding {
-	known, err := a.revisions(ctx, c)
-	var all []owned
-	if err == nil {
-		all, err = a.owners(ctx, c, known)
-	}
+	all, known, err := a.owners(ctx, c)
 	if err != nil {
 		return []finding{{"revisions", "warning", "cannot tell: " + err.Error(), "this needs the right to list services, namespaces and Gateways"}}
 	}

@@ -106,11 +106,7 @@ func (a *app) tagList() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			known, err := a.revisions(cmd.Context(), c)
-			if err != nil {
-				return err
-			}
-			all, err := a.owners(cmd.Context(), c, known)
+			all, known, err := a.owners(cmd.Context(), c)
 			if err != nil {
 				return err
 			}
@@ -165,16 +161,12 @@ func (a *app) tagRemove() *cobra.Command {
 }
 
 func (a *app) removeTag(ctx context.Context, c *conn, name string, force bool) error {
-	known, err := a.revisions(ctx, c)
+	all, known, err := a.owners(ctx, c)
 	if err != nil {
 		return err
 	}
 	if _, ok := known.Tags[name]; !ok {
 		return fmt.Errorf("there is no tag %s in %s: see %s tag list", name, a.namespace, a.name())
-	}
-	all, err := a.owners(ctx, c, known)
-	if err != nil {
-		return err
 	}
 	if using := asking(all, name); len(using) > 0 && name != revision.Default && !force {
 		return fmt.Errorf("the Gateways %s ask for the tag %s, and nobody would make or configure them without it: label them otherwise first, or say --force", some(using), name)
