@@ -50,12 +50,19 @@ func istiodBinary(t *testing.T) string {
 	if _, err := os.Stat(bin); err == nil {
 		return bin
 	}
-	cmd := exec.Command("go", "build", "-o", bin, "istio.io/istio/pilot/cmd/pilot-discovery")
-	cmd.Dir = "istiod"
+	cmd := istiosBuild(bin, "istio.io/istio/pilot/cmd/pilot-discovery")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("building istiod: %v\n%s", err, out)
 	}
 	return bin
+}
+
+// istiosBuild builds a package of Istio's with the flags that test/e2e builds istioctl with, so that most of what they are made of is
+// compiled once.
+func istiosBuild(bin, pkg string) *exec.Cmd {
+	cmd := exec.Command("go", "build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", bin, pkg)
+	cmd.Dir, cmd.Env = "istiod", append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
+	return cmd
 }
 
 // kube is a Kubernetes of this test's own, of one node.

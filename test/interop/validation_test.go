@@ -25,9 +25,7 @@ func TestValidationIsIstiods(t *testing.T) {
 		t.Skip("builds Istio's validation: give -istiod=build (go run ./test/run e2e does)")
 	}
 	bin := filepath.Join(t.TempDir(), "validate")
-	build := exec.Command("go", "build", "-o", bin, "./validate")
-	build.Dir = "istiod"
-	if out, err := build.CombinedOutput(); err != nil {
+	if out, err := istiosBuild(bin, "./validate").CombinedOutput(); err != nil {
 		t.Fatalf("building Istio's validation: %v\n%s", err, out)
 	}
 	seed := rand.Uint64()

@@ -210,6 +210,7 @@ func count(r *bufio.Reader) result {
 			failed[e.Package] = true
 			if e.Test == "" || top {
 				res.failed++
+				fmt.Printf("        failed  %s %s\n", e.Package, e.Test)
 				res.broken = append(res.broken, broken{e.Package, e.Test, said[e.Package]})
 				delete(said, e.Package)
 			}
