@@ -257,7 +257,10 @@ func (n *nearness) byZones(all []*endpointv3.LbEndpoint, at Place) []*endpointv3
 	}
 	zones, total := map[string][]*endpointv3.LbEndpoint{}, 0
 	for i, e := range all {
-		if e.HealthStatus != corev3.HealthStatus_UNHEALTHY && slices.Contains(nearest, e) {
+		if len(nearest) == 0 || nearest[0] != e { // they stand in the same order
+			continue
+		}
+		if nearest = nearest[1:]; e.HealthStatus != corev3.HealthStatus_UNHEALTHY {
 			zones[n.Where[i].Zone] = append(zones[n.Where[i].Zone], e)
 			total++
 		}

@@ -163,7 +163,7 @@ func (b *accessCompiler) add(t *tests, on mesh.AccessTest, values, notValues []s
 func (b *accessCompiler) value(t *mesh.AccessTest, v string) bool {
 	switch t.On {
 	case mesh.AccessSourceIP, mesh.AccessRemoteIP, mesh.AccessDestinationIP:
-		p, ok := parsePrefix(v)
+		p, ok := mesh.ParseRange(v)
 		if ok {
 			t.Nets = append(t.Nets, p)
 		}

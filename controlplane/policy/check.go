@@ -266,7 +266,7 @@ func (c *checker) values(at string, l list) {
 		}
 		switch l.kind {
 		case kindPrefix:
-			if _, ok := parsePrefix(v); !ok {
+			if _, ok := mesh.ParseRange(v); !ok {
 				c.err(BadAddress, here, "%s is neither an IP address nor a CIDR range, such as 10.1.2.3 or 10.1.0.0/16", quote(v))
 			}
 		case kindPort:

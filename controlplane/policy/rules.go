@@ -1,7 +1,6 @@
 package policy
 
 import (
-	"net/netip"
 	"strconv"
 	"strings"
 
@@ -62,8 +61,8 @@ func (b *ruleCompiler) rule(r *securityv1beta1.Rule) []mesh.Rule {
 	for _, f := range r.From {
 		s := f.GetSource()
 		var m partial
-		m.SourceIPs = positive(b, &m, s.GetIpBlocks(), parsePrefix)
-		m.NotSourceIPs = negative(b, &m, s.GetNotIpBlocks(), parsePrefix)
+		m.SourceIPs = positive(b, &m, s.GetIpBlocks(), mesh.ParseRange)
+		m.NotSourceIPs = negative(b, &m, s.GetNotIpBlocks(), mesh.ParseRange)
 		m.Namespaces = positive(b, &m, s.GetNamespaces(), parseMatch)
 		m.NotNamespaces = negative(b, &m, s.GetNotNamespaces(), parseMatch)
 		m.Principals = positive(b, &m, b.mesh.principals(s.GetPrincipals()), parseMatch)
@@ -92,11 +91,11 @@ func (b *ruleCompiler) rule(r *securityv1beta1.Rule) []mesh.Rule {
 		case "source.trustDomain":
 			unseenHere = b.trustDomains(&m, w.Values, w.NotValues) || unseenHere
 		case "source.ip":
-			m.SourceIPs = positive(b, &m, w.Values, parsePrefix)
-			m.NotSourceIPs = negative(b, &m, w.NotValues, parsePrefix)
+			m.SourceIPs = positive(b, &m, w.Values, mesh.ParseRange)
+			m.NotSourceIPs = negative(b, &m, w.NotValues, mesh.ParseRange)
 		case "destination.ip":
-			m.DestinationIPs = positive(b, &m, w.Values, parsePrefix)
-			m.NotDestinationIPs = negative(b, &m, w.NotValues, parsePrefix)
+			m.DestinationIPs = positive(b, &m, w.Values, mesh.ParseRange)
+			m.NotDestinationIPs = negative(b, &m, w.NotValues, mesh.ParseRange)
 		case "destination.port":
 			m.DestinationPorts = positive(b, &m, w.Values, parsePort)
 			m.NotDestinationPorts = negative(b, &m, w.NotValues, parsePort)
@@ -263,24 +262,6 @@ func short(v string) string {
 func parsePort(s string) (uint16, bool) {
 	n, err := strconv.ParseUint(s, 10, 16)
 	return uint16(n), err == nil
-}
-
-func parsePrefix(s string) (netip.Prefix, bool) {
-	if p, err := netip.ParsePrefix(s); err == nil {
-		if p.Addr().Is4In6() {
-			if p.Bits() < 96 {
-				return netip.Prefix{}, false
-			}
-			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
-		}
-		return p.Masked(), true
-	}
-	a, err := netip.ParseAddr(s)
-	if err != nil || a.Zone() != "" {
-		return netip.Prefix{}, false
-	}
-	a = a.Unmap()
-	return netip.PrefixFrom(a, a.BitLen()), true
 }
 
 func parseMatch(s string) (mesh.StringMatch, bool) {

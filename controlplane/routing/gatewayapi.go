@@ -12,6 +12,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/net/http/httpguts"
 	gatewayv1 "sigs.k8s.io/gateway-api/apis/v1"
 
 	"github.com/warrenmesh/warren/internal/mesh"
@@ -150,7 +151,7 @@ func (c *gatewayConverter) session(r *mesh.HTTPRule, p *gatewayv1.SessionPersist
 		return
 	}
 	out := &mesh.HTTPSession{Name: text(p.SessionName, ""), Header: text(p.Type, gatewayv1.CookieBasedSessionPersistence) == gatewayv1.HeaderBasedSessionPersistence}
-	if strings.Trim(out.Name, tokenCharacters) != "" {
+	if out.Name != "" && !httpguts.ValidHeaderFieldName(out.Name) { // a cookie's is a token too (RFC 6265, 4.1.1)
 		c.partly("sessionPersistence.sessionName %q is no name of a cookie or a header: there is no session", out.Name)
 		return
 	}
@@ -182,9 +183,6 @@ func (c *gatewayConverter) session(r *mesh.HTTPRule, p *gatewayv1.SessionPersist
 	}
 	r.Session = out
 }
-
-// tokenCharacters are those of names of headers and cookies (RFC 9110, 5.6.2).
-const tokenCharacters = "!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 // add notes a rule once for each of its matches.
 func (c *gatewayConverter) add(r mesh.HTTPRule, matches []mesh.HTTPMatch, specific func(*mesh.HTTPMatch) [5]int) {

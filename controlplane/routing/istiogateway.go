@@ -361,15 +361,12 @@ func (c *converter) only(match int, namespace, source string, destinations []str
 	out := &mesh.RoutedOnly{Source: namespace}
 	ranges := func(field string, list []string) (all []netip.Prefix) {
 		for _, s := range list {
-			p, err := netip.ParsePrefix(s)
-			if a, plain := netip.ParseAddr(s); plain == nil {
-				p, err = netip.PrefixFrom(a, a.BitLen()), nil
-			}
-			if err != nil {
+			p, ok := mesh.ParseRange(s)
+			if !ok {
 				c.say("match[%d].%s: %q is neither an address nor a range: it matches nothing", match, field, s)
 				return nil
 			}
-			all = append(all, p.Masked())
+			all = append(all, p)
 		}
 		return all
 	}

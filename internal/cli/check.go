@@ -149,23 +149,19 @@ func (a *app) checkOthers(ctx context.Context, c *conn, besideIstio bool) []find
 		return []finding{{"other meshes", "ok", "Istio, beside which Warren is installed", "who captures on which node: " + a.name() + " migrate status"}}
 	}
 	var out []finding
-	sets, err := c.AppsV1().DaemonSets("").List(ctx, metav1.ListOptions{})
+	sets, err := istioSets(ctx, c)
 	if err != nil {
 		return []finding{{"other meshes", "warning", "cannot tell: " + err.Error(), "this needs the right to list daemonsets"}}
 	}
-	for _, d := range sets.Items {
-		if capturesForIstio(&d) {
-			out = append(out, finding{"other meshes", "failed", "Istio ambient captures pods here (" + d.Namespace + "/" + d.Name + ")",
-				"two meshes cannot capture the same pods: go over node by node with " + a.name() + " migrate begin, or remove Istio's ztunnel and istio-cni"})
-		}
+	for _, d := range sets {
+		out = append(out, finding{"other meshes", "failed", "Istio ambient captures pods here (" + setName(&d) + ")",
+			"two meshes cannot capture the same pods: go over node by node with " + a.name() + " migrate begin, or remove Istio's ztunnel and istio-cni"})
 	}
-	deployments, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: anyControl})
+	controls, err := istioControls(ctx, c)
 	if err == nil {
-		for _, d := range deployments.Items {
-			if d.Labels["app.kubernetes.io/part-of"] != "warren" {
-				out = append(out, finding{"other meshes", "warning", "an Istio control plane runs here (" + d.Namespace + "/" + d.Name + ")",
-					"it writes the same ConfigMap istio-ca-root-cert; run one of the two"})
-			}
+		for _, d := range controls {
+			out = append(out, finding{"other meshes", "warning", "an Istio control plane runs here (" + d.Namespace + "/" + d.Name + ")",
+				"it writes the same ConfigMap istio-ca-root-cert; run one of the two"})
 		}
 	}
 	if len(out) == 0 {

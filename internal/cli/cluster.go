@@ -45,6 +45,9 @@ const (
 	monitoringPort  = 15014 // of a control plane
 )
 
+// isOurs reports whether an object's labels are those that ourSelector asks for.
+func isOurs(labels map[string]string) bool { return labels["app.kubernetes.io/part-of"] == "warren" }
+
 // conn is a Kubernetes API.
 type conn struct {
 	kubernetes.Interface

@@ -55,11 +55,10 @@ func (a *app) migration(ctx context.Context, c *conn) ([]finding, error) {
 	if err != nil {
 		return nil, fmt.Errorf("reaching the cluster: %w", err)
 	}
-	deployments, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: anyControl})
+	control, err := istioControls(ctx, c)
 	if err != nil {
-		return nil, fmt.Errorf("looking for Istio's control plane: %w", err)
+		return nil, err
 	}
-	control := slices.DeleteFunc(deployments.Items, func(d appsv1.Deployment) bool { return d.Labels["app.kubernetes.io/part-of"] == "warren" })
 	if len(control) == 0 {
 		return nil, errNoIstio
 	}
@@ -139,20 +138,17 @@ func istioPlace(root, ours string) finding {
 
 // istioDataPlane says who captures pods now.
 func istioDataPlane(ctx context.Context, c *conn) ([]finding, error) {
-	sets, err := c.AppsV1().DaemonSets("").List(ctx, metav1.ListOptions{})
+	sets, err := istioSets(ctx, c)
 	if err != nil {
-		return nil, fmt.Errorf("looking for ztunnel: %w", err)
+		return nil, err
 	}
 	var found []string
-	for _, d := range sets.Items {
-		if capturesForIstio(&d) {
-			found = append(found, d.Namespace+"/"+d.Name)
-		}
+	for _, d := range sets {
+		found = append(found, setName(&d))
 	}
 	if len(found) == 0 {
 		return []finding{{"data plane", "warning", "no ztunnel runs here: this Istio captures pods with sidecars alone", "see pods with sidecars below"}}, nil
 	}
-	slices.Sort(found)
 	return []finding{{"data plane", "ok", "Istio captures pods: " + strings.Join(found, ", "), "node by node they leave it to Warren: warren migrate begin, then warren migrate node"}}, nil
 }
 

@@ -51,11 +51,10 @@ func (a *app) migrateBegin() *cobra.Command {
 
 // istioControl finds the one control plane of Istio that Warren is to be beside, with its revision.
 func (a *app) istioControl(ctx context.Context, c *conn) (*appsv1.Deployment, string, error) {
-	list, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: anyControl})
+	all, err := istioControls(ctx, c)
 	if err != nil {
-		return nil, "", fmt.Errorf("looking for Istio's control plane: %w", err)
+		return nil, "", err
 	}
-	all := slices.DeleteFunc(list.Items, func(d appsv1.Deployment) bool { return d.Labels["app.kubernetes.io/part-of"] == "warren" })
 	if len(all) == 0 {
 		return nil, "", errNoIstio
 	}
@@ -232,24 +231,21 @@ func (a *app) istioLeft(ctx context.Context, c *conn) (left []string, err error)
 	for _, d := range sets {
 		left = append(left, "DaemonSet "+setName(&d))
 	}
-	list, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: anyControl})
+	controls, err := istioControls(ctx, c)
 	if err != nil {
-		return nil, fmt.Errorf("looking for Istio's control plane: %w", err)
+		return nil, err
 	}
-	for _, d := range list.Items {
-		if d.Labels["app.kubernetes.io/part-of"] != "warren" {
-			left = append(left, "Deployment "+d.Namespace+"/"+d.Name)
-		}
+	for _, d := range controls {
+		left = append(left, "Deployment "+d.Namespace+"/"+d.Name)
 	}
-	ours := func(o metav1.ObjectMeta) bool { return o.Labels["app.kubernetes.io/part-of"] == "warren" }
 	switch s, err := c.CoreV1().Services(a.namespace).Get(ctx, "istiod", metav1.GetOptions{}); {
-	case err == nil && !ours(s.ObjectMeta):
+	case err == nil && !isOurs(s.Labels):
 		left = append(left, "Service "+a.namespace+"/istiod")
 	case err != nil && !apierrors.IsNotFound(err):
 		return nil, fmt.Errorf("reading Service %s/istiod: %w", a.namespace, err)
 	}
 	switch m, err := c.CoreV1().ConfigMaps(a.namespace).Get(ctx, "istio", metav1.GetOptions{}); {
-	case err == nil && !ours(m.ObjectMeta):
+	case err == nil && !isOurs(m.Labels):
 		left = append(left, "ConfigMap "+a.namespace+"/istio")
 	case err != nil && !apierrors.IsNotFound(err):
 		return nil, fmt.Errorf("reading ConfigMap %s/istio: %w", a.namespace, err)

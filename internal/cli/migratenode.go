@@ -53,7 +53,7 @@ func tenantsOf(pods []corev1.Pod, node string, modes map[string]string, sets []a
 			p.Annotations[redirection] == "" && !enrolled(&p, modes[p.Namespace]) {
 			continue
 		}
-		if slices.ContainsFunc(sets, func(d appsv1.DaemonSet) bool { return ownedBy(&p, &d) }) {
+		if ownedByAny(&p, sets) {
 			continue
 		}
 		_, mirror := p.Annotations[corev1.MirrorPodAnnotationKey]
@@ -177,7 +177,7 @@ func (m *mover) chosen(ctx context.Context, all []corev1.Node, names []string) (
 		}
 		istios := map[string]bool{}
 		for _, p := range pods {
-			if slices.ContainsFunc(m.sets, func(d appsv1.DaemonSet) bool { return ownedBy(&p, &d) }) {
+			if ownedByAny(&p, m.sets) {
 				istios[p.Spec.NodeName] = true
 			}
 		}
@@ -341,7 +341,7 @@ func (m *mover) leave(ctx context.Context, n *corev1.Node) error {
 			var there []string
 			pods, err := m.podsOn(ctx, node)
 			for _, p := range pods {
-				if slices.ContainsFunc(m.sets, func(d appsv1.DaemonSet) bool { return ownedBy(&p, &d) }) {
+				if ownedByAny(&p, m.sets) {
 					there = append(there, p.Namespace+"/"+p.Name)
 				}
 			}
@@ -367,7 +367,7 @@ func (m *mover) leave(ctx context.Context, n *corev1.Node) error {
 
 // ofAgent reports whether a pod is Warren's agent or its holder.
 func ofAgent(p *corev1.Pod) bool {
-	return p.Labels["app.kubernetes.io/part-of"] == "warren" && (p.Labels["app"] == "ztunnel" || p.Labels["app"] == "warren-holder")
+	return isOurs(p.Labels) && (p.Labels["app"] == "ztunnel" || p.Labels["app"] == "warren-holder")
 }
 
 // cleanNode takes off a node what Warren has put there, with the agent's own image.

@@ -22,7 +22,7 @@ type setState struct {
 
 // capturesForIstio reports whether a DaemonSet is Istio's ztunnel or its CNI plugin.
 func capturesForIstio(d *appsv1.DaemonSet) bool {
-	if d.Labels["app.kubernetes.io/part-of"] == "warren" {
+	if isOurs(d.Labels) {
 		return false
 	}
 	labels := map[string]string{}
@@ -42,12 +42,26 @@ func istioSets(ctx context.Context, c *conn) ([]appsv1.DaemonSet, error) {
 	return sets, nil
 }
 
+// istioControls are the control planes of Istio.
+func istioControls(ctx context.Context, c *conn) ([]appsv1.Deployment, error) {
+	list, err := c.AppsV1().Deployments("").List(ctx, metav1.ListOptions{LabelSelector: anyControl})
+	if err != nil {
+		return nil, fmt.Errorf("looking for Istio's control plane: %w", err)
+	}
+	return slices.DeleteFunc(list.Items, func(d appsv1.Deployment) bool { return isOurs(d.Labels) }), nil
+}
+
 func setName(d *appsv1.DaemonSet) string { return d.Namespace + "/" + d.Name }
 
 // ownedBy reports whether a DaemonSet made a pod.
 func ownedBy(p *corev1.Pod, d *appsv1.DaemonSet) bool {
 	o := metav1.GetControllerOf(p)
 	return p.Namespace == d.Namespace && o != nil && o.Kind == "DaemonSet" && o.Name == d.Name
+}
+
+// ownedByAny reports whether one of the DaemonSets made a pod.
+func ownedByAny(p *corev1.Pod, sets []appsv1.DaemonSet) bool {
+	return slices.ContainsFunc(sets, func(d appsv1.DaemonSet) bool { return ownedBy(p, &d) })
 }
 
 // apart is what keeps a DaemonSet of Istio's off the nodes that are Warren's.

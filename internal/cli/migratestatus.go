@@ -101,12 +101,8 @@ func (a *app) migrationNodes(ctx context.Context, c *conn) ([]movingNode, error)
 			case p.Spec.NodeName != n.Name || p.DeletionTimestamp != nil:
 			case ofAgent(&p) && p.Labels["app"] == "ztunnel":
 				agent = append(agent, p)
-			default:
-				for i := range sets {
-					if ownedBy(&p, &sets[i]) {
-						theirs = append(theirs, p)
-					}
-				}
+			case ownedByAny(&p, sets):
+				theirs = append(theirs, p)
 			}
 		}
 		switch {

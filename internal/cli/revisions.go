@@ -115,7 +115,7 @@ func (a *app) controls(ctx context.Context, c *conn) ([]appsv1.Deployment, error
 	if err != nil {
 		return nil, fmt.Errorf("reading the control planes in %s: %w", a.namespace, err)
 	}
-	return slices.DeleteFunc(list.Items, func(d appsv1.Deployment) bool { return d.Labels["app.kubernetes.io/part-of"] != "warren" }), nil
+	return slices.DeleteFunc(list.Items, func(d appsv1.Deployment) bool { return !isOurs(d.Labels) }), nil
 }
 
 // revisions reads which control planes and tags there are.

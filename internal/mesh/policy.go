@@ -82,3 +82,23 @@ type StringMatch struct {
 
 // ServiceAccountMatch names a service account exactly.
 type ServiceAccountMatch struct{ Namespace, ServiceAccount string }
+
+// ParseRange reads a range in CIDR notation, or an address, which is a range of one. One of IPv4 may be written in IPv6's mapped form
+// (RFC 4291, 2.5.5.2); zones have no meaning in a mesh.
+func ParseRange(s string) (netip.Prefix, bool) {
+	if p, err := netip.ParsePrefix(s); err == nil {
+		if p.Addr().Is4In6() {
+			if p.Bits() < 96 {
+				return netip.Prefix{}, false
+			}
+			p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
+		}
+		return p.Masked(), true
+	}
+	a, err := netip.ParseAddr(s)
+	if err != nil || a.Zone() != "" {
+		return netip.Prefix{}, false
+	}
+	a = a.Unmap()
+	return netip.PrefixFrom(a, a.BitLen()), true
+}

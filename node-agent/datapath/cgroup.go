@@ -90,28 +90,23 @@ func (d *Datapath) attachCgroups() error {
 func (a attachment) ensure(dir string) error {
 	pin := filepath.Join(dir, a.name)
 	old, err := link.LoadPinnedLink(pin, nil)
-	if errors.Is(err, os.ErrNotExist) {
-		old = nil
-	} else if err != nil {
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
-	} else {
-		defer old.Close()
 	}
-	stays := old != nil
+	stays := err == nil
 	if stays {
+		defer old.Close()
 		if stays, err = a.sameCgroup(old); err != nil {
 			return err
 		}
 	}
 	if a.behind {
 		others, last, err := a.order(dir, old)
-		switch {
-		case err != nil:
+		if err != nil {
 			return err
-		case !others && old != nil:
+		}
+		if !others {
 			return unpin(pin)
-		case !others:
-			return nil
 		}
 		stays = stays && last
 	}

@@ -1,11 +1,9 @@
 package interop
 
 import (
-	"bufio"
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -138,16 +136,11 @@ ports:
 		}
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
-		if _, err := fmt.Fprintf(c, "GET / HTTP/1.1\r\nhost: %s\r\n\r\n", host); err != nil {
-			return 0, "", err
-		}
-		res, err := http.ReadResponse(bufio.NewReader(c), nil)
+		res, body, err := roundTrip(c, host, "/")
 		if err != nil {
 			return 0, "", err
 		}
-		defer res.Body.Close()
-		b, err := io.ReadAll(res.Body)
-		return res.StatusCode, string(b), err
+		return res.StatusCode, body, nil
 	}
 	overTLS := func(port, name string) (string, error) {
 		c, err := open("240.240.0.9:" + port)
@@ -157,16 +150,8 @@ ports:
 		defer c.Close()
 		_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 		tc := tls.Client(c, &tls.Config{ServerName: name, InsecureSkipVerify: true})
-		if _, err := fmt.Fprintf(tc, "GET / HTTP/1.1\r\nhost: %s\r\n\r\n", name); err != nil {
-			return "", err
-		}
-		res, err := http.ReadResponse(bufio.NewReader(tc), nil)
-		if err != nil {
-			return "", err
-		}
-		defer res.Body.Close()
-		b, err := io.ReadAll(res.Body)
-		return string(b), err
+		_, body, err := roundTrip(tc, name, "/")
+		return body, err
 	}
 	eventually(t, "an answer by name", time.Minute, func() error {
 		code, body, err := get("a.dynamic.example")

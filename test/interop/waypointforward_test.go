@@ -201,16 +201,8 @@ func waypointForward(t *testing.T, istio *istiofake.Clientset, me *identity.Bund
 					return err
 				}
 				defer c.Close()
-				if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nhost: told.example\r\n\r\n"); err != nil {
-					return err
-				}
-				res, err := http.ReadResponse(bufio.NewReader(c), nil)
-				if err != nil {
-					return err
-				}
-				defer res.Body.Close()
-				if b, err := io.ReadAll(res.Body); err != nil || string(b) != version+" "+from+" <nil>" {
-					return fmt.Errorf("%d %q %v", res.StatusCode, b, err)
+				if _, body, err := roundTrip(c, "told.example", "/"); err != nil || body != version+" "+from+" <nil>" {
+					return fmt.Errorf("%q %v", body, err)
 				}
 				return nil
 			})
@@ -292,16 +284,8 @@ tcp: [{match: [{port: 9000, `+match+`}], route: [{destination: {host: known.exam
 				return err
 			}
 			defer c.Close()
-			if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nhost: others.example\r\n\r\n"); err != nil {
-				return err
-			}
-			res, err := http.ReadResponse(bufio.NewReader(c), nil)
-			if err != nil {
-				return err
-			}
-			defer res.Body.Close()
-			if b, err := io.ReadAll(res.Body); err != nil || string(b) != want {
-				return fmt.Errorf("%d %q %v, want %q", res.StatusCode, b, err, want)
+			if _, body, err := roundTrip(c, "others.example", "/"); err != nil || body != want {
+				return fmt.Errorf("%q %v, want %q", body, err, want)
 			}
 			return nil
 		})

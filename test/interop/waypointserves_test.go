@@ -161,17 +161,7 @@ echo nameserver `+testResolver+` > "$1" && mount --bind "$1" /etc/resolv.conf &&
 			return nil, "", err
 		}
 		defer st.Close()
-		_, err = fmt.Fprintf(st, "GET %s HTTP/1.1\r\nhost: inventory\r\n%s\r\n", path, strings.Join(headers, ""))
-		if err != nil {
-			return nil, "", err
-		}
-		res, err := http.ReadResponse(bufio.NewReader(st), nil)
-		if err != nil {
-			return nil, "", err
-		}
-		defer res.Body.Close()
-		b, err := io.ReadAll(res.Body)
-		return res, string(b), err
+		return roundTrip(st, "inventory", path, headers...)
 	}
 	get := func(authority, path string, headers ...string) (int, string, error) {
 		res, body, err := ask(authority, path, headers...)
@@ -477,4 +467,18 @@ extensionProviders:
 		t.Fatal(err)
 	}
 	return kube, istio, gateways
+}
+
+// roundTrip makes a request over a connection that is open, and reads the answer. headers are lines with their ends.
+func roundTrip(c io.ReadWriter, host, path string, headers ...string) (*http.Response, string, error) {
+	if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nhost: %s\r\n%s\r\n", path, host, strings.Join(headers, "")); err != nil {
+		return nil, "", err
+	}
+	res, err := http.ReadResponse(bufio.NewReader(c), nil)
+	if err != nil {
+		return nil, "", err
+	}
+	defer res.Body.Close()
+	b, err := io.ReadAll(res.Body)
+	return res, string(b), err
 }

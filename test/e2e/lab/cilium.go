@@ -33,7 +33,7 @@ func (l *Lab) RunCilium(ctx context.Context, mode string) error {
 		}
 	}
 	dir, err := l.buildPrograms(ctx, "cilium", map[string]string{"cilium-agent": ciliumModule + "/daemon", "cilium-cni": ciliumModule + "/plugins/cilium-cni"},
-		[]string{"build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w"})
+		plainBuild)
 	if err != nil {
 		return err
 	}
@@ -50,7 +50,7 @@ func (l *Lab) RunCilium(ctx context.Context, mode string) error {
 		}
 	}
 	for _, n := range l.Cluster.Nodes() {
-		if err := l.ciliumOn(n.Name(), n.Disk(), source, dir, mode); err != nil {
+		if err := l.ciliumOn(n.Disk(), source, dir, mode); err != nil {
 			return fmt.Errorf("put Cilium on %s: %w", n.Name(), err)
 		}
 		log, err := os.Create(filepath.Join(l.Cluster.Dir(), "cilium-"+n.Name()+".log"))
@@ -82,7 +82,7 @@ func (l *Lab) RunCilium(ctx context.Context, mode string) error {
 const ciliumList = "05-cilium.conflist"
 
 // ciliumOn writes what an agent needs to a node's disk.
-func (l *Lab) ciliumOn(node, disk, source, programs, mode string) error {
+func (l *Lab) ciliumOn(disk, source, programs, mode string) error {
 	home := filepath.Join(disk, "opt/cilium")
 	if err := os.MkdirAll(filepath.Join(home, "config"), 0o755); err != nil {
 		return err

@@ -8,7 +8,7 @@ import (
 
 // BuildCollector returns the OpenTelemetry collector of test/e2e/collector, built into the user's cache.
 func (l *Lab) BuildCollector(ctx context.Context) (string, error) {
-	return l.buildProgram(ctx, "collector", ".", []string{"build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w"})
+	return l.buildProgram(ctx, "collector", ".", plainBuild)
 }
 
 // collectorConfig has it print whatever comes by OTLP.

@@ -220,7 +220,7 @@ func (l *Lab) BuildIstiod(ctx context.Context) (string, error) {
 		return bin, nil
 	}
 	// As istioctl is built, and test/interop builds it: most of what they are made of is compiled once.
-	cmd := exec.CommandContext(ctx, "go", "build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", bin, "istio.io/istio/pilot/cmd/pilot-discovery")
+	cmd := exec.CommandContext(ctx, "go", append(slices.Clone(plainBuild), "-o", bin, "istio.io/istio/pilot/cmd/pilot-discovery")...)
 	cmd.Dir, cmd.Env = src, append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("build istiod in %s: %w\n%s", src, err, out)

@@ -7,7 +7,7 @@ import (
 
 // BuildLimiter returns the rate limit service of test/e2e/limiter, built into the user's cache.
 func (l *Lab) BuildLimiter(ctx context.Context) (string, error) {
-	return l.buildProgram(ctx, "limiter", ".", []string{"build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w"})
+	return l.buildProgram(ctx, "limiter", ".", plainBuild)
 }
 
 // limiterDir is where nodes have the program.

@@ -12,17 +12,21 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 )
 
 // prometheusBuild are the arguments that give a Prometheus with Kubernetes as its only service discovery.
-var prometheusBuild = []string{"build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-tags=remove_all_sd,enable_kubernetes_sd"}
+var prometheusBuild = append(slices.Clone(plainBuild), "-tags=remove_all_sd,enable_kubernetes_sd")
 
 // BuildPrometheus returns a Prometheus built from the module in test/e2e/prometheus into the user's cache, which
 // the first time takes minutes of both cores.
 func (l *Lab) BuildPrometheus(ctx context.Context) (string, error) {
 	return l.buildProgram(ctx, "prometheus", "github.com/prometheus/prometheus/cmd/prometheus", prometheusBuild)
 }
+
+// plainBuild is how programs are built that ask for nothing else. What is built alike has the packages in common compiled once.
+var plainBuild = []string{"build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w"}
 
 // buildProgram builds a program from the module in test/e2e that has its name.
 func (l *Lab) buildProgram(ctx context.Context, name, pkg string, args []string) (string, error) {
@@ -58,7 +62,7 @@ func (l *Lab) buildPrograms(ctx context.Context, module string, packages map[str
 	l.log("building " + module + " from source; the first time takes several minutes")
 	tmp := dir + ".new"
 	for name, pkg := range packages {
-		cmd := exec.CommandContext(ctx, "go", append(args, "-o", filepath.Join(tmp, name), pkg)...)
+		cmd := exec.CommandContext(ctx, "go", append(slices.Clone(args), "-o", filepath.Join(tmp, name), pkg)...)
 		cmd.Dir = src
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
 		if out, err := cmd.CombinedOutput(); err != nil {
