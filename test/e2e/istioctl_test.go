@@ -17,7 +17,7 @@ import (
 func TestIstioctl(t *testing.T) {
 	ownCluster(t)
 	ctx := t.Context()
-	program, err := mesh.BuildIstioctl(ctx)
+	program, err := mesh.Peer(ctx, "istioctl")
 	must(t, err)
 	must(t, mesh.LoadWaypoint(ctx))
 	ns := namespace(t, "e2e-istioctl", ambient)

@@ -26,7 +26,7 @@ const istiodPort = "15112" // beside the API server
 func ambientIstio(t *testing.T) (end func()) {
 	t.Helper()
 	ctx := t.Context()
-	program, err := mesh.BuildIstiod(ctx)
+	program, err := mesh.Peer(ctx, "istiod")
 	must(t, err)
 	agent, err := mesh.Kubectl(ctx, "-n", lab.Namespace, "get", "daemonset", "warren-node", "-o", "json")
 	must(t, err)

@@ -20,7 +20,7 @@ import (
 // our agents; its roots are in ConfigMaps of another name than ours. It returns its address.
 func otherCA(t *testing.T) string {
 	t.Helper()
-	program, err := mesh.BuildIstiod(t.Context())
+	program, err := mesh.Peer(t.Context(), "istiod")
 	must(t, err)
 	if _, err := mesh.Kubectl(t.Context(), "create", "namespace", "external-ca"); err != nil {
 		t.Fatal(err)

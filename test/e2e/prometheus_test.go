@@ -46,7 +46,7 @@ var tcpLabels = []string{
 // they say, and counts connections and bytes under Istio's names and labels.
 func TestPrometheus(t *testing.T) {
 	ownCluster(t)
-	program, err := mesh.BuildPrometheus(t.Context())
+	program, err := mesh.Peer(t.Context(), "prometheus")
 	must(t, err)
 	out := namespace(t, "e2e-prometheus")
 	t.Cleanup(func() {

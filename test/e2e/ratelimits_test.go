@@ -145,7 +145,7 @@ spec: {targetRefs: [TARGET], limits: LIMITS}
 // refused, or let through where that was asked for.
 func TestRateLimitsOfAllPodsTogether(t *testing.T) {
 	ctx := t.Context()
-	program, err := mesh.BuildLimiter(ctx)
+	program, err := mesh.Peer(ctx, "limiter")
 	must(t, err)
 	ns := behindWaypoint(t, "e2e-limits-together", 1, "client", "other")
 	applyIn(t, ns, "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: two, namespace: NS}\ndata: {deployment: \"spec: {replicas: 2}\"}\n")

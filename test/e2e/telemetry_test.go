@@ -37,7 +37,7 @@ func setMesh(t *testing.T, more string) {
 func TestTelemetry(t *testing.T) {
 	ownCluster(t)
 	ctx := t.Context()
-	program, err := mesh.BuildCollector(ctx)
+	program, err := mesh.Peer(ctx, "collector")
 	must(t, err)
 	ns := behindWaypoint(t, "e2e-telemetry", 1, "client")
 	must(t, mesh.RunCollector(ctx, program, ns, nodes[0]))

@@ -22,47 +22,30 @@ import (
 
 var withIstiod = flag.String("istiod", "", "program of Istio's control plane to test against, or build")
 
-// istiodBinary returns Istio's control plane: the program that was named, or one built from the module in
-// istiod/ into the user's cache, which the first time takes minutes of both cores.
+// istiodBinary returns Istio's control plane: the program that was named, or one built into the user's cache, which the first time takes
+// minutes of both cores.
 func istiodBinary(t *testing.T) string {
 	t.Helper()
 	switch *withIstiod {
 	case "":
 		t.Skip("boots a Kubernetes and Istio's control plane: give -istiod=build (go run ./test/run e2e does)")
 	case "build":
-	default:
-		return *withIstiod
+		return filepath.Join(istioBuilt(t), "istiod")
 	}
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum, err := os.ReadFile(filepath.Join("istiod", "go.mod"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, version, ok := strings.Cut(string(sum), "istio.io/istio v")
-	if !ok {
-		t.Fatal("istiod/go.mod does not require istio.io/istio")
-	}
-	version, _, _ = strings.Cut(version, "\n")
-	bin := filepath.Join(cache, "warren", "istiod-"+version, "pilot-discovery")
-	if _, err := os.Stat(bin); err == nil {
-		return bin
-	}
-	cmd := istiosBuild(bin, "istio.io/istio/pilot/cmd/pilot-discovery")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("building istiod: %v\n%s", err, out)
-	}
-	return bin
+	return *withIstiod
 }
 
-// istiosBuild builds a package of Istio's with the flags that test/e2e builds istioctl with, so that most of what they are made of is
-// compiled once.
-func istiosBuild(bin, pkg string) *exec.Cmd {
-	cmd := exec.Command("go", "build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w", "-o", bin, pkg)
-	cmd.Dir, cmd.Env = "istiod", append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
-	return cmd
+// istioBuilt returns the directory of the programs that are built of Istio's modules: istiod, and validate.
+func istioBuilt(t *testing.T) string {
+	t.Helper()
+	cmd := exec.Command("go", "run", "./cmd/peers", "istiod")
+	cmd.Dir = filepath.Join("..", "e2e")
+	cmd.Stderr = os.Stderr
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("building Istio's programs: %v", err)
+	}
+	return strings.TrimSpace(string(out))
 }
 
 // kube is a Kubernetes of this test's own, of one node.

@@ -24,10 +24,7 @@ func TestValidationIsIstiods(t *testing.T) {
 	if *withIstiod == "" {
 		t.Skip("builds Istio's validation: give -istiod=build (go run ./test/run e2e does)")
 	}
-	bin := filepath.Join(t.TempDir(), "validate")
-	if out, err := istiosBuild(bin, "./validate").CombinedOutput(); err != nil {
-		t.Fatalf("building Istio's validation: %v\n%s", err, out)
-	}
+	bin := filepath.Join(istioBuilt(t), "validate")
 	seed := rand.Uint64()
 	r := rand.New(rand.NewPCG(seed, 0))
 	m := policy.Mesh{RootNamespace: "istio-system", TrustDomain: "td1"}

@@ -77,12 +77,19 @@ func main() {
 		fmt.Fprintln(os.Stderr, "kernel and end-to-end tests need root")
 		os.Exit(2)
 	}
+	var aside *aside
+	if len(want) == 0 {
+		all, aside = beside(all)
+	}
 	var total result
 	t := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(t, "\nstage\tstep\tpassed\tfailed\tskipped\tseconds")
-	for _, s := range all {
+	for i, s := range all {
 		if len(want) > 0 && !slices.Contains(want, s.name) {
 			continue
+		}
+		if i == 1 && aside != nil {
+			go aside.run(ctx)
 		}
 		fmt.Printf("== %s: %s\n", s.name, s.about)
 		for _, st := range s.steps {

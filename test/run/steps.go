@@ -22,17 +22,17 @@ var modules = []string{".", "test/cluster", "test/e2e", "test/conformance"}
 
 func stages() []stage {
 	house := stage{name: "house", about: "format, vet, staticcheck, generated files, chart"}
+	house.steps = append(house.steps, step{name: "gofmt", run: gofmt})
+	for _, m := range modules { // vet before the others: what it compiles, they need
+		house.steps = append(house.steps, step{name: "vet " + m, dir: m, run: compile("go", "vet", "./..."), limit: 15 * time.Minute})
+	}
 	house.steps = append(house.steps,
-		step{name: "gofmt", run: gofmt},
 		step{name: "generated files are current", run: generated, limit: 10 * time.Minute},
 		step{name: "chart", dir: "test/e2e", run: goTest("./chart"), limit: 15 * time.Minute},
-	)
-	for _, m := range modules {
-		house.steps = append(house.steps, step{name: "vet " + m, dir: m, run: program("go", "vet", "./..."), limit: 15 * time.Minute})
-	}
-	house.steps = append(house.steps, step{name: "staticcheck", run: program("go", "tool", "staticcheck", "./..."), limit: 15 * time.Minute},
+		step{name: "staticcheck", run: program(staticcheck[0], staticcheck[1:]...), limit: 15 * time.Minute},
 		step{name: "workflows", run: program("go", "tool", "actionlint")})
 	unit := stage{name: "unit", about: "all packages with the race detector", steps: []step{
+		{name: "compiled with the race detector", run: compile("go", "list", "-race", "-export", "-deps", "-test", "-f={{with .Error}}{{.}}{{end}}", "./..."), limit: 15 * time.Minute},
 		{name: "root module", run: goTest("-race", "-p", "2", "./..."), limit: 25 * time.Minute},
 		{name: "test/e2e/lab", dir: "test/e2e", run: goTest("./lab/...")},
 		{name: "peers that must be refused", run: goTest("-count=1", "-run=TestPeersThatMustBeRefused", "./test/interop")},
@@ -48,6 +48,51 @@ func stages() []stage {
 	}}
 	return []stage{house, unit, fuzzing, e2e}
 }
+
+// beside takes steps that are long and need no quiet out of the stages, and has them run beside those after the first, one after the other,
+// with what of the processors these leave. A last stage says what came of them. The programs that tests run of others come first:
+// a test that needs one waits for it.
+func beside(stages []stage) ([]stage, *aside) {
+	a := &aside{steps: []step{{name: "programs of others", dir: "test/e2e", run: program("nice", "-n", "19", "go", "run", "./cmd/peers"), limit: time.Hour}}}
+	house := &stages[0]
+	house.steps = slices.DeleteFunc(house.steps, func(s step) bool {
+		if s.name != "staticcheck" {
+			return false
+		}
+		s.run, s.limit = program("nice", append([]string{"-n", "19"}, staticcheck...)...), time.Hour
+		a.steps = append(a.steps, s)
+		return true
+	})
+	last := stage{name: "beside", about: "what ran beside the others"}
+	for i, s := range a.steps {
+		a.done = append(a.done, make(chan result, 1))
+		last.steps = append(last.steps, step{name: s.name, limit: 30 * time.Minute, run: func(ctx context.Context, _ step) result {
+			select {
+			case r := <-a.done[i]:
+				return r
+			case <-ctx.Done():
+				return verdict(ctx.Err(), "")
+			}
+		}})
+	}
+	return append(stages, last), a
+}
+
+// aside are steps that run beside others.
+type aside struct {
+	steps []step
+	done  []chan result // of one each
+}
+
+func (a *aside) run(ctx context.Context) {
+	for i, s := range a.steps {
+		one, cancel := context.WithTimeout(ctx, s.limit)
+		a.done[i] <- s.run(one, s)
+		cancel()
+	}
+}
+
+var staticcheck = []string{"go", "tool", "staticcheck", "./..."}
 
 // demo runs make demo's program, on a cluster of its own that goes with it, or on the one that the tests are for.
 func demo(ctx context.Context, s step) result {
@@ -69,6 +114,19 @@ func demo(ctx context.Context, s step) result {
 func program(name string, args ...string) func(context.Context, step) result {
 	return func(ctx context.Context, s step) result {
 		out, err := command(ctx, s.dir, name, args...).CombinedOutput()
+		return verdict(err, string(out))
+	}
+}
+
+// compile is a program that compiles and runs no test. A compiler that collects less needs a fifth less time.
+func compile(name string, args ...string) func(context.Context, step) result {
+	return func(ctx context.Context, s step) result {
+		cmd := command(ctx, s.dir, name, args...)
+		cmd.Env = append(os.Environ(), "GOGC=800")
+		if slices.Contains(args, "-race") {
+			cmd.Env = append(cmd.Env, "CGO_ENABLED=1")
+		}
+		out, err := cmd.CombinedOutput()
 		return verdict(err, string(out))
 	}
 }
@@ -138,6 +196,9 @@ func (b broken) alone(args []string) []string {
 
 func runTests(ctx context.Context, s step, args []string) result {
 	cmd := command(ctx, s.dir, "go", append([]string{"test", "-json"}, args...)...)
+	if slices.Contains(args, "-race") {
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=1") // it needs C
+	}
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
 	out, err := cmd.StdoutPipe()

@@ -32,8 +32,7 @@ func (l *Lab) RunCilium(ctx context.Context, mode string) error {
 			return fmt.Errorf("cilium needs %s, a package of Debian's of that name", program)
 		}
 	}
-	dir, err := l.buildPrograms(ctx, "cilium", map[string]string{"cilium-agent": ciliumModule + "/daemon", "cilium-cni": ciliumModule + "/plugins/cilium-cni"},
-		plainBuild)
+	dir, err := BuildPeer(ctx, "cilium", l.log)
 	if err != nil {
 		return err
 	}

@@ -6,11 +6,6 @@ import (
 	"strings"
 )
 
-// BuildCollector returns the OpenTelemetry collector of test/e2e/collector, built into the user's cache.
-func (l *Lab) BuildCollector(ctx context.Context) (string, error) {
-	return l.buildProgram(ctx, "collector", ".", plainBuild)
-}
-
 // collectorConfig has it print whatever comes by OTLP.
 const collectorConfig = `receivers: {otlp: {protocols: {grpc: {endpoint: "0.0.0.0:4317"}}}}
 exporters: {debug: {verbosity: detailed}}

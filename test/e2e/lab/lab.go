@@ -118,6 +118,11 @@ func (l *Lab) Kubectl(ctx context.Context, args ...string) (string, error) {
 	return l.run(ctx, nil, l.kubectl, args...)
 }
 
+// Program runs a program with the cluster's kubeconfig and returns its standard output.
+func (l *Lab) Program(ctx context.Context, program string, args ...string) (string, error) {
+	return l.run(ctx, nil, program, args...)
+}
+
 // Helm runs helm and returns its standard output.
 func (l *Lab) Helm(ctx context.Context, args ...string) (string, error) {
 	return l.run(ctx, nil, l.helm, args...)
@@ -196,36 +201,6 @@ func (l *Lab) LoadFIPSImages(ctx context.Context) (tag string, err error) {
 		}
 	}
 	return "dev-fips", l.Cluster.LoadImages(ctx, archives...)
-}
-
-// BuildIstiod returns Istio's control plane, built from the module in test/interop/istiod into the user's cache, which
-// the first time takes minutes of both cores.
-func (l *Lab) BuildIstiod(ctx context.Context) (string, error) {
-	src := filepath.Join(l.root, "test", "interop", "istiod")
-	mod, err := os.ReadFile(filepath.Join(src, "go.mod"))
-	if err != nil {
-		return "", err
-	}
-	_, version, ok := strings.Cut(string(mod), "istio.io/istio v")
-	if !ok {
-		return "", fmt.Errorf("%s/go.mod does not require istio.io/istio", src)
-	}
-	version, _, _ = strings.Cut(version, "\n")
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", err
-	}
-	bin := filepath.Join(cache, "warren", "istiod-"+version, "pilot-discovery")
-	if _, err := os.Stat(bin); err == nil {
-		return bin, nil
-	}
-	// As istioctl is built, and test/interop builds it: most of what they are made of is compiled once.
-	cmd := exec.CommandContext(ctx, "go", append(slices.Clone(plainBuild), "-o", bin, "istio.io/istio/pilot/cmd/pilot-discovery")...)
-	cmd.Dir, cmd.Env = src, append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build istiod in %s: %w\n%s", src, err, out)
-	}
-	return bin, nil
 }
 
 // Install installs the chart, or upgrades it, and waits until it works. Pods of the same tag but of another

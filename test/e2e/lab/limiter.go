@@ -5,11 +5,6 @@ import (
 	"fmt"
 )
 
-// BuildLimiter returns the rate limit service of test/e2e/limiter, built into the user's cache.
-func (l *Lab) BuildLimiter(ctx context.Context) (string, error) {
-	return l.buildProgram(ctx, "limiter", ".", plainBuild)
-}
-
 // limiterDir is where nodes have the program.
 const limiterDir = "/var/lib/warren-limiter"
 

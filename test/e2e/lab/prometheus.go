@@ -2,84 +2,14 @@ package lab
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"runtime"
-	"slices"
 	"strings"
 )
-
-// prometheusBuild are the arguments that give a Prometheus with Kubernetes as its only service discovery.
-var prometheusBuild = append(slices.Clone(plainBuild), "-tags=remove_all_sd,enable_kubernetes_sd")
-
-// BuildPrometheus returns a Prometheus built from the module in test/e2e/prometheus into the user's cache, which
-// the first time takes minutes of both cores.
-func (l *Lab) BuildPrometheus(ctx context.Context) (string, error) {
-	return l.buildProgram(ctx, "prometheus", "github.com/prometheus/prometheus/cmd/prometheus", prometheusBuild)
-}
-
-// plainBuild is how programs are built that ask for nothing else. What is built alike has the packages in common compiled once.
-var plainBuild = []string{"build", "-p=2", "-buildvcs=false", "-trimpath", "-ldflags=-s -w"}
-
-// buildProgram builds a program from the module in test/e2e that has its name.
-func (l *Lab) buildProgram(ctx context.Context, name, pkg string, args []string) (string, error) {
-	dir, err := l.buildPrograms(ctx, name, map[string]string{name: pkg}, args)
-	return filepath.Join(dir, name), err
-}
-
-// buildPrograms builds packages, by the names that their programs get, from a module in test/e2e, and returns the directory that they are
-// in. The cache keeps one of each module.
-func (l *Lab) buildPrograms(ctx context.Context, module string, packages map[string]string, args []string) (string, error) {
-	src := filepath.Join(l.root, "test", "e2e", module)
-	key := sha256.New()
-	fmt.Fprintln(key, runtime.Version(), runtime.GOARCH, args)
-	files, err := filepath.Glob(filepath.Join(src, "*.*"))
-	if err != nil {
-		return "", err
-	}
-	for _, f := range files {
-		b, err := os.ReadFile(f)
-		if err != nil {
-			return "", err
-		}
-		key.Write(b)
-	}
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", err
-	}
-	dir := filepath.Join(cache, "warren", module+"-"+hex.EncodeToString(key.Sum(nil)[:8]))
-	if _, err := os.Stat(dir); err == nil {
-		return dir, nil
-	}
-	l.log("building " + module + " from source; the first time takes several minutes")
-	tmp := dir + ".new"
-	for name, pkg := range packages {
-		cmd := exec.CommandContext(ctx, "go", append(slices.Clone(args), "-o", filepath.Join(tmp, name), pkg)...)
-		cmd.Dir = src
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return "", fmt.Errorf("build %s in %s: %w\n%s", name, src, err, out)
-		}
-	}
-	if err := os.Rename(tmp, dir); err != nil {
-		return "", err
-	}
-	old, err := filepath.Glob(filepath.Join(cache, "warren", module+"-*"))
-	for _, o := range old {
-		if o != dir {
-			err = os.RemoveAll(o)
-		}
-	}
-	return dir, err
-}
 
 // prometheusConfig is how users have it: the job for annotated pods of Istio's sample and of Prometheus' own chart.
 const prometheusConfig = `global: {scrape_interval: 1s}

@@ -25,7 +25,7 @@ const (
 // module in test/e2e/argo-rollouts, of which the controller is built; the first time that takes minutes of both cores. It
 // waits until the controller runs. What it returns takes everything away again.
 func (l *Lab) InstallArgoRollouts(ctx context.Context) (remove func(context.Context) error, err error) {
-	program, err := l.buildProgram(ctx, "argo-rollouts", argoModule+"/cmd/rollouts-controller", plainBuild)
+	program, err := l.Peer(ctx, "argo-rollouts")
 	if err != nil {
 		return nil, err
 	}
