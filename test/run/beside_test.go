@@ -12,13 +12,13 @@ import (
 
 // What runs beside the tests is nice, says how it ended, and ends with its children.
 func TestQuietly(t *testing.T) {
-	r := quietly("sh", "-c", "nice; exit 3")(t.Context(), step{})
+	r := quietly(nil, "sh", "-c", "nice; exit 3")(t.Context(), step{})
 	if r.failed != 1 || !strings.HasPrefix(r.detail, "19\n") || !strings.HasSuffix(r.detail, "exit status 3") {
 		t.Errorf("%d failed: %q", r.failed, r.detail)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
-	r = quietly("sh", "-c", "sleep 600 & echo $!; wait")(ctx, step{})
+	r = quietly(nil, "sh", "-c", "sleep 600 & echo $!; wait")(ctx, step{})
 	pid, err := strconv.Atoi(strings.Fields(r.detail)[0])
 	if r.failed != 1 || err != nil {
 		t.Fatalf("%d failed: %q", r.failed, r.detail)
@@ -32,23 +32,42 @@ func TestQuietly(t *testing.T) {
 
 // In a run of everything staticcheck has its verdict in the last stage, and in the first alone otherwise.
 func TestBeside(t *testing.T) {
-	has := func(s stage) bool {
-		return slices.ContainsFunc(s.steps, func(s step) bool { return s.name == "staticcheck" })
+	where := func(all []stage, name string) (in []string) {
+		for _, st := range all {
+			for _, s := range st.steps {
+				if s.name == name {
+					in = append(in, st.name)
+				}
+			}
+		}
+		return in
 	}
-	if all := stages(); !has(all[0]) {
-		t.Error("house has no staticcheck")
+	if in := where(stages(), staticcheck); !slices.Equal(in, []string{"house"}) {
+		t.Errorf("staticcheck is in %q", in)
 	}
 	all, a := beside(stages())
-	if has(all[0]) || !has(all[len(all)-1]) {
-		t.Error("staticcheck is not in the last stage alone")
+	if in := where(all, staticcheck); !slices.Equal(in, []string{"beside"}) {
+		t.Errorf("beside the others staticcheck is in %q", in)
+	}
+	if in := where(all, raceCompiled); !slices.Equal(in, []string{"unit"}) {
+		t.Errorf("beside the others what compiles for the race detector is in %q", in)
 	}
 	for i := range a.steps {
-		a.steps[i].run, a.steps[i].limit = func(context.Context, step) result { return result{passed: i + 1} }, time.Minute
+		a.steps[i].run = func(context.Context, step) result { return result{detail: a.steps[i].name} }
 	}
 	a.run(t.Context())
-	for i, s := range all[len(all)-1].steps {
-		if r := s.run(t.Context(), s); r.passed != i+1 {
-			t.Errorf("%s: %d passed", s.name, r.passed)
+	waited := 0
+	for _, st := range all {
+		for _, s := range st.steps {
+			if s.name == raceCompiled || st.name == "beside" {
+				waited++
+				if r := s.run(t.Context(), s); r.detail != s.name {
+					t.Errorf("%s waits for %s", s.name, r.detail)
+				}
+			}
 		}
+	}
+	if waited != len(a.steps) {
+		t.Errorf("%d of %d steps are waited for", waited, len(a.steps))
 	}
 }

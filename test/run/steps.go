@@ -30,10 +30,10 @@ func stages() []stage {
 	house.steps = append(house.steps,
 		step{name: "generated files are current", run: generated, limit: 10 * time.Minute},
 		step{name: "chart", dir: "test/e2e", run: goTest("./chart"), limit: 15 * time.Minute},
-		step{name: "staticcheck", run: program(staticcheck[0], staticcheck[1:]...), limit: 15 * time.Minute},
+		step{name: staticcheck, run: program("go", "tool", "staticcheck", "./..."), limit: 15 * time.Minute},
 		step{name: "workflows", run: program("go", "tool", "actionlint")})
 	unit := stage{name: "unit", about: "all packages with the race detector", steps: []step{
-		{name: "compiled with the race detector", run: compile("go", "list", "-race", "-export", "-deps", "-test", "-f={{with .Error}}{{.}}{{end}}", "./..."), limit: 15 * time.Minute},
+		{name: raceCompiled, run: compile(compileRace[0], compileRace[1:]...), limit: 15 * time.Minute},
 		{name: "root module", run: goTest("-race", "-p", "2", "./..."), limit: 25 * time.Minute},
 		{name: "test/e2e/lab", dir: "test/e2e", run: goTest("./lab/...")},
 		{name: "peers that must be refused", run: goTest("-count=1", "-run=TestPeersThatMustBeRefused", "./test/interop")},
@@ -47,35 +47,25 @@ func stages() []stage {
 		{name: "a real istiod", run: goTest("-count=1", "-timeout=39m", "-run=Istiod", "./test/interop", "-istiod=build"), limit: 40 * time.Minute},
 		{name: "the cluster itself", dir: "test/cluster", run: goTest("-count=1", "-timeout=11m", "./..."), limit: 12 * time.Minute},
 	}}
-	return []stage{house, unit, fuzzing, e2e}
+	return []stage{house, e2e, unit, fuzzing} // e2e waits for much, so that what unit needs can be compiled beside it
 }
 
 // beside takes steps that are long and need no quiet out of the stages, and has them run beside those after the first, one after the other,
-// with what of the processors these leave. A last stage says what came of them. The programs that tests run of others come first:
-// a test that needs one waits for it.
+// with what of the processors these leave. The programs that tests run of others come first: a test that needs one waits for it.
+// A last stage says what came of what no stage waits for.
 func beside(stages []stage) ([]stage, *aside) {
-	a := &aside{steps: []step{{name: "programs of others", dir: "test/e2e", run: quietly("go", "run", "./cmd/peers"), limit: time.Hour}}}
-	house := &stages[0]
-	house.steps = slices.DeleteFunc(house.steps, func(s step) bool {
-		if s.name != "staticcheck" {
-			return false
-		}
-		s.run, s.limit = quietly(staticcheck[0], staticcheck[1:]...), time.Hour
-		a.steps = append(a.steps, s)
-		return true
-	})
+	a := &aside{}
 	last := stage{name: "beside", about: "what ran beside the others"}
-	for i, s := range a.steps {
-		a.done = append(a.done, make(chan result, 1))
-		last.steps = append(last.steps, step{name: s.name, limit: 30 * time.Minute, run: func(ctx context.Context, _ step) result {
-			select {
-			case r := <-a.done[i]:
-				return r
-			case <-ctx.Done():
-				return verdict(ctx.Err(), "")
+	last.steps = append(last.steps, a.add(step{name: "programs of others", dir: "test/e2e", run: quietly(nil, "go", "run", "./cmd/peers")}))
+	for i := range stages {
+		stages[i].steps = slices.DeleteFunc(slices.Clone(stages[i].steps), func(s step) bool { return s.name == staticcheck })
+		for j, s := range stages[i].steps {
+			if s.name == raceCompiled {
+				stages[i].steps[j] = a.add(step{name: s.name, run: quietly(compiling(compileRace), compileRace[0], compileRace[1:]...)})
 			}
-		}})
+		}
 	}
+	last.steps = append(last.steps, a.add(step{name: staticcheck, run: quietly(nil, "go", "tool", "staticcheck", "./...")}))
 	return append(stages, last), a
 }
 
@@ -83,6 +73,21 @@ func beside(stages []stage) ([]stage, *aside) {
 type aside struct {
 	steps []step
 	done  []chan result // of one each
+}
+
+// add has a step run after those that were added before, and returns the step that waits for it.
+func (a *aside) add(s step) step {
+	s.limit = time.Hour
+	done := make(chan result, 1)
+	a.steps, a.done = append(a.steps, s), append(a.done, done)
+	return step{name: s.name, limit: 30 * time.Minute, run: func(ctx context.Context, _ step) result {
+		select {
+		case r := <-done:
+			return r
+		case <-ctx.Done():
+			return verdict(ctx.Err(), "")
+		}
+	}}
 }
 
 func (a *aside) run(ctx context.Context) {
@@ -93,7 +98,13 @@ func (a *aside) run(ctx context.Context) {
 	}
 }
 
-var staticcheck = []string{"go", "tool", "staticcheck", "./..."}
+const (
+	staticcheck  = "staticcheck"
+	raceCompiled = "compiled with the race detector"
+)
+
+// compileRace compiles what the tests of the root module are made of, and links none of them.
+var compileRace = []string{"go", "list", "-race", "-export", "-deps", "-test", "-f={{with .Error}}{{.}}{{end}}", "./..."}
 
 // demo runs make demo's program, on a cluster of its own that goes with it, or on the one that the tests are for.
 func demo(ctx context.Context, s step) result {
@@ -119,10 +130,11 @@ func program(name string, args ...string) func(context.Context, step) result {
 	}
 }
 
-// quietly is a program that takes what of the processors others leave.
-func quietly(name string, args ...string) func(context.Context, step) result {
+// quietly is a program that takes what of the processors others leave. A nil environment is this one's.
+func quietly(env []string, name string, args ...string) func(context.Context, step) result {
 	return func(ctx context.Context, s step) result {
 		cmd := command(ctx, s.dir, "nice", append([]string{"-n", "19", name}, args...)...)
+		cmd.Env = env
 		var out bytes.Buffer
 		cmd.Stdout, cmd.Stderr = &out, &out
 		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -138,17 +150,23 @@ func quietly(name string, args ...string) func(context.Context, step) result {
 	}
 }
 
-// compile is a program that compiles and runs no test. A compiler that collects less needs a fifth less time.
+// compile is a program that compiles and runs no test.
 func compile(name string, args ...string) func(context.Context, step) result {
 	return func(ctx context.Context, s step) result {
 		cmd := command(ctx, s.dir, name, args...)
-		cmd.Env = append(os.Environ(), "GOGC=800")
-		if slices.Contains(args, "-race") {
-			cmd.Env = append(cmd.Env, "CGO_ENABLED=1")
-		}
+		cmd.Env = compiling(args)
 		out, err := cmd.CombinedOutput()
 		return verdict(err, string(out))
 	}
+}
+
+// compiling is an environment to compile in. A compiler that collects less needs a fifth less time; the race detector needs C.
+func compiling(args []string) []string {
+	env := append(os.Environ(), "GOGC=800")
+	if slices.Contains(args, "-race") {
+		env = append(env, "CGO_ENABLED=1")
+	}
+	return env
 }
 
 func verdict(err error, detail string) result {
@@ -170,7 +188,7 @@ func command(ctx context.Context, dir, name string, args ...string) *exec.Cmd {
 // mostAgain is how many failed tests of a step get a second try. More failures than that are no accident.
 const mostAgain = 3
 
-// goTest runs go test and counts its tests, subtests not. A test that fails runs once more, alone: what passes then is
+// goTest runs go test and counts its tests, subtests not; the house has vetted them. A test that fails runs once more, alone: what passes then is
 // counted as passed and told as unsteady, with what it printed when it failed. A data race, a panic, a package that
 // does not build or that ran out of time has no second try.
 func goTest(args ...string) func(context.Context, step) result {
@@ -215,7 +233,7 @@ func (b broken) alone(args []string) []string {
 }
 
 func runTests(ctx context.Context, s step, args []string) result {
-	cmd := command(ctx, s.dir, "go", append([]string{"test", "-json"}, args...)...)
+	cmd := command(ctx, s.dir, "go", append([]string{"test", "-json", "-vet=off"}, args...)...)
 	if slices.Contains(args, "-race") {
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=1") // it needs C
 	}
