@@ -22,12 +22,17 @@ func main() {
 	if len(names) == 0 {
 		names = lab.Peers
 	}
+	failed := false
 	for _, name := range names {
 		dir, err := lab.BuildPeer(ctx, name, func(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) })
 		if err != nil {
 			fmt.Fprintln(os.Stderr, "peers:", err)
-			os.Exit(1)
+			failed = true // the others are wanted all the same
+			continue
 		}
 		fmt.Println(dir)
+	}
+	if failed {
+		os.Exit(1)
 	}
 }
