@@ -58,7 +58,7 @@ func beside(stages []stage) ([]stage, *aside) {
 	last := stage{name: "beside", about: "what ran beside the others"}
 	last.steps = append(last.steps, a.add(step{name: "programs of others", dir: "test/e2e", run: quietly(nil, "go", "run", "./cmd/peers")}))
 	for i := range stages {
-		stages[i].steps = slices.DeleteFunc(slices.Clone(stages[i].steps), func(s step) bool { return s.name == staticcheck })
+		stages[i].steps = slices.DeleteFunc(stages[i].steps, func(s step) bool { return s.name == staticcheck })
 		for j, s := range stages[i].steps {
 			if s.name == raceCompiled {
 				stages[i].steps[j] = a.add(step{name: s.name, run: quietly(compiling(compileRace), compileRace[0], compileRace[1:]...)})
@@ -70,16 +70,19 @@ func beside(stages []stage) ([]stage, *aside) {
 }
 
 // aside are steps that run beside others.
-type aside struct {
-	steps []step
-	done  []chan result // of one each
+type aside struct{ steps []later }
+
+// later is a step and where its result is put.
+type later struct {
+	step
+	done chan result // of one
 }
 
 // add has a step run after those that were added before, and returns the step that waits for it.
 func (a *aside) add(s step) step {
 	s.limit = time.Hour
 	done := make(chan result, 1)
-	a.steps, a.done = append(a.steps, s), append(a.done, done)
+	a.steps = append(a.steps, later{s, done})
 	return step{name: s.name, limit: 30 * time.Minute, run: func(ctx context.Context, _ step) result {
 		select {
 		case r := <-done:
@@ -91,9 +94,9 @@ func (a *aside) add(s step) step {
 }
 
 func (a *aside) run(ctx context.Context) {
-	for i, s := range a.steps {
+	for _, s := range a.steps {
 		one, cancel := context.WithTimeout(ctx, s.limit)
-		a.done[i] <- s.run(one, s)
+		s.done <- s.run(one, s.step)
 		cancel()
 	}
 }
@@ -124,8 +127,20 @@ func demo(ctx context.Context, s step) result {
 
 // program is a step that passes when the program exits with 0.
 func program(name string, args ...string) func(context.Context, step) result {
+	return programIn(nil, name, args...)
+}
+
+// compile is a program that compiles and runs no test.
+func compile(name string, args ...string) func(context.Context, step) result {
+	return programIn(compiling(args), name, args...)
+}
+
+// programIn is a program in an environment; nil is this one's.
+func programIn(env []string, name string, args ...string) func(context.Context, step) result {
 	return func(ctx context.Context, s step) result {
-		out, err := command(ctx, s.dir, name, args...).CombinedOutput()
+		cmd := command(ctx, s.dir, name, args...)
+		cmd.Env = env
+		out, err := cmd.CombinedOutput()
 		return verdict(err, string(out))
 	}
 }
@@ -150,19 +165,12 @@ func quietly(env []string, name string, args ...string) func(context.Context, st
 	}
 }
 
-// compile is a program that compiles and runs no test.
-func compile(name string, args ...string) func(context.Context, step) result {
-	return func(ctx context.Context, s step) result {
-		cmd := command(ctx, s.dir, name, args...)
-		cmd.Env = compiling(args)
-		out, err := cmd.CombinedOutput()
-		return verdict(err, string(out))
-	}
-}
+// compiling is an environment to compile in. A compiler that collects less needs a fifth less time.
+func compiling(args []string) []string { return append(forGo(args), "GOGC=800") }
 
-// compiling is an environment to compile in. A compiler that collects less needs a fifth less time; the race detector needs C.
-func compiling(args []string) []string {
-	env := append(os.Environ(), "GOGC=800")
+// forGo is the environment of a go command: the race detector needs C.
+func forGo(args []string) []string {
+	env := os.Environ()
 	if slices.Contains(args, "-race") {
 		env = append(env, "CGO_ENABLED=1")
 	}
@@ -234,9 +242,7 @@ func (b broken) alone(args []string) []string {
 
 func runTests(ctx context.Context, s step, args []string) result {
 	cmd := command(ctx, s.dir, "go", append([]string{"test", "-json", "-vet=off"}, args...)...)
-	if slices.Contains(args, "-race") {
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=1") // it needs C
-	}
+	cmd.Env = forGo(args)
 	var errs bytes.Buffer
 	cmd.Stderr = &errs
 	out, err := cmd.StdoutPipe()

@@ -37,7 +37,7 @@ func (l *Lab) RunCilium(ctx context.Context, mode string) error {
 		return err
 	}
 	list := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", ciliumModule)
-	list.Dir, list.Env = filepath.Join(l.root, "test", "e2e", "cilium"), append(os.Environ(), "GOWORK=off")
+	list.Dir, list.Env = filepath.Join(l.root, filepath.FromSlash(peers["cilium"].dir)), append(os.Environ(), "GOWORK=off")
 	out, err := list.Output()
 	if err != nil {
 		return fmt.Errorf("find the module %s: %w", ciliumModule, err)

@@ -24,15 +24,14 @@ type peer struct {
 	dir      string            // of the module, below the repository
 	packages map[string]string // by the names of their programs
 	flags    []string          // besides plainBuild, the last of a kind counts
-	rare     bool              // only tests run it that nobody runs each time
 }
 
 // istioctlVersion is what Istio's command line calls itself: a release number, for what it compares with others.
 const istioctlVersion = "1.31.0"
 
 var peers = map[string]peer{
-	"argo-rollouts": {dir: "test/e2e/argo-rollouts", packages: map[string]string{"argo-rollouts": argoModule + "/cmd/rollouts-controller"}, rare: true},
-	"cilium": {dir: "test/e2e/cilium", rare: true,
+	"argo-rollouts": {dir: "test/e2e/argo-rollouts", packages: map[string]string{"argo-rollouts": argoModule + "/cmd/rollouts-controller"}},
+	"cilium": {dir: "test/e2e/cilium",
 		packages: map[string]string{"cilium-agent": ciliumModule + "/daemon", "cilium-cni": ciliumModule + "/plugins/cilium-cni"}},
 	"collector": {dir: "test/e2e/collector", packages: map[string]string{"collector": "."}},
 	"istiod":    {dir: "test/interop/istiod", packages: map[string]string{"istiod": "istio.io/istio/pilot/cmd/pilot-discovery", "validate": "./validate"}},
