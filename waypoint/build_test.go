@@ -320,6 +320,11 @@ var cases = map[string]func(*mesh.Service){
 			{Name: mesh.PolicyName{Namespace: "shop", Name: "asks-others"}, Action: mesh.Custom, Ask: byGRPC, Rules: rule},
 		}
 	},
+	"external-auth": rules(
+		mesh.HTTPRule{Name: "http", Matches: []mesh.HTTPMatch{{Path: text(mesh.TextPath, "/a")}}, Backends: []mesh.HTTPBackend{to("", 1)}, Ask: &mesh.AuthProvider{Service: stock, Port: 9000, Timeout: time.Second, PathPrefix: "/check",
+			Sees: []mesh.TextMatch{text(mesh.TextExact, "cookie")}, ToApplication: []mesh.TextMatch{text(mesh.TextExact, "x-user")}, MaxBody: 1024}},
+		mesh.HTTPRule{Name: "grpc", Backends: []mesh.HTTPBackend{to("", 1)}, Ask: &mesh.AuthProvider{Service: stock, Port: 50051, GRPC: true, Timeout: time.Second}},
+	),
 	"telemetry": func(s *mesh.Service) {
 		s.Telemetry = told(&mesh.TelemetryProvider{Name: "otel", Kind: mesh.TelemetryOpenTelemetry, Service: stock, Port: 50051, MaxPath: 512})
 	},

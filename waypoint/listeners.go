@@ -16,6 +16,7 @@ import (
 	routev3 "github.com/envoyproxy/go-control-plane/envoy/config/route/v3"
 	datav3 "github.com/envoyproxy/go-control-plane/envoy/data/accesslog/v3"
 	sfsvaluev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/common/set_filter_state/v3"
+	compositev3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/composite/v3"
 	corsv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/cors/v3"
 	faultv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/fault/v3"
 	headermutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
@@ -311,7 +312,8 @@ func (b *builder) serveHTTP(c chain) *listenerv3.Filter {
 			b.pluginFilters(c, mesh.PluginAuthN), b.tokenFilters(c), b.pluginFilters(c, mesh.PluginAuthZ), b.accessFilters(),
 			[]*hcmv3.HttpFilter{
 				b.routesFilter(askedFilter, &headermutationv3.HeaderMutation{}),
-				b.routesFilter(corsFilter, &corsv3.Cors{}), // before the limits, so that a page can read their answer
+				b.routesFilter(corsFilter, &corsv3.Cors{}),               // before the limits, so that a page can read their answer
+				b.routesFilter(routeAskFilter, &compositev3.Composite{}), // after CORS, whose preflights have no credentials
 				b.limitFilter(c),
 			},
 			b.counterFilters(c),

@@ -60,7 +60,7 @@ var patchParts = []string{
 }
 
 // ownFilters are names of filters that tables of routes say something to: a patch's filter of the same name would hear it.
-var ownFilters = []string{tokenFilter, auditFilter, customFilter, askFilter, denyFilter, allowFilter, askedFilter, corsFilter, faultFilter, sessionFilter, routerFilter}
+var ownFilters = []string{tokenFilter, auditFilter, customFilter, askFilter, denyFilter, allowFilter, routeAskFilter, askedFilter, corsFilter, faultFilter, sessionFilter, routerFilter}
 
 // PatchFilters are the types of filters of requests that patches may bring, as users write them.
 func PatchFilters() (out []string) {

@@ -489,6 +489,9 @@ func (b *builder) perFilter(r *mesh.HTTPRule) map[string]*anypb.Any {
 			out[askedFilter] = b.config(&headermutationv3.HeaderMutationPerRoute{Mutations: &headermutationv3.Mutations{ResponseMutations: asked}})
 		}
 	}
+	if r.Ask != nil {
+		out[routeAskFilter] = b.routeAsks(r.Ask)
+	}
 	if r.Session != nil {
 		out[sessionFilter] = b.config(&sessionv3.StatefulSessionPerRoute{Override: &sessionv3.StatefulSessionPerRoute_StatefulSession{StatefulSession: b.session(r.Session)}})
 	}

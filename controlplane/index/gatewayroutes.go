@@ -123,6 +123,9 @@ func (c *compiled) httpRouteFactOf(r *gatewayv1.HTTPRoute) *gatewayRouteFact {
 		}
 		for _, l := range rule.Filters {
 			c.mentionMirror(f, l.RequestMirror)
+			if l.ExternalAuth != nil {
+				c.mention(f, l.ExternalAuth.BackendRef)
+			}
 		}
 	}
 	f.convert = func(find routing.Backends) routing.Route {

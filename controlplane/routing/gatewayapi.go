@@ -385,6 +385,8 @@ func (c *gatewayConverter) filter(r *mesh.HTTPRule, j int, f *gatewayv1.HTTPRout
 		c.mirror(r, f.RequestMirror)
 	case f.CORS != nil && f.Type == gatewayv1.HTTPRouteFilterCORS:
 		r.CORS = c.cors(f.CORS)
+	case f.ExternalAuth != nil && f.Type == gatewayv1.HTTPRouteFilterExternalAuth:
+		c.externalAuth(r, f.ExternalAuth)
 	default:
 		c.refuse(r, gatewayv1.RouteReasonUnsupportedValue, "filters[%d].type %s is not followed", j, f.Type)
 	}
@@ -510,6 +512,60 @@ func (c *gatewayConverter) cors(f *gatewayv1.HTTPCORSFilter) *mesh.HTTPCORS {
 		c.partly("a CORS filter with allowCredentials has * for exposeHeaders, which browsers take for a header of that name")
 	}
 	return out
+}
+
+// decideWithin is how long a service that a route asks may take.
+const decideWithin = 10 * time.Second
+
+// externalAuth has a service decide about a rule's requests. Where it cannot be asked none is let through. The field is of the
+// experimental channel, as those of sessions are.
+func (c *gatewayConverter) externalAuth(r *mesh.HTTPRule, f *gatewayv1.HTTPExternalAuthFilter) {
+	b, unresolved := c.find(f.BackendRef)
+	if !unresolved.OK() {
+		r.Invalid = unresolved.Message
+		c.out.Resolved.and(gatewayv1.RouteConditionReason(unresolved.Reason), "rules[%d]: %s", c.at, unresolved.Message)
+		return
+	}
+	if r.Ask != nil {
+		c.refuse(r, gatewayv1.RouteReasonIncompatibleFilters, "it has two filters ExternalAuth")
+		return
+	}
+	names := func(field string, list []string) (out []mesh.TextMatch) {
+		for _, n := range list {
+			if !httpguts.ValidHeaderFieldName(n) {
+				c.refuse(r, gatewayv1.RouteReasonUnsupportedValue, "%s of its externalAuth names %q, which is no name of a header", field, n)
+			}
+			out = append(out, mesh.TextMatch{Kind: mesh.TextExact, Value: n})
+		}
+		return out
+	}
+	p := &mesh.AuthProvider{Service: b.Service, Port: b.Port, Timeout: decideWithin}
+	if f.ForwardBody != nil {
+		p.MaxBody = uint32(f.ForwardBody.MaxSize)
+	}
+	switch f.ExternalAuthProtocol {
+	case gatewayv1.HTTPRouteExternalAuthGRPCProtocol:
+		p.GRPC = true
+		if g := f.GRPCAuthConfig; g != nil {
+			p.Sees = names("grpc.allowedHeaders", g.AllowedRequestHeaders)
+		}
+	case gatewayv1.HTTPRouteExternalAuthHTTPProtocol:
+		if h := f.HTTPAuthConfig; h != nil {
+			p.Sees, p.ToApplication = names("http.allowedHeaders", h.AllowedRequestHeaders), names("http.allowedResponseHeaders", h.AllowedResponseHeaders)
+			if h.Path != "" {
+				p.PathPrefix = "/" + strings.Trim(h.Path, "/")
+			}
+			if strings.ContainsAny(h.Path, "?# ") || !c.plain(r, "http.path of its externalAuth", h.Path) {
+				c.refuse(r, gatewayv1.RouteReasonUnsupportedValue, "http.path %q of its externalAuth is no path", h.Path)
+			}
+		}
+		if len(p.ToApplication) == 0 {
+			p.ToApplication = []mesh.TextMatch{{Kind: mesh.TextRegex, Value: "[^:].*"}}
+		}
+	default:
+		c.refuse(r, gatewayv1.RouteReasonUnsupportedValue, "protocol %q of its externalAuth is neither HTTP nor GRPC", f.ExternalAuthProtocol)
+	}
+	r.Ask = p
 }
 
 // backends adds where a rule's requests go.

@@ -73,6 +73,9 @@ type AuthProvider struct {
 	Timeout    time.Duration
 	PathPrefix string // of what is asked by HTTP
 
+	// Sees are the headers of a request that it gets, where a route asks it. None: by gRPC all of them, by HTTP those that every
+	// question has (host, method, path, authorization).
+	Sees              []TextMatch
 	Add               []HTTPHeader // that it gets by HTTP, beside those of the request
 	ToApplication     []TextMatch  // headers of its answer that the application gets
 	ToClientOnAllow   []TextMatch

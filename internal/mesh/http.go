@@ -34,6 +34,7 @@ type HTTPRule struct {
 	Mirrors  []HTTPMirror
 	Session  *HTTPSession // nil: none
 	CORS     *HTTPCORS
+	Ask      *AuthProvider // decides about its requests, beside all policies; nil: nobody
 }
 
 // TextKind says how a TextMatch compares.

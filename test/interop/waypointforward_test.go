@@ -305,13 +305,13 @@ tcp: [{match: [{port: 9000, `+match+`}], route: [{destination: {host: known.exam
 	says("127.0.0.7", "known")
 }
 
-// waypointSessions has what comes with the cookie, or the header, of a session meet the endpoint that it says.
-func waypointSessions(t *testing.T, gateways *gatewayfake.Clientset, ask func(authority, path string, headers ...string) (*http.Response, string, error)) {
+// inventoryRoute writes the rules of the HTTPRoute at the Service inventory, and takes it away.
+func inventoryRoute(t *testing.T, gateways *gatewayfake.Clientset) (apply func(rules string), remove func()) {
 	api := gateways.GatewayV1().HTTPRoutes("shop")
-	apply := func(session string) {
+	apply = func(rules string) {
 		t.Helper()
 		r := &gatewayv1.HTTPRoute{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "inventory", UID: "uid-route"}}
-		if err := yaml.Unmarshal([]byte(`{parentRefs: [{group: "", kind: Service, name: inventory}], rules: [{sessionPersistence: `+session+`, backendRefs: [{name: inventory, port: 80}]}]}`), &r.Spec); err != nil {
+		if err := yaml.UnmarshalStrict([]byte(`{parentRefs: [{group: "", kind: Service, name: inventory}], rules: `+rules+`}`), &r.Spec); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := api.Update(t.Context(), r, metav1.UpdateOptions{}); err != nil {
@@ -319,6 +319,21 @@ func waypointSessions(t *testing.T, gateways *gatewayfake.Clientset, ask func(au
 				t.Fatal(err)
 			}
 		}
+	}
+	return apply, func() {
+		t.Helper()
+		if err := api.Delete(t.Context(), "inventory", metav1.DeleteOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// waypointSessions has what comes with the cookie, or the header, of a session meet the endpoint that it says.
+func waypointSessions(t *testing.T, gateways *gatewayfake.Clientset, ask func(authority, path string, headers ...string) (*http.Response, string, error)) {
+	apply, remove := inventoryRoute(t, gateways)
+	session := func(says string) {
+		t.Helper()
+		apply(`[{sessionPersistence: ` + says + `, backendRefs: [{name: inventory, port: 80}]}]`)
 	}
 	met := func(headers ...string) (string, http.Header, error) {
 		res, body, err := ask("10.96.0.9:80", "/", headers...)
@@ -356,7 +371,7 @@ func waypointSessions(t *testing.T, gateways *gatewayfake.Clientset, ask func(au
 			return nil
 		})
 	}
-	apply(`{sessionName: who, absoluteTimeout: 1h, cookieConfig: {lifetimeType: Permanent}}`)
+	session(`{sessionName: who, absoluteTimeout: 1h, cookieConfig: {lifetimeType: Permanent}}`)
 	kept("a cookie", func(h http.Header) string {
 		for _, c := range (&http.Response{Header: h}).Cookies() {
 			if c.Name == "who" && c.MaxAge == 3600 {
@@ -365,7 +380,7 @@ func waypointSessions(t *testing.T, gateways *gatewayfake.Clientset, ask func(au
 		}
 		return ""
 	})
-	apply(`{sessionName: x-session, type: Header}`)
+	session(`{sessionName: x-session, type: Header}`)
 	kept("a header", func(h http.Header) string {
 		if v := h.Get("x-session"); v != "" {
 			return "x-session: " + v + "\r\n"
@@ -378,9 +393,7 @@ func waypointSessions(t *testing.T, gateways *gatewayfake.Clientset, ask func(au
 			t.Error(err)
 		}
 	}
-	if err := api.Delete(t.Context(), "inventory", metav1.DeleteOptions{}); err != nil {
-		t.Fatal(err)
-	}
+	remove()
 	eventually(t, "no session", 30*time.Second, func() error {
 		_, h, err := met()
 		if err == nil && h.Get("x-session") != "" {

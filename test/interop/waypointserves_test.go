@@ -258,6 +258,7 @@ echo nameserver `+testResolver+` > "$1" && mount --bind "$1" /etc/resolv.conf &&
 		})
 	})
 	t.Run("sessions", func(t *testing.T) { waypointSessions(t, gateways, ask) })
+	t.Run("routes that ask", func(t *testing.T) { waypointRouteAsks(t, gateways, ask) })
 	t.Run("clients", func(t *testing.T) { waypointClients(t, istio, me, want) })
 	t.Run("proxies", func(t *testing.T) { waypointForward(t, istio, me, want) })
 	t.Run("metrics", func(t *testing.T) { waypointMetrics(t, get) })
@@ -385,7 +386,7 @@ func waypointCluster(t *testing.T) (*fake.Clientset, *istiofake.Clientset, *gate
 	}
 	for i, version := range []string{"v1", "v2"} {
 		srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			fmt.Fprintln(w, "version", version)
+			fmt.Fprintf(w, "version %s\nAsked-Host: %s\n", version, r.Host)
 			_ = r.Header.Write(w)
 		})}
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.1.%d:8080", i+1))
@@ -396,6 +397,7 @@ func waypointCluster(t *testing.T) (*fake.Clientset, *istiofake.Clientset, *gate
 		t.Cleanup(func() { _ = srv.Close() })
 	}
 	authorizes(t, "127.0.1.3:9001")
+	checks(t, "127.0.1.3:9002")
 	stock := pod("stock-1", "stock", "127.0.1.5", map[string]string{"app": "stock"})
 	stock.Annotations = map[string]string{"ambient.istio.io/redirection": "enabled"}
 	kube := fake.NewClientset(
@@ -411,7 +413,8 @@ extensionProviders:
 		pod("authz-1", "authz", "127.0.1.3", map[string]string{"app": "authz"}),
 		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "authz", Labels: map[string]string{"istio.io/use-waypoint": "none"}}, Spec: corev1.ServiceSpec{
 			ClusterIP: "10.96.0.10", ClusterIPs: []string{"10.96.0.10"}, Selector: map[string]string{"app": "authz"},
-			Ports: []corev1.ServicePort{{Name: "http", Port: 9001, TargetPort: intstr.FromInt32(9001), Protocol: corev1.ProtocolTCP}},
+			Ports: []corev1.ServicePort{{Name: "http", Port: 9001, TargetPort: intstr.FromInt32(9001), Protocol: corev1.ProtocolTCP},
+				{Name: "grpc-check", Port: 9002, TargetPort: intstr.FromInt32(9002), Protocol: corev1.ProtocolTCP}, {Name: "http-nobody", Port: 9003, TargetPort: intstr.FromInt32(9003), Protocol: corev1.ProtocolTCP}},
 		}},
 		pod("zipkin-1", "zipkin", "127.0.1.4", map[string]string{"app": "zipkin"}),
 		&corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: "zipkin", Labels: map[string]string{"istio.io/use-waypoint": "none"}}, Spec: corev1.ServiceSpec{

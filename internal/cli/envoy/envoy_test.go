@@ -44,6 +44,7 @@ func TestRequestsAreDecidedAsEnvoyHasIt(t *testing.T) {
 		"a token": {func(q *Request) { q.Path = "/token"; q.Headers = map[string]string{"authorization": "x"} },
 			"unknown [whether a token in the request is valid is not followed here ns[shop]-policy[stock]-rule[3]: what is in a token is not followed here]"},
 		"a provider that is asked": {func(q *Request) { q.Path = "/asked" }, "unknown [what the provider of a CUSTOM policy answers is not followed here]"},
+		"a route that asks":        {func(q *Request) { q.Headers = map[string]string{"x-guard": "1"} }, "unknown [the route asks a service (ExternalAuth), whose answer is not followed here]"},
 		"no provider for that":     {func(q *Request) { q.Path, q.Method = "/asked", "PUT" }, "false no ALLOW policy matches  0 status 0 to "},
 		"no token":                 {func(q *Request) { q.Path = "/token" }, "false no ALLOW policy matches  0 status 0 to "},
 		"an unknown filter":        {func(q *Request) { q.Dst = netip.MustParseAddrPort("10.96.0.7:81") }, "unknown [the filter someone.elses is not followed here]"},

@@ -17,6 +17,7 @@ const (
 	tokenFilter    = "warren.token"  // is told what to do where tokens are verified
 	customFilter   = "warren.custom" // notes whether a provider is to be asked
 	askFilter      = "envoy.filters.http.ext_authz"
+	routeAskFilter = "warren.external-auth"
 	tokenChain     = "|tokens|" // in the name of the filter that verifies them
 	limitChain     = "|limits|" // in the name of the filter that counts requests
 
@@ -292,6 +293,10 @@ func (c Config) http(hcm Value, q Request) Outcome {
 			if asked && own.Is() {
 				out.Unknown = append(out.Unknown, "what the provider of a CUSTOM policy answers is not followed here")
 			}
+			continue
+		}
+		if name == routeAskFilter {
+			out.Unknown = append(out.Unknown, "the route asks a service (ExternalAuth), whose answer is not followed here")
 			continue
 		}
 		if !slices.Contains(followed, name) {
