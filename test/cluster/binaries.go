@@ -30,7 +30,7 @@ const (
 // components are the names kubebox answers to.
 var components = []string{
 	"containerd", "coredns", "ctr", "etcd", "helm", "kube-apiserver", "kube-controller-manager",
-	"kube-proxy", "kube-scheduler", "kubectl", "kubelet",
+	"kube-proxy", "kube-scheduler", "kubelet",
 }
 
 // build is one go build: a package directory below the source, the output's
@@ -48,11 +48,13 @@ func kubeboxBuilds() []build {
 		"k8s.io/client-go/pkg/version.gitVersion=" + kubernetesVersion,
 		"github.com/containerd/containerd/v2/version.Version=" + containerdVersion,
 	}
+	args := []string{
+		"-trimpath", "-tags=no_btrfs,no_zfs,no_devmapper,no_tracing,no_aufs",
+		"-ldflags=-s -w -X " + strings.Join(x, " -X "),
+	}
 	return []build{
-		{"kubebox", ".", "kubebox", []string{
-			"-trimpath", "-tags=no_btrfs,no_zfs,no_devmapper,no_tracing,no_aufs",
-			"-ldflags=-s -w -X " + strings.Join(x, " -X "),
-		}},
+		{"kubebox", ".", "kubebox", args},
+		{"kubebox", "./kubectl", "kubectl", args},
 		{"kubebox", "./shim", "containerd-shim-runc-v2", []string{"-trimpath", "-ldflags=-s -w"}},
 	}
 }

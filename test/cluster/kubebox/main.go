@@ -2,9 +2,10 @@
 // static binary: it becomes the component its name (or first argument) says.
 //
 // It lives in a module of its own so that the versions Kubernetes pins never
-// meet those of the launcher or of Warren. containerd's shim is not in here: it
-// shares containerd's global plugin registry and would start the daemon's
-// plugins; see package main in ./shim.
+// meet those of the launcher or of Warren. Two programs are not in here:
+// containerd's shim shares containerd's global plugin registry and would start
+// the daemon's plugins (./shim), and kubectl is called too often to begin with
+// all of this (./kubectl).
 package main
 
 import (
@@ -26,12 +27,9 @@ import (
 	helm "helm.sh/helm/v4/pkg/cmd"
 	_ "k8s.io/client-go/plugin/pkg/client/auth"
 	"k8s.io/component-base/cli"
-	"k8s.io/component-base/logs"
 	_ "k8s.io/component-base/logs/json/register"
 	_ "k8s.io/component-base/metrics/prometheus/clientgo"
 	_ "k8s.io/component-base/metrics/prometheus/version"
-	kubectl "k8s.io/kubectl/pkg/cmd"
-	kubectlutil "k8s.io/kubectl/pkg/cmd/util"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllermanager "k8s.io/kubernetes/cmd/kube-controller-manager/app"
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
@@ -47,7 +45,6 @@ var components = map[string]func() error{
 	"ctr":                     func() error { return ctr.New().Run(os.Args) },
 	"coredns":                 runCoreDNS,
 	"helm":                    runHelm,
-	"kubectl":                 runKubectl,
 	"kube-apiserver":          func() error { return runCobra(apiserver.NewAPIServerCommand()) },
 	"kube-controller-manager": func() error { return runCobra(controllermanager.NewControllerManagerCommand()) },
 	"kube-scheduler":          func() error { return runCobra(scheduler.NewSchedulerCommand()) },
@@ -95,14 +92,6 @@ func runHelm() error {
 		return err
 	}
 	return cmd.Execute()
-}
-
-func runKubectl() error {
-	_, _ = logs.GlogSetter(kubectl.GetLogVerbosity(os.Args))
-	if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
-		kubectlutil.CheckErr(err) // prints and exits with kubectl's own codes
-	}
-	return nil
 }
 
 // runCobra leaves with the component's own exit code.
