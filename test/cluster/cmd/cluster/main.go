@@ -34,6 +34,7 @@ const usage = `usage: cluster COMMAND [argument...]
   load IMAGE.tar...         import image archives on every node
   images [--out DIR] [--platform linux/amd64,linux/arm64] [--tag T] [--fips]
                             build Warren's images as archives
+  programs                  build Kubernetes' programs, and print where they are
   pcap FILE                 record the frames between nodes until interrupted
   deps                      install missing programs with apt-get
 
@@ -71,6 +72,8 @@ func run(ctx context.Context, verb string, args []string) error {
 		return cluster.Deps(ctx, os.Stderr)
 	case "images":
 		return images(ctx, args)
+	case "programs":
+		return programs(ctx)
 	case cluster.EnterCommand:
 		if len(args) < 3 {
 			return errors.New("want a directory, a node and a program")
@@ -126,6 +129,14 @@ func run(ctx context.Context, verb string, args []string) error {
 		return c.Pcap(ctx, args[0])
 	}
 	return fmt.Errorf("unknown command %q: see `cluster help`", verb)
+}
+
+func programs(ctx context.Context) error {
+	dir, err := cluster.Binaries(ctx, func(s string) { fmt.Fprintln(os.Stderr, s) })
+	if err == nil {
+		fmt.Println(dir)
+	}
+	return err
 }
 
 func up(ctx context.Context, args []string) error {
