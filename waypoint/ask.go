@@ -20,8 +20,6 @@ import (
 
 // What a provider is asked about is what a policy matches: the filter before notes which rule did.
 const (
-	routeAskFilter = "warren.external-auth" // of what a route itself asks
-
 	askPrefix   = "istio_ext_authz_"
 	askWithin   = 10 * time.Minute // as long as Istio waits where nobody says
 	rbacResults = "envoy.filters.http.rbac"

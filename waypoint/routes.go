@@ -36,7 +36,8 @@ const (
 	askedFilter = "envoy.filters.http.header_mutation"
 	faultFilter = "envoy.filters.http.fault"
 
-	sessionFilter = "envoy.filters.http.stateful_session"
+	sessionFilter  = "envoy.filters.http.stateful_session"
+	routeAskFilter = "warren.external-auth" // asks whom a route itself names
 )
 
 // routes is the route table of a port. The address has chosen the service: the request's host plays no part in that.

@@ -144,6 +144,15 @@ func (c *gatewayConverter) refuse(r *mesh.HTTPRule, reason gatewayv1.RouteCondit
 	r.Invalid = text
 }
 
+// backend finds what a reference of a rule means, or notes what it lacks and says it.
+func (c *gatewayConverter) backend(ref gatewayv1.BackendObjectReference) (b mesh.HTTPBackend, lacking string) {
+	b, unresolved := c.find(ref)
+	if !unresolved.OK() {
+		c.out.Resolved.and(gatewayv1.RouteConditionReason(unresolved.Reason), "rules[%d]: %s", c.at, unresolved.Message)
+	}
+	return b, unresolved.Message
+}
+
 // session has a rule's requests keep to an endpoint. The field is of the API's experimental channel: with the definitions of the standard one it
 // never comes here.
 func (c *gatewayConverter) session(r *mesh.HTTPRule, p *gatewayv1.SessionPersistence) {
@@ -461,9 +470,8 @@ func (c *gatewayConverter) redirect(r *mesh.HTTPRule, f *gatewayv1.HTTPRequestRe
 }
 
 func (c *gatewayConverter) mirror(r *mesh.HTTPRule, f *gatewayv1.HTTPRequestMirrorFilter) {
-	b, unresolved := c.find(f.BackendRef)
-	if !unresolved.OK() {
-		c.out.Resolved.and(gatewayv1.RouteConditionReason(unresolved.Reason), "rules[%d]: %s", c.at, unresolved.Message)
+	b, lacking := c.backend(f.BackendRef)
+	if lacking != "" {
 		return
 	}
 	m := mesh.HTTPMirror{Backend: b, Millionths: mesh.Million}
@@ -520,10 +528,9 @@ const decideWithin = 10 * time.Second
 // externalAuth has a service decide about a rule's requests. Where it cannot be asked none is let through. The field is of the
 // experimental channel, as those of sessions are.
 func (c *gatewayConverter) externalAuth(r *mesh.HTTPRule, f *gatewayv1.HTTPExternalAuthFilter) {
-	b, unresolved := c.find(f.BackendRef)
-	if !unresolved.OK() {
-		r.Invalid = unresolved.Message
-		c.out.Resolved.and(gatewayv1.RouteConditionReason(unresolved.Reason), "rules[%d]: %s", c.at, unresolved.Message)
+	b, lacking := c.backend(f.BackendRef)
+	if lacking != "" {
+		r.Invalid = lacking
 		return
 	}
 	if r.Ask != nil {
@@ -555,7 +562,7 @@ func (c *gatewayConverter) externalAuth(r *mesh.HTTPRule, f *gatewayv1.HTTPExter
 			if h.Path != "" {
 				p.PathPrefix = "/" + strings.Trim(h.Path, "/")
 			}
-			if strings.ContainsAny(h.Path, "?# ") || !c.plain(r, "http.path of its externalAuth", h.Path) {
+			if c.plain(r, "http.path of its externalAuth", h.Path) && strings.ContainsAny(h.Path, "?# ") {
 				c.refuse(r, gatewayv1.RouteReasonUnsupportedValue, "http.path %q of its externalAuth is no path", h.Path)
 			}
 		}
@@ -573,10 +580,9 @@ func (c *gatewayConverter) backends(r *mesh.HTTPRule, refs []gatewayv1.HTTPBacke
 	var total uint64
 	for i := range refs {
 		ref := &refs[i]
-		b, unresolved := c.find(ref.BackendObjectReference)
-		if !unresolved.OK() {
-			c.out.Resolved.and(gatewayv1.RouteConditionReason(unresolved.Reason), "rules[%d]: %s", c.at, unresolved.Message)
-			b = mesh.HTTPBackend{Invalid: unresolved.Message}
+		b, lacking := c.backend(ref.BackendObjectReference)
+		if lacking != "" {
+			b = mesh.HTTPBackend{Invalid: lacking}
 		}
 		b.Weight = weight(ref.Weight)
 		if b.Weight == 0 {
