@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -141,16 +142,17 @@ func TestIdentityInLogAndMetrics(t *testing.T) {
 			if err != nil {
 				return err
 			}
-		lines:
+			var its strings.Builder
 			for line := range strings.Lines(logs) {
-				for _, w := range append(want, direction) {
-					if !strings.Contains(line, w) {
-						continue lines
-					}
+				if !strings.Contains(line, want[0]) {
+					continue
 				}
-				return nil
+				if !slices.ContainsFunc(append(want, direction), func(w string) bool { return !strings.Contains(line, w) }) {
+					return nil
+				}
+				its.WriteString(line)
 			}
-			return fmt.Errorf("no line has %s and %s", direction, strings.Join(want, " "))
+			return fmt.Errorf("no line has %s and %s. Of this connection are:\n%s", direction, strings.Join(want, " "), its.String())
 		}))
 	}
 	samples, err := mesh.Metrics(t.Context())

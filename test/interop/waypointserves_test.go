@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -474,12 +475,11 @@ extensionProviders:
 
 // roundTrip makes a request over a connection that is open, and reads the answer. headers are lines with their ends.
 func roundTrip(c io.ReadWriter, host, path string, headers ...string) (*http.Response, string, error) {
-	if _, err := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nhost: %s\r\n%s\r\n", path, host, strings.Join(headers, "")); err != nil {
-		return nil, "", err
-	}
+	// The answer may be complete, and the connection over, before the writer hears that it has written.
+	_, lost := fmt.Fprintf(c, "GET %s HTTP/1.1\r\nhost: %s\r\n%s\r\n", path, host, strings.Join(headers, ""))
 	res, err := http.ReadResponse(bufio.NewReader(c), nil)
 	if err != nil {
-		return nil, "", err
+		return nil, "", errors.Join(lost, err)
 	}
 	defer res.Body.Close()
 	b, err := io.ReadAll(res.Body)
