@@ -32,8 +32,9 @@ import (
 )
 
 var (
-	only    = flag.String("only", "", "run one test of the suite; no report is written")
-	release = flag.String("release", "dev", "version of Warren in the report")
+	only        = flag.String("only", "", "run one test of the suite; no report is written")
+	release     = flag.String("release", "dev", "version of Warren in the report")
+	experiments = flag.Bool("experimental", false, "claim what needs the experimental channel's CRDs too")
 )
 
 // echoImage is the name under which the suite's manifests ask for Istio's echo server.

@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -45,20 +46,71 @@ var claimedAtGateways = []features.FeatureName{
 	features.SupportGatewayFrontendClientCertificateValidation, features.SupportGatewayFrontendClientCertificateValidationInsecureFallback,
 	features.SupportGatewayBackendClientCertificate, features.SupportListenerSet, features.SupportHTTPRouteCORS,
 	features.SupportHTTPRoute303RedirectStatusCode, features.SupportHTTPRoute307RedirectStatusCode, features.SupportHTTPRoute308RedirectStatusCode,
+	features.SupportHTTPRouteDestinationPortMatching, features.SupportGRPCRouteNamedRouteRule,
 }
 
 // outsideEnv is set where the suite runs as a client outside the cluster.
 const outsideEnv = "WARREN_CONFORMANCE_OUTSIDE"
 
-// TestGateways runs the profiles for gateways. On our own cluster their addresses are reached from the link of the nodes
-// alone: there the test runs itself again.
+// TestGateways runs the profiles for gateways.
 func TestGateways(t *testing.T) {
-	ctx := t.Context()
 	if os.Getenv(outsideEnv) != "" {
 		runGateways(t)
 		return
 	}
+	atGateways(t, prepare(t), "-only="+*only)
+}
+
+// experimental is the suite's test of what only the CRDs of the experimental channel have a field for.
+const experimental = "HTTPRouteRetry"
+
+// TestExperimental runs that test on a cluster that has those CRDs in place of the chart's.
+func TestExperimental(t *testing.T) {
+	if *only != "" && *only != experimental {
+		t.Skipf("%s is asked for, and is not about fields of the experimental channel", *only)
+	}
+	ctx := t.Context()
 	l := prepare(t)
+	if l.Cluster == nil {
+		t.Skip("the cluster is not ours: its CRDs stay as they are")
+	}
+	apply := func(ctx context.Context, files ...string) error {
+		args := []string{"apply", "--server-side", "--force-conflicts"}
+		for _, f := range files {
+			args = append(args, "-f", f)
+		}
+		_, err := l.Kubectl(ctx, args...)
+		return err
+	}
+	dir, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}", "sigs.k8s.io/gateway-api").Output()
+	must(t, err)
+	crds := filepath.Join(strings.TrimSpace(string(dir)), "config", "crd")
+	ours, err := filepath.Glob(filepath.Join(crds, "standard", "gateway.networking.k8s.io_*.yaml"))
+	must(t, err)
+	for i, f := range ours {
+		ours[i] = filepath.Join(crds, "experimental", filepath.Base(f))
+	}
+	t.Cleanup(func() {
+		if err := apply(context.WithoutCancel(ctx), filepath.Join("..", "..", "charts", "warren", "files", "crds", "gateway-api.yaml")); err != nil {
+			t.Error("the CRDs of the standard channel are not back; end the cluster with `make cluster-down`: ", err)
+		}
+	})
+	must(t, apply(ctx, ours...))
+	atGateways(t, l, "-only="+experimental, "-experimental")
+	if *only == "" {
+		failed := 0
+		if t.Failed() {
+			failed = 1
+		}
+		must(t, results.Record("gateway-api-conformance", results.Row{
+			Name: "gateway, with the experimental channel's CRDs", Inputs: 1, Failures: failed, Figure: float64(1 - failed), Unit: "tests passed"}))
+	}
+}
+
+// atGateways runs the suite with these flags. On our own cluster the gateways' addresses are reached from the link of the nodes
+// alone: there the test runs itself again.
+func atGateways(t *testing.T, l *lab.Lab, flags ...string) {
+	ctx := t.Context()
 	namespaces := []string{suite.InfrastructureNamespace, suite.AppBackendNamespace, suite.WebBackendNamespace}
 	t.Cleanup(func() {
 		ctx := context.WithoutCancel(ctx)
@@ -86,7 +138,7 @@ func TestGateways(t *testing.T) {
 	must(t, os.WriteFile(inside, config, 0o600))
 	must(t, os.Setenv(outsideEnv, "1"))
 	defer os.Unsetenv(outsideEnv)
-	args := []string{os.Args[0], "-test.run=^TestGateways$", "-test.v", "-test.timeout=50m", "-only=" + *only, "-release=" + *release}
+	args := append([]string{os.Args[0], "-test.run=^TestGateways$", "-test.v", "-test.timeout=50m", "-release=" + *release}, flags...)
 	cmd := l.Cluster.OutsideCommand(ctx, args...)
 	cmd.Env = append(os.Environ(), "KUBECONFIG="+inside)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
@@ -101,7 +153,11 @@ func runGateways(t *testing.T) {
 	opts.NamespaceLabels = map[string]string{lab.Label: "ambient"}
 	opts.ConformanceProfiles = []suite.ConformanceProfileName{suite.GatewayHTTPConformanceProfileName, suite.GatewayGRPCConformanceProfileName,
 		suite.GatewayTLSConformanceProfileName, suite.GatewayTCPConformanceProfileName}
-	opts.SupportedFeatures = claimedAtGateways
+	asked := claimedAtGateways
+	if *experiments {
+		asked = append(slices.Clone(asked), features.SupportHTTPRouteRetry)
+	}
+	opts.SupportedFeatures = asked
 	ip := gatewayv1.IPAddressType
 	opts.UsableNetworkAddresses = []gatewayv1.GatewaySpecAddress{{Type: &ip, Value: lab.Balanced}}
 	opts.UnusableNetworkAddresses = []gatewayv1.GatewaySpecAddress{{Type: &ip, Value: "192.0.2.1"}} // of nobody (RFC 5737)
@@ -109,8 +165,8 @@ func runGateways(t *testing.T) {
 	opts.TimeoutConfig.RequiredConsecutiveSuccesses = 20
 	ran, failed := 0, 0
 	opts.Hook = func(t *testing.T, test suite.ConformanceTest, s *suite.ConformanceTestSuite) {
-		asked := !slices.ContainsFunc(test.Features, func(f features.FeatureName) bool { return !slices.Contains(claimedAtGateways, f) })
-		if !asked || *only != "" && test.ShortName != *only {
+		beyond := slices.ContainsFunc(test.Features, func(f features.FeatureName) bool { return !slices.Contains(asked, f) })
+		if beyond || *only != "" && test.ShortName != *only {
 			return
 		}
 		ran++
@@ -128,6 +184,9 @@ func runGateways(t *testing.T) {
 	}
 	start := time.Now()
 	conformance.RunConformanceWithOptions(t, opts)
+	if *experiments && ran != 1 {
+		t.Errorf("%d tests named %s ran", ran, *only)
+	}
 	t.Logf("the suite took %.0f s", time.Since(start).Seconds())
 }
 
